@@ -1,0 +1,173 @@
+"""Trace-time checks of arguments: each error names the argument, what was expected, what came, and the fix."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Axes = int | Sequence[int]
+
+
+def check_input(x: Any) -> jax.Array:
+    """Returns `x` as an array, or raises `TypeError` unless its dtype is real floating point."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"x must have a real floating-point dtype, got {x.dtype}{list(x.shape)}. "
+            "Convert it first, for example with x.astype(jnp.float32)."
+        )
+    return x
+
+
+def feature_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
+    """The feature axes `axis` of an input of `ndim` dimensions, non-negative and ascending."""
+    given = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+    if not given or not all(isinstance(a, int | np.integer) for a in given):
+        raise ValueError(
+            f"axis must be one feature axis or a non-empty sequence of them, got {axis!r}. Pass an int such as -1."
+        )
+    for a in given:
+        if not -ndim <= a < ndim:
+            raise ValueError(
+                f"axis must lie in [{-ndim}, {ndim}) for an input x of {ndim} dimensions, got {axis!r}: "
+                f"axis {a} is out of range. Count from 0, or from -1 at the end."
+            )
+    axes = sorted(int(a) % ndim for a in given)
+    if len(set(axes)) != len(axes):
+        raise ValueError(
+            f"axis must not name an axis twice, got {axis!r} for an input x of {ndim} dimensions. Leave one out."
+        )
+    return tuple(axes)
+
+
+def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array | None:
+    """`mask` as boolean or float weights with one dimension for each of `shape`, or None without a mask."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.floating)):
+        raise TypeError(
+            f"mask must be boolean, or real floating-point sample weights, got {mask.dtype}{list(mask.shape)}. "
+            "Convert it first, for example with mask.astype(bool)."
+        )
+    reduced = tuple(size for a, size in enumerate(shape) if a not in axes)
+    if mask.ndim == len(shape):
+        full = mask.shape
+    else:  # feature axes dropped: put them back with size one
+        kept = iter((1,) * (len(reduced) - mask.ndim) + mask.shape)
+        full = () if mask.ndim > len(reduced) else tuple(1 if a in axes else next(kept) for a in range(len(shape)))
+    if len(full) != len(shape) or any(m not in (1, s) for m, s in zip(full, shape, strict=True)):
+        one = tuple(1 if a in axes else s for a, s in enumerate(shape))
+        raise ValueError(
+            f"mask must broadcast to x of shape {shape} with its feature axes {axes} dropped or of size one, "
+            f"that is to {reduced} or {one}, got shape {mask.shape}. Reshape the mask, for example with mask[:, None]."
+        )
+    return mask.reshape(full)
+
+
+def flax_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """`mask` as Flax's layers read it: integers are boolean, and missing dimensions are leading ones where that fits."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if jnp.issubdtype(mask.dtype, jnp.integer):
+        mask = mask.astype(bool)
+    fits = mask.ndim <= len(shape) and all(m in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False))
+    return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape) if fits else mask
+
+
+def check_params(params: Any, feature_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    """Raises `ValueError` unless `params` is a mapping of at most 'scale' and 'bias' of `feature_shape`."""
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"params must be a mapping with 'scale' and 'bias' (either may be absent), got {type(params).__name__}. "
+            "Make one with bnjax.init_batch_norm, or pass {} for neither."
+        )
+    unknown = sorted(set(params) - {"scale", "bias"})
+    if unknown:
+        raise ValueError(
+            f"params must hold no other keys than 'scale' and 'bias', got {unknown}. "
+            "Rename or remove them (other libraries call them gamma and beta, or weight and bias)."
+        )
+    _check_shapes("params", params, feature_shape, axes)
+
+
+def check_batch_stats(
+    batch_stats: Any, feature_shape: tuple[int, ...] | None = None, axes: tuple[int, ...] = ()
+) -> None:
+    """Raises `ValueError` unless `batch_stats` is a mapping with 'mean' and 'var' (of `feature_shape`, where given)."""
+    if not isinstance(batch_stats, Mapping) or not {"mean", "var"} <= set(batch_stats):
+        got = sorted(batch_stats) if isinstance(batch_stats, Mapping) else type(batch_stats).__name__
+        raise ValueError(
+            f"batch_stats must be a mapping with 'mean' and 'var', got {got}. Make one with bnjax.init_batch_norm."
+        )
+    if feature_shape is not None:
+        _check_shapes("batch_stats", {k: batch_stats[k] for k in ("mean", "var")}, feature_shape, axes)
+
+
+def _check_shapes(name: str, arrays: Mapping[str, Any], feature_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    for key, value in arrays.items():
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            raise ValueError(
+                f"{name}[{key!r}] must be an array of shape {feature_shape}, got {type(value).__name__}. "
+                "Make one with bnjax.init_batch_norm."
+            )
+        if tuple(value.shape) != feature_shape:
+            raise ValueError(
+                f"{name}[{key!r}] must have the shape {feature_shape} of x's feature axes {axes}, got {tuple(value.shape)}. "
+                "Initialise it with that num_features, or name the right feature axis with axis."
+            )
+
+
+def _halves(size: int) -> list[list[int]]:
+    return [list(range(size // 2)), list(range(size // 2, size))]
+
+
+def check_training(training: Any) -> None:
+    """Raises `TypeError` for a traced or non-boolean `training`."""
+    if not isinstance(training, bool | np.bool_):
+        raise TypeError(
+            f"training must be a Python bool, got {type(training).__name__}. "
+            "Make it a static argument of jit, or choose between two calls with lax.cond."
+        )
+
+
+def check_in_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raises unless `value` is a real scalar in [low, high]; a traced or device value is checked for shape and dtype only."""
+    shape, dtype = np.shape(value), jnp.result_type(value)
+    expected = f"in [{low}, {high}]" if high < np.inf else f"of at least {low}"
+    if shape or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real scalar {expected}, got {dtype}{list(shape)}. Pass one number.")
+    if not isinstance(value, jax.Array) and not low <= value <= high:
+        fix = "It weighs the old value: 1 minus PyTorch's." if name == "momentum" else "Pass a small one such as 1e-5."
+        raise ValueError(f"{name} must be a real scalar {expected}, got {value}. {fix}")
+
+
+def check_axis_name(axis_name: Any, axis_index_groups: Any) -> tuple[tuple[int, ...], ...] | None:
+    """The groups as tuples; raises unless `axis_name` is bound by an enclosing transformation and they split it evenly."""
+    if axis_name is None:
+        if axis_index_groups is not None:
+            raise ValueError(
+                f"axis_index_groups needs axis_name, the mapped axis that it splits, got {axis_index_groups} alone. "
+                "Pass axis_name too."
+            )
+        return None
+    try:
+        size = lax.axis_size(axis_name)
+    except NameError as error:
+        raise NameError(
+            f"axis_name must be an axis bound by an enclosing vmap, pmap or shard_map, got {axis_name!r}, which is unbound. "
+            "Map the call over that axis, or pass axis_name=None for statistics of the local batch."
+        ) from error
+    if axis_index_groups is None:
+        return None
+    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    if sorted(i for group in groups for i in group) != list(range(size)) or len({len(group) for group in groups}) != 1:
+        raise ValueError(
+            f"axis_index_groups must split the {size} indices of axis {axis_name!r} into groups of one size, "
+            f"each index once, got {axis_index_groups}. For two groups: {_halves(size)}."
+        )
+    return groups

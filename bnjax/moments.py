@@ -1,0 +1,255 @@
+"""Mean and variance of a batch: local, masked or weighted, merged, and synchronised over devices."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from bnjax import _checks
+from bnjax._checks import Axes
+from bnjax._collectives import AxisName, Groups, all_gather, group_size, psum
+
+_SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance of each feature, and the count (total weight) they were taken over.
+
+    Attributes:
+      mean: `Σ w x / n`, of the shape of the feature axes; float32, or float64 for float64 input. Zero where n = 0.
+      var: `Σ w (x − mean)² / n`, alike.
+      count: `n = Σ w`, a scalar; of the features' shape where the mask differs between features.
+    """
+
+    mean: Float[Array, "*features"]
+    var: Float[Array, "*features"]
+    count: Float[Array, "..."]
+
+
+def moments(
+    x: Shaped[ArrayLike, "..."],
+    *,
+    axis: Axes = -1,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: object = None,
+) -> Moments:
+    """Mean and biased variance of each feature over all other axes.
+
+    With weights w (all 1 without a mask) and sums over the reduced axes and, with `axis_name`, over its members:
+
+        n = Σ w        mean = Σ w x / n        var = Σ w (x − mean)² / n
+
+    The variance is computed in one read of `x` about a provisional mean s, that of up to 256 evenly spaced elements:
+    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs (Chan, Golub & LeVeque 1983).
+
+    Args:
+      x: real floating-point array of any shape, empty included.
+      axis: feature axis or axes, static; the others are reduced.
+      mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
+        What `x` holds where the mask is zero has no influence, even NaN. Weights may be differentiated.
+      axis_name: mapped axis (or axes) over which to merge the moments by their counts.
+      axis_index_groups: groups of indices of that axis that merge separately, all of one size.
+
+    Returns:
+      `Moments(mean, var, count)` in float32, or in float64 for float64 input; all zero for an empty batch.
+
+    Raises:
+      TypeError, ValueError: for a non-floating `x`, an invalid `axis`, a mask that does not broadcast, invalid groups.
+      NameError: if `axis_name` is not bound.
+
+    References:
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 1; Chan, Golub & LeVeque 1983, "Algorithms for computing the
+      sample variance".
+
+    >>> m = moments(jnp.array([[1., 10.], [3., 30.]]))
+    >>> print(m.mean, m.var, m.count)
+    [ 2. 20.] [  1. 100.] 2.0
+    """
+    x = _checks.check_input(x)
+    axes = _checks.feature_axes(axis, x.ndim)
+    weights = _checks.sample_weights(mask, x.shape, axes)
+    groups = _checks.check_axis_name(axis_name, axis_index_groups)
+    return _moments(x, weights, axes, axis_name, groups)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Moments of two batches together, from the moments of each.
+
+        n = n_a + n_b        δ = mean_b − mean_a        t = n_b / n
+        mean = mean_a + δ t        var = (1 − t) var_a + t var_b + t (1 − t) δ²
+
+    Args:
+      a: moments over n_a elements; an empty batch (count zero) leaves the other unchanged.
+      b: moments over n_b elements, with means of the same shape.
+
+    Returns:
+      Moments over `n_a + n_b` elements, exact up to rounding, whatever the counts.
+
+    Raises:
+      ValueError: if the shapes of the means differ.
+
+    References:
+      Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eq. (2.1).
+
+    >>> whole = moments(jnp.arange(10.)[:, None])
+    >>> parts = merge_moments(moments(jnp.arange(3.)[:, None]), moments(jnp.arange(3., 10.)[:, None]))
+    >>> print(whole.var, parts.var, parts.count)
+    [8.25] [8.25] 10.0
+    """
+    if jnp.shape(a.mean) != jnp.shape(b.mean):
+        raise ValueError(
+            f"b must hold moments of the same features as a, with means of shape {jnp.shape(a.mean)}, got {jnp.shape(b.mean)}. "
+            "Take both with the same axis."
+        )
+    count = a.count + b.count
+    t = b.count / jnp.where(count > 0, count, 1)
+    delta = b.mean - a.mean
+    mean = a.mean + delta * t
+    var = a.var * (1 - t) + b.var * t + jnp.square(delta) * (t * (1 - t))
+    return Moments(mean, var, count)
+
+
+def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
+    """Puts back the reduced axes, with size one, so that per-feature values broadcast against the input."""
+    return features if features.ndim == 0 else jnp.expand_dims(features, tuple(a for a in range(ndim) if a not in axes))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _moments(
+    x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
+) -> Moments:
+    local = _local_moments(x, weights, axes)
+    return local if axis_name is None else _synchronised(local, axis_name, groups, counts_differ=weights is not None)
+
+
+@functools.partial(_moments.defjvp, symbolic_zeros=True)
+def _moments_jvp(axes, axis_name, groups, primals, tangents):
+    """∂mean = Σ w ∂x / n and ∂var = 2 Σ w (x − mean) ∂x / n; for weights Σ ∂w (x − mean) / n and Σ ∂w ((x − mean)² − var) / n."""
+    (x, weights), (dx, dweights) = primals, tangents
+    m = _moments(x, weights, axes, axis_name, groups)
+
+    # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def from_x(x, weights, mean, dx):
+        centred, dx = _weigh(x.astype(mean.dtype) - expand(mean, x.ndim, axes), weights), dx.astype(mean.dtype)
+        return _sum(_weigh(dx, weights), axes), 2 * _sum(centred * dx, axes)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def from_weights(x, weights, mean, var, dweights):
+        centred = jnp.where((weights > 0) | jnp.isfinite(x), x.astype(mean.dtype) - expand(mean, x.ndim, axes), 0)
+        dweights = dweights.astype(mean.dtype)
+        square = jnp.square(centred) - expand(var, x.ndim, axes)
+        return _sum(dweights * centred, axes), _sum(dweights * square, axes), _count(dweights, x.shape, axes)
+
+    sums = [jnp.zeros_like(m.mean), jnp.zeros_like(m.var), jnp.zeros_like(m.count)]
+    if not isinstance(dx, SymbolicZero):
+        sums[:2] = from_x(x, weights, m.mean, dx)
+    if weights is not None and not isinstance(dweights, SymbolicZero):
+        of_weights = from_weights(x, weights, m.mean, m.var, dweights)
+        sums = [a + b for a, b in zip(sums, of_weights, strict=True)]
+        sums[2] = psum(sums[2], axis_name, groups)
+    both = psum(jnp.stack(sums[:2]), axis_name, groups) / _nonzero(m.count)
+    return m, Moments(both[0], both[1], sums[2])
+
+
+def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+    shift = _provisional_mean(x, weights, axes)
+    dtype = shift.dtype
+    n = _reduced_size(x.shape, axes)
+    count = jnp.asarray(n, dtype) if weights is None else _count(weights.astype(dtype), x.shape, axes)
+    first = expand(shift, x.ndim, axes)
+    # The same shift, opaque to XLA: with one shared difference its CPU backend would write out an array of x's size.
+    second = lax.optimization_barrier(first)
+    offset = _sum(_weigh(x.astype(dtype) - first, weights), axes) / _nonzero(count)
+    square = _sum(_weigh(jnp.square(x.astype(dtype) - second), weights), axes) / _nonzero(count)
+    return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count)
+
+
+def _provisional_mean(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
+    """Mean of up to `_SAMPLES` evenly spaced elements; of all valid ones where the mask leaves no sampled one valid."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+
+    def mean(x, weights):
+        total = _sum(_weigh(x.astype(dtype), weights), axes)
+        if weights is None:
+            return total / max(1, _reduced_size(x.shape, axes)), None
+        count = _count(weights.astype(dtype), x.shape, axes)
+        return total / _nonzero(count), count
+
+    steps = _sampling(x.shape, axes)
+    sampled, count = mean(_thin(x, steps), None if weights is None else _thin(weights, steps))
+    if count is None or all(step == slice(None) for step in steps):
+        return sampled
+    return lax.cond(jnp.all(count > 0), lambda: sampled, lambda: mean(x, weights)[0])
+
+
+def _sampling(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[slice]:
+    """Slices that leave about `_SAMPLES` elements per feature, thinning trailing axes first."""
+    reduced = [a for a in range(len(shape)) if a not in axes]
+    excess = _reduced_size(shape, axes) // _SAMPLES
+    steps = [slice(None)] * len(shape)
+    for a in reversed(reduced):
+        if excess > 1 and shape[a] > 1:
+            stride = min(excess, shape[a])
+            steps[a] = slice((shape[a] - 1) % stride // 2, None, stride)
+            excess //= stride
+    return steps
+
+
+def _thin(values: Array, steps: list[slice]) -> Array:
+    return values[tuple(slice(None) if size == 1 else step for size, step in zip(values.shape, steps, strict=True))]
+
+
+def _synchronised(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
+    """Merges the moments of all members of the group, gathered by a single collective."""
+    parts = [local.mean, local.var] + [local.count] * counts_differ
+    gathered = all_gather(jnp.concatenate([part.ravel() for part in parts]), axis_name, groups)
+    size = group_size(axis_name, groups)
+    ends = [part.size for part in parts]
+    columns = jnp.split(gathered, [sum(ends[:i]) for i in range(1, len(ends))], axis=1)
+    stacked = [column.reshape((size, *part.shape)) for column, part in zip(columns, parts, strict=True)]
+    if not counts_differ:
+        stacked.append(jnp.broadcast_to(local.count, (size,)))
+    merged = Moments(*stacked)
+    while (half := merged.count.shape[0] // 2) > 0:
+        pair = jax.vmap(merge_moments)(
+            Moments(*(v[:half] for v in merged)), Moments(*(v[half : 2 * half] for v in merged))
+        )
+        merged = Moments(*(jnp.concatenate([p, v[2 * half :]]) for p, v in zip(pair, merged, strict=True)))
+    return Moments(*(v[0] for v in merged))
+
+
+def _sum(values: Array, axes: tuple[int, ...]) -> Array:
+    """Sum over all but the feature axes."""
+    return values.sum(tuple(a for a in range(values.ndim) if a not in axes))
+
+
+def _reduced_size(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    return math.prod(size for a, size in enumerate(shape) if a not in axes)
+
+
+def _weigh(values: Array, weights: Array | None) -> Array:
+    """`weights · values`, and zero where the weight is zero, whatever the value is there."""
+    if weights is None:
+        return values
+    kept = jnp.where(weights > 0, values, 0)
+    return kept if weights.dtype == bool else kept * weights.astype(values.dtype)
+
+
+def _count(weights: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """Total weight for each feature: a scalar where the weights are common to all features."""
+    repeats = math.prod(
+        s for a, (s, w) in enumerate(zip(shape, weights.shape, strict=True)) if a not in axes and w == 1
+    )
+    total = _sum(weights, axes) * repeats
+    return total.reshape(()) if total.size == 1 else jnp.broadcast_to(total, tuple(shape[a] for a in axes))
+
+
+def _nonzero(count: Array) -> Array:
+    return jnp.where(count > 0, count, 1)

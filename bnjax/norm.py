@@ -1,0 +1,207 @@
+"""Batch normalisation as a pure function, and its running statistics."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+
+from bnjax import _checks
+from bnjax._checks import Axes
+from bnjax._collectives import AxisName
+from bnjax.moments import Moments, expand, moments
+
+Params = Mapping[str, Array]
+BatchStats = Mapping[str, Array]
+
+
+def init_batch_norm(
+    num_features: int | tuple[int, ...],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[dict[str, Float[Array, "*features"]], dict[str, Float[Array, "*features"]]]:
+    """Initial parameters and running statistics of a batch norm: scale 1, bias 0, mean 0, variance 1.
+
+    Args:
+      num_features: size of the feature axis; a tuple for several, in the order of the input's axes.
+      use_scale: whether `params` holds 'scale' (γ).
+      use_bias: whether `params` holds 'bias' (β).
+      dtype: dtype of the parameters. The statistics are float32, or float64 where `dtype` is.
+
+    Returns:
+      `params`, a dict with 'scale' and 'bias', and `batch_stats`, a dict with 'mean' and 'var'.
+
+    Raises:
+      TypeError, ValueError: if `num_features` is not made of non-negative ints, or `dtype` is not real floating.
+
+    References:
+      The names and initial values of Flax's `params` and `batch_stats` collections.
+
+    >>> params, batch_stats = init_batch_norm(2)
+    >>> print(params['scale'], params['bias'], batch_stats['mean'], batch_stats['var'])
+    [1. 1.] [0. 0.] [0. 0.] [1. 1.]
+    """
+    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"num_features must be a non-negative int or a tuple of them, got {num_features!r}.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating-point dtype, got {dtype!r}.")
+    params = {}
+    if use_scale:
+        params["scale"] = jnp.ones(shape, dtype)
+    if use_bias:
+        params["bias"] = jnp.zeros(shape, dtype)
+    stats_dtype = jnp.promote_types(dtype, jnp.float32)
+    return params, {"mean": jnp.zeros(shape, stats_dtype), "var": jnp.ones(shape, stats_dtype)}
+
+
+def batch_norm(
+    x: Shaped[ArrayLike, "..."],
+    params: Params,
+    batch_stats: BatchStats,
+    *,
+    training: bool,
+    axis: Axes = -1,
+    momentum: Any = 0.99,
+    epsilon: Any = 1e-5,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: object = None,
+    dtype: DTypeLike | None = None,
+    bessel_correction: bool = False,
+) -> tuple[Float[Array, "..."], BatchStats]:
+    """Normalises each feature by the moments of the batch (training) or by the running ones (inference).
+
+        y = scale · (x − mean) / sqrt(var + epsilon) + bias
+
+    Training takes the mean and the biased variance of the batch over all but the feature axes, differentiates through
+    them, and moves the running statistics: `running ← momentum · running + (1 − momentum) · batch`. Inference uses the
+    running statistics and returns `batch_stats` as it was given. The derivative keeps nothing of the activation's size
+    but `x`; every order and mode is supported (grad, jvp, jacfwd, jacrev, hessian, vmap, scan, remat).
+
+    Args:
+      x: real floating-point array of any shape, empty included.
+      params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
+      batch_stats: running 'mean' and 'var' of that shape.
+      training: whether to use the batch's statistics and to move the running ones; static.
+      axis: feature axis or axes, static; the others are reduced.
+      momentum: weight of the old running value, in [0, 1], Flax's convention (1 minus PyTorch's); may be traced, so a
+        schedule works, and so does the cumulative average `1 − 1 / (t + 1)` at step t = 0, 1, ….
+      epsilon: non-negative number added to the variance; may be traced.
+      mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
+        What `x` holds where the mask is zero changes neither outputs elsewhere, statistics nor gradients, even NaN.
+        With a total weight of zero the running statistics normalise, and stay.
+      axis_name: mapped axis (of vmap, pmap or shard_map) over which the moments are merged by their counts.
+      axis_index_groups: groups of indices of that axis that are normalised separately, all of one size; not with
+        shard_map's replication checking, where a mesh of two axes does the same.
+      dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
+      bessel_correction: whether the running variance takes the batch's times n / (n − 1), as PyTorch's does.
+
+    Returns:
+      `(y, batch_stats)`: an array of the shape of `x`, and the new running statistics in the structure and dtypes of the old.
+
+    Raises:
+      TypeError, ValueError: at trace time, for a non-floating `x`, an invalid `axis`, missing or misshapen parameters or
+        statistics, a mask that does not broadcast, momentum outside [0, 1] or negative epsilon (where known).
+      NameError: if `axis_name` is not bound.
+
+    References:
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2.
+
+    >>> params, batch_stats = init_batch_norm(1)
+    >>> y, batch_stats = batch_norm(jnp.array([[1.], [3.]]), params, batch_stats, training=True, momentum=0.5)
+    >>> print(y.ravel().round(3), batch_stats['mean'], batch_stats['var'])
+    [-1.  1.] [1.] [1.]
+    """
+    x = _checks.check_input(x)
+    axes = _checks.feature_axes(axis, x.ndim)
+    features = tuple(x.shape[a] for a in axes)
+    weights = _checks.sample_weights(mask, x.shape, axes)
+    _checks.check_params(params, features, axes)
+    _checks.check_batch_stats(batch_stats, features, axes)
+    _checks.check_training(training)
+    _checks.check_in_range("epsilon", epsilon, 0, float("inf"))
+    mean, var = batch_stats["mean"], batch_stats["var"]
+    if training:
+        m = moments(x, axis=axes, mask=weights, axis_name=axis_name, axis_index_groups=axis_index_groups)
+        new_stats = update_batch_stats(batch_stats, m, momentum=momentum, bessel_correction=bessel_correction)
+        mean = jnp.where(m.count > 0, m.mean, mean.astype(m.mean.dtype))
+        var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))
+    else:
+        new_stats = batch_stats
+    return normalize(x, mean, var, params, axes=axes, epsilon=epsilon, weights=weights, dtype=dtype), new_stats
+
+
+def update_batch_stats(
+    batch_stats: BatchStats, m: Moments, *, momentum: Any = 0.99, bessel_correction: bool = False
+) -> BatchStats:
+    """Moves running statistics towards the moments of a batch: `running ← momentum · running + (1 − momentum) · batch`.
+
+    Args:
+      batch_stats: running 'mean' and 'var'.
+      m: moments of the batch; a count of zero leaves the running statistics as they are.
+      momentum: weight of the old running value, in [0, 1]; may be traced.
+      bessel_correction: whether to take `n / max(n − 1, 1)` times the batch's variance, n being its count, as PyTorch
+        does for n ≥ 2.
+
+    Returns:
+      New statistics in the structure and dtypes of `batch_stats`; other keys are carried along.
+
+    Raises:
+      TypeError, ValueError: for missing or misshapen statistics, or a momentum outside [0, 1] (where known).
+
+    References:
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 3.1; the update rule of Flax.
+
+    >>> _, batch_stats = init_batch_norm(1)
+    >>> batch_stats = update_batch_stats(batch_stats, moments(jnp.array([[1.], [3.]])), momentum=0.9)
+    >>> print(batch_stats['mean'].round(3), batch_stats['var'])
+    [0.2] [1.]
+    """
+    _checks.check_batch_stats(batch_stats, jnp.shape(m.mean))
+    _checks.check_in_range("momentum", momentum, 0, 1)
+    var = m.var * (m.count / jnp.maximum(m.count - 1, 1)) if bessel_correction else m.var
+
+    def move(running, batch):
+        dtype = jnp.promote_types(running.dtype, batch.dtype)
+        rho = jnp.asarray(momentum, dtype)
+        moved = rho * running.astype(dtype) + (1 - rho) * batch.astype(dtype)
+        return jnp.where(m.count > 0, moved.astype(running.dtype), running)
+
+    moved = {"mean": move(batch_stats["mean"], m.mean), "var": move(batch_stats["var"], var)}
+    return type(batch_stats)({**batch_stats, **moved})  # pyright: ignore[reportCallIssue]
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    params: Params,
+    *,
+    axes: tuple[int, ...],
+    epsilon: Any,
+    weights: Array | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """`scale · (x − mean) / sqrt(var + epsilon) + bias`, with per-feature values along the feature axes `axes` of `x`."""
+    dtype = x.dtype if dtype is None else dtype
+    compute = functools.reduce(jnp.promote_types, (x.dtype, jnp.float32, dtype))
+    multiplier = lax.rsqrt(var.astype(compute) + jnp.asarray(epsilon, compute))
+    if "scale" in params:
+        multiplier *= params["scale"].astype(compute)
+    bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
+    per_feature = [expand(v, x.ndim, axes) for v in (mean.astype(compute), multiplier, bias)]
+    return _scale_and_shift(x, weights, *per_feature).astype(dtype)
+
+
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+def _scale_and_shift(x: Array, weights: Array | None, mean: Array, multiplier: Array, bias: Array) -> Array:
+    """`(x − mean) · multiplier + bias`, which keeps only its arguments, not x − mean, for the backward pass."""
+    if weights is not None:  # a non-finite value under the mask would turn zero cotangents into NaN
+        x = jnp.where((weights > 0) | jnp.isfinite(x), x, 0)
+    return (x.astype(mean.dtype) - mean) * multiplier + bias
