@@ -1,4 +1,4 @@
-"""bnjax: batch normalisation for JAX as a pure function, with Flax layers, training on many devices, and the studies of why it works."""
+"""bnjax: batch normalisation for JAX as a pure function, with Flax layers and the studies of why it works."""
 
 from bnjax.moments import Moments, merge_moments, moments
 from bnjax.norm import batch_norm, init_batch_norm, update_batch_stats

@@ -69,7 +69,7 @@ def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
 
 
 def flax_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """`mask` as Flax's layers read it: integers are boolean, and missing dimensions are leading ones where that fits."""
+    """`mask` as Flax's layers read it: integers as booleans, missing dimensions as leading ones where that fits."""
     if mask is None:
         return None
     mask = jnp.asarray(mask)
@@ -117,8 +117,8 @@ def _check_shapes(name: str, arrays: Mapping[str, Any], feature_shape: tuple[int
             )
         if tuple(value.shape) != feature_shape:
             raise ValueError(
-                f"{name}[{key!r}] must have the shape {feature_shape} of x's feature axes {axes}, got {tuple(value.shape)}. "
-                "Initialise it with that num_features, or name the right feature axis with axis."
+                f"{name}[{key!r}] must have the shape {feature_shape} of x's feature axes {axes}, "
+                f"got {tuple(value.shape)}. Initialise it with that num_features, or name the right feature axis with axis."
             )
 
 
@@ -136,7 +136,7 @@ def check_training(training: Any) -> None:
 
 
 def check_in_range(name: str, value: Any, low: float, high: float) -> None:
-    """Raises unless `value` is a real scalar in [low, high]; a traced or device value is checked for shape and dtype only."""
+    """Raises unless `value` is a real scalar in [low, high]; of a jax array only shape and dtype are checked."""
     shape, dtype = np.shape(value), jnp.result_type(value)
     expected = f"in [{low}, {high}]" if high < np.inf else f"of at least {low}"
     if shape or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
@@ -147,7 +147,7 @@ def check_in_range(name: str, value: Any, low: float, high: float) -> None:
 
 
 def check_axis_name(axis_name: Any, axis_index_groups: Any) -> tuple[tuple[int, ...], ...] | None:
-    """The groups as tuples; raises unless `axis_name` is bound by an enclosing transformation and they split it evenly."""
+    """The groups as tuples; raises unless `axis_name` is bound and they split it evenly."""
     if axis_name is None:
         if axis_index_groups is not None:
             raise ValueError(
@@ -159,7 +159,7 @@ def check_axis_name(axis_name: Any, axis_index_groups: Any) -> tuple[tuple[int, 
         size = lax.axis_size(axis_name)
     except NameError as error:
         raise NameError(
-            f"axis_name must be an axis bound by an enclosing vmap, pmap or shard_map, got {axis_name!r}, which is unbound. "
+            f"axis_name must be an axis bound by an enclosing vmap, pmap or shard_map, got the unbound {axis_name!r}. "
             "Map the call over that axis, or pass axis_name=None for statistics of the local batch."
         ) from error
     if axis_index_groups is None:

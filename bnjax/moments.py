@@ -46,7 +46,7 @@ def moments(
         n = Σ w        mean = Σ w x / n        var = Σ w (x − mean)² / n
 
     The variance is computed in one read of `x` about a provisional mean s, that of up to 256 evenly spaced elements:
-    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs (Chan, Golub & LeVeque 1983).
+    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs.
 
     Args:
       x: real floating-point array of any shape, empty included.
@@ -104,8 +104,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """
     if jnp.shape(a.mean) != jnp.shape(b.mean):
         raise ValueError(
-            f"b must hold moments of the same features as a, with means of shape {jnp.shape(a.mean)}, got {jnp.shape(b.mean)}. "
-            "Take both with the same axis."
+            f"b must hold moments of the same features as a, with means of shape {jnp.shape(a.mean)}, "
+            f"got {jnp.shape(b.mean)}. Take both with the same axis."
         )
     count = a.count + b.count
     t = b.count / jnp.where(count > 0, count, 1)
@@ -130,7 +130,10 @@ def _moments(
 
 @functools.partial(_moments.defjvp, symbolic_zeros=True)
 def _moments_jvp(axes, axis_name, groups, primals, tangents):
-    """∂mean = Σ w ∂x / n and ∂var = 2 Σ w (x − mean) ∂x / n; for weights Σ ∂w (x − mean) / n and Σ ∂w ((x − mean)² − var) / n."""
+    """The hand-made rule.
+
+    ∂mean = (Σ w ∂x + Σ ∂w (x − mean)) / n        ∂var = (2 Σ w (x − mean) ∂x + Σ ∂w ((x − mean)² − var)) / n
+    """
     (x, weights), (dx, dweights) = primals, tangents
     m = _moments(x, weights, axes, axis_name, groups)
 

@@ -103,11 +103,11 @@ def batch_norm(
       bessel_correction: whether the running variance takes the batch's times n / (n − 1), as PyTorch's does.
 
     Returns:
-      `(y, batch_stats)`: an array of the shape of `x`, and the new running statistics in the structure and dtypes of the old.
+      `(y, batch_stats)`: an array of the shape of `x`, and the running statistics in the structure and dtypes of the old.
 
     Raises:
-      TypeError, ValueError: at trace time, for a non-floating `x`, an invalid `axis`, missing or misshapen parameters or
-        statistics, a mask that does not broadcast, momentum outside [0, 1] or negative epsilon (where known).
+      TypeError, ValueError: at trace time, for a non-floating `x`, an invalid `axis`, missing or misshapen parameters
+        or statistics, a mask that does not broadcast, momentum outside [0, 1] or negative epsilon (where known).
       NameError: if `axis_name` is not bound.
 
     References:
@@ -188,7 +188,7 @@ def normalize(
     weights: Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """`scale · (x − mean) / sqrt(var + epsilon) + bias`, with per-feature values along the feature axes `axes` of `x`."""
+    """`scale · (x − mean) / sqrt(var + epsilon) + bias`, per-feature values lying along the axes `axes` of `x`."""
     dtype = x.dtype if dtype is None else dtype
     compute = functools.reduce(jnp.promote_types, (x.dtype, jnp.float32, dtype))
     multiplier = lax.rsqrt(var.astype(compute) + jnp.asarray(epsilon, compute))
