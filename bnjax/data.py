@@ -31,7 +31,7 @@ class Split(NamedTuple):
     """
 
     x: Float[np.ndarray, "examples ..."] | UInt8[np.ndarray, "examples height width channels"]
-    y: Int[np.ndarray, "examples"]
+    y: Int[np.ndarray, " examples"]
 
 
 class Dataset(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import jax
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 Place = Literal["none", "before", "after", "input"]
 """Where the normaliser stands: nowhere, before or after each hidden activation, or on the network's input."""
@@ -17,7 +17,7 @@ class Perceptron(nn.Module):
     Attributes:
       hidden: sizes of the hidden layers.
       outputs: size of the output, which has no activation (logits).
-      norm: makes the normaliser from `use_running_average`, such as `functools.partial(bnjax.linen.BatchNorm, epsilon=1e-3)`.
+      norm: makes the normaliser from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it.
       place: 'none', 'before' or 'after' every hidden activation, or on the 'input'.
       activation: of the hidden layers.
       hidden_init: initialiser of the hidden kernels.
@@ -50,18 +50,23 @@ class Perceptron(nn.Module):
             )
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch *shape"], *, training: bool) -> Float[Array, "batch outputs"]:
+    def __call__(
+        self, x: Float[Array, "batch ..."], *, training: bool, mask: Shaped[Array, " batch"] | None = None
+    ) -> Float[Array, "batch outputs"]:
         """Logits of a batch; with `training`, normalised by the batch's statistics, which move the running ones.
 
         Args:
           x: inputs, flattened to one vector for each example.
           training: whether the normaliser uses the batch's statistics.
+          mask: which examples count in them, or with what weight; all by default.
         """
 
         def normalize(place: Place, x):
             if self.norm is None or self.place != place:
                 return x
-            return self.norm(use_running_average=not training)(x)
+            return self.norm(use_running_average=not training)(x, **masked)
+
+        masked = {} if mask is None else {"mask": mask[:, None]}
 
         x = normalize("input", x.reshape((x.shape[0], -1)))
         for size in self.hidden:

@@ -103,7 +103,7 @@ def batch_norm(
       bessel_correction: whether the running variance takes the batch's times n / (n − 1), as PyTorch's does.
 
     Returns:
-      `(y, batch_stats)`: an array of the shape of `x`, and the running statistics in the structure and dtypes of the old.
+      `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
 
     Raises:
       TypeError, ValueError: at trace time, for a non-floating `x`, an invalid `axis`, missing or misshapen parameters

@@ -25,29 +25,29 @@ class TrainState(train_state.TrainState):
 
 
 class Metrics(NamedTuple):
-    """Means over examples.
+    """Of one example, or the means over several.
 
     Attributes:
-      loss: mean loss.
-      accuracy: fraction of the examples that are classified correctly.
+      loss: what training minimises.
+      accuracy: whether the example is classified correctly (1 or 0); the fraction of those that are.
     """
 
     loss: Float[Array, "..."]
     accuracy: Float[Array, "..."]
 
 
-def binary_cross_entropy(logits: Float[Array, "batch 1"], labels: Shaped[Array, "batch"]):
+def binary_cross_entropy(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
     """Cross-entropy of a sigmoid output: `log(1 + exp(−logit))` for label 1, `log(1 + exp(logit))` for label 0."""
     logits = logits[:, 0]
     return optax.sigmoid_binary_cross_entropy(logits, labels), (logits > 0) == (labels > 0)
 
 
-def cross_entropy(logits: Float[Array, "batch classes"], labels: Shaped[Array, "batch"]):
+def cross_entropy(logits: Float[Array, "batch classes"], labels: Shaped[Array, " batch"]):
     """Cross-entropy of a softmax output: `−log softmax(logits)[label]`."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels), logits.argmax(-1) == labels
 
 
-def squared_error(logits: Float[Array, "batch 1"], labels: Shaped[Array, "batch"]):
+def squared_error(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
     """Squared error of a sigmoid output: `(sigmoid(logit) − label)²`."""
     logits = logits[:, 0]
     return jnp.square(jax.nn.sigmoid(logits) - labels), (logits > 0) == (labels > 0)
@@ -73,17 +73,24 @@ def create_train_state(
     )
 
 
-def loss_and_updates(state: TrainState, params: Any, x: Array, y: Array, objective: Objective):
+def loss_and_updates(
+    state: TrainState, params: Any, x: Array, y: Array, objective: Objective, weights: Array | None = None
+):
     """Training loss of a batch at `params`, with `(metrics, new batch_stats)` beside it, for `jax.value_and_grad`."""
     variables = {"params": params, "batch_stats": state.batch_stats}
-    outputs, updates = state.apply_fn(variables, x, training=True, mutable=["batch_stats"])
-    losses, correct = objective(outputs, y)
-    loss = losses.mean()
-    return loss, (Metrics(loss, correct.mean()), updates.get("batch_stats", {}))
+    masked = {} if weights is None else {"mask": weights}
+    outputs, updates = state.apply_fn(variables, x, training=True, mutable=["batch_stats"], **masked)
+    metrics = Metrics(*(jnp.average(values, weights=weights) for values in objective(outputs, y)))
+    return metrics.loss, (metrics, updates.get("batch_stats", {}))
 
 
 def train_step(
-    state: TrainState, x: Shaped[Array, "batch ..."], y: Shaped[Array, "batch"], *, objective: Objective
+    state: TrainState,
+    x: Shaped[Array, "batch ..."],
+    y: Shaped[Array, " batch"],
+    weights: Float[Array, " batch"] | None = None,
+    *,
+    objective: Objective,
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient descent on the mean loss of a batch: the one step body of all training.
 
@@ -91,13 +98,14 @@ def train_step(
       state: parameters, running statistics and optimiser state.
       x: inputs of the batch.
       y: labels of the batch.
+      weights: of the examples, in the loss and (as `mask`) in the batch norms; zero for padding.
       objective: loss and correctness of each example; static.
 
     Returns:
       The next state, and the metrics of the batch before the update.
     """
     gradient = jax.grad(loss_and_updates, argnums=1, has_aux=True)
-    grads, (metrics, batch_stats) = gradient(state, state.params, x, y, objective)
+    grads, (metrics, batch_stats) = gradient(state, state.params, x, y, objective, weights)
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
 
 
@@ -105,12 +113,14 @@ def train_epoch(
     state: TrainState,
     key: Array,
     x: Shaped[Array, "examples ..."],
-    y: Shaped[Array, "examples"],
+    y: Shaped[Array, " examples"],
     *,
     batch_size: int,
     objective: Objective,
 ) -> tuple[TrainState, Metrics]:
-    """One pass over the examples in random order: a scan of `train_step`, then a smaller batch of what remains.
+    """One pass over the examples in random order: a scan of `train_step`.
+
+    What remains after the last full batch is a batch too, padded to the common size with examples of weight zero.
 
     Args:
       state: where to begin.
@@ -124,31 +134,35 @@ def train_epoch(
       The state after the epoch, and the means over its examples of each batch's metrics, as Keras reports them.
     """
     count = x.shape[0]
-    order = jax.random.permutation(key, count)
-    steps, rest = divmod(count, batch_size)
+    steps = -(-count // batch_size)
+    order = jnp.argsort(jax.random.bits(key, (count,)))  # jax.random.permutation sorts twice, and compiles slower
+    batches = jnp.pad(order, (0, steps * batch_size - count)).reshape((steps, batch_size))
+    sizes = jnp.minimum(batch_size, count - batch_size * jnp.arange(steps))
 
-    def step(state, index):
-        return train_step(state, x[index], y[index], objective=objective)
+    def step(state, batch):
+        index, size = batch
+        padded = count % batch_size != 0
+        weights = (jnp.arange(batch_size) < size).astype(jnp.float32) if padded else None
+        return train_step(state, x[index], y[index], weights, objective=objective)
 
-    state, metrics = lax.scan(step, state, order[: steps * batch_size].reshape((steps, batch_size)))
-    total = jax.tree.map(lambda m: m.sum() * batch_size, metrics)
-    if rest:
-        state, metrics = step(state, order[steps * batch_size :])
-        total = jax.tree.map(lambda t, m: t + m * rest, total, metrics)
-    return state, jax.tree.map(lambda t: t / count, total)
+    state, metrics = lax.scan(step, state, (batches, sizes))
+    return state, jax.tree.map(lambda m: (m * sizes).sum() / count, metrics)
 
 
 def evaluate(
-    state: TrainState, x: Shaped[Array, "examples ..."], y: Shaped[Array, "examples"], *, objective: Objective
+    state: TrainState, x: Shaped[Array, "examples ..."], y: Shaped[Array, " examples"], *, objective: Objective
 ) -> Metrics:
-    """Metrics of all examples, normalised by the running statistics.
+    """Loss and correctness of each example, normalised by the running statistics.
 
     Args:
       state: parameters and running statistics.
       x: inputs of all examples.
       y: labels of all examples.
       objective: loss and correctness of each example; static.
+
+    Returns:
+      `Metrics` of one value for each example: take the mean over the examples of a data set.
     """
     outputs = state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
     losses, correct = objective(outputs, y)
-    return Metrics(losses.mean(), correct.mean())
+    return Metrics(losses, correct.astype(losses.dtype))

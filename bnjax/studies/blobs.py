@@ -1,0 +1,187 @@
+"""S4: two blobs. (a) a shallow network, (b) eleven hidden layers with and without batch norm, (c) inside the layer."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+
+from bnjax import data, train
+from bnjax.linen import BatchNorm
+from bnjax.models import Perceptron
+from bnjax.studies import Options, plots
+from bnjax.studies.experiment import Job, Report, Trained, Variant, train_variants
+from bnjax.studies.results import Claim, Results, interval, prediction_interval, within
+
+SOURCE = "training and inference slides"
+PUBLISHED = {"deep_none": 0.86, "deep_before": 0.84}
+SETTINGS = {
+    "width": 128,
+    "optimizer": "Adam",
+    "learning_rate": 0.01,
+    "batch_size": 300,
+    "momentum": 0.99,
+    "epsilon": 1e-3,
+}
+
+# name: (label, hidden layers, place, epochs, epsilon of the source's part)
+VARIANTS = {
+    "shallow_before": ("(a) one layer, batch norm", 1, "before", 50, 1e-5),
+    "deep_none": ("(b) eleven layers, none", 11, "none", 100, 1e-3),
+    "deep_before": ("(b) eleven layers, batch norm", 11, "before", 100, 1e-3),
+}
+
+
+def run(options: Options, report: Report):
+    """Trains parts (a), (b) and (c), each seed on blobs of its own, and checks S4.1 to S4.3.
+
+    Args:
+      options: seeds and epochs (50 for (a), 100 for (b); (c) always takes its 10).
+      report: is told the progress.
+
+    Returns:
+      The results, and the figures by file name.
+    """
+    seeds = range(options.seeds)
+    sets = [data.blobs(seed) for seed in seeds]
+    training, test = (
+        data.Split(*map(np.stack, zip(*split, strict=True)))
+        for split in zip(*((s.train, s.test) for s in sets), strict=True)
+    )
+    results = Results("blobs", {**SETTINGS, "epochs": options.epochs or "50 shallow, 100 deep, 10 inside"}, seeds)
+    jobs = []
+    for name, (label, layers, place, epochs, epsilon) in VARIANTS.items():
+        norm = None if place == "none" else functools.partial(BatchNorm, epsilon=epsilon)
+        model = Perceptron((SETTINGS["width"],) * layers, 1, norm, place, use_hidden_bias=False)
+        optimizer = optax.adam(SETTINGS["learning_rate"], eps=1e-7)
+        objective, size = train.binary_cross_entropy, SETTINGS["batch_size"]
+        variant = Variant(name, label, model, optimizer, objective, size, options.epochs or epochs)
+        jobs.append(Job(variant, training, {"fitted": training, "test": test}, per_seed_data=True))
+    all_trained = train_variants(jobs, seeds, report)
+    for trained in all_trained:
+        _, layers, place, _, epsilon = VARIANTS[trained.variant.name]
+        metrics = {
+            "train_accuracy": trained.final("fitted_accuracy"),
+            "test_accuracy": trained.final("test_accuracy"),
+            "train_loss": trained.final("fitted_loss"),
+            "validation_loss": trained.final("test_loss"),
+            "loss_gap": trained.final("test_loss") - trained.final("fitted_loss"),
+        }
+        settings = {"layers": layers, "place": place, "epochs": trained.variant.epochs, "epsilon": epsilon}
+        results.add(trained, settings, metrics)
+    results.notes["inside"] = inside(options.seeds, report)
+    results.texts = inside_texts(results)
+    results.claims = claims(results)
+    panels = {
+        "train_loss": "training loss (during the epoch)",
+        "test_loss": "validation loss",
+        "train_accuracy": "training accuracy (during the epoch)",
+        "test_accuracy": "validation accuracy",
+    }
+    figures = {
+        "histograms.png": plots.histograms(
+            all_trained, "First seed: values over training, darker where there are more"
+        ),
+        "learning_curves.png": plots.learning_curves(
+            all_trained, panels, f"Two blobs, {options.seeds} seeds: mean and 95 % interval"
+        ),
+        "decision_boundaries.png": plots.decision_boundaries(
+            all_trained, sets[0].test, "Test examples and the decision boundary of the first seed"
+        ),
+    }
+    return results, figures
+
+
+def inside(seeds: int, report: Report) -> dict[str, dict]:
+    """Part (c): trains 2 or 3 features → 4 units and compares inference with a calculation from the stored numbers.
+
+    Args:
+      seeds: for how many seeds.
+      report: is told the progress.
+
+    Returns:
+      For each number of features: 'h' and 'r' of the first seed's first three examples, 'gamma', 'beta', 'mean' and
+      'var' as stored, the 'manual' `gamma (h − mean) / sqrt(var + epsilon) + beta` in NumPy, and the largest absolute
+      'difference' between layer and calculation over all examples and seeds.
+    """
+    jobs = []
+    for features in (2, 3):
+        rngs = [np.random.default_rng([seed, features]) for seed in range(seeds)]
+        x = np.stack([rng.normal(size=(100, features)) for rng in rngs]).astype(np.float32)
+        y = np.stack([rng.integers(0, 2, 100) for rng in rngs]).astype(np.int32)
+        norm = functools.partial(BatchNorm, momentum=SETTINGS["momentum"], epsilon=SETTINGS["epsilon"])
+        model = Perceptron((4,), 1, norm, "before", use_hidden_bias=False)
+        name, label, optimizer = f"{features} features", f"(c) inside, {features} features", optax.adam(1e-3, eps=1e-7)
+        variant = Variant(name, label, model, optimizer, train.squared_error, batch_size=10, epochs=10)
+        jobs.append(Job(variant, data.Split(x, y), {}, per_seed_data=True))
+    trained = train_variants(jobs, range(seeds), report)
+    return {job.variant.name: _compare(one, job.training.x) for job, one in zip(jobs, trained, strict=True)}
+
+
+def _compare(trained: Trained, x: np.ndarray) -> dict:
+    params, stats = trained.state.params, trained.state.batch_stats["BatchNorm_0"]
+    layer = BatchNorm(use_running_average=True, momentum=SETTINGS["momentum"], epsilon=SETTINGS["epsilon"])
+    h = np.einsum("sni,sij->snj", x, params["Dense_0"]["kernel"])
+    r = jax.vmap(lambda p, s, h: layer.apply({"params": p, "batch_stats": s}, h))(params["BatchNorm_0"], stats, h)
+    gamma, beta = params["BatchNorm_0"]["scale"], params["BatchNorm_0"]["bias"]
+    stored = {"gamma": gamma, "beta": beta, "mean": stats["mean"], "var": stats["var"]}
+    g, b, mean, var = (np.asarray(value, np.float64)[:, None] for value in stored.values())
+    manual = g * (h - mean) / np.sqrt(var + SETTINGS["epsilon"]) + b
+    shown = {"h": h[0, :3], "r": np.asarray(r)[0, :3], **{k: v[0] for k, v in stored.items()}, "manual": manual[0, :3]}
+    return {key: np.round(value, 6).tolist() for key, value in shown.items()} | {
+        "difference": float(np.abs(r - manual).max()),
+        "largest": float(np.abs(manual).max()),
+    }
+
+
+def claims(results: Results) -> list[Claim]:
+    """S4.1 to S4.3 with their verdicts."""
+    inner = results.notes["inside"].values()
+    difference, largest = (max(part[key] for part in inner) for key in ("difference", "largest"))
+    accuracy = {name: results.metric(name, "test_accuracy") for name in PUBLISHED}
+    runs = {name: prediction_interval(values) for name, values in accuracy.items()}
+    gap = results.difference("loss_gap", "deep_before", "deep_none")
+    gaps = {name: interval(results.metric(name, "loss_gap")) for name in PUBLISHED}
+    return [
+        Claim(
+            "S4.1",
+            SOURCE,
+            "inference equals gamma (h − mean) / sqrt(var + epsilon) + beta from the stored numbers",
+            "equal to 3 decimals",
+            "largest absolute difference to a float64 calculation below 1e-5 of the largest value",
+            f"{difference:.1e} (largest value {largest:.1f})",
+            (difference <= 1e-5 * largest,),
+        ),
+        Claim(
+            "S4.2",
+            SOURCE,
+            "test accuracy of the deep network is about 0.86 without and 0.84 with batch norm",
+            "0.86, 0.84 (one run each)",
+            "each published number lies in the 95 % prediction interval of one run",
+            f"{runs['deep_none'].mean:.4f} [{runs['deep_none'].low:.3f}, {runs['deep_none'].high:.3f}], "
+            f"{runs['deep_before'].mean:.4f} [{runs['deep_before'].low:.3f}, {runs['deep_before'].high:.3f}]",
+            [runs[name].low <= published <= runs[name].high for name, published in PUBLISHED.items()],
+        ),
+        Claim(
+            "S4.3",
+            SOURCE,
+            "batch norm prevents overfitting: training and validation loss stay together in the deep network",
+            "a figure",
+            "the gap between validation and training loss (both with running statistics, at the end) is smaller with "
+            "batch norm, paired over seeds",
+            f"gap {gaps['deep_before'].text()} with, {gaps['deep_none'].text()} without; difference {gap.text()}",
+            (within(gap, -np.inf, 0),),
+        ),
+    ]
+
+
+def inside_texts(results: Results) -> list[tuple[str, str]]:
+    """What part (c) prints: the stored numbers of the first seed beside the manual calculation."""
+    lines = []
+    for title, part in results.notes["inside"].items():
+        rows = {k: np.array(part[k]) for k in ("h", "gamma", "beta", "mean", "var", "r", "manual")}
+        text = "\n".join(f"{k} = {np.array2string(v.round(3), prefix=k + ' = ')}" for k, v in rows.items())
+        lines.append(
+            (f"(c) inside batch norm, {title}, first seed", f"{text}\nlargest difference {part['difference']:.1e}")
+        )
+    return lines
