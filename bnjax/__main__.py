@@ -48,8 +48,8 @@ def _parser() -> _Parser:
             help=study.summary,
             formatter_class=_FORMAT,
             description=f"{study.summary}.\nSource: {study.source}.\n\n"
-            "Trains every variant from all seeds at once, prints mean ± 95 % interval over seeds and the claims of the\n"
-            "source with their verdicts, and saves results.json, curves.npz, summary.md and figures.",
+            "Trains every variant from all seeds at once, prints mean ± 95 % interval over seeds and the claims\n"
+            "of the source with their verdicts, and saves results.json, curves.npz, summary.md and figures.",
         )
         one.add_argument(
             "--seeds", type=_positive, default=study.seeds, metavar="N", help=f"number of seeds (default {study.seeds})"
@@ -132,7 +132,8 @@ def _print_studies() -> int:
     width = max(map(len, STUDIES))
     for study in STUDIES.values():
         print(
-            f"{study.name:{width}}  {study.summary}\n{'':{width}}  {study.source}; {study.seeds} seeds, epochs: {study.epochs}"
+            f"{study.name:{width}}  {study.summary}\n"
+            f"{'':{width}}  {study.source}; {study.seeds} seeds, epochs: {study.epochs}"
         )
     print("\nRun one with: bnjax run STUDY (see bnjax run STUDY --help)")
     return 0

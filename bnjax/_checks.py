@@ -135,7 +135,7 @@ def check_training(training: Any) -> None:
         )
 
 
-def check_in_range(name: str, value: Any, low: float, high: float) -> None:
+def check_in_range(name: str, value: Any, low: int | float, high: int | float) -> None:
     """Raises unless `value` is a real scalar in [low, high]; of a jax array only shape and dtype are checked."""
     shape, dtype = np.shape(value), jnp.result_type(value)
     expected = f"in [{low}, {high}]" if high < np.inf else f"of at least {low}"

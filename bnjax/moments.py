@@ -140,8 +140,11 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass.
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def from_x(x, weights, mean, dx):
-        centred, dx = _weigh(x.astype(mean.dtype) - expand(mean, x.ndim, axes), weights), dx.astype(mean.dtype)
-        return _sum(_weigh(dx, weights), axes), 2 * _sum(centred * dx, axes)
+        weighted = _weigh(dx.astype(mean.dtype), weights)
+        centred = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
+        if weights is not None:
+            centred = jnp.where(weights > 0, centred, 0)  # where NaN times a zero cotangent would be NaN
+        return _sum(weighted, axes), 2 * _sum(centred * weighted, axes)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def from_weights(x, weights, mean, var, dweights):

@@ -1,4 +1,8 @@
-"""S4: two blobs. (a) a shallow network, (b) eleven hidden layers with and without batch norm, (c) inside the layer."""
+"""S4: two blobs. (a) a shallow network, (b) eleven hidden layers with and without batch norm, (c) inside the layer.
+
+The source draws its blobs once, from an unknown seed: here each seed has blobs of its own. Its part (a) starts the
+running variance at 0, with a layer of its own; here it starts at 1, as in Keras.
+"""
 
 import functools
 
@@ -26,9 +30,9 @@ SETTINGS = {
 
 # name: (label, hidden layers, place, epochs, epsilon of the source's part)
 VARIANTS = {
-    "shallow_before": ("(a) one layer, batch norm", 1, "before", 50, 1e-5),
-    "deep_none": ("(b) eleven layers, none", 11, "none", 100, 1e-3),
-    "deep_before": ("(b) eleven layers, batch norm", 11, "before", 100, 1e-3),
+    "shallow_before": ("(a) one, batch norm", 1, "before", 50, 1e-5),
+    "deep_none": ("(b) eleven, no batch norm", 11, "none", 100, 1e-3),
+    "deep_before": ("(b) eleven, batch norm", 11, "before", 100, 1e-3),
 }
 
 

@@ -19,12 +19,12 @@ LAST = 10  # epochs over which accuracies that fluctuate are averaged
 
 # name: (label, place, arguments of the batch norm)
 VARIANTS = {
-    "none": ("none", "none", {}),
-    "after": ("after", "after", {}),
-    "before": ("before", "before", {}),
+    "none": ("no batch norm", "none", {}),
+    "after": ("after activation", "after", {}),
+    "before": ("before activation", "before", {}),
     "no_scale_bias": ("after, no scale/bias", "after", {"use_scale": False, "use_bias": False}),
     "no_momentum": ("after, no momentum", "after", {"momentum": 0.0}),
-    "input": ("input", "input", {}),
+    "input": ("on the input", "input", {}),
 }
 SETTINGS = {"hidden": 50, "optimizer": "SGD", "learning_rate": 0.01, "momentum": 0.9, "batch_size": 32, "epsilon": 1e-3}
 

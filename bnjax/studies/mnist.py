@@ -11,7 +11,7 @@ from bnjax.studies.experiment import Job, Report, Variant, train_variants
 from bnjax.studies.results import Claim, Results, interval, prediction_interval, within
 
 SOURCE = "MNIST assignment"
-PLACES = {"none": "none", "before": "batch norm"}
+PLACES = {"none": "no batch norm", "before": "batch norm"}
 BATCH_SIZES = (16, 32, 64, 128, 256)
 PUBLISHED_WITHOUT = {16: 0.9745, 32: 0.9718, 64: 0.9709, 128: 0.9720}
 PUBLISHED = {"none": 0.9706, "before": 0.9723}

@@ -81,7 +81,13 @@ def decision_boundaries(trained: Sequence[Trained], data: Split, title: str) -> 
     for axis in axes[len(trained) :]:
         axis.remove()
     if image is not None:
-        figure.colorbar(image, ax=list(axes[: len(trained)]), label="predicted probability of class 1", shrink=0.7)
+        figure.colorbar(
+            image,
+            ax=list(axes[: len(trained)]),
+            label="predicted probability of class 1",
+            shrink=0.7,
+            ticks=[0, 0.25, 0.5, 0.75, 1],
+        )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -106,7 +112,7 @@ def histograms(trained: Sequence[Trained], title: str) -> Figure:
     figure = Figure(figsize=(11, height))
     figure.suptitle(title)
     # By hand, since finding a layout takes longer than all the drawing.
-    figure.subplots_adjust(0.07, 0.5 / height, 0.99, 1 - 0.75 / height, wspace=0.3, hspace=0.3)
+    figure.subplots_adjust(0.07, 0.5 / height, 0.98, 1 - 0.75 / height, wspace=0.3, hspace=0.3)
     grid = figure.subplots(len(trained), 4, squeeze=False, sharex=True)
     for one, row in zip(trained, grid, strict=True):
         kernels = [

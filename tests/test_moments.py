@@ -1,0 +1,163 @@
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+
+import bnjax
+from bnjax import Moments, merge_moments, moments
+
+SIZES = (2, 3, 17, 255, 256, 257, 1000, 65_537, 1_000_000)
+jitted = jax.jit(moments, static_argnames=("axis",))
+
+
+@pytest.mark.parametrize("outlier", [False, True], ids=["normal", "outlier first"])
+@pytest.mark.parametrize("n", SIZES)
+def test_variance_is_accurate_for_any_mean_and_batch_size(n, outlier):
+    rng = np.random.default_rng(n)
+    for ratio in (0, 1, 10, 100, 1e3, 1e4, 1e5):
+        x = rng.standard_normal((n, 3))
+        if outlier:
+            x[0] += 1e3
+        x = (x + ratio).astype(np.float32)
+        mean, var = oracle.exact_moments(x)
+        got = jitted(x)
+        error = np.abs(np.asarray(got.var, np.float64) - var) / var
+        assert error.max() < (1e-4 if ratio <= 100 else 1e-3), (ratio, error)
+        np.testing.assert_allclose(got.mean, mean.astype(np.float64), rtol=1e-5, atol=1e-5 * np.sqrt(var.max()))
+        assert got.count == n
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((64, 9, 11, 5), -1), ((5, 2000), 0), ((7, 3, 400), 1), ((4, 3, 5, 6), (1, 3))])
+def test_variance_is_accurate_for_any_layout(shape, axis):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal(shape) * 3 + 3e4).astype(np.float32)
+    axes = tuple(np.atleast_1d(axis) % len(shape))
+    reduced = tuple(a for a in range(len(shape)) if a not in axes)
+    _, var = oracle.exact_moments(x, reduced)
+    got = jitted(x, axis=axis)
+    assert got.mean.shape == tuple(shape[a] for a in axes)
+    np.testing.assert_allclose(got.var, var.astype(np.float64), rtol=1e-3)
+
+
+def test_constant_input_has_exactly_no_variance():
+    got = moments(jnp.full((1000, 2), 12345.678))
+    assert (got.var == 0).all()
+    np.testing.assert_allclose(got.mean, np.float32(12345.678), rtol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_low_precision_input_has_float32_moments(dtype):
+    x = jax.random.normal(jax.random.key(0), (5000, 2)).astype(dtype) + jnp.asarray(7, dtype)
+    got = moments(x)
+    chex.assert_type(got, jnp.float32)
+    _, var = oracle.exact_moments(np.asarray(x, np.float64))
+    np.testing.assert_allclose(got.var, var.astype(np.float64), rtol=1e-5)
+
+
+def test_float64_is_kept(x64):
+    x = np.random.default_rng(0).standard_normal((1000, 2)) + 1e8
+    got = moments(x)
+    chex.assert_type(got, jnp.float64)
+    _, var = oracle.exact_moments(x)
+    np.testing.assert_allclose(got.var, var.astype(np.float64), rtol=1e-9)
+
+
+def test_masked_values_have_no_influence():
+    x = np.random.default_rng(0).standard_normal((700, 4)).astype(np.float32)
+    mask = np.random.default_rng(1).random(700) < 0.6
+    expected = moments(x[mask])
+    for bad in (0.0, np.nan, np.inf, -np.inf, 3e38):
+        filled = np.where(mask[:, None], x, np.float32(bad))
+        got = jax.jit(lambda x: moments(x, mask=mask))(filled)
+        chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", [0, 1, 777, 4095])
+def test_a_single_valid_element_that_no_sample_hits(position):
+    x = np.full((4096, 2), np.nan, np.float32)
+    x[position] = (1e5, -3)
+    got = jitted(x, mask=np.arange(4096) == position)
+    np.testing.assert_array_equal(got.mean, x[position])
+    assert (got.var == 0).all()
+    assert got.count == 1
+
+
+def test_sparse_mask_is_as_accurate_as_the_whole():
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((100_000, 2)) + 1e4).astype(np.float32)
+    mask = np.zeros(100_000, bool)
+    mask[rng.choice(100_000, 50, replace=False)] = True
+    _, var = oracle.exact_moments(x[mask])
+    np.testing.assert_allclose(jitted(x, mask=mask).var, var.astype(np.float64), rtol=1e-4)
+
+
+def test_weights_are_repetitions():
+    x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    weights = np.array([0, 1, 3, 2, 0, 1], np.float32)
+    repeated = np.repeat(x, weights.astype(int), axis=0)
+    chex.assert_trees_all_close(moments(x, mask=weights), moments(repeated), rtol=1e-5)
+
+
+def test_mask_shapes_that_mean_the_same():
+    x = jax.random.normal(jax.random.key(0), (4, 3, 5, 2))
+    rows = jnp.array([True, False, True, True])
+    shapes = (rows[:, None, None], rows[:, None, None, None], jnp.broadcast_to(rows[:, None, None], (4, 3, 5)))
+    results = [moments(x, mask=mask) for mask in shapes]
+    chex.assert_trees_all_close(*results)
+    chex.assert_trees_all_close(results[0], moments(x[rows]), rtol=1e-6)
+    assert results[0].count == 45
+
+
+def test_mask_that_differs_between_features_counts_each():
+    x = jnp.array([[1.0, 10.0], [3.0, 20.0], [5.0, 60.0]])
+    got = moments(x, mask=jnp.array([[True, True], [True, False], [False, True]]))
+    np.testing.assert_allclose(got.mean, [2, 35])
+    np.testing.assert_allclose(got.var, [1, 625])
+    np.testing.assert_allclose(got.count, [2, 2])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3)])
+def test_an_empty_batch_has_zero_moments(shape):
+    chex.assert_trees_all_equal(moments(jnp.zeros(shape)), Moments(jnp.zeros(3), jnp.zeros(3), jnp.zeros(())))
+
+
+def test_no_reduced_axis():
+    got = moments(jnp.array([1.0, 2.0]), axis=0)
+    chex.assert_trees_all_equal(got, Moments(jnp.array([1.0, 2.0]), jnp.zeros(2), jnp.ones(())))
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(0, 30), max_size=5), seed=st.integers(0, 99), offset=st.sampled_from([0.0, 1e4]))
+def test_merging_any_split_gives_the_whole(cuts, seed, offset):
+    x = (np.random.default_rng(seed).standard_normal((30, 2)) + offset).astype(np.float32)
+    parts = [moments(part) for part in np.split(x, sorted(cuts))]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merge_moments(merged, part)
+    mean, var = oracle.exact_moments(x)
+    np.testing.assert_allclose(merged.mean, mean.astype(np.float64), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(merged.var, var.astype(np.float64), rtol=2e-3 if offset else 1e-5)
+    assert merged.count == 30
+
+
+def test_merging_with_an_empty_batch_changes_nothing():
+    a, empty = moments(jnp.array([[1e5], [2e5]])), moments(jnp.zeros((0, 1)))
+    chex.assert_trees_all_equal(merge_moments(a, empty), a)
+    chex.assert_trees_all_equal(merge_moments(empty, a), a)
+    chex.assert_trees_all_equal(merge_moments(empty, empty), empty)
+
+
+def test_merging_different_features_is_an_error():
+    with pytest.raises(ValueError, match=r"b must hold moments of the same features.*\(2,\).*\(3,\)"):
+        merge_moments(moments(jnp.ones((4, 2))), moments(jnp.ones((4, 3))))
+
+
+def test_jitted_once_for_any_values():
+    chex.clear_trace_counter()
+    traced = jax.jit(chex.assert_max_traces(bnjax.moments, n=1))
+    for seed in range(3):
+        traced(jax.random.normal(jax.random.key(seed), (8, 2)))

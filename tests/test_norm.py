@@ -1,0 +1,432 @@
+import inspect
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax.core import FrozenDict
+from hypothesis import given, settings
+
+from bnjax import Moments, batch_norm, init_batch_norm, moments, update_batch_stats
+
+
+def example(shape=(7, 3), dtype=jnp.float64, seed=0):
+    """Input, parameters and statistics away from their initial values."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    features = shape[-1:]
+    x = jax.random.normal(keys[0], shape, dtype) * 2 + 1
+    params = {"scale": jax.random.normal(keys[1], features, dtype), "bias": jax.random.normal(keys[2], features, dtype)}
+    stats = {"mean": jax.random.normal(keys[3], features, dtype), "var": jax.random.uniform(keys[4], features, dtype) + 0.5}
+    return x, params, stats
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_initial_values_and_dtypes():
+    params, stats = init_batch_norm(3)
+    chex.assert_trees_all_equal(params, {"scale": jnp.ones(3), "bias": jnp.zeros(3)})
+    chex.assert_trees_all_equal(stats, {"mean": jnp.zeros(3), "var": jnp.ones(3)})
+    params, stats = init_batch_norm((2, 4), use_bias=False, dtype=jnp.bfloat16)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, {"scale": jnp.ones((2, 4), jnp.bfloat16)})
+    chex.assert_type(jax.tree.leaves(stats), jnp.float32)
+    with pytest.raises(ValueError, match="num_features"):
+        init_batch_norm(-1)
+    with pytest.raises(TypeError, match="dtype"):
+        init_batch_norm(1, dtype=jnp.int32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_agrees_with_the_definition_for_any_shape_axis_and_mask(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    axes = data.draw(st.sets(st.integers(0, len(shape) - 1), min_size=1))
+    axis = tuple(a - len(shape) if data.draw(st.booleans()) else a for a in axes)
+    features = tuple(shape[a] for a in sorted(axes))
+    keep = {key for key in ("scale", "bias") if data.draw(st.booleans())}
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    kind = data.draw(st.sampled_from(["none", "bool", "weights"]))
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal(shape))
+        params = {key: jnp.asarray(rng.standard_normal(features)) for key in sorted(keep)}
+        _, stats = init_batch_norm(features, dtype=jnp.float64)
+        one = tuple(1 if a in axes else s for a, s in enumerate(shape))
+        weights = None
+        if kind != "none":
+            weights = jnp.asarray(rng.random(one) * (rng.random(one) < 0.7)).at[(0,) * len(shape)].set(1.0)
+            weights = weights > 0 if kind == "bool" else weights
+        y, new = batch_norm(x, params, stats, training=True, axis=axis, momentum=0.9, mask=weights)
+        expected, mean, var = oracle.batch_norm(x, params, axes, weights=weights)
+        chex.assert_trees_all_close(y, expected, rtol=1e-9, atol=1e-9)
+        chex.assert_trees_all_close(new, {"mean": 0.1 * mean, "var": 0.9 + 0.1 * var}, rtol=1e-9, atol=1e-12)
+        y, same = batch_norm(x, params, new, training=False, axis=axis, mask=weights)
+        reduced = tuple(a for a in range(len(shape)) if a not in axes)
+        running = tuple(jnp.expand_dims(new[key], reduced) for key in ("mean", "var"))
+        chex.assert_trees_all_close(y, oracle.batch_norm(x, params, axes, statistics=running)[0], rtol=1e-9, atol=1e-9)
+        assert same is new
+
+
+def test_several_steps_then_inference_have_a_closed_form(x64):
+    x, params, _ = example()
+    _, stats = init_batch_norm(3, dtype=jnp.float64)
+    rho, steps = 0.8, 5
+    for _ in range(steps):
+        _, stats = batch_norm(x, params, stats, training=True, momentum=rho)
+    mean, var = (1 - rho**steps) * x.mean(0), rho**steps + (1 - rho**steps) * x.var(0)
+    chex.assert_trees_all_close(stats, {"mean": mean, "var": var}, rtol=1e-12)
+    y, _ = batch_norm(x, params, stats, training=False, epsilon=1e-3)
+    expected = (x - mean[None]) / jnp.sqrt(var[None] + 1e-3) * params["scale"][None] + params["bias"][None]
+    chex.assert_trees_all_close(y, expected, rtol=1e-12)
+
+
+def test_scale_and_bias_of_the_batch_give_the_identity(x64):
+    x, _, stats = example()
+    params = {"scale": jnp.sqrt(x.var(0) + 1e-5), "bias": x.mean(0)}
+    chex.assert_trees_all_close(batch_norm(x, params, stats, training=True)[0], x, rtol=1e-12)
+
+
+def test_invariant_to_the_scale_of_the_weights_before_it(x64):
+    u, params, stats = example((9, 4))
+    kernel = jax.random.normal(jax.random.key(9), (4, 4), jnp.float64)
+
+    def loss(kernel):
+        return jnp.sum(jnp.sin(batch_norm(u @ kernel, params, stats, training=True, epsilon=0.0)[0]))
+
+    gradient = jax.grad(loss)(kernel)
+    assert jnp.allclose(loss(3.7 * kernel), loss(kernel), rtol=1e-12)
+    chex.assert_trees_all_close(jax.grad(loss)(3.7 * kernel), gradient / 3.7, rtol=1e-10)
+    chex.assert_trees_all_close((kernel * gradient).sum(0), jnp.zeros(4, jnp.float64), atol=1e-12)
+
+
+def test_theorem_4_1_of_santurkar_et_al_holds_as_an_equality(x64):
+    x, params, stats = example((11, 3))
+    g = jax.random.normal(jax.random.key(5), x.shape, jnp.float64)
+    for epsilon in (0.0, 0.1):
+        _, vjp = jax.vjp(lambda x, e=epsilon: batch_norm(x, params, stats, training=True, epsilon=e)[0], x)
+        (dx,) = vjp(g)
+        var = x.var(0)
+        sigma = jnp.sqrt(var + epsilon)
+        normalised = (x - x.mean(0)[None]) / sigma[None]
+        chex.assert_trees_all_close(dx.sum(0), jnp.zeros(3, jnp.float64), atol=1e-13)
+        expected = params["scale"] / sigma * (g * normalised).sum(0) * epsilon / (var + epsilon)
+        chex.assert_trees_all_close((dx * normalised).sum(0), expected, atol=1e-12)
+        if epsilon == 0:
+            norms = (g**2).sum(0) - g.sum(0) ** 2 / 11 - (g * normalised).sum(0) ** 2 / 11
+            chex.assert_trees_all_close((dx**2).sum(0), (params["scale"] / sigma) ** 2 * norms, rtol=1e-12)
+
+
+# --- running statistics -----------------------------------------------------------------------------------------------
+
+
+def test_traced_momentum_gives_the_cumulative_average():
+    batches = jax.random.normal(jax.random.key(0), (6, 8, 2))
+    step = jax.jit(lambda x, stats, t: batch_norm(x, {}, stats, training=True, momentum=1 - 1 / (t + 1))[1])
+    _, stats = init_batch_norm(2)
+    for t, x in enumerate(batches):
+        stats = step(x, stats, jnp.float32(t))
+    expected = {"mean": batches.mean((0, 1)), "var": batches.var(1).mean(0)}
+    chex.assert_trees_all_close(stats, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bessel_correction():
+    x = jax.random.normal(jax.random.key(0), (5, 2))
+    _, stats = init_batch_norm(2)
+    _, new = batch_norm(x, {}, stats, training=True, momentum=0.9, bessel_correction=True)
+    np.testing.assert_allclose(new["var"], 0.9 + 0.1 * x.var(0, ddof=1), rtol=1e-6)
+    np.testing.assert_allclose(new["mean"], 0.1 * x.mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bessel_correction", [False, True])
+def test_a_batch_of_one_is_finite(bessel_correction):
+    params, stats = init_batch_norm(2)
+    y, new = batch_norm(jnp.array([[3.0, -1.0]]), params, stats, training=True, bessel_correction=bessel_correction)
+    np.testing.assert_array_equal(y, [[0, 0]])
+    np.testing.assert_allclose(new["var"], 0.99, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [np.zeros(4, bool), np.zeros(4, np.float32)], ids=["bool", "weights"])
+@pytest.mark.parametrize("fill", [2.0, np.nan, np.inf])
+def test_a_batch_without_weight_keeps_the_state_and_is_finite(mask, fill):
+    _, params, stats = example(dtype=jnp.float32)
+
+    def f(x, params):
+        y, new = batch_norm(x, params, stats, training=True, mask=mask)
+        return y.sum() + new["mean"].sum(), (y, new)
+
+    gradients, (y, new) = jax.grad(f, argnums=(0, 1), has_aux=True)(jnp.full((4, 3), fill), params)
+    chex.assert_trees_all_equal(new, stats)
+    chex.assert_tree_all_finite((y, gradients))
+    if np.isfinite(fill):
+        chex.assert_trees_all_close(y, batch_norm(jnp.full((4, 3), fill), params, stats, training=False)[0])
+
+
+def test_no_examples():
+    params, stats = init_batch_norm(2)
+    y, new = batch_norm(jnp.zeros((0, 2)), params, stats, training=True)
+    assert y.shape == (0, 2)
+    chex.assert_trees_all_equal(new, stats)
+
+
+@pytest.mark.parametrize("kind", [dict, FrozenDict])
+@pytest.mark.parametrize("stats_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_state_keeps_structure_and_dtypes(dtype, stats_dtype, kind):
+    x, params, stats = example(dtype=dtype)
+    before = after = kind({key: value.astype(stats_dtype) for key, value in stats.items()})
+    for _ in range(3):
+        y, after = batch_norm(x, params, after, training=True)
+        assert y.dtype == dtype
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    assert type(after) is kind
+    assert batch_norm(x, params, after, training=False, dtype=jnp.float32)[0].dtype == jnp.float32
+
+
+def test_bfloat16_is_normalised_by_float32_statistics():
+    x = (jax.random.normal(jax.random.key(0), (4096, 2)) + 20).astype(jnp.bfloat16)
+    y, _ = batch_norm(x, {}, init_batch_norm(2)[1], training=True)
+    exact = oracle.batch_norm(np.asarray(x, np.float32), {}, (1,))[0]
+    np.testing.assert_allclose(np.asarray(y, np.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_other_statistics_are_carried_along():
+    stats = {**init_batch_norm(2)[1], "steps": jnp.int32(4)}
+    new = update_batch_stats(stats, Moments(jnp.ones(2), jnp.ones(2), jnp.ones(())))
+    assert new["steps"] == 4
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+WEIGHTS = {
+    "no mask": None,
+    "mask": np.array([1, 1, 0, 1, 1, 0, 1], bool),
+    "weights": np.array([0.5, 2, 0, 1, 1, 0, 3.0]),
+}
+TRANSFORMS = {
+    "grad": lambda f: jax.grad(f, (0, 1)),
+    "jacfwd": lambda f: jax.jacfwd(f, (0, 1)),
+    "jacrev": lambda f: jax.jacrev(f, (0, 1)),
+    "hessian": lambda f: jax.hessian(f, (0, 1)),
+    "jacrev of jacrev": lambda f: jax.jacrev(jax.jacrev(f, (0, 1)), (0, 1)),
+    "jacfwd of jacfwd": lambda f: jax.jacfwd(jax.jacfwd(f, (0, 1)), (0, 1)),
+    "grad of jvp": lambda f: jax.grad(lambda x, p: jax.jvp(f, (x, p), (jnp.cos(x), p))[1], (0, 1)),
+    "jvp of grad": lambda f: lambda x, p: jax.jvp(jax.grad(f, (0, 1)), (x, p), (jnp.cos(x), p))[1],
+    "grad of remat": lambda f: jax.grad(jax.checkpoint(f), (0, 1)),
+    "vmap of grad": lambda f: lambda x, p: jax.vmap(jax.grad(f), in_axes=(0, None))(jnp.stack([x, x * 2, x - 1]), p),
+    "grad of vmap": lambda f: jax.grad(lambda x, p: jax.vmap(f, in_axes=(0, None))(jnp.stack([x, x * 2]), p).sum()),
+    "hessian of scan": lambda f: jax.hessian(
+        lambda x, p: jax.lax.scan(lambda c, t: (c + f(x * t, p), c), 0.0, jnp.arange(1.0, 3))[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("masking", WEIGHTS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_derivatives_are_those_of_the_definition(transform, masking, x64):
+    x, params, stats = example()
+    target = jax.random.normal(jax.random.key(7), x.shape, jnp.float64)
+    mask = WEIGHTS[masking]
+    valid = jnp.ones((7, 1), bool) if mask is None else jnp.asarray(mask > 0)[:, None]
+    if mask is not None:
+        x = jnp.where(valid, x, jnp.nan)  # what is masked must not reach any derivative
+
+    def loss(y, mean, var):
+        return jnp.sum(jnp.where(valid, jnp.sin(y) * target, 0)) + jnp.sum(mean**2 + jnp.sin(var))
+
+    def ours(x, params):
+        y, new = batch_norm(x, params, stats, training=True, momentum=0.0, mask=mask)
+        return loss(y, new["mean"], new["var"])
+
+    def reference(x, params):
+        weights = None if mask is None else jnp.asarray(mask)[:, None]
+        y, mean, var = oracle.batch_norm(jnp.where(valid, x, 0), params, (1,), weights=weights)
+        return loss(y, mean, var)
+
+    got, expected = (TRANSFORMS[transform](f)(x, params) for f in (ours, reference))
+    chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("transform", ["grad", "hessian", "jacrev of jacrev"])
+def test_derivatives_at_inference(transform, x64):
+    x, params, stats = example()
+    running = tuple(stats[key][None] for key in ("mean", "var"))
+
+    def ours(x, params):
+        return jnp.sum(jnp.sin(batch_norm(x, params, stats, training=False)[0]))
+
+    def reference(x, params):
+        return jnp.sum(jnp.sin(oracle.batch_norm(x, params, (1,), statistics=running)[0]))
+
+    got, expected = (TRANSFORMS[transform](f)(x, params) for f in (ours, reference))
+    chex.assert_trees_all_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_sample_weights_are_differentiable(x64):
+    x, params, stats = example()
+    weights = jnp.array([0.5, 2, 0.1, 1, 1, 0.7, 3.0])
+
+    def ours(weights):
+        y, new = batch_norm(x, params, stats, training=True, momentum=0.0, mask=weights)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(new["mean"] * new["var"])
+
+    def reference(weights):
+        y, mean, var = oracle.batch_norm(x, params, (1,), weights=weights[:, None])
+        return jnp.sum(jnp.sin(y)) + jnp.sum(mean * var)
+
+    for transform in (jax.grad, jax.jacfwd, jax.hessian):
+        chex.assert_trees_all_close(transform(ours)(weights), transform(reference)(weights), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("masking", ["no mask", "mask"])
+def test_only_x_is_kept_for_the_backward_pass(masking):
+    x = jnp.ones((64, 32), jnp.bfloat16)
+    params, stats = init_batch_norm(32)
+    mask = None if masking == "no mask" else jnp.ones(64, bool)
+    forward = jax.jit(lambda x, p: jax.vjp(lambda x, p: batch_norm(x, p, stats, training=True, mask=mask)[0], x, p)[1])
+    kept = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(forward(x, params))}
+    large = [leaf for leaf in kept.values() if leaf.size >= x.size]
+    assert [leaf.unsafe_buffer_pointer() for leaf in large] == [x.unsafe_buffer_pointer()]
+    assert sum(leaf.nbytes for leaf in kept.values()) < 1.5 * x.nbytes
+
+
+# --- synchronisation --------------------------------------------------------------------------------------------------
+
+GROUPS = [[0, 3, 5, 6], [1, 2, 4, 7]]
+MAPS = {
+    "vmap": lambda f: jax.vmap(f, axis_name="batch"),
+    "vmap of jit": lambda f: jax.vmap(jax.jit(f), axis_name="batch"),
+    "pmap": lambda f: jax.pmap(f, axis_name="batch"),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "unequal masks"])
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["all", "groups"])
+@pytest.mark.parametrize("mapping", MAPS)
+def test_synchronised_over_devices_equals_the_joint_batch(mapping, groups, masked, x64):
+    x = jax.random.normal(jax.random.key(0), (8, 5, 3), jnp.float64) + jnp.arange(8.0)[:, None, None]
+    _, params, stats = example()
+    valid = jnp.ones((8, 5), bool)
+    if masked:
+        valid = (jax.random.uniform(jax.random.key(3), (8, 5)) > 0.4).at[2].set(False)  # one device has nothing
+
+    def local(x, valid, params):
+        mask = valid if masked else None
+        y, new = batch_norm(x, params, stats, training=True, mask=mask, axis_name="batch", axis_index_groups=groups)
+        return jnp.where(valid[:, None], y, 0), new
+
+    def loss(x, params):
+        y, new = MAPS[mapping](lambda x, valid: local(x, valid, params))(x, valid)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(new["var"] ** 2), (y, new)
+
+    def joint_loss(x, params):
+        total, parts = 0.0, []
+        for group in groups or [list(range(8))]:
+            rows = jnp.array(group)
+            flat, mask = x[rows].reshape((-1, 3)), valid[rows].reshape(-1)
+            y, new = batch_norm(flat, params, stats, training=True, mask=mask if masked else None)
+            y = jnp.where(mask[:, None], y, 0)
+            total += jnp.sum(jnp.sin(y)) + len(group) * jnp.sum(new["var"] ** 2)
+            parts.append((rows, y.reshape((len(group), 5, 3)), new))
+        return total, parts
+
+    gradient, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(x, params)
+    expected, parts = jax.grad(joint_loss, (0, 1), has_aux=True)(x, params)
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-9, atol=1e-10)
+    for rows, group_y, group_stats in parts:
+        chex.assert_trees_all_close(y[rows], group_y, rtol=1e-10, atol=1e-12)
+        for row in rows:
+            chex.assert_trees_all_close(jax.tree.map(lambda v: v[row], new), group_stats, rtol=1e-12)
+
+
+def test_second_derivatives_through_a_synchronisation(x64):
+    x = jax.random.normal(jax.random.key(0), (4, 3, 2), jnp.float64)
+    _, stats = init_batch_norm(2, dtype=jnp.float64)
+
+    def synchronised(x):
+        f = jax.vmap(lambda x: batch_norm(x, {}, stats, training=True, axis_name="batch")[0], axis_name="batch")
+        return jnp.sum(jnp.sin(f(x)))
+
+    def joint(x):
+        return jnp.sum(jnp.sin(oracle.batch_norm(x.reshape((-1, 2)), {}, (1,))[0]))
+
+    chex.assert_trees_all_close(jax.hessian(synchronised)(x), jax.hessian(joint)(x), rtol=1e-9, atol=1e-11)
+
+
+def test_one_collective_forward_and_one_backward():
+    params, stats = init_batch_norm(3)
+
+    def step(x):
+        return jax.grad(lambda x: jnp.sum(batch_norm(x, params, stats, training=True, axis_name="batch")[0] ** 3))(x)
+
+    text = jax.pmap(step, axis_name="batch").lower(jnp.ones((8, 4, 3))).compile().as_text()
+    collectives = [line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line]
+    assert len(collectives) == 2
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+GOOD = {"x": jnp.ones((4, 3)), "params": init_batch_norm(3)[0], "batch_stats": init_batch_norm(3)[1], "training": True}
+BAD = {
+    "integer x": ({"x": jnp.ones((4, 3), jnp.int32)}, TypeError, r"x must .*floating.*got int32.*astype"),
+    "complex x": ({"x": jnp.ones((4, 3), jnp.complex64)}, TypeError, r"x must .*real floating.*complex64"),
+    "misshapen scale": ({"params": {"scale": jnp.ones(4)}}, ValueError, r"params\['scale'\].*\(3,\).*got \(4,\)"),
+    "unknown parameter": ({"params": {"gamma": jnp.ones(3)}}, ValueError, r"params.*'scale' and 'bias'.*gamma"),
+    "no scale": ({"params": {"scale": None}}, ValueError, r"params\['scale'\] must be an array.*NoneType"),
+    "no parameters": ({"params": None}, ValueError, r"params must be a mapping.*NoneType.*\{\}"),
+    "missing state": ({"batch_stats": {"mean": jnp.ones(3)}}, ValueError, r"batch_stats.*'var'.*init_batch_norm"),
+    "no state": ({"batch_stats": None}, ValueError, r"batch_stats must be a mapping.*NoneType"),
+    "misshapen state": (
+        {"batch_stats": {"mean": jnp.ones(3), "var": jnp.ones((1, 3))}},
+        ValueError,
+        r"batch_stats\['var'\].*\(3,\).*got \(1, 3\)",
+    ),
+    "axis out of range": ({"axis": 2}, ValueError, r"axis must lie in \[-2, 2\).*got 2"),
+    "axis twice": ({"axis": (1, -1)}, ValueError, r"axis must not name an axis twice.*\(1, -1\)"),
+    "no axis": ({"axis": ()}, ValueError, r"axis must be one feature axis or a non-empty"),
+    "misshapen mask": ({"mask": jnp.ones(5, bool)}, ValueError, r"mask must broadcast.*\(4, 3\).*\(4, 1\).*got shape \(5,\)"),
+    "mask of too many axes": ({"mask": jnp.ones((1, 4, 1), bool)}, ValueError, r"mask must broadcast.*\(1, 4, 1\)"),
+    "integer mask": ({"mask": jnp.ones(4, jnp.int32)}, TypeError, r"mask must be boolean.*int32.*astype\(bool\)"),
+    "unbound axis name": ({"axis_name": "devices"}, NameError, r"axis_name.*unbound 'devices'.*axis_name=None"),
+    "groups without a name": ({"axis_index_groups": [[0]]}, ValueError, r"axis_index_groups needs axis_name"),
+    "negative epsilon": ({"epsilon": -1e-5}, ValueError, r"epsilon.*at least 0.*-1e-05"),
+    "vector epsilon": ({"epsilon": np.ones(3)}, TypeError, r"epsilon must be a real scalar"),
+    "momentum above 1": ({"momentum": 1.5}, ValueError, r"momentum.*\[0, 1\].*1.5.*PyTorch"),
+    "negative momentum": ({"momentum": -0.1}, ValueError, r"momentum.*\[0, 1\].*-0.1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_clear_error_at_trace_time(case):
+    change, kind, message = BAD[case]
+    arguments = {**GOOD, **change}
+    x = arguments.pop("x")
+    with pytest.raises(kind, match=message):  # unwrapped: the type checker of these tests would object first
+        jax.eval_shape(lambda x: inspect.unwrap(batch_norm)(x, **arguments), x)
+
+
+def test_traced_training_is_an_error():
+    arguments = {**GOOD}
+    x, _ = arguments.pop("x"), arguments.pop("training")
+    with pytest.raises(TypeError, match=r"training must be a Python bool.*static"):
+        jax.jit(lambda x, training: inspect.unwrap(batch_norm)(x, training=training, **arguments))(x, True)
+
+
+def test_groups_that_do_not_split_the_axis_are_an_error():
+    arguments = {**GOOD}
+    x = jnp.stack([arguments.pop("x")] * 4)
+    for groups in ([[0, 1], [2]], [[0, 1]], [[0, 1], [1, 2]]):
+        with pytest.raises(ValueError, match=r"axis_index_groups must split the 4 indices.*\[\[0, 1\], \[2, 3\]\]"):
+            jax.vmap(
+                lambda x, g=groups: batch_norm(x, axis_name="i", axis_index_groups=g, **arguments)[0], axis_name="i"
+            )(x)
+
+
+def test_moments_and_updates_check_their_input_too():
+    with pytest.raises(TypeError, match="x must"):
+        moments(jnp.ones((2, 2), int))
+    with pytest.raises(ValueError, match=r"batch_stats\['mean'\]"):
+        update_batch_stats(init_batch_norm(3)[1], moments(jnp.ones((4, 2))))
+    with pytest.raises(ValueError, match="momentum"):
+        update_batch_stats(init_batch_norm(2)[1], moments(jnp.ones((4, 2))), momentum=2)
