@@ -144,7 +144,7 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
 def _download(builder, name: str, where: str) -> None:
     """Downloads and prepares a set, with a clear message where that is not possible."""
     message = f"the data set {name} is not in {where}, and could not be downloaded"
-    hosts = {urlsplit(url).hostname for url in builder.url_infos}
+    hosts = {urlsplit(url).hostname for url in builder.url_infos or ()}
     for host in sorted(filter(None, hosts)):
         try:
             socket.getaddrinfo(host, 443)
@@ -181,7 +181,7 @@ def _split(builder, split: str, image: str, label: str, progress: Callable[[str,
     count, shape = builder.info.splits[split].num_examples, builder.info.features[image].shape
     cached = _cache_path(builder, split)
     if cached.exists():
-        with contextlib.suppress(Exception), np.load(cached) as arrays:  # an unreadable cache is made anew
+        with contextlib.suppress(Exception), cached.open("rb") as file, np.load(file) as arrays:  # else made anew
             x, y = arrays["x"], arrays["y"]
             if x.shape == (count, *shape) and y.shape == (count,):
                 return Split(x, y)

@@ -1,9 +1,11 @@
 """Batch norm as a Flax linen layer: a drop-in replacement for `flax.linen.BatchNorm`."""
 
-import jax
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import dtypes
+from jaxtyping import ArrayLike
 
 from bnjax import _checks
 from bnjax.norm import batch_norm
@@ -40,10 +42,12 @@ class BatchNorm(nn.BatchNorm):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
     """
 
+    axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
+    axis_name: str | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     bessel_correction: bool = False
 
     @nn.compact
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
         """Normalises `x`, and moves the running statistics where the batch's are used (not during initialisation).
 
         Args:

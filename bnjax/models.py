@@ -34,7 +34,7 @@ class Perceptron(nn.Module):
     hidden: Sequence[int]
     outputs: int
     norm: Callable[..., nn.Module] | None = None
-    place: Place = "none"
+    place: str = "none"
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     hidden_init: Any = nn.initializers.glorot_uniform()
     output_init: Any = nn.initializers.glorot_uniform()
@@ -61,7 +61,7 @@ class Perceptron(nn.Module):
           mask: which examples count in them, or with what weight; all by default.
         """
 
-        def normalize(place: Place, x):
+        def normalize(place: str, x):
             if self.norm is None or self.place != place:
                 return x
             return self.norm(use_running_average=not training)(x, **masked)

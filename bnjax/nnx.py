@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jaxtyping import ArrayLike
 
 from bnjax import _checks
 from bnjax.norm import batch_norm
@@ -32,7 +33,7 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(num_features, **kwargs)
         self.bessel_correction = bessel_correction
 
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
         """Normalises `x`, and moves the running statistics where the batch's are used.
 
         Args:

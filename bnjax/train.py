@@ -1,6 +1,6 @@
 """Training: a state with running statistics, one step body, and whole epochs as one compiled scan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,9 @@ class TrainState(train_state.TrainState):
       batch_stats: the 'batch_stats' collection; empty for a model without batch norm.
     """
 
-    batch_stats: Mapping[str, Any]
+    step: Any
+    params: Any  # of any container, where Flax's annotation says FrozenDict
+    batch_stats: Any
 
 
 class Metrics(NamedTuple):

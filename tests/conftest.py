@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook("bnjax", "beartype.beartype")
+install_import_hook("bnjax", "typecheck.check")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data" / "tfds"
 

@@ -31,7 +31,9 @@ def test_variance_is_accurate_for_any_mean_and_batch_size(n, outlier):
         assert got.count == n
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((64, 9, 11, 5), -1), ((5, 2000), 0), ((7, 3, 400), 1), ((4, 3, 5, 6), (1, 3))])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((64, 9, 11, 5), -1), ((5, 2000), 0), ((7, 3, 400), 1), ((4, 3, 5, 6), (1, 3))]
+)
 def test_variance_is_accurate_for_any_layout(shape, axis):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal(shape) * 3 + 3e4).astype(np.float32)

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ if jax.__version_info__ < (0, 11):
     COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False  # an option that later versions lack; a third faster
 
 
+@runtime_checkable
 class Report(Protocol):
     """What a study tells of its progress."""
 

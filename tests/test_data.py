@@ -1,0 +1,160 @@
+import io
+import os
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from bnjax import data
+
+
+class TinySet(tfds.core.GeneratorBasedBuilder):
+    """Twelve images whose pixels are their label."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(4, 5, 1)), "label": tfds.features.ClassLabel(num_classes=3)}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(12), "test": self._generate_examples(6)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"image": np.full((4, 5, 1), 50 * (i % 3), np.uint8), "label": i % 3}
+
+
+class TinyText(TinySet):
+    """No image set."""
+
+    def _info(self):
+        features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=3)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"text": "a", "label": i % 3}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BNJAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def test_circles_are_the_sources():
+    circles = data.circles()
+    assert circles.train.x.shape == circles.test.x.shape == (500, 2)
+    assert circles.train.x.dtype == np.float32
+    assert circles.train.y.sum() + circles.test.y.sum() == 500
+    radius = np.linalg.norm(circles.train.x, axis=1)
+    assert radius[circles.train.y == 0].mean() > 0.95
+    assert radius[circles.train.y == 1].mean() < 0.85
+    np.testing.assert_array_equal(data.circles().test.x, circles.test.x)
+
+
+def test_blobs_are_drawn_by_seed():
+    blobs = data.blobs(3)
+    assert (blobs.train.x.shape, blobs.test.x.shape) == ((750, 2), (250, 2))
+    x, y = np.concatenate([blobs.train.x, blobs.test.x]), np.concatenate([blobs.train.y, blobs.test.y])
+    np.testing.assert_allclose(x[y == 0].mean(0), [0, 0], atol=0.05)
+    np.testing.assert_allclose(x[y == 1].mean(0), [0.5, 0.1], atol=0.05)
+    np.testing.assert_allclose(x[y == 0].std(0), 0.25, atol=0.03)
+    np.testing.assert_array_equal(data.blobs(3).train.x, blobs.train.x)
+    assert not np.array_equal(data.blobs(4).train.x, blobs.train.x)
+
+
+def test_a_set_is_prepared_without_tensorflow_and_then_cached(data_dir, monkeypatch):
+    told = []
+    first = data.images("tiny_set", data_dir, lambda *now: told.append(now))
+    assert (first.train.x.shape, first.test.x.shape, first.num_classes) == ((12, 4, 5, 1), (6, 4, 5, 1), 3)
+    assert first.train.x.dtype == np.uint8
+    np.testing.assert_array_equal(first.train.x[:, 0, 0, 0], 50 * first.train.y)
+    assert sorted(first.train.y) == sorted(i % 3 for i in range(12))
+    assert [text for text, _ in told] == ["reading tiny_set train", "reading tiny_set test"]
+    monkeypatch.setattr(data, "_records", None)  # a second reading would fail
+    again = data.images("tiny_set", data_dir)
+    np.testing.assert_array_equal(again.train.x, first.train.x)
+
+
+def test_the_environment_names_the_directory(data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    data.images("tiny_set")
+    assert (data_dir / "tiny_set" / "1.0.0").is_dir()
+
+
+def test_a_damaged_cache_is_made_anew(data_dir, tmp_path):
+    first = data.images("tiny_set", data_dir)
+    for file in (tmp_path / "cache" / "data").iterdir():
+        file.write_bytes(file.read_bytes()[:-200])
+    np.testing.assert_array_equal(data.images("tiny_set", data_dir).test.x, first.test.x)
+
+
+def test_damaged_records_are_a_clear_error(data_dir):
+    data.images("tiny_set", data_dir)
+    for file in (data_dir / "tiny_set" / "1.0.0").glob("*array_record*"):
+        content = bytearray(file.read_bytes())
+        content[20:] = os.urandom(len(content) - 20)
+        file.write_bytes(content)
+    with pytest.raises(data.DataError, match=r"tiny_set .* corrupt .* download it again"):
+        data.images("tiny_set", data_dir)
+
+
+def test_missing_without_a_network_is_a_clear_error(data_dir, monkeypatch):
+    def no_network(*arguments):
+        raise OSError("no such name")
+
+    monkeypatch.setattr(data.socket, "getaddrinfo", no_network)
+    with pytest.raises(data.DataError, match=r"mnist is not in .*no network.* python -c .*images.*--data-dir"):
+        data.images("mnist", data_dir)
+
+
+def test_wrong_names_and_kinds_are_clear_errors(data_dir):
+    with pytest.raises(data.DataError, match="'no_such_set' is no data set of TensorFlow Datasets; try mnist"):
+        data.images("no_such_set", data_dir)
+    with pytest.raises(data.DataError, match="does not exist"):
+        data.images("mnist", data_dir / "nowhere")
+    with pytest.raises(data.DataError, match=r"tiny_text is no image classification set.*\['label', 'text'\]"):
+        data.images("tiny_text", data_dir)
+
+
+def test_files_appear_only_when_complete(tmp_path):
+    target = tmp_path / "file"
+
+    def interrupted():
+        with data.atomic_file(target) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    with data.atomic_file(target) as file:
+        file.write(b"whole")
+    assert target.read_bytes() == b"whole"
+
+
+def test_png_decoding_checks_the_shape():
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((3, 3), np.uint8)).save(buffer, "png")
+    with pytest.raises(ValueError, match="instead of"):
+        data._decode(buffer.getvalue(), (4, 5, 1))
+
+
+@pytest.mark.parametrize(("name", "first"), [("mnist", [4, 1, 0, 7, 8]), ("fashion_mnist", None)])
+def test_real_sets(shared_data, name, first):
+    images = data.images(name, shared_data)
+    assert images.train.x.shape == (60000, 28, 28, 1)
+    assert images.test.x.shape == (10000, 28, 28, 1)
+    assert set(images.test.y) == set(range(10))
+    if first:
+        assert images.train.y[:5].tolist() == first

@@ -1,0 +1,187 @@
+import json
+import threading
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bnjax import data
+from bnjax.studies import STUDIES, Options, blobs, circles, mnist, results
+from bnjax.studies.experiment import Job, Variant, train_variant, train_variants
+from bnjax.studies.results import Claim, Interval, interval, prediction_interval, within
+
+
+class Silent:
+    """A report that remembers what it was told."""
+
+    def __init__(self):
+        self.told, self.read = {}, []
+
+    def task(self, variant):
+        return lambda epoch, means: self.told.setdefault(variant.name, []).append((epoch, means))
+
+    def reading(self, text, fraction):
+        self.read.append(text)
+
+
+def small_variant(name="after", epochs=4):
+    import optax
+
+    from bnjax import train
+    from bnjax.linen import BatchNorm
+    from bnjax.models import Perceptron
+
+    model = Perceptron((8,), 1, BatchNorm, "after")
+    return Variant(name, name, model, optax.sgd(0.1), train.binary_cross_entropy, 32, epochs)
+
+
+@pytest.fixture(scope="module")
+def circles_run():
+    report = Silent()
+    return *circles.run(Options(seeds=2, epochs=6), report), report
+
+
+def test_intervals_are_students():
+    values = np.array([1.0, 4.0, 2.0, np.nan, 5.0])
+    expected = stats.t.interval(0.95, 3, loc=3, scale=stats.sem(values, nan_policy="omit"))
+    np.testing.assert_allclose([interval(values).low, interval(values).high], expected)
+    one_more = stats.t.interval(0.95, 3, loc=3, scale=np.nanstd(values, ddof=1) * np.sqrt(1 + 1 / 4))
+    np.testing.assert_allclose([prediction_interval(values).low, prediction_interval(values).high], one_more)
+    assert interval(np.array([np.nan])).text() == "–"
+    assert interval(np.array([2.0])).text(1) == "2.0"
+
+
+def test_verdicts():
+    assert within(Interval(1.0, 0.1, 5), 0.8, 1.2) is True
+    assert within(Interval(1.0, 0.1, 5), 0.95, 1.2) is None
+    assert within(Interval(1.0, 0.1, 5), 1.2, 2) is False
+    assert within(Interval(1.0, np.nan, 1), 0, 2) is None
+
+    def verdict(*outcomes):
+        return Claim("", "", "", "", "", "", outcomes).verdict
+
+    assert verdict(True, True) == "reproduced"
+    assert verdict(True, None) == "undecided"
+    assert verdict(None, False) == "not reproduced"
+
+
+def test_a_seed_gives_the_same_in_any_company():
+    d = data.circles()
+    both = train_variant(small_variant(), d.train, {"test": d.test}, [3, 8])
+    alone = train_variant(small_variant(), d.train, {"test": d.test}, [8])
+    for name, curve in both.curves.items():
+        assert curve.shape == (2, 4)
+        np.testing.assert_allclose(curve[1], alone.curves[name][0], rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_may_have_data_of_their_own():
+    sets = [data.blobs(seed) for seed in (0, 1)]
+    training = data.Split(*(np.stack(parts) for parts in zip(*(s.train for s in sets), strict=True)))
+    test = data.Split(*(np.stack(parts) for parts in zip(*(s.test for s in sets), strict=True)))
+    joint = train_variant(small_variant(), training, {"test": test}, [0, 1], per_seed_data=True)
+    for seed, one in enumerate(sets):
+        alone = train_variant(small_variant(), one.train, {"test": one.test}, [seed])
+        np.testing.assert_allclose(joint.curves["test_loss"][seed], alone.curves["test_loss"][0], rtol=1e-4)
+
+
+def test_epochs_to_a_threshold_count_from_one():
+    d = data.circles()
+    trained = train_variant(small_variant(), d.train, {"test": d.test}, [0])
+    trained.curves["test_accuracy"] = np.array([[0.5, 0.8, 0.7, 0.9], [0.5, 0.5, 0.5, 0.5]])
+    np.testing.assert_array_equal(trained.epochs_to("test_accuracy", 0.8), [2, np.nan])
+    np.testing.assert_allclose(trained.final("test_accuracy", 2), [0.8, 0.5])
+
+
+def test_a_failure_stops_all_trainings():
+    d = data.circles()
+
+    class Failing(Silent):
+        def task(self, variant):
+            if variant.name == "bad":
+                raise RuntimeError("this one fails")
+            return super().task(variant)
+
+    jobs = [Job(small_variant(name), d.train, {"test": d.test}) for name in ("good", "bad", "good")]
+    with pytest.raises(RuntimeError, match="this one fails"):
+        train_variants(jobs, [0], Failing())
+    assert threading.active_count() < 10
+
+
+def test_circles_trains_all_variants(circles_run):
+    measured, figures, report = circles_run
+    assert list(measured.variants) == ["none", "after", "before", "no_scale_bias", "no_momentum", "input"]
+    for name, (_, _, metrics) in measured.variants.items():
+        assert all(values.shape == (2,) for values in metrics.values())
+        assert [epoch for epoch, _ in report.told[name]] == list(range(1, 7))
+    assert set(figures) == {"learning_curves.png", "extensions.png", "decision_boundaries.png", "histograms.png"}
+    counts = measured.arrays["after/histograms/gradient/Dense_0/kernel/counts"]
+    assert counts.shape == (6, 40)
+    assert (counts.sum(1) == 100).all()
+    assert [claim.id for claim in measured.claims] == ["S1.1", "S1.2", "S1.3", "S1.4", "S1.5"]
+    # momentum moves only the running statistics, so training itself is the same
+    np.testing.assert_allclose(
+        measured.arrays["after/train_loss"], measured.arrays["no_momentum/train_loss"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_results_follow_their_schema(circles_run, tmp_path):
+    import datetime
+
+    measured, figures, _ = circles_run
+    results.save(measured, figures, tmp_path, 1.5, datetime.datetime.now(datetime.UTC))
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["schema"] == 1
+    assert document["seeds"] == [0, 1]
+    assert document["settings"]["epochs"] == 6
+    assert document["versions"]["jax"]
+    for name, variant in document["variants"].items():
+        for metric, entry in variant["metrics"].items():
+            assert len(entry["values"]) == 2
+            values = np.array([np.nan if v is None else v for v in entry["values"]])
+            expected = interval(measured.metric(name, metric))
+            np.testing.assert_allclose(interval(values), expected)
+            assert entry["n"] == expected.n
+    assert {claim["verdict"] for claim in document["claims"]} <= {"reproduced", "not reproduced", "undecided"}
+    with np.load(tmp_path / "curves.npz") as arrays:
+        assert arrays["before/test_accuracy"].shape == (2, 6)
+    for name in figures:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "| after activation |" in (tmp_path / "summary.md").read_text()
+
+
+def test_blobs_prints_the_stored_numbers_beside_the_calculation():
+    measured, _ = blobs.run(Options(seeds=2, epochs=2), Silent())
+    for part in measured.notes["inside"].values():
+        h, gamma, beta, mean, var = (np.array(part[key]) for key in ("h", "gamma", "beta", "mean", "var"))
+        np.testing.assert_allclose(part["r"], gamma * (h - mean) / np.sqrt(var + 1e-3) + beta, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(part["r"], part["manual"], rtol=1e-4, atol=1e-5)
+        assert not np.allclose(mean, 0)
+    assert measured.claims[0].verdict == "reproduced"
+    assert [title for title, _ in measured.texts] == [
+        "(c) inside batch norm, 2 features, first seed",
+        "(c) inside batch norm, 3 features, first seed",
+    ]
+
+
+def test_mnist_sweeps_batch_sizes(monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        y = rng.integers(0, 10, n).astype(np.int32)
+        x = rng.integers(0, 60, (n, 28, 28, 1)).astype(np.uint8)
+        x[np.arange(n), y, y] = 255
+        return data.Split(x, y)
+
+    monkeypatch.setattr(data, "images", lambda *arguments: data.Dataset("mnist", split(500), split(100), 10))
+    measured, figures = mnist.run(Options(2, 2, "mnist", None, (64, 100)), Silent())
+    assert list(measured.variants) == ["none_64", "before_64", "none_100", "before_100"]
+    assert measured.metric("before_64", "train_accuracy_during_epoch").shape == (2,)
+    assert set(figures) == {"learning_curves.png", "batch_sizes.png", "histograms.png"}
+    assert measured.claims == []  # they are about ten epochs
+    with pytest.raises(ValueError, match="400 training examples, got 401"):
+        mnist.run(Options(2, 2, "mnist", None, (401,)), Silent())
+
+
+def test_every_listed_study_can_be_loaded():
+    for study in STUDIES.values():
+        assert callable(study.load().run)
