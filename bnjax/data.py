@@ -61,7 +61,7 @@ def circles() -> Dataset:
     from sklearn.datasets import make_circles
 
     x, y = make_circles(n_samples=1000, noise=0.1, random_state=1)
-    x, y = x.astype(np.float32), y.astype(np.int32)
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
     return Dataset("circles", Split(x[:500], y[:500]), Split(x[500:], y[500:]), 2)
 
 
@@ -80,8 +80,9 @@ def blobs(seed: int = 0) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     x, y = make_blobs(n_samples=1000, centers=[[0.0, 0.0], [0.5, 0.1]], cluster_std=0.25, random_state=seed)[:2]
-    train_x, test_x, train_y, test_y = train_test_split(x.astype(np.float32), y.astype(np.int32), random_state=seed)
-    return Dataset("blobs", Split(train_x, train_y), Split(test_x, test_y), 2)
+    train, test = train_test_split(np.arange(1000), random_state=seed)
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
+    return Dataset("blobs", Split(x[train], y[train]), Split(x[test], y[test]), 2)
 
 
 def images(
@@ -111,7 +112,8 @@ def images(
             f"{name} has no split {sorted(missing)}, only {sorted(builder.info.splits)}; choose another set."
         )
     train, test = (_split(builder, split, image, label, progress) for split in ("train", "test"))
-    return Dataset(builder.name, train, test, builder.info.features[label].num_classes)
+    features: Any = builder.info.features
+    return Dataset(builder.name, train, test, features[label].num_classes)
 
 
 def _builder(name: str, data_dir: str | os.PathLike | None):
@@ -133,9 +135,9 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
         ) from error
     if not builder.data_path.exists():
         _download(builder, name, where or os.fspath(builder.data_path.parents[1]))
-    elif str(builder.info.file_format and builder.info.file_format.value) != "array_record":
+    elif (stored := getattr(builder.info.file_format, "value", None)) != "array_record":
         raise DataError(
-            f"{name} in {builder.data_path} is stored as {builder.info.file_format.value}, which needs TensorFlow; "
+            f"{name} in {builder.data_path} is stored as {stored}, which needs TensorFlow to be read; "
             f"prepare it as array_record in another directory: {_command(name, 'OTHER_DIRECTORY')}"
         )
     return builder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bnjax.studies import Options, Study
@@ -18,7 +18,7 @@ class _Report:
 
     def __init__(self, progress: Progress):
         self.progress = progress
-        self.read: dict[str, int] = {}
+        self.read: dict[str, TaskID] = {}
 
     def task(self, variant):
         task = self.progress.add_task(variant.label, total=variant.epochs, now="compiling")

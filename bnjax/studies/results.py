@@ -241,7 +241,8 @@ def save(
             figure.savefig(file, format="png", dpi=120)
         paths.append(out / name)
     with atomic_file(out / "curves.npz") as file:
-        np.savez_compressed(file, **results.arrays)
+        arrays: dict[str, Any] = results.arrays
+        np.savez_compressed(file, **arrays)
     document = json.dumps(_without_nan(results.to_json(seconds, started)), indent=1, ensure_ascii=False)
     for name, text in (("summary.md", summary_markdown(results)), ("results.json", document)):
         with atomic_file(out / name) as file:
