@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 Axes = int | Sequence[int]
 
 
 def check_input(x: Any) -> jax.Array:
     """Returns `x` as an array, or raises `TypeError` unless its dtype is real floating point."""
-    x = jnp.asarray(x)
+    x = _as_array("x", x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"x must have a real floating-point dtype, got {x.dtype}{list(x.shape)}. "
@@ -24,7 +25,7 @@ def check_input(x: Any) -> jax.Array:
 
 def feature_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
     """The feature axes `axis` of an input of `ndim` dimensions, non-negative and ascending."""
-    given = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+    given = (axis,) if not isinstance(axis, Sequence) else tuple(axis)
     if not given or not all(isinstance(a, int | np.integer) for a in given):
         raise ValueError(
             f"axis must be one feature axis or a non-empty sequence of them, got {axis!r}. Pass an int such as -1."
@@ -47,7 +48,7 @@ def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
     """`mask` as boolean or float weights with one dimension for each of `shape`, or None without a mask."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    given, mask = mask, _as_array("mask", mask)
     if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.floating)):
         raise TypeError(
             f"mask must be boolean, or real floating-point sample weights, got {mask.dtype}{list(mask.shape)}. "
@@ -65,7 +66,29 @@ def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
             f"mask must broadcast to x of shape {shape} with its feature axes {axes} dropped or of size one, "
             f"that is to {reduced} or {one}, got shape {mask.shape}. Reshape the mask, for example with mask[:, None]."
         )
-    return mask.reshape(full)
+    if mask.dtype == bool:
+        return mask.reshape(full)
+    if not isinstance(given, Tracer) and not (np.asarray(given) >= 0).all():
+        raise ValueError(
+            f"mask must hold non-negative sample weights, got a smallest one of {np.asarray(given).min()}. "
+            "Clip them, for example with jnp.maximum(mask, 0)."
+        )
+    return jnp.where(mask < 0, 0, mask).reshape(full)  # traced negative weights count as zero
+
+
+def _as_array(name: str, value: Any) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be an array, got {type(value).__name__}, which can't be made one. Pass a jax or numpy array."
+        ) from error
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises `TypeError` unless `dtype` is real floating point."""
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise TypeError(f"dtype must be a real floating-point dtype, got {jnp.dtype(dtype)}. Pass jnp.float32, say.")
 
 
 def flax_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
@@ -86,7 +109,7 @@ def check_params(params: Any, feature_shape: tuple[int, ...], axes: tuple[int, .
             f"params must be a mapping with 'scale' and 'bias' (either may be absent), got {type(params).__name__}. "
             "Make one with bnjax.init_batch_norm, or pass {} for neither."
         )
-    unknown = sorted(set(params) - {"scale", "bias"})
+    unknown = sorted(set(params) - {"scale", "bias"}, key=str)
     if unknown:
         raise ValueError(
             f"params must hold no other keys than 'scale' and 'bias', got {unknown}. "
@@ -100,7 +123,7 @@ def check_batch_stats(
 ) -> None:
     """Raises `ValueError` unless `batch_stats` is a mapping with 'mean' and 'var' (of `feature_shape`, where given)."""
     if not isinstance(batch_stats, Mapping) or not {"mean", "var"} <= set(batch_stats):
-        got = sorted(batch_stats) if isinstance(batch_stats, Mapping) else type(batch_stats).__name__
+        got = sorted(batch_stats, key=str) if isinstance(batch_stats, Mapping) else type(batch_stats).__name__
         raise ValueError(
             f"batch_stats must be a mapping with 'mean' and 'var', got {got}. Make one with bnjax.init_batch_norm."
         )
@@ -115,6 +138,10 @@ def _check_shapes(name: str, arrays: Mapping[str, Any], feature_shape: tuple[int
                 f"{name}[{key!r}] must be an array of shape {feature_shape}, got {type(value).__name__}. "
                 "Make one with bnjax.init_batch_norm."
             )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}[{key!r}] must have a real floating-point dtype, got {value.dtype}. Convert it with astype."
+            )
         if tuple(value.shape) != feature_shape:
             raise ValueError(
                 f"{name}[{key!r}] must have the shape {feature_shape} of x's feature axes {axes}, "
@@ -122,8 +149,8 @@ def _check_shapes(name: str, arrays: Mapping[str, Any], feature_shape: tuple[int
             )
 
 
-def _halves(size: int) -> list[list[int]]:
-    return [list(range(size // 2)), list(range(size // 2, size))]
+def _pairs(size: int) -> list[list[int]]:
+    return [list(range(i, min(i + 2, size))) for i in range(0, size, 2)]
 
 
 def check_training(training: Any) -> None:
@@ -136,13 +163,16 @@ def check_training(training: Any) -> None:
 
 
 def check_in_range(name: str, value: Any, low: int | float, high: int | float) -> None:
-    """Raises unless `value` is a real scalar in [low, high]; of a jax array only shape and dtype are checked."""
-    shape, dtype = np.shape(value), jnp.result_type(value)
+    """Raises unless `value` is a real scalar in [low, high]; of a traced one only shape and dtype are checked."""
     expected = f"in [{low}, {high}]" if high < np.inf else f"of at least {low}"
-    if shape or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{name} must be a real scalar {expected}, got {dtype}{list(shape)}. Pass one number.")
-    if not isinstance(value, jax.Array) and not low <= value <= high:
-        fix = "It weighs the old value: 1 minus PyTorch's." if name == "momentum" else "Pass a small one such as 1e-5."
+    fix = "It weighs the old value: 1 minus PyTorch's." if name == "momentum" else "Pass a small one such as 1e-5."
+    array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    kinds = (jnp.floating, jnp.integer)
+    real = any(jnp.issubdtype(value.dtype, k) for k in kinds) if array else isinstance(value, int | float)
+    if not real or np.shape(value):
+        got = f"{value.dtype}{list(np.shape(value))}" if array else repr(value)
+        raise TypeError(f"{name} must be a real scalar {expected}, got {got}. {fix}")
+    if not isinstance(value, Tracer) and not low <= value <= high:
         raise ValueError(f"{name} must be a real scalar {expected}, got {value}. {fix}")
 
 
@@ -155,6 +185,9 @@ def check_axis_name(axis_name: Any, axis_index_groups: Any) -> tuple[tuple[int, 
                 "Pass axis_name too."
             )
         return None
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must be a mapped axis's name or a tuple of them, got {axis_name!r}. Pass a string.")
     try:
         size = lax.axis_size(axis_name)
     except NameError as error:
@@ -164,10 +197,15 @@ def check_axis_name(axis_name: Any, axis_index_groups: Any) -> tuple[tuple[int, 
         ) from error
     if axis_index_groups is None:
         return None
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    try:
+        groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    except TypeError:
+        groups = ()
+    if len(names) > 1:
+        raise ValueError(f"axis_index_groups splits a single mapped axis, got axis_name={axis_name!r}. Name one.")
     if sorted(i for group in groups for i in group) != list(range(size)) or len({len(group) for group in groups}) != 1:
         raise ValueError(
             f"axis_index_groups must split the {size} indices of axis {axis_name!r} into groups of one size, "
-            f"each index once, got {axis_index_groups}. For two groups: {_halves(size)}."
+            f"each index once, got {axis_index_groups}. For pairs: {_pairs(size)}."
         )
     return groups

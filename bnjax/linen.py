@@ -16,7 +16,7 @@ class BatchNorm(nn.BatchNorm):
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
     and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
-    batch leaves the running statistics alone, and these keep their dtype.
+    batch leaves the running statistics alone, and these keep their dtype. Complex inputs are not supported.
 
     Attributes:
       use_running_average: whether to normalise by the running statistics and leave them as they are.

@@ -15,6 +15,7 @@ from bnjax._checks import Axes
 from bnjax._collectives import AxisName, Groups, all_gather, group_size, psum
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
+_POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
 
 
 class Moments(NamedTuple):
@@ -46,7 +47,8 @@ def moments(
         n = Σ w        mean = Σ w x / n        var = Σ w (x − mean)² / n
 
     The variance is computed in one read of `x` about a provisional mean s, that of up to 256 evenly spaced elements:
-    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs.
+    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs. (A second read follows
+    where a mask leaves too few of those elements.)
 
     Args:
       x: real floating-point array of any shape, empty included.
@@ -148,7 +150,7 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def from_weights(x, weights, mean, var, dweights):
-        centred = jnp.where((weights > 0) | jnp.isfinite(x), x.astype(mean.dtype) - expand(mean, x.ndim, axes), 0)
+        centred = without_masked_extremes(x.astype(mean.dtype), weights) - expand(mean, x.ndim, axes)
         dweights = dweights.astype(mean.dtype)
         square = jnp.square(centred) - expand(var, x.ndim, axes)
         return _sum(dweights * centred, axes), _sum(dweights * square, axes), _count(dweights, x.shape, axes)
@@ -160,39 +162,41 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
         of_weights = from_weights(x, weights, m.mean, m.var, dweights)
         sums = [a + b for a, b in zip(sums, of_weights, strict=True)]
         sums[2] = psum(sums[2], axis_name, groups)
-    both = psum(jnp.stack(sums[:2]), axis_name, groups) / _nonzero(m.count)
-    return m, Moments(both[0], both[1], sums[2])
+    both = psum(jnp.stack(sums[:2]), axis_name, groups)
+    return m, Moments(both[0] / _nonzero(m.count), both[1] / _nonzero(m.count), sums[2])
 
 
 def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
-    shift = _provisional_mean(x, weights, axes)
-    dtype = shift.dtype
-    n = _reduced_size(x.shape, axes)
-    count = jnp.asarray(n, dtype) if weights is None else _count(weights.astype(dtype), x.shape, axes)
+    """Moments of the local batch in one read of `x` about a provisional mean, that of some sampled elements."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    steps = _sampling(x.shape, axes)
+    sampled = _thin(x, steps).astype(dtype)
+    if weights is None:
+        n = _reduced_size(x.shape, axes)
+        shift = _sum(sampled, axes) / max(1, _reduced_size(sampled.shape, axes))
+        return _moments_about(shift, x, None, axes, jnp.asarray(n, dtype))[0]
+    sampled_weights = _thin(weights, steps)
+    sampled_count = _nonzero(_count(sampled_weights.astype(dtype), sampled.shape, axes))
+    shift = _sum(_weigh(sampled, sampled_weights), axes) / sampled_count
+    count = _count(weights.astype(dtype), x.shape, axes)
+    m, offset = _moments_about(shift, x, weights, axes, count)
+    if all(step == slice(None) for step in steps):
+        return m
+    # The weights may have hidden most of the sample, or all: once more, about the mean just found.
+    poor = jnp.any(jnp.square(offset) > _POOR_SHIFT * m.var)
+    return lax.cond(poor, lambda: _moments_about(m.mean, x, weights, axes, count)[0], lambda: m)
+
+
+def _moments_about(
+    shift: Array, x: Array, weights: Array | None, axes: tuple[int, ...], count: Array
+) -> tuple[Moments, Array]:
+    """Moments from sums about the shift, and the mean's offset from it."""
     first = expand(shift, x.ndim, axes)
     # The same shift, opaque to XLA: with one shared difference its CPU backend would write out an array of x's size.
     second = lax.optimization_barrier(first)
-    offset = _sum(_weigh(x.astype(dtype) - first, weights), axes) / _nonzero(count)
-    square = _sum(_weigh(jnp.square(x.astype(dtype) - second), weights), axes) / _nonzero(count)
-    return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count)
-
-
-def _provisional_mean(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
-    """Mean of up to `_SAMPLES` evenly spaced elements; of all valid ones where the mask leaves no sampled one valid."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-
-    def mean(x, weights):
-        total = _sum(_weigh(x.astype(dtype), weights), axes)
-        if weights is None:
-            return total / max(1, _reduced_size(x.shape, axes)), None
-        count = _count(weights.astype(dtype), x.shape, axes)
-        return total / _nonzero(count), count
-
-    steps = _sampling(x.shape, axes)
-    sampled, count = mean(_thin(x, steps), None if weights is None else _thin(weights, steps))
-    if count is None or all(step == slice(None) for step in steps):
-        return sampled
-    return lax.cond(jnp.all(count > 0), lambda: sampled, lambda: mean(x, weights)[0])
+    offset = _sum(_weigh(x.astype(shift.dtype) - first, weights), axes) / _nonzero(count)
+    square = _sum(_weigh(jnp.square(x.astype(shift.dtype) - second), weights), axes) / _nonzero(count)
+    return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count), offset
 
 
 def _sampling(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[slice]:
@@ -227,7 +231,9 @@ def _synchronised(local: Moments, axis_name: AxisName, groups: Groups | None, *,
         pair = jax.vmap(merge_moments)(
             Moments(*(v[:half] for v in merged)), Moments(*(v[half : 2 * half] for v in merged))
         )
-        merged = Moments(*(jnp.concatenate([p, v[2 * half :]]) for p, v in zip(pair, merged, strict=True)))
+        if merged.count.shape[0] % 2:
+            pair = Moments(*(jnp.concatenate([p, v[-1:]]) for p, v in zip(pair, merged, strict=True)))
+        merged = pair
     return Moments(*(v[0] for v in merged))
 
 
@@ -255,6 +261,14 @@ def _count(weights: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
     )
     total = _sum(weights, axes) * repeats
     return total.reshape(()) if total.size == 1 else jnp.broadcast_to(total, tuple(shape[a] for a in axes))
+
+
+def without_masked_extremes(x: Array, weights: Array) -> Array:
+    """`x`, with zero where the weight is zero and `x` is NaN, or so large that its square overflows.
+
+    Such values would turn zero cotangents into NaN; other masked values are normalised like the rest, as in Flax.
+    """
+    return jnp.where((weights > 0) | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
 
 def _nonzero(count: Array) -> Array:

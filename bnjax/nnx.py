@@ -15,8 +15,8 @@ class BatchNorm(nnx.BatchNorm):
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
     and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
-    batch leaves the running statistics alone, and inputs and statistics are not rounded to `dtype` before use (a
-    `promote_dtype` of one's own is applied to them as in Flax).
+    batch leaves the running statistics alone, and inputs are not rounded to `dtype` before use (a `promote_dtype` of
+    one's own is applied to input, scale and bias as in Flax). Complex inputs are not supported.
 
     Args:
       num_features: size of the feature axis.
@@ -55,7 +55,7 @@ class BatchNorm(nnx.BatchNorm):
         promoted = self.promote_dtype(values, dtype=self.dtype)
         dtype = promoted[0].dtype
         if self.promote_dtype is not dtypes.promote_dtype:
-            values = promoted
+            values = (promoted[0], *values[1:3], *promoted[3:])  # the running statistics move unrounded, as in Flax
         elif not jnp.issubdtype(x.dtype, jnp.floating):
             values = (x.astype(dtype), *values[1:])
         x, mean, var, scale, bias = values

@@ -1,18 +1,20 @@
 """Batch normalisation as a pure function, and its running statistics."""
 
+import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName
-from bnjax.moments import Moments, expand, moments
+from bnjax.moments import Moments, expand, moments, without_masked_extremes
 
 Params = Mapping[str, Array]
 BatchStats = Mapping[str, Array]
@@ -46,11 +48,12 @@ def init_batch_norm(
     >>> print(params['scale'], params['bias'], batch_stats['mean'], batch_stats['var'])
     [1. 1.] [0. 0.] [0. 0.] [1. 1.]
     """
-    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"num_features must be a non-negative int or a tuple of them, got {num_features!r}.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a real floating-point dtype, got {dtype!r}.")
+    shape = num_features if isinstance(num_features, tuple) else (num_features,)
+    if not all(isinstance(size, int | np.integer) and size >= 0 for size in shape):
+        raise ValueError(
+            f"num_features must be a non-negative int or a tuple of them, got {num_features!r}. Pass x.shape[-1]."
+        )
+    _checks.check_dtype(dtype)
     params = {}
     if use_scale:
         params["scale"] = jnp.ones(shape, dtype)
@@ -126,7 +129,10 @@ def batch_norm(
     _checks.check_batch_stats(batch_stats, features, axes)
     _checks.check_training(training)
     _checks.check_in_range("epsilon", epsilon, 0, float("inf"))
-    mean, var = batch_stats["mean"], batch_stats["var"]
+    _checks.check_in_range("momentum", momentum, 0, 1)
+    if dtype is not None:
+        _checks.check_dtype(dtype)
+    mean, var = jnp.asarray(batch_stats["mean"]), jnp.asarray(batch_stats["var"])
     if training:
         m = moments(x, axis=axes, mask=weights, axis_name=axis_name, axis_index_groups=axis_index_groups)
         new_stats = update_batch_stats(batch_stats, m, momentum=momentum, bessel_correction=bessel_correction)
@@ -146,8 +152,8 @@ def update_batch_stats(
       batch_stats: running 'mean' and 'var'.
       m: moments of the batch; a count of zero leaves the running statistics as they are.
       momentum: weight of the old running value, in [0, 1]; may be traced.
-      bessel_correction: whether to take `n / max(n − 1, 1)` times the batch's variance, n being its count, as PyTorch
-        does for n ≥ 2.
+      bessel_correction: whether to take `n / (n − 1)` times the batch's variance, n being its count, as PyTorch does;
+        the variance itself where n ≤ 1.
 
     Returns:
       New statistics in the structure and dtypes of `batch_stats`; other keys are carried along.
@@ -165,15 +171,27 @@ def update_batch_stats(
     """
     _checks.check_batch_stats(batch_stats, jnp.shape(m.mean))
     _checks.check_in_range("momentum", momentum, 0, 1)
-    var = m.var * (m.count / jnp.maximum(m.count - 1, 1)) if bessel_correction else m.var
+    if jnp.shape(m.var) != jnp.shape(m.mean):
+        raise ValueError(
+            f"m must hold a var of the shape of its mean, {jnp.shape(m.mean)}, got {jnp.shape(m.var)}. "
+            "Make it with bnjax.moments."
+        )
+    var = m.var
+    if bessel_correction:
+        var = var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
 
     def move(running, batch):
+        running = jnp.asarray(running)
         dtype = jnp.promote_types(running.dtype, batch.dtype)
         rho = jnp.asarray(momentum, dtype)
         moved = rho * running.astype(dtype) + (1 - rho) * batch.astype(dtype)
         return jnp.where(m.count > 0, moved.astype(running.dtype), running)
 
     moved = {"mean": move(batch_stats["mean"], m.mean), "var": move(batch_stats["var"], var)}
+    if isinstance(batch_stats, MutableMapping):
+        new = copy.copy(batch_stats)
+        new.update(moved)
+        return new
     return type(batch_stats)({**batch_stats, **moved})  # pyright: ignore[reportCallIssue]
 
 
@@ -202,6 +220,7 @@ def normalize(
 @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
 def _scale_and_shift(x: Array, weights: Array | None, mean: Array, multiplier: Array, bias: Array) -> Array:
     """`(x − mean) · multiplier + bias`, which keeps only its arguments, not x − mean, for the backward pass."""
-    if weights is not None:  # a non-finite value under the mask would turn zero cotangents into NaN
-        x = jnp.where((weights > 0) | jnp.isfinite(x), x, 0)
-    return (x.astype(mean.dtype) - mean) * multiplier + bias
+    x = x.astype(mean.dtype)
+    if weights is not None:
+        x = without_masked_extremes(x, weights)
+    return (x - mean) * multiplier + bias

@@ -124,7 +124,9 @@ def histograms(trained: Sequence[Trained], title: str) -> Figure:
             counts, ends = one.histograms[f"{kind}/{name}"]
             low, high, density = _common_bins(counts, ends)
             extent = (0.5, len(counts) + 0.5, low, high)
-            axis.imshow(np.sqrt(density.T), cmap="Blues", aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+            axis.imshow(
+                np.sqrt(density.T), cmap="Blues", aspect="auto", origin="lower", extent=extent, interpolation="nearest"
+            )
             axis.set_title(f"{name.removesuffix('/kernel')}, {kind}s", fontsize=9)
         row[0].set_ylabel(one.variant.label)
     for axis in grid[-1]:
