@@ -23,7 +23,7 @@ def check_input(x: Any) -> jax.Array:
     return x
 
 
-def feature_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
+def feature_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """The feature axes `axis` of an input of `ndim` dimensions, non-negative and ascending."""
     given = (axis,) if not isinstance(axis, Sequence) else tuple(axis)
     if not given or not all(isinstance(a, int | np.integer) for a in given):
@@ -77,12 +77,15 @@ def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
 
 
 def _as_array(name: str, value: Any) -> jax.Array:
+    message = (
+        f"{name} must be an array, got {type(value).__name__}, which can't be made one. Pass a jax or numpy array."
+    )
+    if value is None or isinstance(value, str | bytes):
+        raise TypeError(message)
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} must be an array, got {type(value).__name__}, which can't be made one. Pass a jax or numpy array."
-        ) from error
+        raise TypeError(message) from error
 
 
 def check_dtype(dtype: Any) -> None:
@@ -172,7 +175,7 @@ def check_in_range(name: str, value: Any, low: int | float, high: int | float) -
     if not real or np.shape(value):
         got = f"{value.dtype}{list(np.shape(value))}" if array else repr(value)
         raise TypeError(f"{name} must be a real scalar {expected}, got {got}. {fix}")
-    if not isinstance(value, Tracer) and not low <= value <= high:
+    if not isinstance(value, Tracer) and not low <= float(value) <= high:
         raise ValueError(f"{name} must be a real scalar {expected}, got {value}. {fix}")
 
 

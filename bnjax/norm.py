@@ -16,8 +16,8 @@ from bnjax._checks import Axes
 from bnjax._collectives import AxisName
 from bnjax.moments import Moments, expand, moments, without_masked_extremes
 
-Params = Mapping[str, Array]
-BatchStats = Mapping[str, Array]
+Params = Mapping[str, Any]  # arrays of the shape of the feature axes
+BatchStats = Mapping[str, Any]
 
 
 def init_batch_norm(

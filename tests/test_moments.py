@@ -97,6 +97,35 @@ def test_sparse_mask_is_as_accurate_as_the_whole():
     np.testing.assert_allclose(jitted(x, mask=mask).var, var.astype(np.float64), rtol=1e-4)
 
 
+@pytest.mark.parametrize("ratio", [0, 10, 100, 1e5])
+def test_mask_that_leaves_only_the_outlier_in_the_sample(ratio):
+    n = 65_537
+    x = (np.random.default_rng(0).standard_normal((n, 1)) + ratio).astype(np.float32)
+    x[0] += 1e3
+    mask = np.arange(n) % 2 == 1
+    mask[0] = True
+    _, var = oracle.exact_moments(x[mask])
+    np.testing.assert_allclose(jitted(x, mask=mask).var, var.astype(np.float64), rtol=1e-4 if ratio <= 100 else 1e-3)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("small", [1e-3, 1e-6, 1e-12])
+def test_weights_that_hide_the_sample(small, offset):
+    rare = np.arange(1024) % 4 == 1  # just those that are sampled
+    x = np.where(rare, 0, offset + np.random.default_rng(0).standard_normal(1024)).astype(np.float32)[:, None]
+    weights = np.where(rare, small, 1).astype(np.float32)
+    w, exact = weights.astype(np.float64)[:, None] / weights.sum(dtype=np.float64), x.astype(np.float64)
+    var = (w * (exact - (w * exact).sum(0)) ** 2).sum(0)
+    np.testing.assert_allclose(jitted(x, mask=weights).var, var, rtol=1e-3 if offset > 100 else 1e-4)
+
+
+def test_negative_weights_are_an_error_or_count_as_zero():
+    x, weights = jnp.arange(4.0)[:, None], jnp.array([1.0, 1, -1, 1])
+    with pytest.raises(ValueError, match=r"mask must hold non-negative sample weights.*-1"):
+        moments(x, mask=weights)
+    chex.assert_trees_all_close(jitted(x, mask=weights), moments(x, mask=weights > 0))
+
+
 def test_weights_are_repetitions():
     x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     weights = np.array([0, 1, 3, 2, 0, 1], np.float32)

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -56,6 +58,16 @@ def test_bit_identical_to_the_linen_layer(x_dtype, kwargs):
         np.testing.assert_array_equal(y, layer(x))
         np.testing.assert_array_equal(variables["batch_stats"]["var"], layer.var[...])
         np.testing.assert_array_equal(variables["batch_stats"]["mean"], layer.mean[...])
+
+
+def test_own_promotion_does_not_round_the_running_statistics():
+    kwargs = {"dtype": jnp.bfloat16, "promote_dtype": functools.partial(nnx.nn.dtypes.promote_dtype)}
+    theirs, ours = (layer(2, rngs=nnx.Rngs(0), **kwargs) for layer in (nnx.BatchNorm, BatchNorm))
+    x = jax.random.normal(KEY, (64, 2)) * 3 + 5
+    for _ in range(200):
+        ours(x)
+        theirs(x)
+    chex.assert_trees_all_close(pure(ours), pure(theirs), rtol=1e-4)
 
 
 class Network(nnx.Module):

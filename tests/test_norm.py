@@ -1,3 +1,5 @@
+import collections
+import functools
 import inspect
 
 import chex
@@ -9,6 +11,8 @@ import oracle
 import pytest
 from flax.core import FrozenDict
 from hypothesis import given, settings
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from bnjax import Moments, batch_norm, init_batch_norm, moments, update_batch_stats
 
@@ -142,6 +146,15 @@ def test_bessel_correction():
     np.testing.assert_allclose(new["mean"], 0.1 * x.mean(0), rtol=1e-6)
 
 
+def test_bessel_correction_of_weights():
+    x = jax.random.normal(jax.random.key(0), (6, 2))
+    _, stats = init_batch_norm(2)
+    for total, factor in ((0.1, 1), (1.5, 3), (3, 1.5)):
+        options = {"momentum": 0.0, "bessel_correction": True, "mask": jnp.full(6, total / 6)}
+        _, new = batch_norm(x, {}, stats, training=True, **options)
+        np.testing.assert_allclose(new["var"], factor * x.var(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("bessel_correction", [False, True])
 def test_a_batch_of_one_is_finite(bessel_correction):
     params, stats = init_batch_norm(2)
@@ -192,6 +205,14 @@ def test_bfloat16_is_normalised_by_float32_statistics():
     y, _ = batch_norm(x, {}, init_batch_norm(2)[1], training=True)
     exact = oracle.batch_norm(np.asarray(x, np.float32), {}, (1,))[0]
     np.testing.assert_allclose(np.asarray(y, np.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_statistics_of_numpy_float64_and_in_a_defaultdict():
+    stats = collections.defaultdict(None, mean=np.zeros(2), var=np.ones(2))
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    _, new = inspect.unwrap(batch_norm)(x, {}, stats, training=True)
+    assert type(new) is collections.defaultdict
+    chex.assert_trees_all_close(dict(new), batch_norm(x, {}, init_batch_norm(2)[1], training=True)[1])
 
 
 def test_other_statistics_are_carried_along():
@@ -282,6 +303,73 @@ def test_sample_weights_are_differentiable(x64):
         chex.assert_trees_all_close(transform(ours)(weights), transform(reference)(weights), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fill", [np.nan, np.inf, -np.inf, 1e20, 3e38])
+def test_no_masked_value_reaches_a_gradient(fill, training):
+    x, params, stats = example(dtype=jnp.float32)
+    mask = jnp.array([1, 1, 0, 1, 1, 0, 1], bool)
+
+    def loss(x, params):
+        y, new = batch_norm(x, params, stats, training=training, mask=mask)
+        return jnp.sum(jnp.where(mask[:, None], jnp.exp(jnp.sin(y)), 0)) + jnp.sum(new["mean"] * new["var"])
+
+    def tangent(x):
+        return jax.jvp(lambda x: loss(x, params), (x,), (jnp.ones_like(x),))[1]
+
+    filled = jnp.where(mask[:, None], x, fill)
+    for transform in (jax.grad(loss, (0, 1)), lambda x, p: tangent(x)):
+        got, expected = (transform(v, params) for v in (filled, x))
+        chex.assert_tree_all_finite(got)
+        chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_under_a_mask_that_differs_between_features(x64):
+    x, params, stats = example()
+    mask = jax.random.uniform(jax.random.key(1), x.shape) > 0.3
+
+    def ours(x):
+        y, new = batch_norm(x, params, stats, training=True, momentum=0.0, mask=mask)
+        return jnp.sum(jnp.where(mask, jnp.sin(y), 0)) + jnp.sum(new["var"])
+
+    def reference(x):
+        y, _, var = oracle.batch_norm(x, params, (1,), weights=mask)
+        return jnp.sum(jnp.where(mask, jnp.sin(y), 0)) + jnp.sum(var)
+
+    for transform in (jax.grad, jax.hessian):
+        chex.assert_trees_all_close(transform(ours)(x), transform(reference)(x), rtol=1e-9, atol=1e-11)
+
+
+def test_derivatives_of_momentum_epsilon_and_statistics(x64):
+    x, params, stats = example()
+
+    def ours(momentum, epsilon, stats):
+        y, new = batch_norm(x, params, stats, training=True, momentum=momentum, epsilon=epsilon)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(new["mean"] * new["var"])
+
+    def reference(momentum, epsilon, stats):
+        y, mean, var = oracle.batch_norm(x, params, (1,), epsilon=epsilon)
+        new = [momentum * stats[key] + (1 - momentum) * value for key, value in (("mean", mean), ("var", var))]
+        return jnp.sum(jnp.sin(y)) + jnp.sum(new[0] * new[1])
+
+    got, expected = (jax.hessian(f, (0, 1, 2))(0.9, 0.1, stats) for f in (ours, reference))
+    chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_vmap_over_parameters_statistics_momentum_and_mask():
+    x, params, stats = example((16, 3), jnp.float32)
+    masks = jax.random.uniform(jax.random.key(4), (2, 16)) > 0.3
+    many = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), (params, stats))
+    momenta = jnp.array([0.5, 0.9])
+
+    def f(params, stats, momentum, mask):
+        return batch_norm(x, params, stats, training=True, momentum=momentum, mask=mask)
+
+    got = jax.vmap(f)(*many, momenta, masks)
+    for i in range(2):
+        expected = f(*jax.tree.map(lambda v: v[i], many), momenta[i], masks[i])
+        chex.assert_trees_all_close(jax.tree.map(lambda v: v[i], got), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("masking", ["no mask", "mask"])
 def test_only_x_is_kept_for_the_backward_pass(masking):
     x = jax.random.normal(jax.random.key(0), (64, 32), jnp.bfloat16)
@@ -343,6 +431,66 @@ def test_synchronised_over_devices_equals_the_joint_batch(mapping, groups, maske
             chex.assert_trees_all_close(jax.tree.map(lambda v: v[row], new), group_stats, rtol=1e-12)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_shard_map_the_state_leaves_replicated(masked, check_vma, x64):
+    x = jax.random.normal(jax.random.key(0), (16, 3), jnp.float64)
+    _, params, stats = example()
+    valid = jnp.arange(16) % 5 > 0 if masked else jnp.ones(16, bool)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+
+    def local(x, valid, params):
+        return batch_norm(x, params, stats, training=True, mask=valid if masked else None, axis_name="batch")
+
+    specs = {"mesh": mesh, "in_specs": (P("batch"), P("batch"), P()), "check_vma": check_vma}
+    mapped = jax.jit(jax.shard_map(local, out_specs=(P("batch"), P()), **specs))
+
+    def loss(f, x, params):
+        y, new = f(x, valid, params)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(new["var"] ** 2), (y, new)
+
+    def joint(x, valid, params):
+        return batch_norm(x, params, stats, training=True, mask=valid if masked else None)
+
+    got, expected = (jax.grad(loss, (1, 2), has_aux=True)(f, x, params) for f in (mapped, joint))
+    chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_groups_under_checked_shard_map_are_a_clear_error():
+    params, stats = init_batch_norm(3)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+
+    def local(x):
+        options = {"training": True, "axis_name": "batch", "axis_index_groups": GROUPS}
+        return jax.grad(lambda x: batch_norm(x, params, stats, **options)[0].sum())(x)
+
+    with pytest.raises(NotImplementedError, match=r"axis_index_groups does not work.*check_vma=True.*two axes"):
+        jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("batch"), out_specs=P("batch")))(jnp.ones((16, 3)))
+
+
+@pytest.mark.parametrize("outer", ["vmap", "pmap"])
+def test_over_two_axes_at_once(outer, x64):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 3), jnp.float64)
+    _, params, stats = example()
+    inner = jax.vmap(lambda x: batch_norm(x, params, stats, training=True, axis_name=("a", "b")), axis_name="b")
+    y, new = {"vmap": jax.vmap, "pmap": jax.pmap}[outer](inner, axis_name="a")(x)
+    expected, joint = batch_norm(x.reshape((-1, 3)), params, stats, training=True)
+    chex.assert_trees_all_close(y.reshape((-1, 3)), expected, rtol=1e-10, atol=1e-12)
+    chex.assert_trees_all_close(jax.tree.map(lambda v: v[1, 2], new), joint, rtol=1e-12)
+
+
+def test_groups_of_a_vmapped_axis_whose_name_a_mesh_has_too():
+    x = jax.random.normal(jax.random.key(0), (8, 5, 3))
+    params, stats = init_batch_norm(3)
+
+    def local(x):
+        return batch_norm(x, params, stats, training=True, axis_name="batch", axis_index_groups=GROUPS)[0]
+
+    expected = jax.vmap(local, axis_name="batch")(x)
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))):
+        chex.assert_trees_all_close(jax.vmap(local, axis_name="batch")(x), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_second_derivatives_through_a_synchronisation(x64):
     x = jax.random.normal(jax.random.key(0), (4, 3, 2), jnp.float64)
     _, stats = init_batch_norm(2, dtype=jnp.float64)
@@ -399,6 +547,16 @@ BAD = {
     "groups without a name": ({"axis_index_groups": [[0]]}, ValueError, r"axis_index_groups needs axis_name"),
     "negative epsilon": ({"epsilon": -1e-5}, ValueError, r"epsilon.*at least 0.*-1e-05"),
     "vector epsilon": ({"epsilon": np.ones(3)}, TypeError, r"epsilon must be a real scalar"),
+    "concrete negative epsilon": ({"epsilon": jnp.float32(-1)}, ValueError, r"epsilon.*at least 0.*-1.0"),
+    "concrete momentum": ({"momentum": jnp.float32(1.5)}, ValueError, r"momentum.*\[0, 1\].*1.5"),
+    "no momentum": ({"momentum": None}, TypeError, r"momentum must be a real scalar.*None"),
+    "momentum at inference": ({"momentum": 7, "training": False}, ValueError, r"momentum.*\[0, 1\].*7"),
+    "text": ({"x": "a"}, TypeError, r"x must be an array, got str"),
+    "axis of a float": ({"axis": 1.0}, ValueError, r"axis must be one feature axis.*1.0"),
+    "integer scale": ({"params": {"scale": jnp.ones(3, int)}}, TypeError, r"params\['scale'\].*floating.*int32"),
+    "integer result": ({"dtype": jnp.int32}, TypeError, r"dtype must be a real floating-point dtype, got int32"),
+    "mixed keys": ({"params": {"gamma": 1, 3: 4}}, ValueError, r"params must hold no other keys.*3, 'gamma'"),
+    "no axis names": ({"axis_name": ()}, TypeError, r"axis_name must be .* got \(\)"),
     "momentum above 1": ({"momentum": 1.5}, ValueError, r"momentum.*\[0, 1\].*1.5.*PyTorch"),
     "negative momentum": ({"momentum": -0.1}, ValueError, r"momentum.*\[0, 1\].*-0.1"),
 }
@@ -408,9 +566,9 @@ BAD = {
 def test_bad_input_is_a_clear_error_at_trace_time(case):
     change, kind, message = BAD[case]
     arguments = {**GOOD, **change}
-    x = arguments.pop("x")
-    with pytest.raises(kind, match=message):  # unwrapped: the type checker of these tests would object first
-        jax.eval_shape(lambda x: inspect.unwrap(batch_norm)(x, **arguments), x)
+    f = functools.partial(inspect.unwrap(batch_norm), **arguments)  # else the tests' type checker objects first
+    with pytest.raises(kind, match=message):
+        f() if case == "text" else jax.eval_shape(f)
 
 
 def test_traced_training_is_an_error():
