@@ -214,13 +214,18 @@ def normalize(
         multiplier *= params["scale"].astype(compute)
     bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
     per_feature = [expand(v, x.ndim, axes) for v in (mean.astype(compute), multiplier, bias)]
-    return _scale_and_shift(x, weights, *per_feature).astype(dtype)
+    return _scale_and_shift(x, weights, *per_feature, dtype)
 
 
-@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-def _scale_and_shift(x: Array, weights: Array | None, mean: Array, multiplier: Array, bias: Array) -> Array:
-    """`(x − mean) · multiplier + bias`, which keeps only its arguments, not x − mean, for the backward pass."""
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=5)
+def _scale_and_shift(
+    x: Array, weights: Array | None, mean: Array, multiplier: Array, bias: Array, dtype: DTypeLike
+) -> Array:
+    """`(x − mean) · multiplier + bias`, which keeps only its arguments, not x − mean, for the backward pass.
+
+    The result is rounded in here, lest a cotangent of higher precision than `dtype` be written out.
+    """
     x = x.astype(mean.dtype)
     if weights is not None:
         x = without_masked_extremes(x, weights)
-    return (x - mean) * multiplier + bias
+    return ((x - mean) * multiplier + bias).astype(dtype)
