@@ -77,7 +77,7 @@ def moments(
     axes = _checks.feature_axes(axis, x.ndim)
     weights = _checks.sample_weights(mask, x.shape, axes)
     groups = _checks.check_axis_name(axis_name, axis_index_groups)
-    return _moments(x, weights, axes, axis_name, groups)
+    return checked_moments(x, weights, axes, axis_name, groups)
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -123,21 +123,22 @@ def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _moments(
+def checked_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
+    """`moments` of arguments that have been checked."""
     local = _local_moments(x, weights, axes)
     return local if axis_name is None else _synchronised(local, axis_name, groups, counts_differ=weights is not None)
 
 
-@functools.partial(_moments.defjvp, symbolic_zeros=True)
+@functools.partial(checked_moments.defjvp, symbolic_zeros=True)
 def _moments_jvp(axes, axis_name, groups, primals, tangents):
     """The hand-made rule.
 
     ∂mean = (Σ w ∂x + Σ ∂w (x − mean)) / n        ∂var = (2 Σ w (x − mean) ∂x + Σ ∂w ((x − mean)² − var)) / n
     """
     (x, weights), (dx, dweights) = primals, tangents
-    m = _moments(x, weights, axes, axis_name, groups)
+    m = checked_moments(x, weights, axes, axis_name, groups)
 
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass.
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
 from bnjax import _checks
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName
-from bnjax.moments import Moments, expand, moments, without_masked_extremes
+from bnjax.moments import Moments, checked_moments, expand, without_masked_extremes
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
 BatchStats = Mapping[str, Any]
@@ -134,7 +134,8 @@ def batch_norm(
         _checks.check_dtype(dtype)
     mean, var = jnp.asarray(batch_stats["mean"]), jnp.asarray(batch_stats["var"])
     if training:
-        m = moments(x, axis=axes, mask=weights, axis_name=axis_name, axis_index_groups=axis_index_groups)
+        groups = _checks.check_axis_name(axis_name, axis_index_groups)
+        m = checked_moments(x, weights, axes, axis_name, groups)
         new_stats = update_batch_stats(batch_stats, m, momentum=momentum, bessel_correction=bessel_correction)
         mean = jnp.where(m.count > 0, m.mean, mean.astype(m.mean.dtype))
         var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))
@@ -164,8 +165,9 @@ def update_batch_stats(
     References:
       Ioffe & Szegedy 2015 (arXiv 1502.03167), section 3.1; the update rule of Flax.
 
+    >>> import bnjax
     >>> _, batch_stats = init_batch_norm(1)
-    >>> batch_stats = update_batch_stats(batch_stats, moments(jnp.array([[1.], [3.]])), momentum=0.9)
+    >>> batch_stats = update_batch_stats(batch_stats, bnjax.moments(jnp.array([[1.], [3.]])), momentum=0.9)
     >>> print(batch_stats['mean'].round(3), batch_stats['var'])
     [0.2] [1.]
     """

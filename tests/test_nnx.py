@@ -145,6 +145,6 @@ def test_errors_name_the_argument():
         BatchNorm(3, rngs=nnx.Rngs(0))(jnp.ones((2, 4)))
 
 
-def test_linen_metadata_boxes_are_no_concern_of_nnx():
+def test_both_layers_are_flax_layers():
     assert issubclass(BatchNorm, nnx.BatchNorm)
     assert issubclass(bnjax.linen.BatchNorm, nn.BatchNorm)

@@ -73,7 +73,8 @@ def print_tables(results: Results, console: Console) -> None:
         console, f"{results.study}, {count} seed{'s' * (count > 1)}: mean ± 95 % interval", *metric_rows(results)
     )
     for title, text in results.texts:
-        console.print(f"\n[bold]{title}[/bold]\n{text}", markup=True)
+        console.print(f"\n{title}", style="bold", markup=False)
+        console.print(text, markup=False)  # brackets of arrays are no markup
     if results.claims:
         _print_table(console, "claims of the source", *claim_rows(results))
 

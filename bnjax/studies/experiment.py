@@ -22,7 +22,7 @@ _BINS = 40
 # The studies' networks are so small that compiling them takes most of the time: less effort there pays.
 COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1}
 if jax.__version_info__ < (0, 11):
-    COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False  # an option that later versions lack; a third faster
+    COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False  # an option that later versions lack
 
 
 @runtime_checkable
@@ -123,7 +123,7 @@ def train_variants(jobs: Sequence[Job], seeds: Sequence[int], report: Report) ->
 
         return train_variant(*job[:3], seeds, per_seed_data=job.per_seed_data, progress=progress)
 
-    with ThreadPoolExecutor(min(len(jobs), len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(len(jobs), _cores())) as pool:
         try:
             return list(pool.map(work, jobs))
         except BaseException:
@@ -218,6 +218,11 @@ def train_variant(
         jax.device_get(states),
         {name: (np.stack([c for c, _ in pairs]), np.stack([r for _, r in pairs])) for name, pairs in recorded.items()},
     )
+
+
+def _cores() -> int:
+    """Processor cores that this process may use; all of them where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
