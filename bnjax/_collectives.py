@@ -1,9 +1,13 @@
-"""Gathers and sums over a mapped axis or over groups of its indices, alike under vmap, pmap and shard_map."""
+"""Sums over a mapped axis or over groups of its indices, alike under vmap, pmap and shard_map."""
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -16,29 +20,8 @@ def _is_mesh_axis(axis_name: AxisName) -> bool:
 
 
 def group_size(axis_name: AxisName, groups: Groups | None) -> int:
-    """How many members contribute to each gather or sum."""
+    """How many members contribute to each sum."""
     return len(groups[0]) if groups else lax.axis_size(axis_name)
-
-
-def all_gather(x: jax.Array, axis_name: AxisName, groups: Groups | None) -> jax.Array:
-    """Stacks `x` of all members of the caller's group along a new leading axis.
-
-    `vmap` has no collectives over groups: there everything is gathered and the caller's group selected. Nor can it
-    gather over several axes at once.
-    """
-    if _is_mesh_axis(axis_name):
-        if groups is None:  # the same on all devices, which shard_map's replication checking wants to know
-            return lax.all_gather(x, axis_name, to="invarying")
-        return lax.all_gather(x, axis_name, axis_index_groups=groups)
-    if groups is None:
-        if isinstance(axis_name, tuple):
-            for name in reversed(axis_name):
-                x = lax.all_gather(x, name)
-            return x.reshape((-1, *x.shape[len(axis_name) :]))
-        return lax.all_gather(x, axis_name)
-    group_of = np.argsort(np.concatenate(groups)) // len(groups[0])
-    members = jnp.asarray(groups)[jnp.asarray(group_of)[lax.axis_index(axis_name)]]
-    return jnp.take(lax.all_gather(x, axis_name), members, axis=0)
 
 
 def psum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
@@ -48,7 +31,7 @@ def psum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax
     if groups is None:
         return lax.psum(x, axis_name)
     if not _is_mesh_axis(axis_name):
-        return all_gather(x, axis_name, groups).sum(0)
+        return _vmapped_group_sum(x, axis_name, groups)
     try:
         return lax.psum(x, axis_name, axis_index_groups=groups)
     except NotImplementedError as error:
@@ -56,3 +39,42 @@ def psum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax
             "axis_index_groups does not work under shard_map with check_vma=True. Split the axis into a mesh of two "
             "axes and pass the inner one as axis_name instead."
         ) from error
+
+
+def _vmapped_group_sum(x: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
+    """Sums over groups of a vmapped axis, for which there are no collectives: gathers all, selects the own group."""
+    group_of = np.argsort(np.concatenate(groups)) // len(groups[0])
+    members = jnp.asarray(groups)[jnp.asarray(group_of)[lax.axis_index(axis_name)]]
+    return jnp.take(lax.all_gather(x, axis_name), members, axis=0).sum(0)
+
+
+def num_shards(x: jax.Array, axis: int) -> int:
+    """Into how many parts partitioning may have split an axis of `x`: the devices along the mesh axes that it may use.
+
+    One where `x` has no mesh, and where the axis does not divide.
+    """
+    sharding = jax.typeof(x).sharding
+    mesh, spec = sharding.mesh, sharding.spec[axis] if axis < len(sharding.spec) else None
+    named = spec if isinstance(spec, tuple) else (spec,)  # by explicit sharding
+    may_split = [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto or n in named]
+    parts = math.prod(mesh.shape[name] for name in may_split)
+    return parts if x.shape[axis] and x.shape[axis] % parts == 0 else 1
+
+
+def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
+    """Splits an axis into equal parts, along a new axis before it."""
+    return x.reshape((*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]))
+
+
+def vary_like(tree: Any, x: jax.Array, but: AxisName | None = None) -> Any:
+    """Types the arrays of a tree as varying over the mesh axes over which `x` varies, but for some.
+
+    For shard_map's replication checking: derivatives by such arrays are local ones.
+    """
+    wanted = jax.typeof(x).manual_axis_type.varying - set(but if isinstance(but, tuple) else (but,))
+
+    def vary(leaf):
+        axes = tuple(wanted - jax.typeof(leaf).manual_axis_type.varying)
+        return lax.pcast(leaf, axes, to="varying") if axes else leaf
+
+    return jax.tree.map(vary, tree)

@@ -8,7 +8,7 @@ from flax.linen import dtypes
 from jaxtyping import ArrayLike
 
 from bnjax import _checks
-from bnjax.norm import batch_norm
+from bnjax.norm import batch_norm_and_moments
 
 
 class BatchNorm(nn.BatchNorm):
@@ -16,7 +16,8 @@ class BatchNorm(nn.BatchNorm):
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
     and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
-    batch leaves the running statistics alone, and these keep their dtype. Complex inputs are not supported.
+    batch leaves the running statistics alone, and these keep their dtype. Complex inputs are not supported. Where the
+    collection 'moments' is mutable, the batch's `Moments` are sown into it as 'batch' and the running statistics stay.
 
     Attributes:
       use_running_average: whether to normalise by the running statistics and leave them as they are.
@@ -70,7 +71,7 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        y, batch_stats = batch_norm(
+        y, batch_stats, m = batch_norm_and_moments(
             x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype),
             params,
             {"mean": mean.value, "var": var.value},
@@ -84,6 +85,8 @@ class BatchNorm(nn.BatchNorm):
             dtype=dtype,
             bessel_correction=self.bessel_correction,
         )
-        if not (use_running_average or self.is_initializing()):
+        if self.is_mutable_collection("moments") and m is not None and not self.is_initializing():
+            self.sow("moments", "batch", m)
+        elif not (use_running_average or self.is_initializing()):
             mean.value, var.value = batch_stats["mean"], batch_stats["var"]
         return y

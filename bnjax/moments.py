@@ -6,16 +6,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName, Groups, all_gather, group_size, psum
+from bnjax._collectives import AxisName, Groups, group_size, num_shards, psum, split_axis, vary_like
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
+_POOR_SHARED_SHIFT = 256  # how many the squared joint mean may be when members' moments are merged
 
 
 class Moments(NamedTuple):
@@ -127,7 +129,7 @@ def checked_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
     """`moments` of arguments that have been checked."""
-    local = _local_moments(x, weights, axes)
+    local = _moments_of_shards(x, weights, axes)
     return local if axis_name is None else _synchronised(local, axis_name, groups, counts_differ=weights is not None)
 
 
@@ -165,6 +167,27 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
         sums[2] = psum(sums[2], axis_name, groups)
     both = psum(jnp.stack(sums[:2]), axis_name, groups)
     return m, Moments(both[0] / _nonzero(m.count), both[1] / _nonzero(m.count), sums[2])
+
+
+def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+    """Moments of an array that automatic partitioning may have split over devices.
+
+    Each shard's are taken about a provisional mean of its own, so that only their merging communicates.
+    """
+    reduced = [a for a in range(x.ndim) if a not in axes]
+    shards = num_shards(x, reduced[0]) if reduced else 1
+    if shards == 1:
+        return _local_moments(x, weights, axes)
+    batch = reduced[0]
+    x_shards = split_axis(x, batch, shards)
+    shared = weights is None or weights.shape[batch] == 1
+    weight_shards = weights if shared else split_axis(weights, batch, shards)
+
+    def moments_of_shard(x, weights):
+        return _synchronised(_local_moments(x, weights, axes), "shard", None, counts_differ=weights is not None)
+
+    in_axes = (batch, None if shared else batch)
+    return jax.vmap(moments_of_shard, in_axes, out_axes=None, axis_name="shard")(x_shards, weight_shards)
 
 
 def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
@@ -218,24 +241,46 @@ def _thin(values: Array, steps: list[slice]) -> Array:
 
 
 def _synchronised(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
-    """Merges the moments of all members of the group, gathered by a single collective."""
-    parts = [local.mean, local.var] + [local.count] * counts_differ
-    gathered = all_gather(jnp.concatenate([part.ravel() for part in parts]), axis_name, groups)
+    """Merges the moments of all members of the group by one sum of 2 numbers for each feature (and the count).
+
+    With each member's mean and variance about a shift that all know, o_i = mean_i − s and q_i = var_i + o_i²:
+
+        n = Σ n_i        mean = s + Σ n_i o_i / n        var = Σ n_i q_i / n − (Σ n_i o_i / n)²
+
+    First s = 0. That loses what mean² / var costs; where it is much, another turn takes s = mean. Whether to, all
+    members decide alike, from what they have in common.
+    """
     size = group_size(axis_name, groups)
-    ends = [part.size for part in parts]
-    columns = jnp.split(gathered, [sum(ends[:i]) for i in range(1, len(ends))], axis=1)
-    stacked = [column.reshape((size, *part.shape)) for column, part in zip(columns, parts, strict=True)]
-    if not counts_differ:
-        stacked.append(jnp.broadcast_to(local.count, (size,)))
-    merged = Moments(*stacked)
-    while (half := merged.count.shape[0] // 2) > 0:
-        pair = jax.vmap(merge_moments)(
-            Moments(*(v[:half] for v in merged)), Moments(*(v[half : 2 * half] for v in merged))
-        )
-        if merged.count.shape[0] % 2:
-            pair = Moments(*(jnp.concatenate([p, v[-1:]]) for p, v in zip(pair, merged, strict=True)))
-        merged = pair
-    return Moments(*(v[0] for v in merged))
+    if size == 1:  # nothing to merge, but the sum types the moments as shared by all
+        count = psum(local.count, axis_name, groups) if counts_differ else local.count
+        return Moments(psum(local.mean, axis_name, groups), psum(local.var, axis_name, groups), count)
+
+    def merge_about(shift: Array) -> tuple[Moments, Array]:
+        offset = local.mean - shift
+        parts = [offset, local.var + jnp.square(offset)]
+        if counts_differ:
+            parts = [*(local.count * part for part in parts), local.count]
+        ends = np.cumsum([part.size for part in parts])
+        sums = psum(jnp.concatenate([part.ravel() for part in parts]), axis_name, groups)
+        parts = [v.reshape(part.shape) for v, part in zip(jnp.split(sums, ends[:-1]), parts, strict=True)]
+        count = parts[2] if counts_differ else size * local.count
+        offset, square = (part / (_nonzero(count) if counts_differ else size) for part in parts[:2])
+        m = Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count)
+        return m, ~jnp.all(jnp.square(offset) <= _POOR_SHARED_SHIFT * m.var)  # also where the squares overflow
+
+    def another_turn(carry):
+        turn, poor, _ = carry
+        return (turn == 0) | ((turn == 1) & poor)
+
+    def take_turn(carry):
+        turn, _, previous = carry
+        m, poor = merge_about(previous.mean)
+        return turn + 1, poor, m
+
+    features = jnp.zeros(local.mean.shape, local.mean.dtype)
+    nothing = Moments(features, features, jnp.zeros(local.count.shape, local.mean.dtype))
+    poor, nothing = vary_like((jnp.array(True), nothing), local.mean, but=axis_name)
+    return lax.while_loop(another_turn, take_turn, (0, poor, nothing))[2]
 
 
 def _sum(values: Array, axes: tuple[int, ...]) -> Array:

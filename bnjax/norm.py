@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName
+from bnjax._collectives import AxisName, vary_like
 from bnjax.moments import Moments, checked_moments, expand, without_masked_extremes
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
@@ -121,6 +121,38 @@ def batch_norm(
     >>> print(y.ravel().round(3), batch_stats['mean'], batch_stats['var'])
     [-1.  1.] [1.] [1.]
     """
+    return batch_norm_and_moments(
+        x,
+        params,
+        batch_stats,
+        training=training,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        bessel_correction=bessel_correction,
+    )[:2]
+
+
+def batch_norm_and_moments(
+    x: Any,
+    params: Any,
+    batch_stats: Any,
+    *,
+    training: Any,
+    axis: Any,
+    momentum: Any,
+    epsilon: Any,
+    mask: Any,
+    axis_name: Any,
+    axis_index_groups: Any,
+    dtype: Any,
+    bessel_correction: bool,
+) -> tuple[Array, Any, Moments | None]:
+    """`batch_norm`, with the batch's moments too in training."""
     x = _checks.check_input(x)
     axes = _checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
@@ -133,15 +165,18 @@ def batch_norm(
     if dtype is not None:
         _checks.check_dtype(dtype)
     mean, var = jnp.asarray(batch_stats["mean"]), jnp.asarray(batch_stats["var"])
+    m = None
     if training:
         groups = _checks.check_axis_name(axis_name, axis_index_groups)
         m = checked_moments(x, weights, axes, axis_name, groups)
         new_stats = update_batch_stats(batch_stats, m, momentum=momentum, bessel_correction=bessel_correction)
         mean = jnp.where(m.count > 0, m.mean, mean.astype(m.mean.dtype))
         var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))
+        if axis_name is not None:
+            mean, var = vary_like(jnp.stack([mean, var]), x)  # as one: a single sum serves both in the derivative
     else:
         new_stats = batch_stats
-    return normalize(x, mean, var, params, axes=axes, epsilon=epsilon, weights=weights, dtype=dtype), new_stats
+    return normalize(x, mean, var, params, axes=axes, epsilon=epsilon, weights=weights, dtype=dtype), new_stats, m
 
 
 def update_batch_stats(

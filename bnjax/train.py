@@ -1,114 +1,298 @@
-"""Training: a state with running statistics, one step body, and whole epochs as one compiled scan."""
+"""Training: the step in three ways to map it over devices, whole epochs as one compiled scan, and evaluation."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax.training import train_state
+import numpy as np
+from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
-Objective = Callable[[Array, Array], tuple[Array, Array]]
-"""Maps outputs and labels of a batch to the loss of each example and whether each is classified correctly."""
+from bnjax import parallel as devices
+from bnjax.parallel import GROUP_AXIS, SYNC_AXIS
+from bnjax.state import (
+    TrainState,
+    check_groups,
+    create_train_state,
+    merge_batch_stats,
+    place_state,
+    split_batch_stats,
+)
+from bnjax.step import (
+    Batch,
+    Metrics,
+    Objective,
+    binary_cross_entropy,
+    cross_entropy,
+    gradients,
+    squared_error,
+    train_step,
+)
+
+__all__ = [
+    "Batch",
+    "Metrics",
+    "Objective",
+    "Parallel",
+    "ParallelStep",
+    "TrainState",
+    "binary_cross_entropy",
+    "create_train_state",
+    "cross_entropy",
+    "evaluate",
+    "gradients",
+    "make_train_step",
+    "merge_batch_stats",
+    "pad_batch",
+    "place_state",
+    "split_batch_stats",
+    "squared_error",
+    "train_epoch",
+    "train_step",
+]
+
+Parallel = Literal["jit", "shard_map", "pmap"]
+Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
 
 
-class TrainState(train_state.TrainState):
-    """Flax's `TrainState` with the running statistics of the model's batch norms.
+@dataclasses.dataclass(frozen=True)
+class ParallelStep:
+    """A compiled training step over a mesh: `state, metrics = step(state, x, y, weights, key)`.
+
+    Host arrays are the examples of this process, and are spread over its devices; a state that is not on the mesh yet
+    is placed there. The state's buffers are donated. What is called is `compiled`, a jitted function of global arrays.
 
     Attributes:
-      batch_stats: the 'batch_stats' collection; empty for a model without batch norm.
+      mesh: of the devices.
+      compiled: `(state, Batch, key) → (state, metrics)`; has `lower`, for looking at what was compiled.
     """
 
-    step: Any
-    params: Any  # of any container, where Flax's annotation says FrozenDict
-    batch_stats: Any
+    mesh: Mesh
+    compiled: Any
+
+    def __call__(self, state: TrainState, x, y, weights=None, key=None) -> tuple[TrainState, Metrics]:
+        """One step.
+
+        Args:
+          state: parameters, running statistics and optimiser state.
+          x: inputs of the batch: a global array, or a host array of this process's examples.
+          y: labels, alike.
+          weights: of the examples, alike; zero for padding.
+          key: random key of the step, the same in every process, from which each example gets its own.
+
+        Returns:
+          The next state, and the means over the whole batch of the metrics before the update.
+        """
+        if not self._is_placed(state.step):
+            state = place_state(state, self.mesh)
+        batch = Batch(x, y, weights)
+        if not all(self._is_placed(leaf) for leaf in jax.tree.leaves(batch)):
+            batch = devices.shard_batch(batch, self.mesh)
+        if key is not None and not self._is_placed(key):
+            key = devices.replicate(key, self.mesh)
+        return self.compiled(state, batch, key)
+
+    def _is_placed(self, leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array) and getattr(leaf.sharding, "mesh", None) == self.mesh
 
 
-class Metrics(NamedTuple):
-    """Of one example, or the means over several.
-
-    Attributes:
-      loss: what training minimises.
-      accuracy: whether the example is classified correctly (1 or 0); the fraction of those that are.
-    """
-
-    loss: Float[Array, "..."]
-    accuracy: Float[Array, "..."]
-
-
-def binary_cross_entropy(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
-    """Cross-entropy of a sigmoid output: `log(1 + exp(−logit))` for label 1, `log(1 + exp(logit))` for label 0."""
-    logits = logits[:, 0]
-    return optax.sigmoid_binary_cross_entropy(logits, labels), (logits > 0) == (labels > 0)
-
-
-def cross_entropy(logits: Float[Array, "batch classes"], labels: Shaped[Array, " batch"]):
-    """Cross-entropy of a softmax output: `−log softmax(logits)[label]`."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), logits.argmax(-1) == labels
-
-
-def squared_error(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
-    """Squared error of a sigmoid output: `(sigmoid(logit) − label)²`."""
-    logits = logits[:, 0]
-    return jnp.square(jax.nn.sigmoid(logits) - labels), (logits > 0) == (labels > 0)
-
-
-def create_train_state(
-    model, optimizer: optax.GradientTransformation, key: Array, x: Shaped[Array, "batch ..."]
-) -> TrainState:
-    """The state at step 0 of a Flax model, initialised for inputs like `x`.
-
-    Args:
-      model: linen module whose call takes `(x, training=…)`.
-      optimizer: optax gradient transformation.
-      key: random key of the initial parameters.
-      x: a batch of inputs; only its shape and dtype matter.
-    """
-    variables = model.init(key, x, training=False)
-    return TrainState.create(
-        apply_fn=model.apply,
-        params=variables["params"],
-        tx=optimizer,
-        batch_stats=variables.get("batch_stats", {}),
-    )
-
-
-def loss_and_updates(
-    state: TrainState, params: Any, x: Array, y: Array, objective: Objective, weights: Array | None = None
-):
-    """Training loss of a batch at `params`, with `(metrics, new batch_stats)` beside it, for `jax.value_and_grad`."""
-    variables = {"params": params, "batch_stats": state.batch_stats}
-    masked = {} if weights is None else {"mask": weights}
-    outputs, updates = state.apply_fn(variables, x, training=True, mutable=["batch_stats"], **masked)
-    metrics = Metrics(*(jnp.average(values, weights=weights) for values in objective(outputs, y)))
-    return metrics.loss, (metrics, updates.get("batch_stats", {}))
-
-
-def train_step(
-    state: TrainState,
-    x: Shaped[Array, "batch ..."],
-    y: Shaped[Array, " batch"],
-    weights: Float[Array, " batch"] | None = None,
-    *,
+def make_train_step(
     objective: Objective,
-) -> tuple[TrainState, Metrics]:
-    """One step of gradient descent on the mean loss of a batch: the one step body of all training.
+    mesh: Mesh | None = None,
+    *,
+    parallel: Parallel = "jit",
+    accumulate_steps: int = 1,
+    preprocess: Preprocess | None = None,
+) -> ParallelStep:
+    """The training step over a mesh of devices, mapped by one of JAX's three means; the results are the same.
+
+    Each device trains on its part of the batch. A model's batch norms synchronise over the devices of a group when made
+    with `axis_name='batch'`: over all, where the mesh has no groups. Where it has, the groups' running statistics are
+    kept apart in the state (`split_batch_stats`, `merge_batch_stats`); with groups of one device nothing is
+    synchronised. Forward and backward, a synchronised batch norm costs one sum over devices each.
 
     Args:
-      state: parameters, running statistics and optimiser state.
-      x: inputs of the batch.
-      y: labels of the batch.
-      weights: of the examples, in the loss and (as `mask`) in the batch norms; zero for padding.
-      objective: loss and correctness of each example; static.
+      objective: loss and correctness of each example.
+      mesh: from `bnjax.parallel.make_mesh`; over all devices by default.
+      parallel: 'jit' (partitioned automatically; batch norms need no `axis_name`), 'shard_map' (with replication
+        checking) or 'pmap' (where groups are given to the batch norms as
+        `axis_index_groups=bnjax.parallel.index_groups(mesh)`).
+      accumulate_steps: number of micro-batches whose gradients are accumulated before the update.
+      preprocess: maps inputs of examples and a random key for each (None without a key) to inputs of the model, on the
+        device, such as an augmentation.
 
     Returns:
-      The next state, and the metrics of the batch before the update.
+      A `ParallelStep`, called as `step(state, x, y, weights=None, key=None)`.
+
+    Raises:
+      ValueError: for an unknown `parallel`, or pmap over several processes; when called, for a batch that does not divide, a state whose statistics
+        are kept otherwise than the mesh's groups ask for, or a model whose batch norms synchronise otherwise.
     """
-    gradient = jax.grad(loss_and_updates, argnums=1, has_aux=True)
-    grads, (metrics, batch_stats) = gradient(state, state.params, x, y, objective, weights)
-    return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
+    if parallel not in get_args(Parallel):
+        raise ValueError(f"parallel must be one of {', '.join(get_args(Parallel))}, got {parallel!r}.")
+    mesh = devices.make_mesh() if mesh is None else mesh
+    if parallel == "pmap" and mesh.is_multi_process:
+        raise ValueError(
+            "parallel='pmap' maps over the devices of one process, and this mesh has those of several. "
+            "Use 'shard_map' or 'jit'."
+        )
+    groups = devices.num_groups(mesh)
+    axis_names = (SYNC_AXIS,) if parallel == "pmap" else mesh.axis_names
+
+    def body(state: TrainState, batch_stats: Any, batch: Batch):
+        """The step of one device (of one group's under jit)."""
+        x, keys = batch.x, batch.keys
+        if preprocess is not None:
+            x = preprocess(x, None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
+        if keys is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        with nn.intercept_methods(_check_sync(mesh, parallel)):
+            state, metrics = train_step(
+                state.replace(batch_stats=batch_stats),
+                x,
+                batch.y,
+                batch.weights,
+                keys,
+                objective=objective,
+                axis_name=axis_names,
+                accumulate_steps=accumulate_steps,
+            )
+        return state.replace(batch_stats=None), state.batch_stats, metrics
+
+    mapped = {"jit": _by_jit, "shard_map": _by_shard_map, "pmap": _by_pmap}[parallel](body, mesh, groups)
+
+    def step(state: TrainState, batch: Batch, key: jax.Array | None):
+        check_groups(state, None if groups == 1 else groups, "a step over this mesh")
+        size = batch.x.shape[0]
+        if size % (mesh.size * accumulate_steps):
+            raise ValueError(
+                f"the batch must be a multiple of {mesh.size} devices times {accumulate_steps} micro-batches, got "
+                f"{size} examples. Pad it with examples of weight zero (bnjax.train.pad_batch)."
+            )
+        if key is not None:
+            batch = batch._replace(keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size)))
+        batch = jax.tree.map(lambda v: lax.with_sharding_constraint(v, devices.batch_sharding(mesh)), batch)
+        seen = state.examples_seen
+        rest = state.replace(batch_stats=None, examples_seen=None)
+        rest, batch_stats, metrics = mapped(rest, state.batch_stats, batch)
+        if seen is not None:
+            weights = jnp.ones(size) if batch.weights is None else batch.weights
+            seen += weights.reshape((groups, -1)).sum(1)
+        rest = jax.tree.map(lambda v: lax.with_sharding_constraint(v, devices.replicated(mesh)), (rest, seen, metrics))
+        return rest[0].replace(batch_stats=_place(batch_stats, mesh, groups), examples_seen=rest[1]), rest[2]
+
+    return ParallelStep(mesh, jax.jit(step, donate_argnums=0))
+
+
+def _place(batch_stats: Any, mesh: Mesh, groups: int) -> Any:
+    """Running statistics where `place_state` puts them."""
+    sharding = NamedSharding(mesh, P(GROUP_AXIS) if groups > 1 else P())
+    return jax.tree.map(lambda v: lax.with_sharding_constraint(v, sharding), batch_stats)
+
+
+def _by_jit(body, mesh: Mesh, groups: int):
+    """Maps over groups by vmap; within a group the batch is one array, which XLA partitions."""
+    body = jax.vmap(body, in_axes=None, out_axes=None, axis_size=1, axis_name=SYNC_AXIS)
+    if groups == 1:
+        return jax.vmap(body, in_axes=None, out_axes=None, axis_size=1, axis_name=GROUP_AXIS)
+
+    def mapped(state, batch_stats, batch):
+        parts = jax.tree.map(lambda v: v.reshape((groups, -1, *v.shape[1:])), batch)
+        sharding = NamedSharding(mesh, P(GROUP_AXIS, SYNC_AXIS))
+        parts = jax.tree.map(lambda v: lax.with_sharding_constraint(v, sharding), parts)
+        grouped = jax.vmap(body, (None, 0, 0), (None, 0, None), axis_name=GROUP_AXIS)
+        return grouped(state, batch_stats, parts)
+
+    return mapped
+
+
+def _by_shard_map(body, mesh: Mesh, groups: int):
+    """Maps over all axes of the mesh, with replication checking."""
+    of_group = P(GROUP_AXIS) if groups > 1 else P()
+
+    def local(state, batch_stats, batch):
+        if groups > 1:
+            batch_stats = jax.tree.map(lambda v: v[0], batch_stats)
+        state, batch_stats, metrics = body(state, batch_stats, batch)
+        if mesh.shape[SYNC_AXIS] == 1:  # a sum that does nothing but type them as shared by the group
+            batch_stats = lax.psum(batch_stats, SYNC_AXIS)
+        if groups > 1:
+            batch_stats = jax.tree.map(lambda v: v[None], batch_stats)
+        return state, batch_stats, metrics
+
+    specs = {"in_specs": (P(), of_group, P(mesh.axis_names)), "out_specs": (P(), of_group, P())}
+    return jax.shard_map(local, mesh=mesh, **specs)
+
+
+def _by_pmap(body, mesh: Mesh, groups: int):
+    """Maps over the devices in the order of the mesh."""
+    stats_axis = None if groups == 1 else 0
+    axes = {"in_axes": (None, stats_axis, 0), "out_axes": (None, stats_axis, None)}
+    pmapped = jax.pmap(body, axis_name=SYNC_AXIS, devices=list(mesh.devices.flat), **axes)
+    by_group, by_device = P(GROUP_AXIS), P(mesh.axis_names)
+    # Each device holds its group's statistics: only the labels change.
+    for_devices, for_groups = (
+        jax.shard_map(lambda tree: tree, mesh=mesh, in_specs=a, out_specs=b, check_vma=False)
+        for a, b in ((by_group, by_device), (by_device, by_group))
+    )
+
+    def mapped(state, batch_stats, batch):
+        parts = jax.tree.map(lambda v: v.reshape((mesh.size, -1, *v.shape[1:])), batch)
+        if groups == 1:
+            return pmapped(state, batch_stats, parts)
+        state, batch_stats, metrics = pmapped(state, for_devices(batch_stats), parts)
+        return state, for_groups(batch_stats), metrics
+
+    return mapped
+
+
+def _check_sync(mesh: Mesh, parallel: Parallel):
+    """A Flax interceptor that raises for batch norms that synchronise otherwise than the mesh's groups ask for."""
+    size, groups = mesh.shape[SYNC_AXIS], devices.index_groups(mesh)
+
+    def intercept(next_function, arguments, options, context):
+        module = context.module
+        if isinstance(module, nn.BatchNorm) and mesh.size > 1:
+            names = module.axis_name if isinstance(module.axis_name, tuple) else (module.axis_name,)
+            expected = groups if parallel == "pmap" else None
+            found = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))
+            not_needed = module.axis_name is None and (parallel == "jit" or size == 1)
+            if not not_needed and (SYNC_AXIS not in names or found != expected):
+                wanted = f"axis_name={SYNC_AXIS!r}, axis_index_groups={expected}"
+                raise ValueError(
+                    f"the batch norm {'/'.join(module.path)} must be made with {wanted} to synchronise over {size} of "
+                    f"{mesh.size} devices under {parallel}, got axis_name={module.axis_name!r}, "
+                    f"axis_index_groups={module.axis_index_groups}. For statistics of each device make the mesh with "
+                    "group_size=1."
+                )
+        return next_function(*arguments, **options)
+
+    return intercept
+
+
+def pad_batch(batch: Batch, multiple: int) -> Batch:
+    """Pads a batch to a multiple of some number with copies of its first example, of weight zero.
+
+    Args:
+      batch: host arrays.
+      multiple: such as `mesh.size · accumulate_steps`, or a batch size.
+
+    Returns:
+      The batch with `weights`; with all of weight one where nothing was missing.
+    """
+    count = len(batch.x)
+    missing = -count % multiple
+    weights = np.ones(count, np.float32) if batch.weights is None else np.asarray(batch.weights)
+
+    def pad(values):
+        return np.concatenate([values, np.repeat(np.asarray(values[:1]), missing, 0)]) if missing else values
+
+    return Batch(pad(batch.x), pad(batch.y), np.concatenate([weights, np.zeros(missing, weights.dtype)]))
 
 
 def train_epoch(
@@ -164,7 +348,11 @@ def evaluate(
 
     Returns:
       `Metrics` of one value for each example: take the mean over the examples of a data set.
+
+    Raises:
+      ValueError: for a state whose groups of devices keep their statistics apart.
     """
+    check_groups(state, None, "evaluate")
     outputs = state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
     losses, correct = objective(outputs, y)
     return Metrics(losses, correct.astype(losses.dtype))

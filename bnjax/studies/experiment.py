@@ -185,9 +185,8 @@ def train_variant(
     def gradients_of_first_seed(states, data):
         (x, y), _ = jax.tree.map(lambda v: v[0], data) if per_seed_data else data
         state = jax.tree.map(lambda v: v[0], states)
-        grads = jax.grad(train.loss_and_updates, argnums=1, has_aux=True)(
-            state, state.params, x[: variant.batch_size], y[: variant.batch_size], objective
-        )[0]
+        size = variant.batch_size
+        grads = train.gradients(state, x[:size], y[:size], objective=objective)
         return {"weight": state.params, "gradient": grads}
 
     @functools.partial(jax.jit, static_argnames="count", donate_argnames="states", compiler_options=COMPILER_OPTIONS)

@@ -1,0 +1,141 @@
+"""Flax's train state with running statistics: one set, or one for each of several groups of devices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
+
+from bnjax import parallel
+from bnjax.moments import Moments, merge_moments
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState` with the running statistics of the model's batch norms.
+
+    Attributes:
+      batch_stats: the 'batch_stats' collection; empty for a model without batch norm.
+      examples_seen: None for one set of running statistics. Where groups of devices keep their own, `batch_stats` has a
+        leading axis of groups, and this says from how many examples (by weight) each group's come.
+    """
+
+    step: Any
+    params: Any  # of any container, where Flax's annotation says FrozenDict
+    batch_stats: Any
+    examples_seen: Any = None  # float array [groups]
+
+    @property
+    def stats_groups(self) -> int | None:
+        """How many sets of running statistics are kept apart; None where there is one, for all."""
+        return None if self.examples_seen is None else self.examples_seen.shape[0]
+
+
+def create_train_state(
+    model, optimizer: optax.GradientTransformation, key: Array, x: Shaped[Array, "batch ..."]
+) -> TrainState:
+    """The state at step 0 of a Flax model, initialised for inputs like `x`.
+
+    Args:
+      model: linen module whose call takes `(x, training=…)`.
+      optimizer: optax gradient transformation.
+      key: random key of the initial parameters.
+      x: a batch of inputs; only its shape and dtype matter.
+    """
+    variables = model.init(key, x, training=False)
+    state = TrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=optimizer,
+        batch_stats=variables.get("batch_stats", {}),
+    )
+    return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile a second time
+
+
+def split_batch_stats(state: TrainState, groups: int) -> TrainState:
+    """Gives each of several groups of devices its own copy of the running statistics.
+
+    Args:
+      state: with one set of running statistics.
+      groups: how many sets to make.
+
+    Returns:
+      The state with a leading axis of groups in `batch_stats`, and `examples_seen` zero.
+
+    Raises:
+      ValueError: if the statistics are kept apart already.
+    """
+    check_groups(state, None, "split_batch_stats")
+    stats = jax.tree.map(lambda v: jnp.broadcast_to(v, (groups, *jnp.shape(v))), state.batch_stats)
+    return state.replace(batch_stats=stats, examples_seen=jnp.zeros(groups))
+
+
+def merge_batch_stats(state: TrainState) -> TrainState:
+    """Merges running statistics that groups of devices kept apart, by the examples that each has seen.
+
+    With n_g the examples of group g and n = Σ n_g:
+
+        mean = Σ n_g mean_g / n        var = Σ n_g (var_g + (mean_g − mean)²) / n
+
+    Args:
+      state: with statistics kept apart (one set is returned as it is).
+
+    Returns:
+      The state with one set of statistics, to evaluate and to save.
+    """
+    if state.examples_seen is None:
+        return state
+    seen = jnp.where(state.examples_seen.sum() > 0, state.examples_seen, 1)  # before the first step all are the same
+
+    def merge(stats):
+        if not isinstance(stats, Mapping):
+            return stats[0]  # another module's statistic than a mean and its variance
+        if set(stats) != {"mean", "var"}:
+            return {name: merge(v) for name, v in stats.items()}
+        m = Moments(stats["mean"][0], stats["var"][0], seen[0])
+        for g in range(1, seen.shape[0]):
+            m = merge_moments(m, Moments(stats["mean"][g], stats["var"][g], seen[g]))
+        return {"mean": m.mean.astype(stats["mean"].dtype), "var": m.var.astype(stats["var"].dtype)}
+
+    return state.replace(batch_stats=merge(state.batch_stats), examples_seen=None)
+
+
+def check_groups(state: TrainState, groups: int | None, caller: str) -> None:
+    """Raises unless the state keeps as many sets of running statistics as expected (None: one for all)."""
+    if state.stats_groups == groups:
+        return
+    if groups is None:
+        raise ValueError(
+            f"{caller} needs a state with one set of running statistics, this one holds those of "
+            f"{state.stats_groups} groups of devices. Merge them with bnjax.train.merge_batch_stats(state)."
+        )
+    held = "one set" if state.stats_groups is None else f"those of {state.stats_groups} groups"
+    raise ValueError(
+        f"{caller} keeps the running statistics of {groups} groups of devices apart, this state holds {held}. "
+        f"Pass bnjax.train.split_batch_stats(bnjax.train.merge_batch_stats(state), {groups})."
+    )
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """Places a state on a mesh: whole on every device, but statistics kept apart each with its group.
+
+    Args:
+      state: the same in every process.
+      mesh: from `bnjax.parallel.make_mesh`.
+
+    Raises:
+      ValueError: if the state does not keep as many sets of statistics as the mesh has groups.
+    """
+    groups = parallel.num_groups(mesh)
+    check_groups(state, None if groups == 1 else groups, "this mesh")
+    if groups == 1:
+        return parallel.replicate(state, mesh)
+    sharding = NamedSharding(mesh, P(parallel.GROUP_AXIS))
+    stats = jax.tree.map(
+        lambda v: jax.make_array_from_callback(v.shape, sharding, jax.device_get(v).__getitem__), state.batch_stats
+    )
+    return parallel.replicate(state.replace(batch_stats=None), mesh).replace(batch_stats=stats)

@@ -1,0 +1,376 @@
+"""One step body under jit, shard_map and pmap: the same numbers as on one device, and no more collectives."""
+
+import functools
+import inspect
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bnjax
+from bnjax import parallel, train
+from bnjax.linen import BatchNorm
+from bnjax.models import Perceptron
+
+WAYS = ["jit", "shard_map", "pmap"]
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+KEY = jax.random.key(0)
+STEPS = 50
+# Sizes at which a batch norm's mean is far from zero, and a device has nothing valid.
+RNG = np.random.default_rng(0)
+X = (5 + 3 * RNG.normal(size=(STEPS, 32, 4))).astype(np.float32)
+Y = X[..., :3].argmax(-1).astype(np.int32)
+WEIGHTS = (RNG.random((STEPS, 32)) > 0.3).astype(np.float32)
+WEIGHTS[:, :4] = 0
+
+
+def model(axis_name=parallel.SYNC_AXIS, groups=None, norm=BatchNorm):
+    made = functools.partial(norm, momentum=0.9, axis_name=axis_name, axis_index_groups=groups)
+    return Perceptron((8, 8), 3, made, "before", use_hidden_bias=False)
+
+
+def new_state(model, dtype=jnp.float32):
+    state = train.create_train_state(model, optax.adam(0.01), KEY, jnp.zeros((1, 4)))
+    return jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, state)
+
+
+def collectives(compiled):
+    """How often each kind of collective stands in a compiled program."""
+    found = {kind: len(re.findall(rf"= .*? {kind}(?:-start)?\(", compiled.as_text())) for kind in COLLECTIVES}
+    return {kind: count for kind, count in found.items() if count}
+
+
+def fit(step, state, dtype=np.float32, weights=WEIGHTS):
+    metrics = []
+    for i in range(STEPS):
+        state, m = step(state, X[i].astype(dtype), Y[i], weights[i].astype(dtype))
+        metrics.append(m)
+    return state, jax.device_get(metrics)
+
+
+@functools.cache
+def on_one_device(dtype, accumulate_steps):
+    step = functools.partial(train.train_step, objective=train.cross_entropy, accumulate_steps=accumulate_steps)
+    state, metrics = fit(jax.jit(step), new_state(model(None), dtype), dtype)
+    return jax.device_get((state.params, state.batch_stats)), metrics
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_fifty_steps_on_eight_devices_equal_those_on_one_in_float64(way, accumulate_steps, x64):
+    traces = chex.assert_max_traces(train.cross_entropy, n=1)
+    chex.clear_trace_counter()
+    step = train.make_train_step(traces, parallel=way, accumulate_steps=accumulate_steps)
+    start = train.place_state(new_state(model(), np.float64), step.mesh)
+    state, metrics = fit(step, start, np.float64)
+    (params, batch_stats), expected = on_one_device(np.float64, accumulate_steps)
+    chex.assert_trees_all_close(jax.device_get(state.params), params, rtol=1e-10, atol=1e-10)
+    chex.assert_trees_all_close(jax.device_get(state.batch_stats), batch_stats, rtol=1e-6)  # kept in float32
+    chex.assert_trees_all_close(metrics, expected, rtol=1e-10)
+    assert step.compiled._cache_size() == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))  # donated
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fifty_steps_in_float32_agree_to_rounding(way):
+    state, metrics = fit(train.make_train_step(train.cross_entropy, parallel=way), new_state(model()))
+    (params, batch_stats), expected = on_one_device(np.float32, 1)
+    chex.assert_trees_all_close(jax.device_get(state.params), params, rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_close(jax.device_get(state.batch_stats), batch_stats, rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_close(metrics, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_running_statistics_in_float64_too(x64):
+    dtype = {"param_dtype": jnp.float64, "force_float32_reductions": False}
+    norm = functools.partial(BatchNorm, **dtype)
+    one = jax.jit(functools.partial(train.train_step, objective=train.cross_entropy))
+    expected, _ = fit(one, new_state(model(None, norm=norm), np.float64), np.float64)
+    got, _ = fit(
+        train.make_train_step(train.cross_entropy, parallel="shard_map"),
+        new_state(model(norm=norm), np.float64),
+        np.float64,
+    )
+    assert jax.tree.leaves(got.batch_stats)[0].dtype == np.float64
+    chex.assert_trees_all_close(
+        jax.device_get(got.batch_stats), jax.device_get(expected.batch_stats), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("accumulate_steps", [2, 4])
+def test_micro_batches_move_the_statistics_once_by_the_moments_of_the_whole_batch(accumulate_steps, x64):
+    class OneLayer(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, training, mask=None):
+            masked = {} if mask is None else {"mask": mask[:, None]}
+            layer = BatchNorm(use_running_average=not training, momentum=0.9, bessel_correction=True)
+            return layer(x, **masked).sum(1, keepdims=True)
+
+    state = train.create_train_state(OneLayer(), optax.sgd(0.0), KEY, jnp.zeros((1, 4)))
+    weights = jnp.asarray(WEIGHTS[0]).at[::accumulate_steps].set(0)  # the first micro-batch has nothing valid
+    after, _ = train.train_step(
+        state,
+        jnp.asarray(X[0]),
+        jnp.asarray(Y[0]) % 2,
+        weights,
+        objective=train.squared_error,
+        accumulate_steps=accumulate_steps,
+    )
+    stats = {"mean": jnp.zeros(4, jnp.float32), "var": jnp.ones(4, jnp.float32)}
+    whole = bnjax.moments(X[0], mask=weights)
+    expected = bnjax.update_batch_stats(stats, whole, momentum=0.9, bessel_correction=True)
+    chex.assert_trees_all_close(next(iter(after.batch_stats.values())), expected, rtol=1e-6)
+
+
+def test_micro_batches_need_our_batch_norm():
+    state = new_state(model(None, norm=nn.BatchNorm))
+    with pytest.raises(ValueError, match=r"BatchNorm_0 \(BatchNorm\) does not give.*bnjax.linen.BatchNorm"):
+        train.train_step(state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=train.cross_entropy, accumulate_steps=2)
+    with pytest.raises(ValueError, match="must divide the 32 examples"):
+        train.train_step(state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=train.cross_entropy, accumulate_steps=3)
+
+
+# --- collectives ------------------------------------------------------------------------------------------------------
+
+
+def one_layer(norm, x, params, stats):
+    """Output sum and moved statistics of one batch norm: what a training step differentiates."""
+
+    def loss(x, params):
+        y, new = norm(x, params, stats)
+        return (y**3).sum(), new
+
+    (_, new), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, params)
+    return new, grads
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", ["shard_map", "unchecked shard_map", "pmap"])
+def test_a_batch_norm_costs_one_collective_forward_and_one_backward(way, masked):
+    params, stats = bnjax.init_batch_norm(16)
+    x, mask = jnp.ones((64, 4, 4, 16)), jnp.arange(64) % 3 > 0
+
+    def local(x, mask, backward):
+        def norm(x, params, stats):
+            masks = {"mask": mask[:, None, None]} if masked else {}
+            return bnjax.batch_norm(x, params, stats, training=True, axis_name="batch", **masks)
+
+        if not backward:
+            return norm(x, params, stats)
+        own = jax.tree.map(lambda v: jax.lax.pcast(v, "batch", to="varying"), params) if way == "shard_map" else params
+        new, (gradient, _) = one_layer(norm, x, own, stats)
+        return gradient, new
+
+    for backward in (False, True):
+        function = functools.partial(local, backward=backward)
+        if way == "pmap":
+            x, mask = x.reshape((8, -1, 4, 4, 16)), mask.reshape((8, -1))
+            mapped = jax.pmap(function, axis_name="batch")
+        else:
+            specs = {"in_specs": P("batch"), "out_specs": (P("batch"), P()), "check_vma": way == "shard_map"}
+            mapped = jax.jit(jax.shard_map(function, mesh=parallel.make_mesh(), **specs))
+        compiled = mapped.lower(x, mask).compile()
+        assert collectives(compiled) == {"all-reduce": 1 + backward}
+        # Forward 2 numbers for each feature, and the count where counts differ; backward 2.
+        payloads = re.findall(r"= f32\[(\d+(?:,\d+)*)\]\S* all-reduce\(", compiled.as_text())
+        sizes = sorted(np.prod([int(n) for n in shape.split(",")]) for shape in payloads)
+        assert sizes == sorted([32 + masked] + [32] * backward)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_automatic_partitioning_costs_no_more_collectives_than_flax(axis_type):
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(axis_type,))
+    x = jax.device_put(jnp.ones((64, 4, 4, 16)), NamedSharding(mesh, P("batch")))
+    counts = []
+    for layer in (BatchNorm(use_running_average=False), nn.BatchNorm(use_running_average=False)):
+        variables = jax.device_put(layer.init(KEY, jnp.ones((1, 4, 4, 16))), NamedSharding(mesh, P()))
+
+        def norm(x, params, stats, layer=layer):
+            return layer.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+
+        arguments = x, variables["params"], variables["batch_stats"]
+        forward = collectives(jax.jit(norm).lower(*arguments).compile())
+        both = collectives(jax.jit(functools.partial(one_layer, norm)).lower(*arguments).compile())
+        counts.append((forward, both))
+    assert counts[0] == counts[1] == ({"all-reduce": 1}, {"all-reduce": 2})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_costs_two_collectives_for_each_batch_norm_and_one_for_all_gradients(way):
+    step = train.make_train_step(train.cross_entropy, parallel=way)
+    state = train.place_state(new_state(model()), step.mesh)
+    batch = parallel.shard_batch(train.Batch(X[0], Y[0], WEIGHTS[0]), step.mesh)
+    assert collectives(step.compiled.lower(state, batch, None).compile()) == {"all-reduce": 2 * 2 + 1}
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+def test_synchronised_variance_is_accurate_far_from_zero(way, offset):
+    mesh = parallel.make_mesh()
+    x = (offset + np.random.default_rng(3).normal(size=(512, 3))).astype(np.float32)
+    if way == "jit":
+        function = jax.jit(bnjax.moments)
+    else:
+        local = functools.partial(bnjax.moments, axis_name="batch")
+        function = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("batch"), out_specs=P()))
+    got = function(jax.device_put(x, parallel.batch_sharding(mesh)))
+    np.testing.assert_allclose(got.mean, x.astype(np.float64).mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.var, x.astype(np.float64).var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [-1, 1, (0, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sharded_arrays_give_the_moments_of_the_whole(axis, masked, x64):
+    """Whatever axis is split over devices, and when its size does not divide by them."""
+    mesh = parallel.make_mesh()
+    for shape in ((16, 8, 3), (6, 8, 16)):
+        x = 100 + np.random.default_rng(1).normal(size=shape)
+        mask = (np.random.default_rng(2).random(shape[0]) > 0.5)[:, None, None] if masked and axis == -1 else None
+        expected = bnjax.moments(x, axis=axis, mask=mask)
+        for split in range(3):
+            if shape[split] % 8 == 0:
+                sharded = jax.device_put(x, NamedSharding(mesh, P(*[None] * split, "batch")))
+                got = jax.jit(functools.partial(bnjax.moments, axis=axis, mask=mask))(sharded)
+                chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=1e-10)
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def split_over_groups(size, x, weights):
+    """Reference: each group's statistics over the steps, by the function on one device."""
+    groups = 8 // size
+    stats = [{"mean": jnp.zeros(4), "var": jnp.ones(4)} for _ in range(groups)]
+    for i in range(3):
+        for g in range(groups):
+            part = slice(g * 32 // groups, (g + 1) * 32 // groups)
+            m = bnjax.moments(x[i, part], mask=weights[i, part])
+            stats[g] = bnjax.update_batch_stats(stats[g], m, momentum=0.9)
+    return stats
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+@pytest.mark.parametrize("way", WAYS)
+def test_groups_keep_their_statistics_apart_and_merge_them_by_count(way, size):
+    mesh = parallel.make_mesh(size)
+    norm = functools.partial(
+        BatchNorm,
+        momentum=0.9,
+        axis_name="batch",
+        axis_index_groups=parallel.index_groups(mesh) if way == "pmap" else None,
+    )
+    state = train.create_train_state(Perceptron((), 3, norm, "input"), optax.sgd(0.0), KEY, jnp.zeros((1, 4)))
+    state = train.split_batch_stats(state, 8 // size)
+    step = train.make_train_step(train.cross_entropy, mesh, parallel=way)
+    for i in range(3):
+        state, _ = step(state, X[i], Y[i], WEIGHTS[i])
+    assert step.compiled._cache_size() == 1
+    assert state.stats_groups == 8 // size
+    expected = split_over_groups(size, X, WEIGHTS)
+    (apart,) = state.batch_stats.values()
+    assert apart["mean"].sharding.spec == P("group")
+    for g, stats in enumerate(expected):
+        chex.assert_trees_all_close(jax.tree.map(lambda v, g=g: v[g], apart), stats, rtol=1e-5, atol=1e-5)
+    seen = WEIGHTS[:3].reshape((3, 8 // size, -1)).sum((0, 2))
+    np.testing.assert_allclose(state.examples_seen, seen)
+    merged = train.merge_batch_stats(state)
+    assert merged.stats_groups is None
+    mean = sum(n * s["mean"] for n, s in zip(seen, expected, strict=True)) / seen.sum()
+    var = sum(n * (s["var"] + (s["mean"] - mean) ** 2) for n, s in zip(seen, expected, strict=True)) / seen.sum()
+    (stats,) = merged.batch_stats.values()
+    chex.assert_trees_all_close(dict(stats), {"mean": mean, "var": var}, rtol=1e-5, atol=1e-5)
+
+
+def test_states_that_do_not_fit_are_errors():
+    state = new_state(model())
+    apart = train.split_batch_stats(state, 4)
+    over_all = train.make_train_step(train.cross_entropy)
+    in_pairs = train.make_train_step(train.cross_entropy, parallel.make_mesh(2))
+    with pytest.raises(ValueError, match=r"one set of running statistics.*4 groups.*merge_batch_stats"):
+        over_all(apart, X[0], Y[0])
+    with pytest.raises(ValueError, match=r"4 groups of devices apart, this state holds one set.*split_batch_stats"):
+        in_pairs(state, X[0], Y[0])
+    with pytest.raises(ValueError, match=r"evaluate needs a state with one set"):
+        train.evaluate(apart, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=train.cross_entropy)
+    with pytest.raises(ValueError, match=r"split_batch_stats needs a state with one set"):
+        train.split_batch_stats(apart, 2)
+    merged = train.merge_batch_stats(apart)  # before any step
+    chex.assert_trees_all_equal(merged.batch_stats, state.batch_stats)
+
+
+@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+def test_a_model_that_does_not_synchronise_is_an_error(way):
+    step = train.make_train_step(train.cross_entropy, parallel=way)
+    with pytest.raises(ValueError, match=r"BatchNorm_0 must be made with axis_name='batch'.*group_size=1"):
+        step(new_state(model(None)), X[0], Y[0])
+    in_pairs = train.make_train_step(train.cross_entropy, parallel.make_mesh(2), parallel=way)
+    wrong = model(groups=None if way == "pmap" else parallel.index_groups(in_pairs.mesh))
+    with pytest.raises(ValueError, match="axis_index_groups="):
+        in_pairs(train.split_batch_stats(new_state(wrong), 4), X[0], Y[0])
+
+
+def test_bad_arguments_say_what_to_do():
+    with pytest.raises(ValueError, match="parallel must be one of jit, shard_map, pmap"):
+        inspect.unwrap(train.make_train_step)(train.cross_entropy, parallel="vmap")
+    with pytest.raises(ValueError, match="group_size must divide the 8 devices, got 3"):
+        parallel.make_mesh(3)
+    step = train.make_train_step(train.cross_entropy)
+    with pytest.raises(ValueError, match=r"split evenly.*got 30 examples.*pad_batch"):
+        step(new_state(model()), X[0, :30], Y[0, :30])
+    with pytest.raises(ValueError, match="mesh must have the axis 'batch'"):
+        train.make_train_step(train.cross_entropy, jax.make_mesh((8,), ("data",)))
+    with pytest.raises(ValueError, match=r"coordinator and process_id missing"):
+        parallel.initialize(num_processes=2)
+    with pytest.raises(ValueError, match="'host:port', got 'here'"):
+        parallel.initialize("here", 2, 0)
+    with pytest.raises(ValueError, match="process_id must be from 0 to 1, got 2"):
+        parallel.initialize("127.0.0.1:1", 2, 2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_that_does_not_divide_is_padded_and_counts_once(way, x64):
+    x, y = X[0, :27].astype(np.float64), Y[0, :27]
+    one = jax.jit(functools.partial(train.train_step, objective=train.cross_entropy))
+    expected, expected_metrics = one(new_state(model(None), np.float64), x, y)
+    padded = train.pad_batch(train.Batch(x, y), 16)
+    assert len(padded.x) == 32
+    step = train.make_train_step(train.cross_entropy, parallel=way)
+    got, metrics = step(new_state(model(), np.float64), padded.x, padded.y, padded.weights)
+    chex.assert_trees_all_close(jax.device_get(got.params), jax.device_get(expected.params), rtol=1e-9)
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_examples_have_random_keys_of_their_own_however_they_are_split(way):
+    def noisy(x, keys):
+        return x + jax.vmap(lambda key: jax.random.normal(key, (4,)))(keys)
+
+    class TakesKeys(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, training, keys=None):
+            return nn.Dense(3)(x)
+
+    state = train.create_train_state(TakesKeys(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
+    step = train.make_train_step(train.cross_entropy, parallel=way, preprocess=noisy)
+    _, metrics = step(state, X[0], Y[0], None, jax.random.key(7))
+    alone = parallel.make_mesh(devices=jax.devices()[:1])
+    single = train.make_train_step(train.cross_entropy, alone, preprocess=noisy)
+    state = train.create_train_state(TakesKeys(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
+    _, expected = single(state, X[0], Y[0], None, jax.random.key(7))
+    chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=1e-5)
+
+
+def test_host_arrays_come_back_whole():
+    mesh = parallel.make_mesh()
+    tree = {"a": np.arange(16.0), "key": jax.random.key(3)}
+    batch = parallel.shard_batch({"a": tree["a"]}, mesh)
+    np.testing.assert_array_equal(parallel.to_host(batch)["a"], tree["a"])
+    placed = parallel.replicate(tree, mesh)
+    assert placed["a"].is_fully_replicated
+    assert placed["key"] == tree["key"]
