@@ -1,12 +1,14 @@
-"""The command line: `bnjax list` and `bnjax run STUDY`."""
+"""The command line: `bnjax list`, `bnjax run STUDY` and `bnjax compile STEP`."""
 
 import argparse
+import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from bnjax.studies import STUDIES, Options
+from bnjax.studies import COMPILABLE, STUDIES, Options
 
 _FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -33,6 +35,20 @@ def _sizes(text: str) -> tuple[int, ...]:
     if len(set(sizes)) != len(sizes):
         raise argparse.ArgumentTypeError(f"expected different batch sizes, got {text!r}")
     return sizes
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
+    return value
 
 
 def _parser() -> _Parser:
@@ -63,19 +79,88 @@ def _parser() -> _Parser:
             help=f"where to save (default runs/{study.name})",
         )
         one.add_argument("--quiet", action="store_true", help="print nothing but errors")
-        if study.image_data:
+        one.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
+        one.add_argument(
+            "--checkpoint-every",
+            type=_seconds,
+            default=60.0,
+            metavar="SECONDS",
+            help="time between two checkpoints of a training (default 60)",
+        )
+        if study.datasets:
+            default = study.datasets[0]
             one.add_argument(
-                "--dataset", choices=("mnist", "fashion_mnist"), default="mnist", help="image set (default mnist)"
+                "--dataset", choices=study.datasets, default=default, help=f"image set (default {default})"
             )
             one.add_argument(
                 "--data-dir",
                 metavar="DIR",
                 help="where TFDS's prepared sets are (default $TFDS_DATA_DIR or TFDS's own)",
             )
+        if study.name == "mnist":
             one.add_argument(
                 "--batch-sizes", type=_sizes, metavar="A,B,…", help="batch sizes to sweep (default 16,32,64,128,256)"
             )
+        if study.distributed:
+            _add_distributed(one)
+    _add_compile(commands)
     return parser
+
+
+def _add_compile(commands) -> None:
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile a training step for TPU chips that are not at hand, and say what it needs",
+        formatter_class=_FORMAT,
+        description="Compiles the training step of a study's network (or a residual network) with synchronised batch\n"
+        "norm ahead of time, with TPU's own compiler (pip install 'bnjax[tpu]'), on any machine. Reports whether it\n"
+        "fits, the collectives and their bytes, passes over the largest activation, FLOPs, and a bound on its time.",
+    )
+    compile_.add_argument("step", choices=COMPILABLE, metavar="STEP", help=f"one of {', '.join(COMPILABLE)}")
+    compile_.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIPS",
+        help="generation and shape of the slice, such as v5e:2x4, v6e:16x16 or v5p:16x16x16",
+    )
+    compile_.add_argument(
+        "--parallel", choices=("jit", "shard_map"), default="jit", help="how the step is mapped (default jit)"
+    )
+    compile_.add_argument(
+        "--batch", type=_positive, metavar="N", help="examples on each chip (default the study's, 128 for ResNet-50)"
+    )
+    compile_.add_argument("--json", type=Path, metavar="FILE", help="save the report")
+
+
+def _add_distributed(one: argparse.ArgumentParser) -> None:
+    """The options of a study that trains one network on many devices."""
+    one.add_argument("--variants", type=_names, metavar="A,B,…", help="which networks to train (default all)")
+    one.add_argument("--batch-size", type=_positive, metavar="N", help="examples in a step, over all devices")
+    one.add_argument("--steps-per-epoch", type=_positive, metavar="N", help="steps between two evaluations")
+    several = one.add_argument_group("many devices")
+    several.add_argument(
+        "--devices", type=_positive, metavar="N", help="devices of this process (default all; on CPU, simulated ones)"
+    )
+    several.add_argument(
+        "--parallel", choices=("jit", "shard_map", "pmap"), default="jit", help="how a step is mapped (default jit)"
+    )
+    several.add_argument(
+        "--group-size",
+        type=_positive,
+        metavar="N",
+        help="devices whose batch norms synchronise (default all; 1 for statistics of each device)",
+    )
+    several.add_argument(
+        "--accumulate-steps", type=_positive, default=1, metavar="K", help="micro-batches in a step (default 1)"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, the same for all processes")
+    several.add_argument("--processes", type=_positive, metavar="N", help="number of processes")
+    several.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="several processes, which JAX finds in the environment (TPU pod, Slurm, Open MPI)",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: without the program's name; those of the process by default.
 
     Returns:
-      0, 2 for bad input (with one line on standard error), 130 after Ctrl-C.
+      0, 1 for a step that does not compile, 2 for bad input (with one line on standard error), 130 after Ctrl-C.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -97,13 +182,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return _run(options)
+        return _compile(options) if options.command == "compile" else _run(options)
     except KeyboardInterrupt:
-        print("bnjax: interrupted; nothing was saved", file=sys.stderr)
+        print("bnjax: interrupted; --resume continues from the last checkpoint, if there is one", file=sys.stderr)
         return 130
 
 
 def _run(options: argparse.Namespace) -> int:
+    from bnjax.checkpoint import CheckpointError
     from bnjax.data import DataError
     from bnjax.studies import console
 
@@ -111,14 +197,60 @@ def _run(options: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         print(f"bnjax: error: --out must be a directory, but {out} is a file", file=sys.stderr)
         return 2
-    chosen = {key: getattr(options, key, None) for key in ("dataset", "data_dir", "batch_sizes")}
+    names = {field.name for field in dataclasses.fields(Options)} & set(vars(options))
+    chosen = Options(**{name: getattr(options, name) for name in names})
+    saving = {"resume": options.resume, "checkpoint_every": options.checkpoint_every}
+    study = STUDIES[options.study]
     try:
+        if study.distributed:
+            _start_devices(options)
         out.mkdir(parents=True, exist_ok=True)
-        console.run_study(STUDIES[options.study], Options(options.seeds, options.epochs, **chosen), out, options.quiet)
-    except (DataError, ValueError, OSError) as error:
+        console.run_study(study, chosen, out, options.quiet, **saving)
+    except (CheckpointError, DataError, RuntimeError, ValueError, OSError) as error:
+        if not _several_processes(options) and isinstance(error, RuntimeError):
+            raise
         print(f"bnjax: error: {error}", file=sys.stderr)
+        if _several_processes(options):
+            sys.stderr.flush()
+            os._exit(2)  # else the exit would wait for the other processes, one of which may be dead
         return 2
     return 0
+
+
+def _compile(options: argparse.Namespace) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from bnjax.studies import console
+
+    try:
+        fits = console.compile_step(options.step, options.topology, options.parallel, options.batch, options.json)
+    except (ImportError, ValueError, OSError) as error:
+        print(f"bnjax: error: {error}", file=sys.stderr)
+        return 2
+    return 0 if fits else 1
+
+
+def _several_processes(options: argparse.Namespace) -> bool:
+    return getattr(options, "distributed", False) or getattr(options, "coordinator", None) is not None
+
+
+def _start_devices(options: argparse.Namespace) -> None:
+    """Starts the distributed runtime, and checks that there are as many devices as asked for."""
+    import jax
+
+    from bnjax import parallel
+
+    if options.devices:
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    if _several_processes(options) or options.processes or options.process_id is not None:
+        parallel.initialize(options.coordinator, options.processes, options.process_id)
+    found = jax.local_device_count()
+    if options.devices and found != options.devices:
+        raise ValueError(
+            f"--devices {options.devices} were asked for, this process has {found} ({jax.default_backend()}); "
+            "hide some from it (CUDA_VISIBLE_DEVICES, TPU_VISIBLE_DEVICES) or ask for those."
+        )
 
 
 def _print_versions() -> int:

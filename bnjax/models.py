@@ -1,12 +1,17 @@
-"""The studies' networks in Flax linen, parametrised by their normaliser and its place."""
+"""The studies' networks in Flax linen, parametrised by their normaliser, and a perceptron's by its place too."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 from flax import linen as nn
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Key, Shaped
 
+from bnjax.layers import Conv, Dropout, max_pool
+
+Norm = Callable[..., nn.Module]
+"""Makes a normaliser from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it."""
+Images = Float[Array, "batch height width channels"]
 Place = Literal["none", "before", "after", "input"]
 """Where the normaliser stands: nowhere, before or after each hidden activation, or on the network's input."""
 
@@ -73,3 +78,232 @@ class Perceptron(nn.Module):
             x = nn.Dense(size, use_bias=self.use_hidden_bias, kernel_init=self.hidden_init)(x)
             x = normalize("after", self.activation(normalize("before", x)))
         return nn.Dense(self.outputs, kernel_init=self.output_init)(x)
+
+
+class CifarNetwork(nn.Module):
+    """Four blocks `conv – [norm] – activation – conv – [norm] – activation – max-pool – dropout`, and one without pool.
+
+    All kernels are 3 × 3 and initialised as Keras does; the last block, which has no dropout either, is flattened for
+    a Dense layer of logits.
+
+    Attributes:
+      num_classes: number of logits.
+      norm: makes the normaliser from `use_running_average`; None for none.
+      activation: of each convolution.
+      filters: of the convolutions in the first four blocks.
+      last_filters: of those in the last block.
+      dropout_rate: of the four dropouts.
+      dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+
+    References:
+      The CIFAR-100 article of study S5; Chollet et al. 2015, Keras, for the initialisers.
+
+    >>> from bnjax.linen import BatchNorm
+    >>> model = CifarNetwork(num_classes=100, norm=BatchNorm)
+    >>> variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), training=False))
+    >>> sum(p.size for p in jax.tree.leaves(variables['params']))
+    414560
+    """
+
+    num_classes: int
+    norm: Norm | None = None
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    filters: int = 60
+    last_filters: int = 100
+    dropout_rate: float = 0.15
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Images,
+        *,
+        training: bool,
+        mask: Shaped[Array, " batch"] | None = None,
+        keys: Key[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """Logits of a batch; with `training`, normalised by the batch's statistics and with dropout.
+
+        Args:
+          x: images of at least 16 × 16 pixels.
+          training: whether the normaliser uses the batch's statistics and elements are dropped.
+          mask: which examples count in the statistics, or with what weight; all by default.
+          keys: a random key for each example; without them nothing is dropped.
+        """
+        for block in range(5):
+            for _ in range(2):
+                features = self.last_filters if block == 4 else self.filters
+                x = Conv(features, (3, 3), kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype)(x)
+                x = self.activation(_normalize(self.norm, x, training, mask))
+            if block < 4:
+                x = Dropout(self.dropout_rate)(max_pool(x, 2, 2), keys if training else None)
+        x = x.reshape((x.shape[0], -1))
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.glorot_uniform())(x)
+
+
+class VGG(nn.Module):
+    """VGG for small images: 3 × 3 convolutions `conv – [norm] – ReLU` in five stages, each ended by a max-pool.
+
+    Santurkar et al. use "a standard VGG" with Glorot initialisation on CIFAR-10 and state no more. Ours are the default
+    depth, and after the convolutions two Dense layers of 512 with ReLU, without normaliser and dropout, in place of
+    4096 with dropout for ImageNet.
+
+    Attributes:
+      num_classes: number of logits.
+      norm: makes the normaliser from `use_running_average`; None for none.
+      depth: number of layers with kernels: 11, 13, 16 or 19 (configurations A, B, D and E).
+      width: filters of the first stage, 8 times as many in the last and in the Dense layers.
+      dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+
+    References:
+      Simonyan & Zisserman 2015, "Very Deep Convolutional Networks for Large-Scale Image Recognition", table 1;
+      Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?", section 2 and appendix A.
+
+    >>> from bnjax.linen import BatchNorm
+    >>> model = VGG(num_classes=10, norm=BatchNorm, depth=16, width=4)
+    >>> variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), training=False))
+    >>> len(variables['batch_stats'])
+    13
+    """
+
+    num_classes: int
+    norm: Norm | None = None
+    depth: int = 11
+    width: int = 64
+    dtype: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.depth not in _VGG_STAGES:
+            raise ValueError(f"depth must be one of {', '.join(map(str, _VGG_STAGES))}, got {self.depth}.")
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Images,
+        *,
+        training: bool,
+        mask: Shaped[Array, " batch"] | None = None,
+        keys: Key[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """Logits of a batch; with `training`, normalised by the batch's statistics.
+
+        Args:
+          x: images of at least 32 × 32 pixels.
+          training: whether the normaliser uses the batch's statistics.
+          mask: which examples count in the statistics, or with what weight; all by default.
+          keys: without effect, as there is no dropout.
+        """
+        init = nn.initializers.glorot_uniform()
+        for stage, layers in enumerate(_VGG_STAGES[self.depth]):
+            for _ in range(layers):
+                x = Conv(self.width * min(2**stage, 8), (3, 3), kernel_init=init, dtype=self.dtype)(x)
+                x = nn.relu(_normalize(self.norm, x, training, mask))
+            x = max_pool(x, 2, 2)
+        x = x.reshape((x.shape[0], -1))
+        for _ in range(2):
+            x = nn.relu(nn.Dense(8 * self.width, kernel_init=init, dtype=self.dtype)(x))
+        return nn.Dense(self.num_classes, kernel_init=init)(x)
+
+
+_VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+
+class ResNet(nn.Module):
+    """Residual network: a stem, four stages of residual blocks, the mean over pixels, and a Dense layer of logits.
+
+    Attributes:
+      num_classes: number of logits.
+      norm: makes the normaliser from `use_running_average`; None for none, with biases in the convolutions instead.
+      stage_sizes: blocks in each stage; the first block of each but the first stage halves height and width.
+      bottleneck: whether a block is 1 × 1, 3 × 3 and 1 × 1 convolutions with 4 times the features at its ends, the
+        stride in the 3 × 3 one ("version 1.5"), rather than two of 3 × 3.
+      stem: 'imagenet' for a 7 × 7 convolution of stride 2 and a 3 × 3 max-pool of stride 2, 'cifar' for a 3 × 3
+        convolution alone.
+      width: filters of the stem and the first stage; each stage doubles them.
+      dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+
+    References:
+      He et al. 2016, "Deep Residual Learning for Image Recognition", sections 3.3, 4.1 and 4.2; for the initialiser,
+      He et al. 2015, "Delving Deep into Rectifiers", section 2.2.
+
+    >>> from bnjax.linen import BatchNorm
+    >>> model = resnet18(num_classes=1000, norm=BatchNorm)
+    >>> variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 224, 224, 3)), training=False))
+    >>> sum(p.size for p in jax.tree.leaves(variables['params']))
+    11689512
+    """
+
+    num_classes: int
+    norm: Norm | None = None
+    stage_sizes: Sequence[int] = (2, 2, 2, 2)
+    bottleneck: bool = False
+    stem: str = "imagenet"
+    width: int = 64
+    dtype: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stem not in ("imagenet", "cifar"):
+            raise ValueError(f"stem must be 'imagenet' or 'cifar', got {self.stem!r}.")
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Images,
+        *,
+        training: bool,
+        mask: Shaped[Array, " batch"] | None = None,
+        keys: Key[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """Logits of a batch; with `training`, normalised by the batch's statistics.
+
+        Args:
+          x: images.
+          training: whether the normaliser uses the batch's statistics.
+          mask: which examples count in the statistics, or with what weight; all by default.
+          keys: without effect, as there is no dropout.
+        """
+
+        def conv(x, features: int, size: int, stride: int = 1):
+            pads = ((size // 2, size // 2),) * 2
+            init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+            options = {"use_bias": self.norm is None, "dtype": self.dtype, "kernel_init": init}
+            return _normalize(self.norm, Conv(features, (size, size), stride, pads, **options)(x), training, mask)
+
+        def block(x, features: int, stride: int):
+            if self.bottleneck:
+                y = nn.relu(conv(x, features, 1))
+                y = nn.relu(conv(y, features, 3, stride))
+                y = conv(y, 4 * features, 1)
+            else:
+                y = nn.relu(conv(x, features, 3, stride))
+                y = conv(y, features, 3)
+            return nn.relu(y + (x if x.shape == y.shape else conv(x, y.shape[-1], 1, stride)))
+
+        if self.stem == "imagenet":
+            x = max_pool(nn.relu(conv(x, self.width, 7, 2)), 3, 2, ((1, 1), (1, 1)))
+        else:
+            x = nn.relu(conv(x, self.width, 3))
+        for stage, blocks in enumerate(self.stage_sizes):
+            for index in range(blocks):
+                x = block(x, self.width * 2**stage, 2 if stage > 0 and index == 0 else 1)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+def resnet18(num_classes: int, norm: Norm | None = None, **options) -> ResNet:
+    """ResNet of 18 layers, of two 3 × 3 convolutions a block; `options` are attributes of `ResNet`."""
+    return ResNet(num_classes, norm, (2, 2, 2, 2), False, **options)
+
+
+def resnet50(num_classes: int, norm: Norm | None = None, **options) -> ResNet:
+    """ResNet of 50 layers, of bottleneck blocks; `options` are attributes of `ResNet`."""
+    return ResNet(num_classes, norm, (3, 4, 6, 3), True, **options)
+
+
+def _normalize(norm: Norm | None, x: Array, training: bool, mask: Array | None) -> Array:
+    """`x` through a new normaliser of the calling module, if there is one."""
+    if norm is None:
+        return x
+    masked = {} if mask is None else {"mask": mask.reshape((-1,) + (1,) * (x.ndim - 1))}
+    return norm(use_running_average=not training)(x, **masked)

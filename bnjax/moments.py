@@ -179,15 +179,16 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     if shards == 1:
         return _local_moments(x, weights, axes)
     batch = reduced[0]
-    x_shards = split_axis(x, batch, shards)
-    shared = weights is None or weights.shape[batch] == 1
-    weight_shards = weights if shared else split_axis(weights, batch, shards)
+    if weights is None or weights.shape[batch] == 1:
+        weight_shards, weights_axis = weights, None
+    else:
+        weight_shards, weights_axis = split_axis(weights, batch, shards), batch
 
     def moments_of_shard(x, weights):
         return _synchronised(_local_moments(x, weights, axes), "shard", None, counts_differ=weights is not None)
 
-    in_axes = (batch, None if shared else batch)
-    return jax.vmap(moments_of_shard, in_axes, out_axes=None, axis_name="shard")(x_shards, weight_shards)
+    of_shards = jax.vmap(moments_of_shard, (batch, weights_axis), out_axes=None, axis_name="shard")
+    return of_shards(split_axis(x, batch, shards), weight_shards)
 
 
 def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:

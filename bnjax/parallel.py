@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -61,7 +62,7 @@ def initialize(
         ) from error
 
 
-def make_mesh(group_size: int | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(group_size: int | None = None, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh to split batches over: of axis 'batch', or of 'group' and 'batch' with groups of `group_size` devices.
 
     Batch norms with `axis_name='batch'` synchronise over the devices of a group: over all without groups, not at all
@@ -74,8 +75,8 @@ def make_mesh(group_size: int | None = None, *, devices: Sequence[jax.Device] | 
     Raises:
       ValueError: if the groups don't divide the devices, or one would hold parts of several processes' devices.
 
-    >>> make_mesh(devices=jax.devices()[:1]).shape
-    OrderedDict({'batch': 1})
+    >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+    {'batch': 1}
     """
     if group_size is None:
         if devices is None:
@@ -148,12 +149,18 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
 
 
+def local_part(values: Any) -> Any:
+    """This process's equal share of the examples of a batch that every process has whole."""
+    share = len(values) // jax.process_count()
+    return values[share * jax.process_index() : share * (jax.process_index() + 1)]
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every device holds the whole tree, which must be the same in each process."""
     sharding = replicated(mesh)
 
     def place(leaf):
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = place(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax._collectives import AxisName, vary_like
 from bnjax.linen import BatchNorm
@@ -29,8 +30,8 @@ class Metrics(NamedTuple):
       accuracy: whether the example is classified correctly (1 or 0); the fraction of those that are.
     """
 
-    loss: Float[Array, "..."]
-    accuracy: Float[Array, "..."]
+    loss: Float[ArrayLike, "..."]
+    accuracy: Float[ArrayLike, "..."]
 
 
 def binary_cross_entropy(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
@@ -60,10 +61,30 @@ class Batch(NamedTuple):
       keys: a random key for each example, for models that take `keys` (dropout).
     """
 
-    x: Shaped[Array, "batch ..."]
-    y: Shaped[Array, " batch"]
-    weights: Float[Array, " batch"] | None = None
-    keys: Shaped[Array, " batch"] | None = None
+    x: Any  # arrays of JAX or NumPy
+    y: Any
+    weights: Any = None
+    keys: Any = None
+
+
+def pad_batch(batch: Batch, multiple: int) -> Batch:
+    """Pads a batch to a multiple of some number with copies of its first example, of weight zero.
+
+    Args:
+      batch: host arrays.
+      multiple: such as `mesh.size · accumulate_steps`, or a batch size.
+
+    Returns:
+      The batch with `weights`; with all of weight one where nothing was missing.
+    """
+    count = len(batch.x)
+    missing = -count % multiple
+    weights = np.ones(count, np.float32) if batch.weights is None else np.asarray(batch.weights)
+
+    def pad(values):
+        return np.concatenate([values, np.repeat(np.asarray(values[:1]), missing, 0)]) if missing else values
+
+    return Batch(pad(batch.x), pad(batch.y), np.concatenate([weights, np.zeros(missing, weights.dtype)]))
 
 
 class _Sums(NamedTuple):
@@ -183,7 +204,8 @@ def _remember_batch_norms(layers: dict[tuple[str, ...], BatchNorm]):
 
 def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...], BatchNorm]) -> Any:
     """Running statistics moved by the moments of all micro-batches, stacked along the first axis, merged."""
-    stats, stacked = flatten_dict(batch_stats), flatten_dict(moments)
+    stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
+    stacked: dict[tuple[str, ...], Any] = dict(flatten_dict(moments))
     for path, layer in layers.items():
         for calls in stacked.get((*path, "batch"), ()):
             first, rest = (Moments(*(v[part] for v in calls)) for part in (0, slice(1, None)))

@@ -1,8 +1,9 @@
 """Training: the step in three ways to map it over devices, whole epochs as one compiled scan, and evaluation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,21 +31,23 @@ from bnjax.step import (
     binary_cross_entropy,
     cross_entropy,
     gradients,
+    pad_batch,
     squared_error,
     train_step,
 )
 
 __all__ = [
+    "PARALLEL",
     "Batch",
     "Metrics",
     "Objective",
-    "Parallel",
     "ParallelStep",
     "TrainState",
     "binary_cross_entropy",
     "create_train_state",
     "cross_entropy",
     "evaluate",
+    "evaluate_in_batches",
     "gradients",
     "make_train_step",
     "merge_batch_stats",
@@ -56,7 +59,7 @@ __all__ = [
     "train_step",
 ]
 
-Parallel = Literal["jit", "shard_map", "pmap"]
+PARALLEL = ("jit", "shard_map", "pmap")
 Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
 
 
@@ -69,10 +72,12 @@ class ParallelStep:
 
     Attributes:
       mesh: of the devices.
+      multiple: of what number a batch's examples must be: devices times micro-batches.
       compiled: `(state, Batch, key) → (state, metrics)`; has `lower`, for looking at what was compiled.
     """
 
     mesh: Mesh
+    multiple: int
     compiled: Any
 
     def __call__(self, state: TrainState, x, y, weights=None, key=None) -> tuple[TrainState, Metrics]:
@@ -105,7 +110,7 @@ def make_train_step(
     objective: Objective,
     mesh: Mesh | None = None,
     *,
-    parallel: Parallel = "jit",
+    parallel: str = "jit",
     accumulate_steps: int = 1,
     preprocess: Preprocess | None = None,
 ) -> ParallelStep:
@@ -130,18 +135,19 @@ def make_train_step(
       A `ParallelStep`, called as `step(state, x, y, weights=None, key=None)`.
 
     Raises:
-      ValueError: for an unknown `parallel`, or pmap over several processes; when called, for a batch that does not divide, a state whose statistics
-        are kept otherwise than the mesh's groups ask for, or a model whose batch norms synchronise otherwise.
+      ValueError: for an unknown `parallel`, or pmap over several processes; when called, for a batch that does not
+        divide, a state whose statistics are kept otherwise than the mesh's groups ask for, or a model whose batch norms
+        synchronise otherwise.
     """
-    if parallel not in get_args(Parallel):
-        raise ValueError(f"parallel must be one of {', '.join(get_args(Parallel))}, got {parallel!r}.")
+    if parallel not in PARALLEL:
+        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}.")
     mesh = devices.make_mesh() if mesh is None else mesh
     if parallel == "pmap" and mesh.is_multi_process:
         raise ValueError(
             "parallel='pmap' maps over the devices of one process, and this mesh has those of several. "
             "Use 'shard_map' or 'jit'."
         )
-    groups = devices.num_groups(mesh)
+    groups, multiple = devices.num_groups(mesh), mesh.size * accumulate_steps
     axis_names = (SYNC_AXIS,) if parallel == "pmap" else mesh.axis_names
 
     def body(state: TrainState, batch_stats: Any, batch: Batch):
@@ -169,7 +175,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, key: jax.Array | None):
         check_groups(state, None if groups == 1 else groups, "a step over this mesh")
         size = batch.x.shape[0]
-        if size % (mesh.size * accumulate_steps):
+        if size % multiple:
             raise ValueError(
                 f"the batch must be a multiple of {mesh.size} devices times {accumulate_steps} micro-batches, got "
                 f"{size} examples. Pad it with examples of weight zero (bnjax.train.pad_batch)."
@@ -186,7 +192,7 @@ def make_train_step(
         rest = jax.tree.map(lambda v: lax.with_sharding_constraint(v, devices.replicated(mesh)), (rest, seen, metrics))
         return rest[0].replace(batch_stats=_place(batch_stats, mesh, groups), examples_seen=rest[1]), rest[2]
 
-    return ParallelStep(mesh, jax.jit(step, donate_argnums=0))
+    return ParallelStep(mesh, multiple, jax.jit(step, donate_argnums=0))
 
 
 def _place(batch_stats: Any, mesh: Mesh, groups: int) -> Any:
@@ -225,8 +231,8 @@ def _by_shard_map(body, mesh: Mesh, groups: int):
             batch_stats = jax.tree.map(lambda v: v[None], batch_stats)
         return state, batch_stats, metrics
 
-    specs = {"in_specs": (P(), of_group, P(mesh.axis_names)), "out_specs": (P(), of_group, P())}
-    return jax.shard_map(local, mesh=mesh, **specs)
+    in_specs, out_specs = (P(), of_group, P(mesh.axis_names)), (P(), of_group, P())
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 def _by_pmap(body, mesh: Mesh, groups: int):
@@ -251,7 +257,7 @@ def _by_pmap(body, mesh: Mesh, groups: int):
     return mapped
 
 
-def _check_sync(mesh: Mesh, parallel: Parallel):
+def _check_sync(mesh: Mesh, parallel: str):
     """A Flax interceptor that raises for batch norms that synchronise otherwise than the mesh's groups ask for."""
     size, groups = mesh.shape[SYNC_AXIS], devices.index_groups(mesh)
 
@@ -273,26 +279,6 @@ def _check_sync(mesh: Mesh, parallel: Parallel):
         return next_function(*arguments, **options)
 
     return intercept
-
-
-def pad_batch(batch: Batch, multiple: int) -> Batch:
-    """Pads a batch to a multiple of some number with copies of its first example, of weight zero.
-
-    Args:
-      batch: host arrays.
-      multiple: such as `mesh.size · accumulate_steps`, or a batch size.
-
-    Returns:
-      The batch with `weights`; with all of weight one where nothing was missing.
-    """
-    count = len(batch.x)
-    missing = -count % multiple
-    weights = np.ones(count, np.float32) if batch.weights is None else np.asarray(batch.weights)
-
-    def pad(values):
-        return np.concatenate([values, np.repeat(np.asarray(values[:1]), missing, 0)]) if missing else values
-
-    return Batch(pad(batch.x), pad(batch.y), np.concatenate([weights, np.zeros(missing, weights.dtype)]))
 
 
 def train_epoch(
@@ -356,3 +342,49 @@ def evaluate(
     outputs = state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
     losses, correct = objective(outputs, y)
     return Metrics(losses, correct.astype(losses.dtype))
+
+
+def evaluate_in_batches(
+    state: TrainState,
+    x: Any,
+    y: Any,
+    *,
+    objective: Objective,
+    batch_size: int,
+    mesh: Mesh | None = None,
+    preprocess: Preprocess | None = None,
+) -> Metrics:
+    """Means of the metrics over a data set, with the running statistics, each example counted once.
+
+    The last batch is padded to the common size with examples of weight zero.
+
+    Args:
+      state: parameters and running statistics, on the mesh.
+      x: inputs of all examples, on the host, the same in every process.
+      y: labels of all examples.
+      objective: loss and correctness of each example.
+      batch_size: examples at a time; made a multiple of the devices.
+      mesh: devices to split each batch over; one device by default.
+      preprocess: as that of `make_train_step`, called without keys.
+
+    Returns:
+      `Metrics` of floats.
+
+    Raises:
+      ValueError: for a state whose groups of devices keep their statistics apart.
+    """
+    mesh = devices.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    batch_size += -batch_size % mesh.size
+    sums = np.zeros(2)
+    for start in range(0, len(x), batch_size):
+        batch = pad_batch(Batch(x[start : start + batch_size], y[start : start + batch_size]), batch_size)
+        batch = devices.shard_batch(jax.tree.map(devices.local_part, batch), mesh)
+        sums += np.asarray(_weighted_sums(state, batch, objective, preprocess))
+    return Metrics(*(float(value) for value in sums / len(x)))
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "preprocess"))
+def _weighted_sums(state: TrainState, batch: Batch, objective: Objective, preprocess: Preprocess | None) -> Array:
+    x = batch.x if preprocess is None else preprocess(batch.x, None)
+    metrics = evaluate(state, x, batch.y, objective=objective)
+    return jnp.stack([(batch.weights * values).sum() for values in metrics])

@@ -9,8 +9,29 @@ import bnjax
 
 PACKAGE = Path(bnjax.__file__).parent
 # Each module may import those before it.
-ORDER = ["_checks", "_collectives", "moments", "norm", "linen", "nnx", "models", "data", "train", "studies", "__main__"]
-STUDIES = ["__init__", "experiment", "results", "plots", "circles", "blobs", "mnist", "console"]
+ORDER = [
+    "_checks",
+    "_collectives",
+    "_hlo",
+    "compile",
+    "moments",
+    "norm",
+    "linen",
+    "nnx",
+    "layers",
+    "augment",
+    "models",
+    "data",
+    "checkpoint",
+    "parallel",
+    "state",
+    "step",
+    "train",
+    "studies",
+    "__main__",
+]
+STUDIES = ["__init__", "saving", "experiment", "network", "results", "plots"]
+STUDIES += ["circles", "blobs", "mnist", "cifar", "steps", "console"]
 
 
 def imports(path: Path) -> set[str]:
@@ -47,7 +68,7 @@ def test_modules_are_readable_in_one_sitting():
 
 
 def test_importing_bnjax_is_light():
-    heavy = ("flax", "optax", "tensorflow_datasets", "sklearn", "matplotlib", "scipy.stats", "rich", "chex")
+    heavy = ("flax", "optax", "tensorflow_datasets", "sklearn", "matplotlib", "scipy.stats", "rich", "chex", "orbax")
     code = f"""
 import jax, sys
 before = set(sys.modules)

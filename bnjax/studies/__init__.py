@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 from types import ModuleType
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,13 @@ class Options:
       dataset: name of an image set.
       data_dir: where prepared image sets are.
       batch_sizes: for a sweep.
+      batch_size: examples in a step, over all devices.
+      steps_per_epoch: steps after which a network is evaluated.
+      variants: names of those to train; all by default.
+      parallel: how a step is mapped over devices: 'jit', 'shard_map' or 'pmap'.
+      group_size: devices whose batch norms synchronise; all by default.
+      accumulate_steps: micro-batches in a step.
+      saving: where and how often trainings are saved; not at all by default.
     """
 
     seeds: int
@@ -22,6 +30,13 @@ class Options:
     dataset: str | None = None
     data_dir: str | None = None
     batch_sizes: tuple[int, ...] | None = None
+    batch_size: int | None = None
+    steps_per_epoch: int | None = None
+    variants: tuple[str, ...] | None = None
+    parallel: str = "jit"
+    group_size: int | None = None
+    accumulate_steps: int = 1
+    saving: Any = None  # a bnjax.studies.saving.Saving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +49,8 @@ class Study:
       source: where the study comes from.
       seeds: default number of seeds.
       epochs: default numbers of epochs, as text.
-      image_data: whether it takes a data set of images.
+      datasets: the image sets that it takes, its default first; none for generated data.
+      distributed: whether one network is trained on several devices, so that the options for them apply.
     """
 
     name: str
@@ -42,7 +58,8 @@ class Study:
     source: str
     seeds: int
     epochs: str
-    image_data: bool = False
+    datasets: tuple[str, ...] = ()
+    distributed: bool = False
 
     def load(self) -> ModuleType:
         """Imports the study's module."""
@@ -72,7 +89,19 @@ STUDIES = {
             "S2, MNIST assignment (Keras)",
             8,
             "10",
-            image_data=True,
+            datasets=("mnist", "fashion_mnist"),
+        ),
+        Study(
+            "cifar",
+            "a ten-layer convolutional network on CIFAR-100 or CIFAR-10: sigmoid and ReLU, with and without batch norm",
+            "S5, CIFAR-100 article (Keras)",
+            1,
+            "20, of 2000 steps each",
+            datasets=("cifar100", "cifar10"),
+            distributed=True,
         ),
     )
 }
+
+COMPILABLE = (*STUDIES, "resnet18", "resnet50")
+"""The training steps that can be compiled ahead of time."""

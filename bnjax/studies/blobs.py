@@ -16,6 +16,7 @@ from bnjax.models import Perceptron
 from bnjax.studies import Options, plots
 from bnjax.studies.experiment import Job, Report, Trained, Variant, train_variants
 from bnjax.studies.results import Claim, Results, interval, prediction_interval, within
+from bnjax.studies.saving import Saving
 
 SOURCE = "training and inference slides"
 PUBLISHED = {"deep_none": 0.86, "deep_before": 0.84}
@@ -61,7 +62,7 @@ def run(options: Options, report: Report):
         objective, size = train.binary_cross_entropy, SETTINGS["batch_size"]
         variant = Variant(name, label, model, optimizer, objective, size, options.epochs or epochs)
         jobs.append(Job(variant, training, {"fitted": training, "test": test}, per_seed_data=True))
-    all_trained = train_variants(jobs, seeds, report)
+    all_trained = train_variants(jobs, seeds, report, options.saving)
     for trained in all_trained:
         _, layers, place, _, epsilon = VARIANTS[trained.variant.name]
         metrics = {
@@ -73,7 +74,7 @@ def run(options: Options, report: Report):
         }
         settings = {"layers": layers, "place": place, "epochs": trained.variant.epochs, "epsilon": epsilon}
         results.add(trained, settings, metrics)
-    results.notes["inside"] = inside(options.seeds, report)
+    results.notes["inside"] = inside(options.seeds, report, options.saving)
     results.texts = inside_texts(results)
     results.claims = claims(results)
     panels = {
@@ -96,12 +97,13 @@ def run(options: Options, report: Report):
     return results, figures
 
 
-def inside(seeds: int, report: Report) -> dict[str, dict]:
+def inside(seeds: int, report: Report, saving: Saving | None = None) -> dict[str, dict]:
     """Part (c): trains 2 or 3 features → 4 units and compares inference with a calculation from the stored numbers.
 
     Args:
       seeds: for how many seeds.
       report: is told the progress.
+      saving: where checkpoints are, if anywhere.
 
     Returns:
       For each number of features: 'h' and 'r' of the first seed's first three examples, 'gamma', 'beta', 'mean' and
@@ -118,7 +120,7 @@ def inside(seeds: int, report: Report) -> dict[str, dict]:
         name, label, optimizer = f"{features} features", f"(c) inside, {features} features", optax.adam(1e-3, eps=1e-7)
         variant = Variant(name, label, model, optimizer, train.squared_error, batch_size=10, epochs=10)
         jobs.append(Job(variant, data.Split(x, y), {}, per_seed_data=True))
-    trained = train_variants(jobs, range(seeds), report)
+    trained = train_variants(jobs, range(seeds), report, saving)
     return {job.variant.name: _compare(one, job.training.x) for job, one in zip(jobs, trained, strict=True)}
 
 

@@ -49,7 +49,7 @@ def run(options: Options, report: Report):
         optimizer = optax.sgd(SETTINGS["learning_rate"], SETTINGS["momentum"])
         variant = Variant(name, label, model, optimizer, train.binary_cross_entropy, SETTINGS["batch_size"], epochs)
         jobs.append(Job(variant, circles.train, splits))
-    all_trained = train_variants(jobs, results.seeds, report)
+    all_trained = train_variants(jobs, results.seeds, report, options.saving)
     for trained in all_trained:
         _, place, arguments = VARIANTS[trained.variant.name]
         results.add(

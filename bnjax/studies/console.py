@@ -1,16 +1,22 @@
 """A study on the terminal: progress while it runs, tables at the end, and its files."""
 
+import dataclasses
 import datetime
+import json
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bnjax.data import atomic_file
 from bnjax.studies import Options, Study
 from bnjax.studies.results import Results, claim_rows, metric_rows, save
+from bnjax.studies.saving import Saving
 
 
 class _Report:
@@ -36,7 +42,9 @@ class _Report:
         self.progress.update(self.read[text], completed=fraction)
 
 
-def run_study(study: Study, options: Options, out: Path, quiet: bool) -> Results:
+def run_study(
+    study: Study, options: Options, out: Path, quiet: bool, *, resume: bool = False, checkpoint_every: float = 60.0
+) -> Results:
     """Runs a study, prints its tables, and saves its files.
 
     Args:
@@ -44,11 +52,17 @@ def run_study(study: Study, options: Options, out: Path, quiet: bool) -> Results
       options: seeds, epochs and data.
       out: directory for `results.json`, `curves.npz`, `summary.md` and figures.
       quiet: whether to print nothing.
+      resume: whether to continue from the checkpoints in `out`, rather than to begin anew.
+      checkpoint_every: seconds between two checkpoints of a training.
 
     Returns:
       What was measured.
     """
+    quiet = quiet or jax.process_index() > 0  # of several processes, one speaks and saves
     console = Console(quiet=quiet, highlight=False)
+    configuration = {"study": study.name, "dataset": options.dataset}
+    saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
+    options = dataclasses.replace(options, saving=saving)
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
@@ -61,9 +75,39 @@ def run_study(study: Study, options: Options, out: Path, quiet: bool) -> Results
         results, figures = study.load().run(options, _Report(progress))
     print_tables(results, console)
     seconds = time.perf_counter() - clock
+    if jax.process_index() > 0:
+        return results
     paths = save(results, figures, out, seconds, started)
     console.print(f"{len(paths)} files saved in {out}, among them results.json and summary.md ({seconds:.1f} s)")
     return results
+
+
+def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:
+    """Compiles a training step for a slice of TPU chips, prints the report and saves it.
+
+    Args:
+      name: of the step.
+      topology: generation and shape of the slice.
+      parallel: 'jit' or 'shard_map'.
+      batch_size: examples on each chip; the step's own by default.
+      json_file: where to save the report, if anywhere.
+
+    Returns:
+      Whether it compiles, which it does not where it needs more memory than a chip has.
+    """
+    from bnjax.studies.steps import compile_step as compile_
+
+    console = Console(highlight=False)
+    with console.status(f"compiling {name} for {topology}"):
+        report = compile_(name, topology, parallel_by=parallel, batch_size=batch_size)
+    rows = [list(row) for row in report.rows()]
+    _print_table(console, f"training step of {report.name}", ["", ""], rows, show_header=False)
+    if report.collectives:
+        _print_table(console, "collectives", *report.collective_rows())
+    if json_file:
+        with atomic_file(json_file) as file:
+            file.write(json.dumps(report.to_json(), indent=1).encode() + b"\n")
+    return report.memory is not None
 
 
 def print_tables(results: Results, console: Console) -> None:
@@ -79,8 +123,9 @@ def print_tables(results: Results, console: Console) -> None:
         _print_table(console, "claims of the source", *claim_rows(results))
 
 
-def _print_table(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+def _print_table(console: Console, title: str, header: list[str], rows: list[list[str]], **options: Any) -> None:
+    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
+    table = Table(title=title, **style, **options)
     for name in header:
         table.add_column(name)
     for row in rows:

@@ -16,6 +16,7 @@ from jax import lax
 
 from bnjax import train
 from bnjax.data import Split
+from bnjax.studies.saving import Saving
 
 _CALLS = 20  # compiled calls that a training is divided into, between which progress is shown
 _BINS = 40
@@ -29,7 +30,7 @@ if jax.__version_info__ < (0, 11):
 class Report(Protocol):
     """What a study tells of its progress."""
 
-    def task(self, variant: "Variant") -> Callable[[int, dict[str, float]], Any]:
+    def task(self, variant: "Variant") -> Callable[[float, dict[str, float]], Any]:
         """Begins a variant; the returned function is told the epochs done and the latest means over seeds."""
         ...
 
@@ -69,14 +70,14 @@ class Trained:
       variant: what was trained.
       curves: '<split>_loss' and '<split>_accuracy', each `[seeds, epochs]`. The split 'train' is what training saw
         during the epoch, in training mode; the others are evaluated after it with running statistics.
-      state: final states, each leaf with a leading axis of seeds.
+      state: final states, each leaf with a leading axis of seeds; None where they are not kept.
       histograms: for the first seed, '<weight|gradient>/<layer>/<parameter>' to `(counts [epochs, bins], range
         [epochs, 2])`; gradients are those of the first `batch_size` training examples in training mode.
     """
 
     variant: Variant
     curves: dict[str, np.ndarray]
-    state: train.TrainState
+    state: Any
     histograms: dict[str, tuple[np.ndarray, np.ndarray]]
 
     def final(self, curve: str, epochs: int = 1) -> np.ndarray:
@@ -98,7 +99,9 @@ class Job(NamedTuple):
     per_seed_data: bool = False
 
 
-def train_variants(jobs: Sequence[Job], seeds: Sequence[int], report: Report) -> list[Trained]:
+def train_variants(
+    jobs: Sequence[Job], seeds: Sequence[int], report: Report, saving: Saving | None = None
+) -> list[Trained]:
     """Trains several variants, as many at a time as there are processor cores.
 
     Compilation, most of the time for small networks, and execution run outside Python's lock, so threads suffice.
@@ -107,6 +110,7 @@ def train_variants(jobs: Sequence[Job], seeds: Sequence[int], report: Report) ->
       jobs: what to train, on what.
       seeds: non-negative ints.
       report: is told the progress of each.
+      saving: where checkpoints are, if anywhere.
 
     Returns:
       The trainings in the order of the jobs, the same as one after the other.
@@ -121,7 +125,8 @@ def train_variants(jobs: Sequence[Job], seeds: Sequence[int], report: Report) ->
                 raise RuntimeError("stopped, since another training failed or was interrupted")
             tell(epoch, means)
 
-        return train_variant(*job[:3], seeds, per_seed_data=job.per_seed_data, progress=progress)
+        options: dict[str, Any] = {"per_seed_data": job.per_seed_data, "progress": progress, "saving": saving}
+        return train_variant(*job[:3], seeds, **options)
 
     with ThreadPoolExecutor(min(len(jobs), _cores())) as pool:
         try:
@@ -140,6 +145,7 @@ def train_variant(
     *,
     per_seed_data: bool = False,
     progress: Callable[[int, dict[str, float]], Any] = lambda epoch, means: None,
+    saving: Saving | None = None,
 ) -> Trained:
     """Trains a variant from each seed, all seeds in one vmapped program.
 
@@ -152,6 +158,7 @@ def train_variant(
       seeds: non-negative ints.
       per_seed_data: whether every seed has its own data.
       progress: is told the number of epochs done and the latest means over seeds, some twenty times.
+      saving: where checkpoints are, if anywhere, from which to continue.
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     data_axis = 0 if per_seed_data else None
@@ -199,24 +206,41 @@ def train_variant(
         return lax.scan(body, states, epoch + jnp.arange(count))
 
     states = initialise(keys)
-    curves: dict[str, list[np.ndarray]] = {}
-    recorded: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    shape = (len(seeds), variant.epochs)
+    curves = {
+        f"{split}_{metric}": np.full(shape, np.nan, np.float32)
+        for split in ("train", *evaluation)
+        for metric in train.Metrics._fields
+    }
+    parameters = {"/".join(str(key.key) for key in path) for path, _ in jax.tree.leaves_with_path(states.params)}
+    histograms = {
+        f"{kind}/{parameter}": (np.zeros((variant.epochs, _BINS), np.int32), np.zeros((variant.epochs, 2), np.float32))
+        for kind in ("weight", "gradient")
+        for parameter in sorted(parameters)
+    }
+    saved = saving and saving.of(
+        variant.name, {"seeds": list(seeds), "batch_size": variant.batch_size, "epochs": variant.epochs}
+    )
+    start = 0
+    if saved and (restored := saved.restore((states, curves, histograms))):
+        start, (states, curves, histograms) = restored
     count = next(n for n in range(max(1, variant.epochs // _CALLS), 0, -1) if variant.epochs % n == 0)
-    for epoch in range(0, variant.epochs, count):
+    for epoch in range(start, variant.epochs, count):
         states, (metrics, leaves) = run(states, keys, ((x, y), held_out), epoch, count)
+        done = slice(epoch, epoch + count)
         for name, split in jax.device_get(metrics).items():
             for metric, values in split._asdict().items():
-                curves.setdefault(f"{name}_{metric}", []).append(values.T)
+                curves[f"{name}_{metric}"][:, done] = values.T
         for path, values in jax.tree.leaves_with_path(jax.device_get(leaves)):
-            name = "/".join(str(key.key) for key in path)
-            recorded.setdefault(name, []).extend(_histogram(value) for value in values)
-        progress(epoch + count, {name: float(parts[-1][:, -1].mean()) for name, parts in curves.items()})
-    return Trained(
-        variant,
-        {name: np.concatenate(parts, axis=1) for name, parts in curves.items()},
-        jax.device_get(states),
-        {name: (np.stack([c for c, _ in pairs]), np.stack([r for _, r in pairs])) for name, pairs in recorded.items()},
-    )
+            counts, ends = histograms["/".join(str(key.key) for key in path)]
+            for i, value in enumerate(values, epoch):
+                counts[i], ends[i] = _histogram(value)
+        progress(epoch + count, {name: float(curve[:, epoch + count - 1].mean()) for name, curve in curves.items()})
+        if saved:
+            saved.save(epoch + count, (states, curves, histograms))
+    if saved:
+        saved.close()
+    return Trained(variant, curves, jax.device_get(states), histograms)
 
 
 def _cores() -> int:

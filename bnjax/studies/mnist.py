@@ -56,7 +56,9 @@ def run(options: Options, report: Report):
             label = f"{label}, batch {size}"
             variant = Variant(f"{place}_{size}", label, model, optimizer, train.cross_entropy, size, epochs)
             jobs.append(Job(variant, training, {"validation": validation, "test": test}))
-    all_trained = {trained.variant.name: trained for trained in train_variants(jobs, results.seeds, report)}
+    all_trained = {
+        trained.variant.name: trained for trained in train_variants(jobs, results.seeds, report, options.saving)
+    }
     for trained in all_trained.values():
         metrics = {
             "test_accuracy": trained.final("test_accuracy"),

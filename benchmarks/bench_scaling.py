@@ -1,0 +1,166 @@
+"""Synchronised batch norm over 1 to 16 devices: step time, collectives and bytes against Flax's, and a prediction.
+
+On simulated CPU devices, which share the processor's cores: not how training scales, but what a step costs beside the
+same step with `flax.linen.BatchNorm`, both interleaved in one run. Collectives and bytes are read from the compiled
+programs, and stand beside the formula:
+
+    bytes that a device sends in a step = 2 (n − 1) / n · 4 · (P + Σ over batch norms (2C + 2C))
+
+for n devices, P parameters (and the loss, the accuracy and the weight) and C features a batch norm: an all-reduce of 2C
+numbers forward, of 2C backward, by the ring algorithm. PyTorch's SyncBatchNorm gathers 2C + 1 numbers forward, of which
+a device sends (n − 1) (2C + 1), and reduces 2C backward (torch/nn/modules/_functions.py). What that means for a pod:
+
+    time = max(latency · hops, bytes / bandwidth)        for each of the collectives, which wait for one another
+
+    python benchmarks/bench_scaling.py --devices 1,2,4,8,16 --json scaling.json
+"""
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import time
+
+import jax
+
+NORMS = ("bnjax", "flax")
+STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet-50: width, blocks
+RESNET50 = [64, *(c for width, blocks in STAGES for c in [width, width, 4 * width] * blocks + [4 * width])]
+
+
+def sent_by_formula(features: list[int], parameters: int, devices: int) -> float:
+    """Bytes that each device sends in a step, bnjax's and Flax's synchronisation alike."""
+    return 2 * (devices - 1) / devices * 4 * (parameters + 3 + sum(4 * c for c in features))
+
+
+def network(norm: str, depth: int, width: int):
+    """A perceptron with `depth` synchronised batch norms of `width` features."""
+    from flax import linen as nn
+
+    from bnjax.linen import BatchNorm
+    from bnjax.models import Perceptron
+
+    layer = {"bnjax": BatchNorm, "flax": nn.BatchNorm}[norm]
+    return Perceptron(
+        (width,) * depth, 10, functools.partial(layer, axis_name="batch"), "before", use_hidden_bias=False
+    )
+
+
+def measure(devices: int, depth: int, width: int, way: str, batch: int, repeats: int) -> dict:
+    """Times one network with both layers in turns, and reads what their steps communicate."""
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from bnjax import parallel, train
+    from bnjax.compile import collectives
+
+    mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(batch, width)).astype(np.float32), rng.integers(0, 10, batch).astype(np.int32)
+    data = parallel.shard_batch(train.Batch(x, y), mesh)
+    contestants, result = {}, {}
+    for norm in NORMS:
+        model = network(norm, depth, width)
+        state = train.create_train_state(model, optax.sgd(1e-3), jax.random.key(0), jnp.asarray(x[:1]))
+        state = train.place_state(state, mesh)
+        step = train.make_train_step(train.cross_entropy, mesh, parallel=way)
+        compiled = step.compiled.lower(state, data, None).compile()
+        found = collectives(compiled.as_text())
+        own = [c for c in found if c.group_size > 1]
+        result[norm] = {"collectives": len(own), "sent": sum(c.sent * c.times for c in own), "seconds": []}
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        for _ in range(3):
+            state, _ = step.compiled(state, data, None)
+        contestants[norm] = step, jax.block_until_ready(state)
+    for _ in range(repeats):
+        for norm, (step, state) in contestants.items():
+            start = time.perf_counter()
+            state, metrics = step.compiled(state, data, None)
+            jax.block_until_ready((state, metrics))
+            result[norm]["seconds"].append(time.perf_counter() - start)
+            contestants[norm] = step, state
+    ratios = [a / b for a, b in zip(result["bnjax"]["seconds"], result["flax"]["seconds"], strict=True)]
+    result["ratio"] = statistics.median(ratios)
+    result["spread"] = tuple(statistics.quantiles(ratios, n=4)[::2])
+    result["formula"] = sent_by_formula([width] * depth, parameters, devices)
+    return {"devices": devices, "depth": depth, "width": width, "parallel": way, **result}
+
+
+def predict(features: list[int], devices: int, bandwidth: float, latency: float) -> dict:
+    """Seconds that a step's synchronisation of batch norms takes on a pod, apart from the gradients'.
+
+    Args:
+      features: of each batch norm.
+      devices: n, on a torus of two dimensions up to 256 and of three above.
+      bandwidth: bytes a second that a device sends.
+      latency: seconds from one device to the next.
+    """
+    hops = 2 * (round(devices ** (1 / 2)) if devices <= 256 else 3 * round(devices ** (1 / 3)) // 2)
+    ring = 2 * (devices - 1) / devices
+    sizes = {
+        "bnjax": [ring * 8 * c for c in features for _ in range(2)],
+        "flax": [ring * 8 * c for c in features for _ in range(2)],
+        "torch": [s for c in features for s in ((devices - 1) * 4 * (2 * c + 1), ring * 8 * c)],
+    }
+    found = {}
+    for peer, sent in sizes.items():
+        waits = [max(latency * hops, size / bandwidth) for size in sent]
+        bound = sum(size / bandwidth > latency * hops for size in sent)
+        found[peer] = {"sent": sum(sent), "seconds": sum(waits), "bandwidth_bound": bound, "collectives": len(sent)}
+    return {"devices": devices, "hops": hops, **found}
+
+
+def main() -> None:
+    """Prints the tables; with --json saves them too."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", default="1,2,4,8,16", help="device counts (default 1,2,4,8,16)")
+    parser.add_argument("--networks", default="2x64,8x64,8x512,32x64", help="DEPTHxWIDTH (default %(default)s)")
+    parser.add_argument("--parallel", default="jit,shard_map", help="how the step is mapped (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=512, help="examples in a step (default 512)")
+    parser.add_argument("--repeats", type=int, default=30, help="timed steps of each (default 30)")
+    parser.add_argument("--bandwidth", type=float, default=100e9, help="bytes/s a device sends, for the prediction")
+    parser.add_argument("--latency", type=float, default=1e-6, help="seconds a hop, for the prediction")
+    parser.add_argument("--json", metavar="FILE", help="save the numbers")
+    options = parser.parse_args()
+    counts = [int(n) for n in options.devices.split(",")]
+    jax.config.update("jax_num_cpu_devices", max(counts))
+
+    print("step of a perceptron, bnjax / flax: collectives, KiB that a device sends (formula), ratio of step times")
+    print(f"{'network':>8} {'parallel':>9} {'devices':>7} {'collectives':>11} {'sent KiB':>21} {'formula':>8}  ratio")
+    rows = []
+    for shape in options.networks.split(","):
+        depth, width = map(int, shape.split("x"))
+        for way in options.parallel.split(","):
+            for devices in counts:
+                row = measure(devices, depth, width, way, options.batch, options.repeats)
+                rows.append(row)
+                both = [row[norm] for norm in NORMS]
+                sents = [b["sent"] for b in both]
+                print(
+                    f"{shape:>8} {way:>9} {devices:>7} {' / '.join(str(b['collectives']) for b in both):>11} "
+                    f"{' / '.join(f'{sent / 1024:.1f}' for sent in sents):>21} {row['formula'] / 1024:8.1f}  "
+                    f"{row['ratio']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})",
+                    flush=True,
+                )
+    print(
+        f"\npredicted for {len(RESNET50)} batch norms of ResNet-50, {options.bandwidth / 1e9:.0f} GB/s, "
+        f"{options.latency * 1e6:g} µs a hop: MB that a device sends, ms, collectives bound by bandwidth"
+    )
+    predictions = [predict(RESNET50, n, options.bandwidth, options.latency) for n in (8, 256, 4096)]
+    for p in predictions:
+        cells = [
+            f"{peer} {p[peer]['sent'] / 1e6:.2f} MB {p[peer]['seconds'] * 1e3:.2f} ms "
+            f"({p[peer]['bandwidth_bound']}/{p[peer]['collectives']})"
+            for peer in ("bnjax", "flax", "torch")
+        ]
+        print(f"{p['devices']:>5} devices, {p['hops']} hops:  " + "   ".join(cells))
+    if options.json:
+        with open(options.json, "w") as file:
+            machine = {"system": platform.machine(), "python": platform.python_version(), "jax": jax.__version__}
+            json.dump({"machine": machine, "steps": rows, "predictions": predictions}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

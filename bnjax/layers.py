@@ -1,0 +1,247 @@
+"""Layers of convolutional networks that are fast on CPU too, and dropout that does not depend on the batch's split."""
+
+import functools
+import itertools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import dtypes
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+_CHUNK_BYTES = 2**21  # of patches that a CPU computes at a time, so that they stay in its caches
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+Pair = tuple[int, int]
+Pads = tuple[Pair, Pair]
+
+
+class Conv(nn.Module):
+    """Two-dimensional `flax.linen.Conv`: same parameters and results, computed by `conv2d`.
+
+    Attributes:
+      features: number of output channels.
+      kernel_size: height and width of the kernel.
+      strides: of the window, one number or two.
+      padding: 'SAME', 'VALID', or the numbers of zeros before and after, for height and width.
+      use_bias: whether there is a 'bias'.
+      dtype: dtype of the computation and the result; inferred from the input and the parameters by default.
+      param_dtype: dtype of the parameters.
+      kernel_init: initialiser of the 'kernel' [height, width, channels, features].
+      bias_init: initialiser of the 'bias' [features].
+
+    >>> from bnjax.layers import Conv
+    >>> conv = Conv(4, (3, 3))
+    >>> variables = conv.init(jax.random.key(0), jnp.ones((2, 8, 8, 3)))
+    >>> jax.tree.map(jnp.shape, variables['params'])
+    {'bias': (4,), 'kernel': (3, 3, 3, 4)}
+    >>> conv.apply(variables, jnp.ones((2, 8, 8, 3))).shape
+    (2, 8, 8, 4)
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: str | Sequence[Sequence[int]] = "SAME"
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch rows columns features"]:
+        """Convolves `x`.
+
+        Args:
+          x: images [batch, height, width, channels].
+        """
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = conv2d(x, kernel, strides=self.strides, padding=self.padding)
+        return y if bias is None else y + bias[None, None, None]
+
+
+class Dropout(nn.Module):
+    """Dropout with a random key for each example, so that devices that share a batch drop what one device would.
+
+    Each element is zero with probability `rate`, else divided by `1 − rate`. What is dropped from an example depends
+    on its key and on the layer's path in the network alone.
+
+    Attributes:
+      rate: probability of dropping an element, in [0, 1).
+
+    References:
+      Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", section 4, with the
+      scaling during training instead of at test time.
+
+    >>> from bnjax.layers import Dropout
+    >>> y = Dropout(0.5).apply({}, jnp.ones((2, 3)), jax.random.split(jax.random.key(0), 2))
+    >>> set(y.ravel().tolist()) <= {0.0, 2.0}
+    True
+    """
+
+    rate: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"rate must be at least 0 and less than 1, got {self.rate}.")
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch ..."], keys: Key[Array, " batch"] | None) -> Float[Array, "batch ..."]:
+        """Drops elements of `x`; none without `keys`.
+
+        Args:
+          x: inputs.
+          keys: a random key for each example (the layers of a network may share them), or None for inference.
+        """
+        if keys is None or self.rate == 0:
+            return x
+        layer = zlib.crc32("/".join(self.path).encode())
+
+        def keep(key):
+            return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - self.rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(keep)(keys), x / (1 - self.rate), jnp.zeros_like(x))
+
+
+def conv2d(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "rows columns channels features"],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str | Sequence[Sequence[int]] = "SAME",
+) -> Float[Array, "batch ..."]:
+    """Convolution of images with a kernel, as `lax.conv_general_dilated`, and fast on CPU too.
+
+    `y[n, i, j] = Σ_ab x[n, s i + a − p, s j + b − p] @ kernel[a, b]`, with stride s and p zeros in front.
+
+    On CPU the windows of a few examples at a time are laid out as the rows of a matrix and multiplied by the kernel:
+    XLA's own convolution loses its threads there inside `lax.scan`, and differentiates slowly. Other platforms use
+    XLA's. The choice is made when the program is lowered for a platform.
+
+    Args:
+      x: images.
+      kernel: of the dtype of `x`.
+      strides: of the window, one number or two.
+      padding: 'SAME', 'VALID', or the numbers of zeros before and after, for height and width.
+
+    Returns:
+      Images [batch, ..., features] of the dtype of `x`.
+
+    Raises:
+      ValueError: where the images are smaller than the kernel.
+
+    References:
+      Chellapilla et al. 2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.1.
+
+    >>> from bnjax.layers import conv2d
+    >>> conv2d(jnp.ones((1, 3, 3, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0]
+    Array([[4., 6., 4.],
+           [6., 9., 6.],
+           [4., 6., 4.]], dtype=float32)
+    """
+    steps = _pair(strides)
+    return _conv2d(x, kernel, steps, _pads(x.shape, kernel.shape[:2], steps, padding))
+
+
+def max_pool(
+    x: Float[Array, "batch height width channels"],
+    window_shape: int | Sequence[int],
+    strides: int | Sequence[int],
+    padding: str | Sequence[Sequence[int]] = "VALID",
+) -> Float[Array, "batch rows columns channels"]:
+    """Largest value of each window, as `flax.linen.max_pool`, with a gradient that is fast on CPU too.
+
+    `y[n, i, j] = max_ab x[n, s i + a − p, s j + b − p]`, with stride s and p of padding in front.
+
+    Where values of a window are equally large, XLA's gradient goes to the first, the one used on CPU is shared.
+
+    Args:
+      x: images.
+      window_shape: height and width of the window, one number or two.
+      strides: of the window, one number or two.
+      padding: 'VALID', 'SAME', or the numbers of rows and columns of −∞ before and after.
+
+    Raises:
+      ValueError: where the images are smaller than the window.
+
+    >>> from bnjax.layers import max_pool
+    >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2), (2, 2))[0, :, :, 0]
+    Array([[ 5.,  7.],
+           [13., 15.]], dtype=float32)
+    """
+    window, steps = _pair(window_shape), _pair(strides)
+    pads = _pads(x.shape, window, steps, padding)
+
+    def of_shifts(x):
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+        shifts = (_shifts(rows, 2, window[1], steps[1]) for rows in _shifts(x, 1, window[0], steps[0]))
+        return functools.reduce(jnp.maximum, itertools.chain.from_iterable(shifts))
+
+    def by_xla(x):
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *steps, 1), ((0, 0), *pads, (0, 0)))
+
+    return lax.platform_dependent(x, cpu=of_shifts, default=by_xla)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _conv2d(x, kernel, strides: Pair, pads: Pads):
+    def by_xla(x, kernel):
+        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_NHWC)
+
+    def as_product(x, kernel):
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        for axis in (2, 1):
+            x = jnp.concatenate(_shifts(x, axis, kernel.shape[axis - 1], strides[axis - 1]), axis=-1)
+        return x @ kernel.reshape(-1, kernel.shape[-1])
+
+    def in_chunks(x, kernel):
+        if kernel.shape[:2] == (1, 1):
+            return as_product(x, kernel)
+        parts = math.gcd(x.shape[0], jax.device_count())  # which devices can work on without each other
+        examples = x.shape[0] // parts
+        patch_bytes = y.shape[1] * y.shape[2] * kernel[..., 0].size * x.dtype.itemsize
+        fitting = (n for n in range(1, examples + 1) if examples % n == 0 and n * patch_bytes <= _CHUNK_BYTES)
+        n = max(fitting, default=1)
+        chunks = x.reshape(parts, -1, n, *x.shape[1:]).swapaxes(0, 1).reshape(-1, parts * n, *x.shape[1:])
+        # Without the checkpoint the backward pass would keep all patches, nine times the input for a 3 × 3 kernel.
+        product = jax.checkpoint(as_product, prevent_cse=False)
+        products = lax.map(lambda chunk: product(chunk, kernel), chunks)
+        return products.reshape(-1, parts, n, *y.shape[1:]).swapaxes(0, 1).reshape(y.shape)
+
+    y = jax.eval_shape(by_xla, x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=in_chunks, default=by_xla)
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    first, second = (value, value) if isinstance(value, int) else value
+    return first, second
+
+
+def _pads(shape: Sequence[int], window: Sequence[int], strides: Pair, padding: str | Sequence[Sequence[int]]) -> Pads:
+    """Numbers of rows and columns to add before and after an image."""
+    vertical, horizontal = (
+        lax.padtype_to_pads(shape[1:3], window, strides, padding) if isinstance(padding, str) else padding
+    )
+    pads = _pair(vertical), _pair(horizontal)
+    if any(size + sum(pad) < w for size, pad, w in zip(shape[1:3], pads, window, strict=True)):
+        raise ValueError(
+            f"x must be at least as large as the window {tuple(window)}, got shape {tuple(shape)} with padding {pads}. "
+            "Use larger images, or padding='SAME'."
+        )
+    return pads
+
+
+def _shifts(x: Array, axis: int, window: int, stride: int) -> list[Array]:
+    """For each offset in a window along an axis, the elements of `x` that it meets."""
+    size = (x.shape[axis] - window) // stride * stride + 1
+    return [lax.slice_in_dim(x, start, start + size, stride, axis) for start in range(window)]

@@ -1,0 +1,171 @@
+"""Trains one large network at a time, its batches split over all devices of all processes."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bnjax import parallel, train
+from bnjax.data import Split
+from bnjax.studies import Options
+from bnjax.studies.experiment import Report, Trained, Variant
+from bnjax.studies.saving import Saved
+
+_SHOWN = 20  # steps between two signs of progress; the host runs ahead of the devices by no more
+_EVALUATED = 1000  # examples at a time
+
+
+class Data(NamedTuple):
+    """What a network is trained and evaluated on.
+
+    Attributes:
+      training: examples on the host.
+      evaluation: further splits, evaluated after each epoch.
+      preprocess: maps inputs and a random key for each (None in evaluation) to inputs of the model, on the device.
+    """
+
+    training: Split
+    evaluation: Mapping[str, Split]
+    preprocess: train.Preprocess
+
+
+def make_mesh(options: Options) -> Mesh:
+    """The mesh of all devices in the groups that the options ask for."""
+    return parallel.make_mesh(options.group_size)
+
+
+def train_network(variant: Variant, data: Data, options: Options, steps_per_epoch: int, report: Report) -> Trained:
+    """Trains a variant from each seed, one after the other, and continues where a checkpoint left off.
+
+    A seed decides the initial parameters, the order of the examples (a new permutation for each pass over them, from
+    which batches are taken without regard to its end) and all that is random in a step.
+
+    Args:
+      variant: what to train; its epochs are of `steps_per_epoch` steps.
+      data: examples, the same in every process.
+      options: seeds, devices and checkpoints.
+      steps_per_epoch: steps after which the network is evaluated.
+      report: is told the progress.
+
+    Returns:
+      Curves over epochs of each seed; 'train' is what training saw during the epoch, in training mode.
+    """
+    tell = report.task(variant)
+    mesh = make_mesh(options)
+    step = train.make_train_step(
+        variant.objective,
+        mesh,
+        parallel=options.parallel,
+        accumulate_steps=options.accumulate_steps,
+        preprocess=data.preprocess,
+    )
+    curves = []
+    for seed in range(options.seeds):
+        saved = options.saving and options.saving.of(
+            f"{variant.name}-{seed}", _configuration(variant, options, steps_per_epoch, mesh)
+        )
+
+        def progress(epochs: float, means: dict[str, float], seed=seed) -> None:
+            tell((seed * variant.epochs + epochs) / options.seeds, means)
+
+        try:
+            curves.append(_train_seed(variant, data, step, seed, steps_per_epoch, saved, progress))
+        finally:
+            if saved:
+                saved.close()
+    return Trained(variant, {name: np.stack([c[name] for c in curves]) for name in curves[0]}, None, {})
+
+
+def _configuration(variant: Variant, options: Options, steps_per_epoch: int, mesh: Mesh) -> dict[str, Any]:
+    """What decides the numbers of a training; the number of devices does not, but for rounding."""
+    return {
+        "epochs": variant.epochs,
+        "steps_per_epoch": steps_per_epoch,
+        "batch_size": variant.batch_size,
+        "accumulate_steps": options.accumulate_steps,
+        "groups": parallel.num_groups(mesh),
+    }
+
+
+def _train_seed(
+    variant: Variant,
+    data: Data,
+    step: train.ParallelStep,
+    seed: int,
+    steps_per_epoch: int,
+    saved: Saved | None,
+    progress: Callable[[float, dict[str, float]], Any],
+) -> dict[str, np.ndarray]:
+    key = jax.random.key(seed)
+    example = data.preprocess(jnp.asarray(data.training.x[:1]), None)
+    state = train.create_train_state(variant.model, variant.optimizer, jax.random.fold_in(key, 0), example)
+    if (groups := parallel.num_groups(step.mesh)) > 1:
+        state = train.split_batch_stats(state, groups)
+    state = train.place_state(state, step.mesh)
+    steps = variant.epochs * steps_per_epoch
+    history = {"train": np.full((steps, 2), np.nan, np.float32)}
+    history |= {name: np.full((variant.epochs, 2), np.nan, np.float32) for name in data.evaluation}
+
+    def everything() -> dict[str, Any]:
+        whole = groups > 1 and jax.process_count() > 1
+        stats = parallel.to_host(state.batch_stats) if whole else state.batch_stats
+        return {"state": state.replace(batch_stats=stats), "history": history}
+
+    first = 0
+    if saved and (restored := saved.restore(everything())):
+        first, tree = restored
+        state, history = train.place_state(tree["state"], step.mesh), tree["history"]
+
+    pending = []
+    for i in range(first, steps):
+        x, y = _batch(data.training, variant.batch_size, i, seed)
+        batch = train.pad_batch(train.Batch(x, y), step.multiple)
+        batch = jax.tree.map(parallel.local_part, batch)
+        state, metrics = step(state, batch.x, batch.y, batch.weights, jax.random.fold_in(key, i + 1))
+        pending.append(metrics)
+        epoch, done = divmod(i + 1, steps_per_epoch)
+        if done and len(pending) < _SHOWN:
+            continue
+        history["train"][i + 1 - len(pending) : i + 1] = np.asarray(jax.device_get(pending))
+        pending = []
+        means = {}
+        if not done:
+            merged = train.merge_batch_stats(state)
+            for name, split in data.evaluation.items():
+                measured = train.evaluate_in_batches(
+                    merged,
+                    *split,
+                    objective=variant.objective,
+                    batch_size=_EVALUATED,
+                    mesh=step.mesh,
+                    preprocess=data.preprocess,
+                )
+                history[name][epoch - 1] = np.asarray(measured)
+                means[f"{name}_accuracy"] = float(history[name][epoch - 1, 1])
+        else:
+            means["train_accuracy"] = float(np.nanmean(history["train"][i + 1 - done : i + 1, 1]))
+        progress((i + 1) / steps_per_epoch, means)
+        if saved:
+            saved.save(i + 1, everything())
+    history["train"] = history["train"].reshape((variant.epochs, steps_per_epoch, 2)).mean(1)
+    return {f"{name}_{metric}": v[:, j] for name, v in history.items() for j, metric in enumerate(("loss", "accuracy"))}
+
+
+def _batch(training: Split, batch_size: int, step: int, seed: int) -> Split:
+    """The examples of a step: those at its place in one permutation of all after the other."""
+    count = len(training.y)
+    place = np.arange(step * batch_size, (step + 1) * batch_size)
+    index = np.empty(batch_size, np.int64)
+    for number in np.unique(place // count):
+        inside = place // count == number
+        index[inside] = _permutation(count, seed, int(number))[place[inside] % count]
+    return Split(training.x[index], training.y[index])
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, number: int) -> np.ndarray:
+    return np.random.default_rng([seed, number]).permutation(count)

@@ -1,0 +1,140 @@
+"""Training one network over devices, processes and interruptions."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import network_example
+import numpy as np
+import optax
+import pytest
+
+from bnjax import parallel, train
+from bnjax.checkpoint import CheckpointError
+from bnjax.studies import Options
+from bnjax.studies.saving import Saving
+
+TESTS = Path(__file__).parent
+
+
+class Silent:
+    """A report that stops the training after some epochs, if asked to."""
+
+    def __init__(self, stop_after=None):
+        self.stop_after, self.told = stop_after, []
+
+    def task(self, variant):
+        def update(epoch, means):
+            self.told.append((epoch, means))
+            if self.stop_after is not None and epoch >= self.stop_after:
+                raise KeyboardInterrupt
+
+        return update
+
+    def reading(self, text, fraction):
+        pass
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    return network_example.train(Options(2), Silent()).curves
+
+
+def test_a_network_learns_and_reports(on_eight_devices):
+    curves = on_eight_devices
+    assert set(curves) == {"train_loss", "train_accuracy", "test_loss", "test_accuracy"}
+    assert all(curve.shape == (2, 3) for curve in curves.values())
+    assert (curves["test_accuracy"][:, -1] > 0.6).all()
+    assert not np.array_equal(curves["test_loss"][0], curves["test_loss"][1])
+    report = Silent()
+    network_example.train(Options(1), report)
+    assert [epoch for epoch, _ in report.told] == pytest.approx([2 / 3, 1, 5 / 3, 2, 8 / 3, 3])
+    assert report.told[1][1].keys() == {"test_accuracy"}
+
+
+@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+def test_all_ways_give_the_same_curves(way, on_eight_devices):
+    curves = network_example.train(Options(1, parallel=way), Silent()).curves
+    for name, curve in curves.items():
+        np.testing.assert_allclose(curve[0], on_eight_devices[name][0], rtol=0.02, atol=0.02, err_msg=name)
+
+
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_an_interrupted_training_continues_bit_identically(group_size, tmp_path):
+    def options(resume, directory="checkpoints"):
+        saving = Saving(tmp_path / directory, {"study": "network"}, 0.0, resume)
+        return Options(2, group_size=group_size, saving=saving)
+
+    expected = network_example.train(options(False, "other"), Silent()).curves
+    for stop_after in (0.7, 1.7):  # in the first seed, and in the second
+        with pytest.raises(KeyboardInterrupt):
+            network_example.train(options(stop_after > 1), Silent(stop_after))
+    report = Silent()
+    curves = network_example.train(options(True), report).curves
+    assert report.told[0][0] > 1.5  # where it was interrupted, not at the beginning
+    for name, curve in curves.items():
+        np.testing.assert_array_equal(curve, expected[name])
+    with pytest.raises(CheckpointError, match=r"groups is \d+ there and 8 here"):
+        network_example.train(Options(2, group_size=1, saving=options(True).saving), Silent())
+
+
+def test_evaluation_counts_each_example_once():
+    data = network_example.data()
+    network = network_example.Network()
+    state = train.create_train_state(network, optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 4)))
+    split = data.evaluation["test"]
+    one = train.evaluate(
+        state, data.preprocess(jnp.asarray(split.x), None), jnp.asarray(split.y), objective=train.cross_entropy
+    )
+    for devices, batch_size in ((8, 16), (3, 43), (1, 10)):
+        mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+        got = train.evaluate_in_batches(
+            train.place_state(state, mesh),
+            *split,
+            objective=train.cross_entropy,
+            batch_size=batch_size,
+            mesh=mesh,
+            preprocess=data.preprocess,
+        )
+        np.testing.assert_allclose(got, [one.loss.mean(), one.accuracy.mean()], rtol=1e-5)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(*arguments):
+    command = [sys.executable, str(TESTS / "two_processes.py"), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONPATH": str(TESTS)})
+
+
+@pytest.mark.parametrize("way", ["shard_map", "jit"])
+def test_two_processes_of_two_devices_give_the_result_of_one_of_four(way):
+    port = free_port()
+    processes = [start(0, 2, port, way), start(1, 2, port, way)]
+    curves = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in processes]
+    assert curves[0] == curves[1]
+    alone = json.loads(start(0, 1, 0, way).communicate(timeout=120)[0].splitlines()[-1])
+    for name, curve in alone.items():
+        np.testing.assert_allclose(curves[0][name], curve, rtol=1e-3, atol=1e-3)
+
+
+def test_a_dead_process_ends_the_others_with_an_error_in_time():
+    port = free_port()
+    processes = [start(0, 2, port, "shard_map", 40), start(1, 2, port, "shard_map", 40)]
+    processes[1].communicate(timeout=120)
+    assert processes[1].returncode == 9
+    died = time.monotonic()
+    _, error = processes[0].communicate(timeout=60)
+    assert processes[0].returncode not in (0, 9)
+    assert time.monotonic() - died < parallel.HEARTBEAT_SECONDS
+    assert "error" in error.lower()
