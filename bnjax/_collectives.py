@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -64,6 +65,15 @@ def num_shards(x: jax.Array, axis: int) -> int:
 def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
     """Splits an axis into equal parts, along a new axis before it."""
     return x.reshape((*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]))
+
+
+def shard_like(values: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """Gives an axis of `values` the explicit sharding that it has in `x`, if any; XLA chooses any other by itself."""
+    sharding, own = jax.typeof(x).sharding, jax.typeof(values).sharding.spec
+    spec = sharding.spec[axis] if axis < len(sharding.spec) else None
+    if spec is None or (axis < len(own) and own[axis] == spec):
+        return values
+    return jax.sharding.reshard(values, NamedSharding(sharding.mesh, P(*[None] * axis, spec)))
 
 
 def vary_like(tree: Any, x: jax.Array, but: AxisName | None = None) -> Any:

