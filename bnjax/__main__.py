@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from bnjax.studies import COMPILABLE, STUDIES, Options
+from bnjax.studies import COMPILABLE, STUDIES, Options, Study
 
 _FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -64,8 +64,7 @@ def _parser() -> _Parser:
             help=study.summary,
             formatter_class=_FORMAT,
             description=f"{study.summary}.\nSource: {study.source}.\n\n"
-            "Trains every variant from all seeds at once, prints mean ± 95 % interval over seeds and the claims\n"
-            "of the source with their verdicts, and saves results.json, curves.npz, summary.md and figures.",
+            f"{_what_it_does(study)},\nand saves results.json, curves.npz, summary.md and figures.",
         )
         one.add_argument(
             "--seeds", type=_positive, default=study.seeds, metavar="N", help=f"number of seeds (default {study.seeds})"
@@ -107,6 +106,15 @@ def _parser() -> _Parser:
     return parser
 
 
+def _what_it_does(study: Study) -> str:
+    if study.distributed:
+        return "Trains every variant, each step split over all devices, prints mean ± 95 % interval over seeds"
+    return (
+        "Trains every variant from all seeds at once, prints mean ± 95 % interval over seeds and the claims of the\n"
+        "source with their verdicts"
+    )
+
+
 def _add_compile(commands) -> None:
     compile_ = commands.add_parser(
         "compile",
@@ -135,8 +143,12 @@ def _add_compile(commands) -> None:
 def _add_distributed(one: argparse.ArgumentParser) -> None:
     """The options of a study that trains one network on many devices."""
     one.add_argument("--variants", type=_names, metavar="A,B,…", help="which networks to train (default all)")
-    one.add_argument("--batch-size", type=_positive, metavar="N", help="examples in a step, over all devices")
-    one.add_argument("--steps-per-epoch", type=_positive, metavar="N", help="steps between two evaluations")
+    one.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="examples in a step, over all devices (default 80)"
+    )
+    one.add_argument(
+        "--steps-per-epoch", type=_positive, metavar="N", help="steps between two evaluations (default 2000)"
+    )
     several = one.add_argument_group("many devices")
     several.add_argument(
         "--devices", type=_positive, metavar="N", help="devices of this process (default all; on CPU, simulated ones)"
@@ -209,7 +221,8 @@ def _run(options: argparse.Namespace) -> int:
     except (CheckpointError, DataError, RuntimeError, ValueError, OSError) as error:
         if not _several_processes(options) and isinstance(error, RuntimeError):
             raise
-        print(f"bnjax: error: {error}", file=sys.stderr)
+        text = str(error).strip().splitlines()[0] if isinstance(error, RuntimeError) else error
+        print(f"bnjax: error: {text}", file=sys.stderr)
         if _several_processes(options):
             sys.stderr.flush()
             os._exit(2)  # else the exit would wait for the other processes, one of which may be dead
@@ -241,9 +254,11 @@ def _start_devices(options: argparse.Namespace) -> None:
 
     from bnjax import parallel
 
+    if len({value is None for value in (options.coordinator, options.processes, options.process_id)}) > 1:
+        raise ValueError("--coordinator, --processes and --process-id go together.")
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
-    if _several_processes(options) or options.processes or options.process_id is not None:
+    if _several_processes(options):
         parallel.initialize(options.coordinator, options.processes, options.process_id)
     found = jax.local_device_count()
     if options.devices and found != options.devices:

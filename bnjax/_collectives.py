@@ -67,6 +67,27 @@ def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
     return x.reshape((*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]))
 
 
+def explicitly_sharded(x: jax.Array, axis: int) -> bool:
+    """Whether an axis is split by explicit sharding."""
+    spec = jax.typeof(x).sharding.spec
+    return axis < len(spec) and spec[axis] is not None
+
+
+def broadcast_explicitly(values: jax.Array, x: jax.Array) -> jax.Array:
+    """`values` in the shape and the explicit sharding of `x`, if it has one; else as they are."""
+    if not any(explicitly_sharded(x, axis) for axis in range(x.ndim)):
+        return values
+    sharding = jax.typeof(x).sharding
+    return jax.sharding.reshard(jnp.broadcast_to(values, x.shape), NamedSharding(sharding.mesh, sharding.spec))
+
+
+def without_explicit_sharding(x: jax.Array) -> jax.Array:
+    """`x` whole on all devices, if it was split by explicit sharding."""
+    if not any(explicitly_sharded(x, axis) for axis in range(x.ndim)):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P()))
+
+
 def shard_like(values: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     """Gives an axis of `values` the explicit sharding that it has in `x`, if any; XLA chooses any other by itself."""
     sharding, own = jax.typeof(x).sharding, jax.typeof(values).sharding.spec

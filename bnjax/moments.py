@@ -14,7 +14,19 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName, Groups, group_size, num_shards, psum, shard_like, split_axis, vary_like
+from bnjax._collectives import (
+    AxisName,
+    Groups,
+    broadcast_explicitly,
+    explicitly_sharded,
+    group_size,
+    num_shards,
+    psum,
+    shard_like,
+    split_axis,
+    vary_like,
+    without_explicit_sharding,
+)
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
@@ -185,7 +197,7 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
         weights = split_axis(shard_like(weights, x, batch), batch, shards)
     count_axis = None if weights_axis is None else 0
     axes_of_parts = Moments(0, 0, count_axis)  # pyright: ignore[reportArgumentType]
-    local = jax.vmap(lambda x, weights: _local_moments(x, weights, axes), (batch, weights_axis), axes_of_parts)(
+    local = jax.vmap(lambda x, weights: _local_moments(x, weights, axes, True), (batch, weights_axis), axes_of_parts)(
         split_axis(x, batch, shards), weights
     )
     counts_differ = count_axis is not None
@@ -199,10 +211,10 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     return _merged(total, vary_like(zeros, x), shards, None if counts_differ else local.count)
 
 
-def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapped: bool = False) -> Moments:
     """Moments of the local batch in one read of `x` about a provisional mean, that of some sampled elements."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    steps = _sampling(x.shape, axes)
+    steps = _sampling(x, axes)
     sampled = _thin(x, steps).astype(dtype)
     if weights is None:
         n = _reduced_size(x.shape, axes)
@@ -216,6 +228,8 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Mo
     if all(step == slice(None) for step in steps):
         return m
     # The weights may have hidden most of the sample, or all: once more, about the mean just found.
+    if vmapped:  # which would take both branches anyway
+        return _moments_about(m.mean, x, weights, axes, count)[0]
     poor = jnp.any(jnp.square(offset) > _POOR_SHIFT * m.var)
     return lax.cond(poor, lambda: _moments_about(m.mean, x, weights, axes, count)[0], lambda: m)
 
@@ -232,9 +246,10 @@ def _moments_about(
     return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count), offset
 
 
-def _sampling(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[slice]:
+def _sampling(x: Array, axes: tuple[int, ...]) -> list[slice]:
     """Slices that leave about `_SAMPLES` elements per feature, thinning trailing axes first."""
-    reduced = [a for a in range(len(shape)) if a not in axes]
+    shape = x.shape
+    reduced = [a for a in range(len(shape)) if a not in axes and not explicitly_sharded(x, a)]
     excess = _reduced_size(shape, axes) // _SAMPLES
     steps = [slice(None)] * len(shape)
     for a in reversed(reduced):
@@ -281,6 +296,8 @@ def _merged(total: Callable[[Array], Array], zeros: Moments, size: int, count: A
       count: of each part; None where they differ.
     """
     ends = np.cumsum([v.size for v in zeros])[: 2 if count is None else 1]
+    if count is not None:
+        zeros = zeros._replace(count=jnp.zeros_like(count))
 
     def another_turn(carry):
         turn, poor, _ = carry
@@ -304,8 +321,9 @@ def _sums_about(shift: Array, part: Moments, counts_differ: bool) -> Array:
     offset = part.mean - shift
     values = [offset, part.var + jnp.square(offset)]
     if counts_differ:
-        values = [*(part.count * value for value in values), part.count]
-    return jnp.concatenate([value.ravel() for value in values])
+        values = [jnp.where(part.count > 0, part.count * value, 0) for value in values]  # a huge shift's square is inf
+        values.append(part.count)
+    return jnp.concatenate([without_explicit_sharding(value).ravel() for value in values])
 
 
 def _sum(values: Array, axes: tuple[int, ...]) -> Array:
@@ -321,6 +339,7 @@ def _weigh(values: Array, weights: Array | None) -> Array:
     """`weights · values`, and zero where the weight is zero, whatever the value is there."""
     if weights is None:
         return values
+    weights = broadcast_explicitly(weights, values)
     kept = jnp.where(weights > 0, values, 0)
     return kept if weights.dtype == bool else kept * weights.astype(values.dtype)
 
@@ -339,6 +358,7 @@ def without_masked_extremes(x: Array, weights: Array) -> Array:
 
     Such values would turn zero cotangents into NaN; other masked values are normalised like the rest, as in Flax.
     """
+    weights = broadcast_explicitly(weights, x)
     return jnp.where((weights > 0) | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
 
 

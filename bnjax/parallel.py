@@ -78,7 +78,8 @@ def make_mesh(group_size: int | None = None, *, devices: Sequence[Any] | None = 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
     {'batch': 1}
     """
-    if group_size is None:
+    count = len(jax.devices() if devices is None else devices)
+    if group_size is None or group_size == count:
         if devices is None:
             return jax.make_mesh((jax.device_count(),), (SYNC_AXIS,), axis_types=(AxisType.Auto,))
         return Mesh(np.asarray(devices), (SYNC_AXIS,))
@@ -97,10 +98,11 @@ def make_mesh(group_size: int | None = None, *, devices: Sequence[Any] | None = 
 
 
 def num_groups(mesh: Mesh) -> int:
-    """How many groups of devices have statistics of their own: the product of the mesh's axes but 'batch'."""
-    if SYNC_AXIS not in mesh.shape:
+    """How many groups of devices have statistics of their own; raises ValueError for a mesh of other axes."""
+    if mesh.axis_names not in ((SYNC_AXIS,), (GROUP_AXIS, SYNC_AXIS)) or set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(
-            f"mesh must have the axis {SYNC_AXIS!r}, got {tuple(mesh.axis_names)}. Use bnjax.parallel.make_mesh."
+            f"mesh must have the axis {SYNC_AXIS!r}, or {GROUP_AXIS!r} and {SYNC_AXIS!r}, of type Auto, got "
+            f"{tuple(mesh.axis_names)} of {tuple(str(t) for t in mesh.axis_types)}. Use bnjax.parallel.make_mesh."
         )
     return mesh.size // mesh.shape[SYNC_AXIS]
 

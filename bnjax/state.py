@@ -6,13 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax.training import train_state
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from bnjax import parallel
 from bnjax.moments import Moments, merge_moments
+from bnjax.parallel import SYNC_AXIS
 
 
 class TrainState(train_state.TrainState):
@@ -85,7 +88,10 @@ def merge_batch_stats(state: TrainState) -> TrainState:
       state: with statistics kept apart (one set is returned as it is).
 
     Returns:
-      The state with one set of statistics, to evaluate and to save.
+      The state with one set of statistics, to evaluate and to save before the next step: that donates what both share.
+
+    Raises:
+      ValueError: if there are other statistics than means and variances.
     """
     if state.examples_seen is None:
         return state
@@ -93,7 +99,7 @@ def merge_batch_stats(state: TrainState) -> TrainState:
 
     def merge(stats):
         if not isinstance(stats, Mapping):
-            return stats[0]  # another module's statistic than a mean and its variance
+            raise ValueError("batch_stats must hold means and variances only to be merged; there is another statistic.")
         if set(stats) != {"mean", "var"}:
             return {name: merge(v) for name, v in stats.items()}
         m = Moments(stats["mean"][0], stats["var"][0], seen[0])
@@ -118,6 +124,45 @@ def check_groups(state: TrainState, groups: int | None, caller: str) -> None:
         f"{caller} keeps the running statistics of {groups} groups of devices apart, this state holds {held}. "
         f"Pass bnjax.train.split_batch_stats(bnjax.train.merge_batch_stats(state), {groups})."
     )
+
+
+def check_statistics(batch_stats: Any, checked: set[tuple[str, ...]]) -> None:
+    """Raises for statistics of which pmap would silently keep one device's: those of other layers than batch norms."""
+    others = sorted("/".join(path) for path in flatten_dict(batch_stats) if path[:-1] not in checked)
+    if others:
+        raise ValueError(
+            f"the statistics {', '.join(others)} belong to no batch norm layer, and under pmap may differ from device "
+            "to device. Use parallel='shard_map', which checks that they do not."
+        )
+
+
+def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
+    """A Flax interceptor that raises for batch norms that synchronise otherwise than the mesh's groups ask for."""
+    size, groups = mesh.shape[SYNC_AXIS], parallel.index_groups(mesh)
+
+    def intercept(next_function, arguments, options, context):
+        module = context.module
+        if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
+            return next_function(*arguments, **options)
+        checked.add(module.path)
+        given = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
+        frozen = module.use_running_average if given is None else given
+        if mesh.size > 1 and not frozen:
+            names = module.axis_name if isinstance(module.axis_name, tuple) else (module.axis_name,)
+            expected = groups if way == "pmap" else None
+            found = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))
+            not_needed = module.axis_name is None and (way == "jit" or size == 1)
+            if not not_needed and (SYNC_AXIS not in names or found != expected):
+                wanted = f"axis_name={SYNC_AXIS!r}, axis_index_groups={expected}"
+                raise ValueError(
+                    f"the batch norm {'/'.join(module.path)} must be made with {wanted} to synchronise over {size} of "
+                    f"{mesh.size} devices under {way}, got axis_name={module.axis_name!r}, "
+                    f"axis_index_groups={module.axis_index_groups}. For statistics of each device make the mesh with "
+                    "group_size=1."
+                )
+        return next_function(*arguments, **options)
+
+    return intercept
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:

@@ -81,10 +81,10 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
     missing = -count % multiple
     weights = np.ones(count, np.float32) if batch.weights is None else np.asarray(batch.weights)
 
-    def pad(values):
-        return np.concatenate([values, np.repeat(np.asarray(values[:1]), missing, 0)]) if missing else values
-
-    return Batch(pad(batch.x), pad(batch.y), np.concatenate([weights, np.zeros(missing, weights.dtype)]))
+    index = np.concatenate([np.arange(count), np.zeros(missing, np.int64)])
+    keys = None if batch.keys is None else batch.keys[index]
+    padded_weights = np.concatenate([weights, np.zeros(missing, weights.dtype)])
+    return Batch(np.asarray(batch.x)[index], np.asarray(batch.y)[index], padded_weights, keys)
 
 
 class _Sums(NamedTuple):
@@ -104,16 +104,23 @@ def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objectiv
         options["keys"] = keys
     outputs, updates = state.apply_fn(variables, x, training=True, mutable=[mutable], **options)
     losses, correct = objective(outputs, y)
-    weights = jnp.ones(losses.shape, losses.dtype) if weights is None else weights.astype(losses.dtype)
+    losses = losses.astype(_sum_dtype(params, x))
+    weights = jnp.ones_like(losses) if weights is None else weights.astype(losses.dtype)
     metrics = Metrics((weights * losses).sum(), (weights * correct).sum())
     return metrics.loss, (metrics, weights.sum(), updates.get(mutable, {}))
+
+
+def _sum_dtype(params: Any, x: Any) -> Any:
+    """In which sums over examples are taken: at least float32."""
+    floating = [leaf for leaf in jax.tree.leaves((params, x)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.result_type(jnp.float32, *floating)
 
 
 def train_step(
     state: TrainState,
     x: Shaped[Array, "batch ..."],
     y: Shaped[Array, " batch"],
-    weights: Float[Array, " batch"] | None = None,
+    weights: Shaped[Array, " batch"] | None = None,
     keys: Shaped[Array, " batch"] | None = None,
     *,
     objective: Objective,
@@ -138,8 +145,16 @@ def train_step(
       The next state, and the means over the batch of the metrics before the update.
 
     Raises:
-      ValueError: if `accumulate_steps` does not divide the batch.
+      ValueError: if `accumulate_steps` is not positive or does not divide the batch.
     """
+    if accumulate_steps < 1:
+        raise ValueError(f"accumulate_steps must be at least 1, got {accumulate_steps}.")
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if jnp.issubdtype(weights.dtype, jnp.integer):
+            weights = weights.astype(jnp.float32)  # batch norms take integers for booleans, as Flax does
+        if jnp.issubdtype(x.dtype, jnp.floating):  # of a padding example not even NaN may reach the parameters
+            x = jnp.where(weights.reshape((-1,) + (1,) * (x.ndim - 1)) > 0, x, 0)
     batch = Batch(x, y, weights, keys)
     sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, axis_name)
     expected = x.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
@@ -168,7 +183,7 @@ def _accumulate(
 
     if steps == 1:
         return sums_of(batch, "batch_stats")
-    if steps < 1 or batch.x.shape[0] % steps:
+    if batch.x.shape[0] % steps:
         raise ValueError(f"accumulate_steps must divide the {batch.x.shape[0]} examples of a device, got {steps}.")
     layers: dict[tuple[str, ...], BatchNorm] = {}
 
@@ -178,8 +193,7 @@ def _accumulate(
         return jax.tree.map(jnp.add, sums, more), moments
 
     micro_batches = jax.tree.map(lambda v: v.reshape((-1, steps, *v.shape[1:])).swapaxes(0, 1), batch)
-    dtype = jnp.promote_types(jnp.float32, jnp.result_type(*jax.tree.leaves(params)))
-    zero = jnp.zeros((), dtype)
+    zero = jnp.zeros((), _sum_dtype(params, batch.x))
     start = _Sums(jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero), zero)
     sums, moments = lax.scan(micro_step, vary_like(start, batch.x), micro_batches)
     return sums, _moved_once(state.batch_stats, moments, layers)

@@ -19,6 +19,8 @@ from bnjax.parallel import GROUP_AXIS, SYNC_AXIS
 from bnjax.state import (
     TrainState,
     check_groups,
+    check_statistics,
+    check_sync,
     create_train_state,
     merge_batch_stats,
     place_state,
@@ -93,7 +95,7 @@ class ParallelStep:
         Returns:
           The next state, and the means over the whole batch of the metrics before the update.
         """
-        if not self._is_placed(state.step):
+        if not (self._is_placed(state.step) and self._has_its_statistics(state)):
             state = place_state(state, self.mesh)
         batch = Batch(x, y, weights)
         if not all(self._is_placed(leaf) for leaf in jax.tree.leaves(batch)):
@@ -101,6 +103,10 @@ class ParallelStep:
         if key is not None and not self._is_placed(key):
             key = devices.replicate(key, self.mesh)
         return self.compiled(state, batch, key)
+
+    def _has_its_statistics(self, state: TrainState) -> bool:
+        spec = P(GROUP_AXIS) if state.stats_groups else P()
+        return all(self._is_placed(leaf) and leaf.sharding.spec == spec for leaf in jax.tree.leaves(state.batch_stats))
 
     def _is_placed(self, leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and getattr(leaf.sharding, "mesh", None) == self.mesh
@@ -129,7 +135,7 @@ def make_train_step(
         `axis_index_groups=bnjax.parallel.index_groups(mesh)`).
       accumulate_steps: number of micro-batches whose gradients are accumulated before the update.
       preprocess: maps inputs of examples and a random key for each (None without a key) to inputs of the model, on the
-        device, such as an augmentation.
+        device, such as an augmentation. Where there is a key, the model's call is given `keys` too.
 
     Returns:
       A `ParallelStep`, called as `step(state, x, y, weights=None, key=None)`.
@@ -147,7 +153,11 @@ def make_train_step(
             "parallel='pmap' maps over the devices of one process, and this mesh has those of several. "
             "Use 'shard_map' or 'jit'."
         )
+    if accumulate_steps < 1:
+        raise ValueError(f"accumulate_steps must be at least 1, got {accumulate_steps}.")
     groups, multiple = devices.num_groups(mesh), mesh.size * accumulate_steps
+    if groups == 1 and len(mesh.axis_names) > 1:
+        mesh = devices.make_mesh(devices=list(mesh.devices.flat))
     axis_names = (SYNC_AXIS,) if parallel == "pmap" else mesh.axis_names
 
     def body(state: TrainState, batch_stats: Any, batch: Batch):
@@ -157,7 +167,8 @@ def make_train_step(
             x = preprocess(x, None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-        with nn.intercept_methods(_check_sync(mesh, parallel)):
+        checked: set[tuple[str, ...]] = set()
+        with nn.intercept_methods(check_sync(mesh, parallel, checked)):
             state, metrics = train_step(
                 state.replace(batch_stats=batch_stats),
                 x,
@@ -168,6 +179,8 @@ def make_train_step(
                 axis_name=axis_names,
                 accumulate_steps=accumulate_steps,
             )
+        if parallel == "pmap" and 1 <= groups < mesh.size:
+            check_statistics(state.batch_stats, checked)
         return state.replace(batch_stats=None), state.batch_stats, metrics
 
     mapped = {"jit": _by_jit, "shard_map": _by_shard_map, "pmap": _by_pmap}[parallel](body, mesh, groups)
@@ -257,30 +270,6 @@ def _by_pmap(body, mesh: Mesh, groups: int):
     return mapped
 
 
-def _check_sync(mesh: Mesh, parallel: str):
-    """A Flax interceptor that raises for batch norms that synchronise otherwise than the mesh's groups ask for."""
-    size, groups = mesh.shape[SYNC_AXIS], devices.index_groups(mesh)
-
-    def intercept(next_function, arguments, options, context):
-        module = context.module
-        if isinstance(module, nn.BatchNorm) and mesh.size > 1:
-            names = module.axis_name if isinstance(module.axis_name, tuple) else (module.axis_name,)
-            expected = groups if parallel == "pmap" else None
-            found = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))
-            not_needed = module.axis_name is None and (parallel == "jit" or size == 1)
-            if not not_needed and (SYNC_AXIS not in names or found != expected):
-                wanted = f"axis_name={SYNC_AXIS!r}, axis_index_groups={expected}"
-                raise ValueError(
-                    f"the batch norm {'/'.join(module.path)} must be made with {wanted} to synchronise over {size} of "
-                    f"{mesh.size} devices under {parallel}, got axis_name={module.axis_name!r}, "
-                    f"axis_index_groups={module.axis_index_groups}. For statistics of each device make the mesh with "
-                    "group_size=1."
-                )
-        return next_function(*arguments, **options)
-
-    return intercept
-
-
 def train_epoch(
     state: TrainState,
     key: Array,
@@ -341,6 +330,7 @@ def evaluate(
     check_groups(state, None, "evaluate")
     outputs = state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
     losses, correct = objective(outputs, y)
+    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
     return Metrics(losses, correct.astype(losses.dtype))
 
 
@@ -364,16 +354,20 @@ def evaluate_in_batches(
       y: labels of all examples.
       objective: loss and correctness of each example.
       batch_size: examples at a time; made a multiple of the devices.
-      mesh: devices to split each batch over; one device by default.
+      mesh: devices to split each batch over; by default that on which the state is, or one device.
       preprocess: as that of `make_train_step`, called without keys.
 
     Returns:
       `Metrics` of floats.
 
     Raises:
-      ValueError: for a state whose groups of devices keep their statistics apart.
+      ValueError: for a state whose groups of devices keep their statistics apart, or no examples.
     """
-    mesh = devices.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    if len(x) == 0:
+        raise ValueError("x must hold at least one example to evaluate, got none.")
+    if mesh is None:
+        mesh = getattr(getattr(state.step, "sharding", None), "mesh", None)
+        mesh = mesh or devices.make_mesh(devices=jax.devices()[:1])
     batch_size += -batch_size % mesh.size
     sums = np.zeros(2)
     for start in range(0, len(x), batch_size):

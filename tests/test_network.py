@@ -14,8 +14,9 @@ import network_example
 import numpy as np
 import optax
 import pytest
+import tensorflow_datasets as tfds
 
-from bnjax import parallel, train
+from bnjax import data, parallel, train
 from bnjax.checkpoint import CheckpointError
 from bnjax.studies import Options
 from bnjax.studies.saving import Saving
@@ -85,12 +86,12 @@ def test_an_interrupted_training_continues_bit_identically(group_size, tmp_path)
 
 
 def test_evaluation_counts_each_example_once():
-    data = network_example.data()
+    example = network_example.data()
     network = network_example.Network()
     state = train.create_train_state(network, optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 4)))
-    split = data.evaluation["test"]
+    split = example.evaluation["test"]
     one = train.evaluate(
-        state, data.preprocess(jnp.asarray(split.x), None), jnp.asarray(split.y), objective=train.cross_entropy
+        state, example.preprocess(jnp.asarray(split.x), None), jnp.asarray(split.y), objective=train.cross_entropy
     )
     for devices, batch_size in ((8, 16), (3, 43), (1, 10)):
         mesh = parallel.make_mesh(devices=jax.devices()[:devices])
@@ -100,7 +101,7 @@ def test_evaluation_counts_each_example_once():
             objective=train.cross_entropy,
             batch_size=batch_size,
             mesh=mesh,
-            preprocess=data.preprocess,
+            preprocess=example.preprocess,
         )
         np.testing.assert_allclose(got, [one.loss.mean(), one.accuracy.mean()], rtol=1e-5)
 
@@ -138,3 +139,78 @@ def test_a_dead_process_ends_the_others_with_an_error_in_time():
     assert processes[0].returncode not in (0, 9)
     assert time.monotonic() - died < parallel.HEARTBEAT_SECONDS
     assert "error" in error.lower()
+
+
+def prepare_tiny_cifar(directory):
+    """CIFAR-10 in TFDS's format with 96 training and 24 test images, whose brightness is their label."""
+
+    class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "cifar10"
+        VERSION = tfds.core.Version("3.0.2")
+
+        def _info(self):
+            image, label = tfds.features.Image(shape=(32, 32, 3)), tfds.features.ClassLabel(num_classes=10)
+            features = tfds.features.FeaturesDict({"image": image, "label": label})
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(96), "test": self._generate_examples(24)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"image": np.full((32, 32, 3), 25 * (i % 10), np.uint8), "label": i % 10}
+
+    with data._encoding_without_tensorflow():
+        Cifar10(data_dir=directory).download_and_prepare(file_format="array_record")
+
+
+@pytest.mark.slow
+def test_the_command_trains_cifar_on_two_processes_and_resumes_on_other_devices(tmp_path):
+    prepare_tiny_cifar(tmp_path / "data")
+    environment = {**os.environ, "BNJAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+
+    def run(out, epochs, *arguments):
+        command = [
+            "run",
+            "cifar",
+            "--dataset",
+            "cifar10",
+            "--variants",
+            "relu_bn",
+            "--steps-per-epoch",
+            "2",
+            "--batch-size",
+            "10",
+            "--quiet",
+        ]
+        command += ["--data-dir", tmp_path / "data", "--out", tmp_path / out, "--epochs", epochs, *arguments]
+        return subprocess.Popen([sys.executable, "-m", "bnjax", *map(str, command)], env=environment)
+
+    def results(out):
+        document = json.loads((tmp_path / out / "results.json").read_text())
+        return document["variants"]["relu_bn"]["metrics"]
+
+    assert run("one", 2, "--devices", 4).wait() == 0
+    together = [
+        "--devices",
+        2,
+        "--coordinator",
+        f"127.0.0.1:{free_port()}",
+        "--processes",
+        2,
+        "--parallel",
+        "shard_map",
+    ]
+    processes = [run("two", 2, *together, "--process-id", i, "--checkpoint-every", 0) for i in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    first_losses = []  # later ones differ by what RMSprop makes of rounding in gradients that are zero
+    for out in ("one", "two"):
+        with np.load(tmp_path / out / "curves.npz") as curves:
+            first_losses.append(curves["relu_bn/train_loss"][0, 0])
+    np.testing.assert_allclose(*first_losses, rtol=0.02)
+    before = results("two")
+    assert (
+        run("two", 2, "--devices", 3, "--resume").wait() == 0
+    )  # what the two processes saved, on three devices of one
+    assert results("two") == before
+    assert run("two", 3, "--devices", 3, "--resume").wait() == 2  # another configuration

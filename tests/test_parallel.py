@@ -260,6 +260,37 @@ def split_over_groups(size, x, weights):
     return stats
 
 
+@pytest.mark.parametrize("size", [8, 4, 1])
+@pytest.mark.parametrize("way", WAYS)
+def test_groups_without_weights(way, size):
+    """A group may be all devices, too."""
+    mesh = parallel.make_mesh(size)
+    groups = parallel.index_groups(mesh) if way == "pmap" else None
+    state = new_state(model(groups=groups))
+    state = train.split_batch_stats(state, 8 // size) if size < 8 else state
+    step = train.make_train_step(train.cross_entropy, mesh, parallel=way, accumulate_steps=2)
+    after, metrics = step(state, X[0], Y[0])
+    alone, expected = in_groups_on_one_device(8 // size)
+    chex.assert_trees_all_close(jax.device_get(metrics), expected, rtol=1e-4)
+    chex.assert_trees_all_close(jax.device_get(train.merge_batch_stats(after).batch_stats), alone, rtol=1e-3, atol=1e-4)
+
+
+@functools.cache
+def in_groups_on_one_device(groups):
+    """The merged statistics and the mean metrics of a step whose groups each see their part of the batch."""
+    parts, metrics = [], []
+    for part in np.split(np.arange(32), groups):
+        step = functools.partial(train.train_step, objective=train.cross_entropy, accumulate_steps=2)
+        # Of a group's examples each device takes every second of its own four for a micro-batch, as does one device.
+        state, m = jax.jit(step)(new_state(model(None)), jnp.asarray(X[0, part]), jnp.asarray(Y[0, part]))
+        parts.append(state.batch_stats)
+        metrics.append(m)
+    stats = jax.tree.map(lambda *v: jnp.stack(v), *parts)
+    apart = new_state(model(None)).replace(batch_stats=stats, examples_seen=jnp.ones(groups))
+    mean = jax.tree.map(lambda *v: np.mean(v), *metrics)
+    return jax.device_get(train.merge_batch_stats(apart).batch_stats), jax.device_get(mean)
+
+
 @pytest.mark.parametrize("size", [4, 2, 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_keep_their_statistics_apart_and_merge_them_by_count(way, size):
@@ -328,8 +359,18 @@ def test_bad_arguments_say_what_to_do():
     step = train.make_train_step(train.cross_entropy)
     with pytest.raises(ValueError, match=r"split evenly.*got 30 examples.*pad_batch"):
         step(new_state(model()), X[0, :30], Y[0, :30])
-    with pytest.raises(ValueError, match="mesh must have the axis 'batch'"):
-        train.make_train_step(train.cross_entropy, jax.make_mesh((8,), ("data",)))
+    for shape, names in (((8,), ("data",)), ((2, 4), ("batch", "group")), ((2, 4), ("batch", "model"))):
+        with pytest.raises(ValueError, match=r"mesh must have the axis 'batch'.*make_mesh"):
+            train.make_train_step(
+                train.cross_entropy, jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+            )
+    with pytest.raises(ValueError, match=r"of type Auto, got \('batch',\) of .*Explicit"):
+        train.make_train_step(train.cross_entropy, jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,)))
+    with pytest.raises(ValueError, match="accumulate_steps must be at least 1, got 0"):
+        train.make_train_step(train.cross_entropy, accumulate_steps=0)
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+    with pytest.raises(ValueError, match="at least one example"):
+        train.evaluate_in_batches(new_state(model()), *nothing, objective=train.cross_entropy, batch_size=8)
     with pytest.raises(ValueError, match=r"coordinator and process_id missing"):
         parallel.initialize(num_processes=2)
     with pytest.raises(ValueError, match="'host:port', got 'here'"):
@@ -369,6 +410,136 @@ def test_examples_have_random_keys_of_their_own_however_they_are_split(way):
     state = train.create_train_state(TakesKeys(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
     _, expected = single(state, X[0], Y[0], None, jax.random.key(7))
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=1e-5)
+
+
+class Centred(nn.Module):
+    """Keeps a running mean of its own, which does not synchronise."""
+
+    @nn.compact
+    def __call__(self, x, *, training):
+        mean = self.variable("batch_stats", "centre", jnp.zeros, (4,))
+        if training:
+            mean.value = x.mean(0)
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+def test_statistics_that_may_differ_between_devices_are_an_error(way):
+    state = train.create_train_state(Centred(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
+    with pytest.raises(ValueError, match="centre belong to no batch norm" if way == "pmap" else "replicat"):
+        train.make_train_step(train.cross_entropy, parallel=way)(state, X[0], Y[0])
+    apart = train.split_batch_stats(state, 8)
+    with pytest.raises(ValueError, match="another statistic"):
+        train.merge_batch_stats(apart)
+
+
+def test_a_frozen_batch_norm_needs_no_axis_name():
+    class Frozen(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, training):
+            return nn.Dense(3)(BatchNorm(use_running_average=True)(x))
+
+    state = train.create_train_state(Frozen(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
+    after, _ = train.make_train_step(train.cross_entropy, parallel="shard_map")(state, X[0], Y[0])
+    chex.assert_trees_all_equal(jax.device_get(after.batch_stats), jax.device_get(state.batch_stats))
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_losses_of_half_precision_are_summed_in_float32(dtype, accumulate_steps):
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, training):
+            return nn.Dense(3, dtype=dtype)(x)
+
+    n = 2**17  # more than float16 can count
+    x, y = jnp.tile(jnp.asarray(X[0]), (n // 32, 1)), jnp.tile(jnp.asarray(Y[0]), n // 32)
+    states = []
+    for examples in (n, 32):
+        state = train.create_train_state(Half(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
+        step = train.make_train_step(train.cross_entropy, accumulate_steps=accumulate_steps if examples > 64 else 1)
+        mesh_of_one = train.make_train_step(train.cross_entropy, parallel.make_mesh(devices=jax.devices()[:1]))
+        step = step if examples > 64 else mesh_of_one
+        after, metrics = step(state, x[:examples], y[:examples])
+        states.append((jax.device_get(metrics.loss), jax.device_get(after.params)))
+        assert metrics.loss.dtype == jnp.float32
+    chex.assert_trees_all_close(*states, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_float64_inputs_of_a_float32_model_accumulate(way, x64):
+    step = train.make_train_step(train.cross_entropy, parallel=way, accumulate_steps=2)
+    _, metrics = step(new_state(model()), X[0].astype(np.float64), Y[0])
+    assert np.isfinite(metrics.loss)
+
+
+def test_integer_weights_and_padding_of_any_value():
+    step = train.make_train_step(train.cross_entropy, parallel="shard_map")
+    x = X[0].copy()
+    weights = np.array([2] * 16 + [1] * 8 + [0] * 8)
+    expected, _ = step(new_state(model()), x, Y[0], weights.astype(np.float32))
+    x[24:] = np.nan
+    got, _ = step(new_state(model()), x, Y[0], weights)
+    chex.assert_trees_all_close(jax.device_get(got.params), jax.device_get(expected.params))
+    chex.assert_trees_all_close(jax.device_get(got.batch_stats), jax.device_get(expected.batch_stats))
+
+
+def test_a_state_merged_and_split_again_compiles_no_second_time():
+    mesh = parallel.make_mesh(2)
+    step = train.make_train_step(train.cross_entropy, mesh)
+    state = train.split_batch_stats(new_state(model()), 4)
+    for _ in range(2):
+        state, _ = step(state, X[0], Y[0])
+        state = train.split_batch_stats(train.merge_batch_stats(state), 4)
+    assert step.compiled._cache_size() == 1
+
+
+def test_an_empty_device_and_huge_values_give_no_nan():
+    x = (1e19 * (3 + 0.1 * np.random.default_rng(0).normal(size=(64, 2)))).astype(np.float32)
+    mask = np.arange(64) >= 8  # the first device has nothing valid
+    mesh = parallel.make_mesh()
+    specs = {"in_specs": P("batch"), "out_specs": P()}
+    local = jax.shard_map(lambda x, mask: bnjax.moments(x, mask=mask, axis_name="batch"), mesh=mesh, **specs)
+    m = jax.jit(local)(x, mask)
+    np.testing.assert_allclose(m.mean, x[8:].astype(np.float64).mean(0), rtol=1e-5)
+    assert not np.isnan(m.var).any()
+
+
+def test_moments_over_a_part_of_the_axes_of_a_mesh():
+    """Without a mask, and beside an axis that is not synchronised, or is partitioned automatically."""
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    mesh = parallel.make_mesh(2)
+    groups = jax.shard_map(
+        lambda x: jax.tree.map(lambda v: v[None], bnjax.moments(x, axis_name="batch")),
+        mesh=mesh,
+        in_specs=P(("group", "batch")),
+        out_specs=P("group"),
+    )
+    expected = [bnjax.moments(part) for part in np.split(x, 4)]
+    expected = jax.tree.map(lambda *v: jnp.stack(v), *expected)
+    chex.assert_trees_all_close(jax.device_get(jax.jit(groups)(x)), jax.device_get(expected), rtol=1e-5, atol=1e-6)
+    with_model = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
+    partly = jax.shard_map(
+        lambda x: bnjax.moments(x, axis_name="batch"),
+        mesh=with_model,
+        in_specs=P("batch"),
+        out_specs=P(),
+        axis_names={"batch"},
+    )
+    got = jax.jit(partly)(jax.device_put(x, NamedSharding(with_model, P("batch", "model"))))
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(bnjax.moments(x)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [P(None, None, "a"), P("b", None, "a"), P("a", "b"), P("a", None, None, "b")])
+def test_batch_norm_of_explicitly_sharded_images(spec):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = np.random.default_rng(0).normal(5, 2, size=(64, 16, 16, 8)).astype(np.float32)
+    params, stats = bnjax.init_batch_norm(8)
+    for mask in (None, (np.arange(64) % 3 > 0)[:, None, None]):
+        function = jax.jit(functools.partial(bnjax.batch_norm, training=True, mask=mask))
+        got = function(jax.device_put(x, NamedSharding(mesh, spec)), params, stats)
+        expected = function(x, params, stats)
+        chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_host_arrays_come_back_whole():

@@ -44,10 +44,10 @@ def run(options: Options, report: Report):
     name = options.dataset or "cifar100"
     epochs, steps = options.epochs or EPOCHS, options.steps_per_epoch or STEPS_PER_EPOCH
     batch_size = options.batch_size or BATCH_SIZE
+    mesh = make_mesh(options)
     images = data.images(name, options.data_dir, report.reading)
     mean = float(images.train.x.mean())
     examples = Data(images.train, {"test": images.test}, functools.partial(prepare, mean=mean))
-    mesh = make_mesh(options)
     chosen = variants(images.num_classes, epochs, batch_size, options)
     if options.variants:
         unknown = sorted(set(options.variants) - set(chosen))

@@ -81,13 +81,15 @@ def train_network(variant: Variant, data: Data, options: Options, steps_per_epoc
 
 
 def _configuration(variant: Variant, options: Options, steps_per_epoch: int, mesh: Mesh) -> dict[str, Any]:
-    """What decides the numbers of a training; the number of devices does not, but for rounding."""
+    """What decides the numbers of a training; the number of devices does not but for rounding, except with groups."""
+    groups = parallel.num_groups(mesh)
     return {
         "epochs": variant.epochs,
         "steps_per_epoch": steps_per_epoch,
         "batch_size": variant.batch_size,
         "accumulate_steps": options.accumulate_steps,
-        "groups": parallel.num_groups(mesh),
+        "groups": groups,
+        **({"devices": mesh.size} if groups > 1 else {}),
     }
 
 
