@@ -319,10 +319,11 @@ def _merged(total: Callable[[Array], Array], zeros: Moments, size: int, count: A
 def _sums_about(shift: Array, part: Moments, counts_differ: bool) -> Array:
     """What a part puts into the sum: its mean and mean square about the shift, by its count, and this if it differs."""
     offset = part.mean - shift
+    if counts_differ:
+        offset *= (part.count > 0).astype(offset.dtype)  # of an empty part the square may be infinite
     values = [offset, part.var + jnp.square(offset)]
     if counts_differ:
-        values = [jnp.where(part.count > 0, part.count * value, 0) for value in values]  # a huge shift's square is inf
-        values.append(part.count)
+        values = [*(part.count * value for value in values), part.count]
     return jnp.concatenate([without_explicit_sharding(value).ravel() for value in values])
 
 
