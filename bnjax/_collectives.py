@@ -54,8 +54,7 @@ def num_shards(x: jax.Array, axis: int) -> int:
 
     One where `x` has no mesh, and where the axis does not divide.
     """
-    sharding = jax.typeof(x).sharding
-    mesh, spec = sharding.mesh, sharding.spec[axis] if axis < len(sharding.spec) else None
+    mesh, spec = jax.typeof(x).sharding.mesh, _explicit_spec(x, axis)
     named = spec if isinstance(spec, tuple) else (spec,)  # by explicit sharding
     may_split = [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto or n in named]
     parts = math.prod(mesh.shape[name] for name in may_split)
@@ -69,13 +68,22 @@ def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
 
 def explicitly_sharded(x: jax.Array, axis: int) -> bool:
     """Whether an axis is split by explicit sharding."""
+    return _explicit_spec(x, axis) is not None
+
+
+def _explicit_spec(x: jax.Array, axis: int) -> Any:
+    """The mesh axis or axes by which explicit sharding splits an axis; None for none."""
     spec = jax.typeof(x).sharding.spec
-    return axis < len(spec) and spec[axis] is not None
+    return spec[axis] if axis < len(spec) else None
+
+
+def _has_explicit_sharding(x: jax.Array) -> bool:
+    return any(explicitly_sharded(x, axis) for axis in range(x.ndim))
 
 
 def broadcast_explicitly(values: jax.Array, x: jax.Array) -> jax.Array:
     """`values` in the shape and the explicit sharding of `x`, if it has one; else as they are."""
-    if not any(explicitly_sharded(x, axis) for axis in range(x.ndim)):
+    if not _has_explicit_sharding(x):
         return values
     sharding = jax.typeof(x).sharding
     return jax.sharding.reshard(jnp.broadcast_to(values, x.shape), NamedSharding(sharding.mesh, sharding.spec))
@@ -83,18 +91,17 @@ def broadcast_explicitly(values: jax.Array, x: jax.Array) -> jax.Array:
 
 def without_explicit_sharding(x: jax.Array) -> jax.Array:
     """`x` whole on all devices, if it was split by explicit sharding."""
-    if not any(explicitly_sharded(x, axis) for axis in range(x.ndim)):
+    if not _has_explicit_sharding(x):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P()))
 
 
 def shard_like(values: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     """Gives an axis of `values` the explicit sharding that it has in `x`, if any; XLA chooses any other by itself."""
-    sharding, own = jax.typeof(x).sharding, jax.typeof(values).sharding.spec
-    spec = sharding.spec[axis] if axis < len(sharding.spec) else None
-    if spec is None or (axis < len(own) and own[axis] == spec):
+    spec = _explicit_spec(x, axis)
+    if spec in (None, _explicit_spec(values, axis)):
         return values
-    return jax.sharding.reshard(values, NamedSharding(sharding.mesh, P(*[None] * axis, spec)))
+    return jax.sharding.reshard(values, NamedSharding(jax.typeof(x).sharding.mesh, P(*[None] * axis, spec)))
 
 
 def vary_like(tree: Any, x: jax.Array, but: AxisName | None = None) -> Any:

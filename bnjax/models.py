@@ -12,6 +12,9 @@ from bnjax.layers import Conv, Dropout, max_pool
 Norm = Callable[..., nn.Module]
 """Makes a normaliser from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it."""
 Images = Float[Array, "batch height width channels"]
+Logits = Float[Array, "batch classes"]
+Mask = Shaped[Array, " batch"] | None
+Keys = Key[Array, " batch"] | None
 Place = Literal["none", "before", "after", "input"]
 """Where the normaliser stands: nowhere, before or after each hidden activation, or on the network's input."""
 
@@ -38,7 +41,7 @@ class Perceptron(nn.Module):
 
     hidden: Sequence[int]
     outputs: int
-    norm: Callable[..., nn.Module] | None = None
+    norm: Norm | None = None
     place: str = "none"
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     hidden_init: Any = nn.initializers.glorot_uniform()
@@ -56,7 +59,7 @@ class Perceptron(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch ..."], *, training: bool, mask: Shaped[Array, " batch"] | None = None
+        self, x: Float[Array, "batch ..."], *, training: bool, mask: Mask = None
     ) -> Float[Array, "batch outputs"]:
         """Logits of a batch; with `training`, normalised by the batch's statistics, which move the running ones.
 
@@ -67,11 +70,7 @@ class Perceptron(nn.Module):
         """
 
         def normalize(place: str, x):
-            if self.norm is None or self.place != place:
-                return x
-            return self.norm(use_running_average=not training)(x, **masked)
-
-        masked = {} if mask is None else {"mask": mask[:, None]}
+            return _normalize(self.norm if self.place == place else None, x, training, mask)
 
         x = normalize("input", x.reshape((x.shape[0], -1)))
         for size in self.hidden:
@@ -114,14 +113,7 @@ class CifarNetwork(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(
-        self,
-        x: Images,
-        *,
-        training: bool,
-        mask: Shaped[Array, " batch"] | None = None,
-        keys: Key[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch classes"]:
+    def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
         """Logits of a batch; with `training`, normalised by the batch's statistics and with dropout.
 
         Args:
@@ -178,14 +170,7 @@ class VGG(nn.Module):
             raise ValueError(f"depth must be one of {', '.join(map(str, _VGG_STAGES))}, got {self.depth}.")
 
     @nn.compact
-    def __call__(
-        self,
-        x: Images,
-        *,
-        training: bool,
-        mask: Shaped[Array, " batch"] | None = None,
-        keys: Key[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch classes"]:
+    def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
         """Logits of a batch; with `training`, normalised by the batch's statistics.
 
         Args:
@@ -248,14 +233,7 @@ class ResNet(nn.Module):
             raise ValueError(f"stem must be 'imagenet' or 'cifar', got {self.stem!r}.")
 
     @nn.compact
-    def __call__(
-        self,
-        x: Images,
-        *,
-        training: bool,
-        mask: Shaped[Array, " batch"] | None = None,
-        keys: Key[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch classes"]:
+    def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
         """Logits of a batch; with `training`, normalised by the batch's statistics.
 
         Args:

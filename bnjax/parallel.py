@@ -129,6 +129,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def stats_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of running statistics: each group's with its group, or whole on every device where there is one set."""
+    return NamedSharding(mesh, P(GROUP_AXIS)) if num_groups(mesh) > 1 else replicated(mesh)
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Global arrays, split over all devices, from the examples that each process has.
 

@@ -9,8 +9,7 @@ import optax
 from flax import linen as nn
 from flax.training import train_state
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
 from bnjax import parallel
@@ -179,7 +178,7 @@ def place_state(state: TrainState, mesh: Mesh) -> TrainState:
     check_groups(state, None if groups == 1 else groups, "this mesh")
     if groups == 1:
         return parallel.replicate(state, mesh)
-    sharding = NamedSharding(mesh, P(parallel.GROUP_AXIS))
+    sharding = parallel.stats_sharding(mesh)
     stats = jax.tree.map(
         lambda v: jax.make_array_from_callback(v.shape, sharding, jax.device_get(v).__getitem__), state.batch_stats
     )

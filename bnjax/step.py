@@ -147,8 +147,7 @@ def train_step(
     Raises:
       ValueError: if `accumulate_steps` is not positive or does not divide the batch.
     """
-    if accumulate_steps < 1:
-        raise ValueError(f"accumulate_steps must be at least 1, got {accumulate_steps}.")
+    check_accumulate_steps(accumulate_steps)
     if weights is not None:
         weights = jnp.asarray(weights)
         if jnp.issubdtype(weights.dtype, jnp.integer):
@@ -156,8 +155,8 @@ def train_step(
         if jnp.issubdtype(x.dtype, jnp.floating):  # of a padding example not even NaN may reach the parameters
             x = jnp.where(weights.reshape((-1,) + (1,) * (x.ndim - 1)) > 0, x, 0)
     batch = Batch(x, y, weights, keys)
-    sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, axis_name)
     expected = x.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, expected)
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
     total = jnp.where(sums.weight > 0, sums.weight, 1)
@@ -166,12 +165,15 @@ def train_step(
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
 
 
-def _accumulate(
-    state: TrainState, batch: Batch, objective: Objective, steps: int, axis_name: AxisName | None
-) -> tuple[_Sums, Any]:
+def check_accumulate_steps(steps: int) -> None:
+    """Raises `ValueError` unless there is at least one micro-batch."""
+    if steps < 1:
+        raise ValueError(f"accumulate_steps must be at least 1, got {steps}.")
+
+
+def _accumulate(state: TrainState, batch: Batch, objective: Objective, steps: int, expected: int) -> tuple[_Sums, Any]:
     """The sums over the examples of this member, in micro-batches, and the moved running statistics."""
     params = vary_like(state.params, batch.x)
-    expected = batch.x.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
 
     def sums_of(batch: Batch, mutable: str):
         def loss(params):
@@ -232,4 +234,4 @@ def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...],
 
 def gradients(state: TrainState, x: Shaped[Array, "batch ..."], y: Shaped[Array, " batch"], *, objective: Objective):
     """Gradient of the mean training loss of a batch by the parameters."""
-    return _accumulate(state, Batch(x, y), objective, 1, None)[0].grads
+    return _accumulate(state, Batch(x, y), objective, 1, x.shape[0])[0].grads

@@ -31,6 +31,7 @@ from bnjax.step import (
     Metrics,
     Objective,
     binary_cross_entropy,
+    check_accumulate_steps,
     cross_entropy,
     gradients,
     pad_batch,
@@ -105,7 +106,7 @@ class ParallelStep:
         return self.compiled(state, batch, key)
 
     def _has_its_statistics(self, state: TrainState) -> bool:
-        spec = P(GROUP_AXIS) if state.stats_groups else P()
+        spec = devices.stats_sharding(self.mesh).spec
         return all(self._is_placed(leaf) and leaf.sharding.spec == spec for leaf in jax.tree.leaves(state.batch_stats))
 
     def _is_placed(self, leaf: Any) -> bool:
@@ -153,8 +154,7 @@ def make_train_step(
             "parallel='pmap' maps over the devices of one process, and this mesh has those of several. "
             "Use 'shard_map' or 'jit'."
         )
-    if accumulate_steps < 1:
-        raise ValueError(f"accumulate_steps must be at least 1, got {accumulate_steps}.")
+    check_accumulate_steps(accumulate_steps)
     groups, multiple = devices.num_groups(mesh), mesh.size * accumulate_steps
     if groups == 1 and len(mesh.axis_names) > 1:
         mesh = devices.make_mesh(devices=list(mesh.devices.flat))
@@ -179,7 +179,7 @@ def make_train_step(
                 axis_name=axis_names,
                 accumulate_steps=accumulate_steps,
             )
-        if parallel == "pmap" and 1 <= groups < mesh.size:
+        if parallel == "pmap" and groups < mesh.size:
             check_statistics(state.batch_stats, checked)
         return state.replace(batch_stats=None), state.batch_stats, metrics
 
@@ -195,23 +195,23 @@ def make_train_step(
             )
         if key is not None:
             batch = batch._replace(keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size)))
-        batch = jax.tree.map(lambda v: lax.with_sharding_constraint(v, devices.batch_sharding(mesh)), batch)
+        batch = _constrain(batch, devices.batch_sharding(mesh))
         seen = state.examples_seen
         rest = state.replace(batch_stats=None, examples_seen=None)
         rest, batch_stats, metrics = mapped(rest, state.batch_stats, batch)
         if seen is not None:
             weights = jnp.ones(size) if batch.weights is None else batch.weights
             seen += weights.reshape((groups, -1)).sum(1)
-        rest = jax.tree.map(lambda v: lax.with_sharding_constraint(v, devices.replicated(mesh)), (rest, seen, metrics))
-        return rest[0].replace(batch_stats=_place(batch_stats, mesh, groups), examples_seen=rest[1]), rest[2]
+        rest, seen, metrics = _constrain((rest, seen, metrics), devices.replicated(mesh))
+        batch_stats = _constrain(batch_stats, devices.stats_sharding(mesh))
+        return rest.replace(batch_stats=batch_stats, examples_seen=seen), metrics
 
     return ParallelStep(mesh, multiple, jax.jit(step, donate_argnums=0))
 
 
-def _place(batch_stats: Any, mesh: Mesh, groups: int) -> Any:
-    """Running statistics where `place_state` puts them."""
-    sharding = NamedSharding(mesh, P(GROUP_AXIS) if groups > 1 else P())
-    return jax.tree.map(lambda v: lax.with_sharding_constraint(v, sharding), batch_stats)
+def _constrain(tree: Any, sharding: NamedSharding) -> Any:
+    """Tells XLA how to place the arrays of a tree."""
+    return jax.tree.map(lambda v: lax.with_sharding_constraint(v, sharding), tree)
 
 
 def _by_jit(body, mesh: Mesh, groups: int):
@@ -222,8 +222,7 @@ def _by_jit(body, mesh: Mesh, groups: int):
 
     def mapped(state, batch_stats, batch):
         parts = jax.tree.map(lambda v: v.reshape((groups, -1, *v.shape[1:])), batch)
-        sharding = NamedSharding(mesh, P(GROUP_AXIS, SYNC_AXIS))
-        parts = jax.tree.map(lambda v: lax.with_sharding_constraint(v, sharding), parts)
+        parts = _constrain(parts, NamedSharding(mesh, P(GROUP_AXIS, SYNC_AXIS)))
         grouped = jax.vmap(body, (None, 0, 0), (None, 0, None), axis_name=GROUP_AXIS)
         return grouped(state, batch_stats, parts)
 
@@ -232,7 +231,7 @@ def _by_jit(body, mesh: Mesh, groups: int):
 
 def _by_shard_map(body, mesh: Mesh, groups: int):
     """Maps over all axes of the mesh, with replication checking."""
-    of_group = P(GROUP_AXIS) if groups > 1 else P()
+    of_group = devices.stats_sharding(mesh).spec
 
     def local(state, batch_stats, batch):
         if groups > 1:

@@ -1,5 +1,6 @@
 """One step body under jit, shard_map and pmap: the same numbers as on one device, and no more collectives."""
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -321,6 +322,28 @@ def test_groups_keep_their_statistics_apart_and_merge_them_by_count(way, size):
     var = sum(n * (s["var"] + (s["mean"] - mean) ** 2) for n, s in zip(seen, expected, strict=True)) / seen.sum()
     (stats,) = merged.batch_stats.values()
     chex.assert_trees_all_close(dict(stats), {"mean": mean, "var": var}, rtol=1e-5, atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfProcess:
+    """All of a device that decides its place in a mesh."""
+
+    process_index: int
+    id: int
+
+
+def test_groups_stay_within_a_process_or_hold_whole_ones():
+    def devices(processes, each):
+        """In an order that mixes the processes."""
+        return [OfProcess(i % processes, i) for i in range(processes * each)]
+
+    def owners(mesh):
+        return [{device.process_index for device in group} for group in mesh.devices]
+
+    assert owners(parallel.make_mesh(2, devices=devices(2, 4))) == [{0}, {0}, {1}, {1}]
+    assert owners(parallel.make_mesh(4, devices=devices(4, 2))) == [{0, 1}, {2, 3}]
+    with pytest.raises(ValueError, match=r"divide the devices of a process.*got 4 for \[6\] devices a process"):
+        parallel.make_mesh(4, devices=devices(2, 6))
 
 
 def test_states_that_do_not_fit_are_errors():

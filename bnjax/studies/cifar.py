@@ -14,7 +14,6 @@ from bnjax.studies.experiment import Report, Variant
 from bnjax.studies.network import Data, make_mesh, train_network
 from bnjax.studies.results import Results
 
-SOURCE = "CIFAR-100 article"
 BATCH_SIZE = 80
 STEPS_PER_EPOCH = 2000
 EPOCHS = 20

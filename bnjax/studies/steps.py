@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from bnjax import models, parallel, train
 from bnjax.compile import CompileReport, compile_report, topology_devices
@@ -116,7 +115,7 @@ def compile_step(name: str, topology: str, *, parallel_by: str = "jit", batch_si
     """
     if name not in STEPS:
         raise ValueError(f"the step must be one of {', '.join(STEPS)}, got {name!r}.")
-    mesh = Mesh(np.asarray(topology_devices(topology)), (parallel.SYNC_AXIS,), axis_types=(AxisType.Auto,))
+    mesh = parallel.make_mesh(devices=topology_devices(topology))
     step, arguments = abstract_step(STEPS[name], mesh, parallel_by=parallel_by, batch_size=batch_size)
     return compile_report(step, *arguments, topology=topology, name=f"{name}, {parallel_by}")
 
