@@ -69,7 +69,12 @@ def _parser() -> _Parser:
         one.add_argument(
             "--seeds", type=_positive, default=study.seeds, metavar="N", help=f"number of seeds (default {study.seeds})"
         )
-        one.add_argument("--epochs", type=_positive, metavar="N", help=f"epochs of training (default {study.epochs})")
+        if study.steps:
+            one.add_argument("--steps", type=_positive, metavar="N", help=f"steps of training (default {study.steps})")
+        else:
+            one.add_argument(
+                "--epochs", type=_positive, metavar="N", help=f"epochs of training (default {study.epochs})"
+            )
         one.add_argument(
             "--out",
             type=Path,
@@ -100,6 +105,12 @@ def _parser() -> _Parser:
             one.add_argument(
                 "--batch-sizes", type=_sizes, metavar="A,B,…", help="batch sizes to sweep (default 16,32,64,128,256)"
             )
+        if study.name == "smoothness":
+            one.add_argument(
+                "--width", type=_positive, metavar="N", help="filters of VGG's first stage (default see above)"
+            )
+        if study.name in ("smoothness", "cifar"):
+            one.add_argument("--variants", type=_names, metavar="A,B,…", help="which networks to train (default all)")
         if study.distributed:
             _add_distributed(one)
     _add_compile(commands)
@@ -142,7 +153,6 @@ def _add_compile(commands) -> None:
 
 def _add_distributed(one: argparse.ArgumentParser) -> None:
     """The options of a study that trains one network on many devices."""
-    one.add_argument("--variants", type=_names, metavar="A,B,…", help="which networks to train (default all)")
     one.add_argument(
         "--batch-size", type=_positive, metavar="N", help="examples in a step, over all devices (default 80)"
     )
@@ -278,10 +288,8 @@ def _print_versions() -> int:
 def _print_studies() -> int:
     width = max(map(len, STUDIES))
     for study in STUDIES.values():
-        print(
-            f"{study.name:{width}}  {study.summary}\n"
-            f"{'':{width}}  {study.source}; {study.seeds} seeds, epochs: {study.epochs}"
-        )
+        length = f"steps: {study.steps}" if study.steps else f"epochs: {study.epochs}"
+        print(f"{study.name:{width}}  {study.summary}\n{'':{width}}  {study.source}; {study.seeds} seeds, {length}")
     print("\nRun one with: bnjax run STUDY (see bnjax run STUDY --help)")
     return 0
 

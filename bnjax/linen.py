@@ -1,17 +1,78 @@
-"""Batch norm as a Flax linen layer: a drop-in replacement for `flax.linen.BatchNorm`."""
+"""Batch norm and its variants as Flax linen layers: drop-in replacements for `flax.linen.BatchNorm`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import InvalidRngError
 from flax.linen import dtypes
 from jaxtyping import ArrayLike
 
 from bnjax import _checks
+from bnjax.moments import Moments
 from bnjax.norm import batch_norm_and_moments
+from bnjax.variants import lp_batch_norm, noisy_batch_norm
 
 
-class BatchNorm(nn.BatchNorm):
+class _Normalizer(nn.BatchNorm):
+    """What the layers share: arguments, variables and call; each has a function of its own.
+
+    Only those whose statistics merge as moments are `BatchNorm`s, as the accumulation of micro-batches needs them.
+    """
+
+    axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
+    axis_name: str | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @nn.compact
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
+        """Normalises `x`, and moves the running statistics where the batch's are used (not during initialisation).
+
+        Args:
+          x: the input.
+          use_running_average: whether to use the running statistics; here or in the constructor.
+          mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        x = jnp.asarray(x)
+        features = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.ndim))
+        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
+        params = {}
+        if self.use_scale:
+            params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
+        if self.use_bias:
+            params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
+        dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
+        y, batch_stats, m = self._normalized(
+            x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype),
+            params,
+            {"mean": mean.value, "var": var.value},
+            training=not use_running_average,
+            axis=self.axis,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            mask=_checks.flax_mask(mask, x.shape),
+            axis_name=None if self.is_initializing() else self.axis_name,
+            axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
+            dtype=dtype,
+        )
+        if self.is_mutable_collection("moments") and m is not None and not self.is_initializing():
+            self.sow("moments", "batch", m)
+        elif not (use_running_average or self.is_initializing()):
+            mean.value, var.value = batch_stats["mean"], batch_stats["var"]
+        return y
+
+    def _normalized(self, *arrays, training: bool, **options) -> tuple[Any, Any, Moments | None]:
+        """The output, the running statistics, and the batch's moments if these may be sown and merged."""
+        raise NotImplementedError
+
+
+class BatchNorm(_Normalizer):
     """`flax.linen.BatchNorm` computed by `bnjax.batch_norm`: same arguments, variables and names.
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
@@ -43,50 +104,71 @@ class BatchNorm(nn.BatchNorm):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
     """
 
-    axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
-    axis_name: str | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     bessel_correction: bool = False
 
-    @nn.compact
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Normalises `x`, and moves the running statistics where the batch's are used (not during initialisation).
+    def _normalized(self, *arrays, **options):
+        return batch_norm_and_moments(*arrays, bessel_correction=self.bessel_correction, **options)
 
-        Args:
-          x: the input.
-          use_running_average: whether to use the running statistics; here or in the constructor.
-          mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
 
-        Returns:
-          An array of the shape of `x`.
-        """
-        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = jnp.asarray(x)
-        features = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.ndim))
-        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
-        params = {}
-        if self.use_scale:
-            params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
-        dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        y, batch_stats, m = batch_norm_and_moments(
-            x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype),
-            params,
-            {"mean": mean.value, "var": var.value},
-            training=not use_running_average,
-            axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            mask=_checks.flax_mask(mask, x.shape),
-            axis_name=None if self.is_initializing() else self.axis_name,
-            axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
-            dtype=dtype,
-            bessel_correction=self.bessel_correction,
-        )
-        if self.is_mutable_collection("moments") and m is not None and not self.is_initializing():
-            self.sow("moments", "batch", m)
-        elif not (use_running_average or self.is_initializing()):
-            mean.value, var.value = batch_stats["mean"], batch_stats["var"]
-        return y
+class NoisyBatchNorm(_Normalizer):
+    """`bnjax.variants.noisy_batch_norm` as a layer: `BatchNorm`, then noise where the batch's statistics are used.
+
+    Arguments, variables and names are those of `BatchNorm`, but for the strengths of the noise. Its key comes from
+    Flax's random stream 'noise': `model.apply(variables, x, rngs={'noise': key}, …)`, with a new key for each step.
+
+    Attributes:
+      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+      unit_shift: half-width of the uniform distribution about 0 of each unit's mean shift.
+      unit_scale: upper end of the uniform distribution from 1 of each unit's mean scale.
+      sample_shift: half-width of the uniform distribution of a sample's shift about its unit's.
+      sample_scale: standard deviation of the normal distribution of a sample's scale about its unit's.
+
+    >>> import flax.linen as nn
+    >>> from bnjax.linen import NoisyBatchNorm
+    >>> model = nn.Sequential([nn.Dense(4), NoisyBatchNorm(use_running_average=False), nn.relu])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((8, 3)))
+    >>> rngs = {'noise': jax.random.key(1)}
+    >>> y, updates = model.apply(variables, jnp.ones((8, 3)), rngs=rngs, mutable=['batch_stats'])
+    """
+
+    bessel_correction: bool = False
+    unit_shift: Any = 0.5
+    unit_scale: Any = 1.25
+    sample_shift: Any = 0.1
+    sample_scale: Any = 0.1
+
+    def _normalized(self, *arrays, training, **options):
+        strengths = {name: getattr(self, name) for name in ("unit_shift", "unit_scale", "sample_shift", "sample_scale")}
+        options |= {"training": training, "key": self._key() if training else None, **strengths}
+        return *noisy_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options), None
+
+    def _key(self):
+        try:
+            return self.make_rng("noise")
+        except InvalidRngError as error:
+            raise ValueError(
+                f"rngs must have a key named 'noise' where {'/'.join(self.path) or 'NoisyBatchNorm'} uses the batch's "
+                "statistics, got none. Pass rngs={'noise': key} to apply, with a new key for each step."
+            ) from error
+
+
+class LpBatchNorm(_Normalizer, kw_only=True):
+    """`bnjax.variants.lp_batch_norm` as a layer: `BatchNorm` with an l_p norm in place of the standard deviation.
+
+    Arguments, variables and names are those of `BatchNorm`, but for `p` and without `bessel_correction`; the running
+    'var' is that of the squared norm.
+
+    Attributes:
+      p: 1, 2 or `math.inf`.
+
+    >>> import flax.linen as nn
+    >>> from bnjax.linen import LpBatchNorm
+    >>> model = nn.Sequential([nn.Dense(4), LpBatchNorm(p=1, use_running_average=False), nn.relu])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((8, 3)))
+    >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
+    """
+
+    p: float
+
+    def _normalized(self, *arrays, **options):
+        return *lp_batch_norm(*arrays, p=self.p, **options), None

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -151,8 +151,9 @@ def batch_norm_and_moments(
     axis_index_groups: Any,
     dtype: Any,
     bessel_correction: bool,
+    moments_of: Callable[..., Moments] = checked_moments,
 ) -> tuple[Array, Any, Moments | None]:
-    """`batch_norm`, with the batch's moments too in training."""
+    """`batch_norm`, with the batch's moments too in training, or what `moments_of` gives in their place."""
     x = _checks.check_input(x)
     axes = _checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
@@ -168,7 +169,7 @@ def batch_norm_and_moments(
     m = None
     if training:
         groups = _checks.check_axis_name(axis_name, axis_index_groups)
-        m = checked_moments(x, weights, axes, axis_name, groups)
+        m = moments_of(x, weights, axes, axis_name, groups)
         new_stats = update_batch_stats(batch_stats, m, momentum=momentum, bessel_correction=bessel_correction)
         mean = jnp.where(m.count > 0, m.mean, mean.astype(m.mean.dtype))
         var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))

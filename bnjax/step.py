@@ -95,13 +95,15 @@ class _Sums(NamedTuple):
     weight: Array
 
 
-def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objective, mutable: str):
+def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objective, mutable: str, rngs: Any):
     """Sums over a batch: the weighted loss, and beside it the metrics, the weight and the updated collection."""
     x, y, weights, keys = batch
     variables = {"params": params, "batch_stats": state.batch_stats}
     options = {} if weights is None else {"mask": weights}
     if keys is not None:
         options["keys"] = keys
+    if rngs is not None:
+        options["rngs"] = rngs
     outputs, updates = state.apply_fn(variables, x, training=True, mutable=[mutable], **options)
     losses, correct = objective(outputs, y)
     losses = losses.astype(_sum_dtype(params, x))
@@ -126,6 +128,7 @@ def train_step(
     objective: Objective,
     axis_name: AxisName | None = None,
     accumulate_steps: int = 1,
+    rngs: Mapping[str, Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient descent on the mean loss of a batch: the one step body of all training.
 
@@ -140,6 +143,8 @@ def train_step(
       accumulate_steps: number k of micro-batches, of the examples j, j + k, j + 2k, …, whose gradients are accumulated
         in a scan; the running statistics move once, by the merged moments of all (which needs
         `bnjax.linen.BatchNorm`); static.
+      rngs: random keys by name for what the model draws for a whole batch, such as the 'noise' of
+        `bnjax.linen.NoisyBatchNorm`.
 
     Returns:
       The next state, and the means over the batch of the metrics before the update.
@@ -156,7 +161,7 @@ def train_step(
             x = jnp.where(weights.reshape((-1,) + (1,) * (x.ndim - 1)) > 0, x, 0)
     batch = Batch(x, y, weights, keys)
     expected = x.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
-    sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, expected)
+    sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, expected, rngs)
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
     total = jnp.where(sums.weight > 0, sums.weight, 1)
@@ -171,13 +176,15 @@ def check_accumulate_steps(steps: int) -> None:
         raise ValueError(f"accumulate_steps must be at least 1, got {steps}.")
 
 
-def _accumulate(state: TrainState, batch: Batch, objective: Objective, steps: int, expected: int) -> tuple[_Sums, Any]:
+def _accumulate(
+    state: TrainState, batch: Batch, objective: Objective, steps: int, expected: int, rngs: Any = None
+) -> tuple[_Sums, Any]:
     """The sums over the examples of this member, in micro-batches, and the moved running statistics."""
     params = vary_like(state.params, batch.x)
 
     def sums_of(batch: Batch, mutable: str):
         def loss(params):
-            value, aux = _loss_sums(params, state, batch, objective, mutable)
+            value, aux = _loss_sums(params, state, batch, objective, mutable, rngs)
             return value / expected, aux
 
         grads, (metrics, weight, updates) = jax.grad(loss, has_aux=True)(params)

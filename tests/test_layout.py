@@ -16,8 +16,11 @@ ORDER = [
     "compile",
     "moments",
     "norm",
+    "variants",
     "linen",
     "nnx",
+    "analysis",
+    "losses",
     "layers",
     "augment",
     "models",
@@ -30,8 +33,8 @@ ORDER = [
     "studies",
     "__main__",
 ]
-STUDIES = ["__init__", "saving", "experiment", "network", "results", "plots"]
-STUDIES += ["circles", "blobs", "mnist", "cifar", "steps", "console"]
+STUDIES = ["__init__", "saving", "experiment", "network", "measured", "results", "plots", "landscape", "deep_linear"]
+STUDIES += ["circles", "blobs", "mnist", "cifar", "activations", "smoothness", "steps", "console"]
 
 
 def imports(path: Path) -> set[str]:
@@ -46,9 +49,9 @@ def imports(path: Path) -> set[str]:
 
 
 def test_imports_go_one_way():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"studies"}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"analysis", "studies"}
     assert modules == set(ORDER)
-    for name in modules - {"studies"}:
+    for name in modules - {"analysis", "studies"}:
         used = {part.split(".")[1] for part in imports(PACKAGE / f"{name}.py") if part.startswith("bnjax.")} & modules
         assert used <= set(ORDER[: ORDER.index(name)]), name
 
@@ -60,6 +63,18 @@ def test_studies_import_one_way():
         used = {part.split(".")[2] for part in all_imports if part.startswith("bnjax.studies.")} & set(STUDIES)
         assert used <= set(STUDIES[: STUDIES.index(name)]), name
         assert "bnjax.__main__" not in all_imports
+
+
+def test_analysis_knows_neither_flax_nor_training():
+    for path in (PACKAGE / "analysis").glob("*.py"):
+        used = {name for name in imports(path) if name.startswith("bnjax") and not name.startswith("bnjax.analysis")}
+        assert used <= {"bnjax"}, path  # `from bnjax import analysis` in none but examples
+        assert not any(name.split(".")[0] in ("flax", "optax") for name in imports(path)), path
+
+
+def test_importing_analysis_is_light():
+    code = "import bnjax.analysis, sys; print([n for n in ('flax', 'optax', 'matplotlib') if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_modules_are_readable_in_one_sitting():

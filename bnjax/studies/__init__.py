@@ -18,6 +18,8 @@ class Options:
       batch_sizes: for a sweep.
       batch_size: examples in a step, over all devices.
       steps_per_epoch: steps after which a network is evaluated.
+      steps: of training, in studies that count these.
+      width: of the network.
       variants: names of those to train; all by default.
       parallel: how a step is mapped over devices: 'jit', 'shard_map' or 'pmap'.
       group_size: devices whose batch norms synchronise; all by default.
@@ -32,6 +34,8 @@ class Options:
     batch_sizes: tuple[int, ...] | None = None
     batch_size: int | None = None
     steps_per_epoch: int | None = None
+    steps: int | None = None
+    width: int | None = None
     variants: tuple[str, ...] | None = None
     parallel: str = "jit"
     group_size: int | None = None
@@ -48,9 +52,10 @@ class Study:
       summary: one line.
       source: where the study comes from.
       seeds: default number of seeds.
-      epochs: default numbers of epochs, as text.
+      epochs: default numbers of epochs, as text; empty where the study counts steps.
       datasets: the image sets that it takes, its default first; none for generated data.
       distributed: whether one network is trained on several devices, so that the options for them apply.
+      steps: default numbers of steps, as text.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Study:
     epochs: str
     datasets: tuple[str, ...] = ()
     distributed: bool = False
+    steps: str = ""
 
     def load(self) -> ModuleType:
         """Imports the study's module."""
@@ -100,8 +106,26 @@ STUDIES = {
             datasets=("cifar100", "cifar10"),
             distributed=True,
         ),
+        Study(
+            "activations",
+            "a sigmoid network on binary MNIST, its activations and gradients watched with and without batch norm",
+            "S3, original paper notes; Ioffe & Szegedy 2015, section 4.1",
+            4,
+            "",
+            datasets=("mnist", "fashion_mnist"),
+            steps="10,000 on CPU, 50,000 on GPU and TPU",
+        ),
+        Study(
+            "smoothness",
+            "VGG and a deep linear network, plain, normalised and noisy: smoothness, covariate shift, curvature",
+            "S6, Santurkar et al. 2018",
+            3,
+            "",
+            datasets=("cifar10", "cifar100"),
+            steps="500 of VGG at width 16 on CPU, 15,000 at width 64 on GPU and TPU",
+        ),
     )
 }
 
-COMPILABLE = (*STUDIES, "resnet18", "resnet50")
+COMPILABLE = (*(name for name in STUDIES if name not in ("activations", "smoothness")), "resnet18", "resnet50")
 """The training steps that can be compiled ahead of time."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -17,6 +18,9 @@ from bnjax.data import atomic_file
 from bnjax.studies import Options, Study
 from bnjax.studies.results import Results, claim_rows, metric_rows, save
 from bnjax.studies.saving import Saving
+
+_SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
+_COLUMNS = 5  # of numbers in a table
 
 
 class _Report:
@@ -30,7 +34,7 @@ class _Report:
         task = self.progress.add_task(variant.label, total=variant.epochs, now="compiling")
 
         def update(epoch: int, means: dict[str, float]) -> None:
-            chosen = next((k for k in ("test_accuracy", "validation_accuracy", "train_accuracy") if k in means), None)
+            chosen = next((k for k in _SHOWN if np.isfinite(means.get(k, np.nan))), None)
             now = f"{chosen.replace('_', ' ')} {means[chosen]:.4f}" if chosen else ""
             self.progress.update(task, completed=epoch, now=now)
 
@@ -113,9 +117,11 @@ def compile_step(name: str, topology: str, parallel: str, batch_size: int | None
 def print_tables(results: Results, console: Console) -> None:
     """Prints the metrics of the variants, what a study has beside them, and the claims."""
     count = len(results.seeds)
-    _print_table(
-        console, f"{results.study}, {count} seed{'s' * (count > 1)}: mean ± 95 % interval", *metric_rows(results)
-    )
+    title = f"{results.study}, {count} seed{'s' * (count > 1)}: mean ± 95 % interval"
+    header, rows = metric_rows(results)
+    for start in range(1, len(header), _COLUMNS):  # several tables rather than one too wide to read
+        part = [[row[0], *row[start : start + _COLUMNS]] for row in (header, *rows)]
+        _print_table(console, title, part[0], [row for row in part[1:] if any(row[1:])])
     for title, text in results.texts:
         console.print(f"\n{title}", style="bold", markup=False)
         console.print(text, markup=False)  # brackets of arrays are no markup

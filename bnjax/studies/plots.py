@@ -9,14 +9,11 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from bnjax.analysis.plots import COLORS, STYLES
 from bnjax.data import Split
 from bnjax.studies.experiment import COMPILER_OPTIONS, Trained
 from bnjax.studies.results import half_width, interval
 from bnjax.train import TrainState
-
-# Okabe & Ito's palette, and a line style beside each colour for print in grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 
 
 def learning_curves(

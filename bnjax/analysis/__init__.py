@@ -1,0 +1,87 @@
+"""Measurements of why batch norm works: pure functions of a `loss_fn(params, *args) -> scalar` and pytrees.
+
+Smoothness along the gradient, internal covariate shift, curvature, loss surfaces, and what gradients and activations
+tell. All can be jitted, vmapped (over seeds, learning rates, …) and used inside scans; none has a hidden jit, so wrap
+what is called often: `jax.jit(functools.partial(gradient_probe, loss_fn))`. Nothing in here knows Flax: which function
+is measured, batch norm's mode included, is decided where the loss is made (`bnjax.losses` makes it from a Flax model).
+Figures are in `bnjax.analysis.plots`.
+"""
+
+from bnjax.analysis.activations import ActivationStatistics, activation_statistics
+from bnjax.analysis.curvature import (
+    Eigenpairs,
+    eigenpairs,
+    gauss_newton_product,
+    hessian_eigenpairs,
+    hessian_product,
+    layer_eigenpairs,
+)
+from bnjax.analysis.gradients import (
+    GradientConfusion,
+    GradientNoise,
+    ScaleInvariance,
+    gradient_confusion,
+    gradient_noise_scale,
+    gradient_norms,
+    sam_sharpness,
+    scale_invariance,
+)
+from bnjax.analysis.loop import LearningRateRange, learning_rate_range, measured_scan
+from bnjax.analysis.probe import GradientProbe, gradient_probe
+from bnjax.analysis.sharding import shard_loss
+from bnjax.analysis.shift import CovariateShift, covariate_shift
+from bnjax.analysis.spectrum import (
+    SpectralDensity,
+    TraceEstimate,
+    hessian_diagonal,
+    hessian_trace,
+    spectral_density,
+)
+from bnjax.analysis.surface import (
+    LinearPath,
+    TrajectoryPlane,
+    filter_normalize,
+    linear_path,
+    loss_surface,
+    random_direction,
+    trajectory_plane,
+)
+
+__all__ = [
+    "ActivationStatistics",
+    "CovariateShift",
+    "Eigenpairs",
+    "GradientConfusion",
+    "GradientNoise",
+    "GradientProbe",
+    "LearningRateRange",
+    "LinearPath",
+    "ScaleInvariance",
+    "SpectralDensity",
+    "TraceEstimate",
+    "TrajectoryPlane",
+    "activation_statistics",
+    "covariate_shift",
+    "eigenpairs",
+    "filter_normalize",
+    "gauss_newton_product",
+    "gradient_confusion",
+    "gradient_noise_scale",
+    "gradient_norms",
+    "gradient_probe",
+    "hessian_diagonal",
+    "hessian_eigenpairs",
+    "hessian_product",
+    "hessian_trace",
+    "layer_eigenpairs",
+    "learning_rate_range",
+    "linear_path",
+    "loss_surface",
+    "measured_scan",
+    "random_direction",
+    "sam_sharpness",
+    "scale_invariance",
+    "shard_loss",
+    "spectral_density",
+    "trajectory_plane",
+]

@@ -1,0 +1,169 @@
+"""What the figures share: palette, checks of shapes, lines with bands, and scales."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+# Okabe & Ito's palette, and a line style beside each colour for print in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+COLOR_MAP = "viridis"
+
+MANTISSAS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+
+Lines = dict[str, Line2D]
+
+# Quantities of results: the axis label, and whether the axis is logarithmic by default.
+PROBE = {
+    "loss": ("loss L(W − a d)", False),
+    "gradient_distance": ("gradient distance\n‖∇L(W − a d) − ∇L(W)‖₂", False),
+    "gradient_cosine": ("cosine of ∇L(W − a d)\nand ∇L(W)", False),
+    "smoothness": ("effective β-smoothness\nmax ‖Δ∇L‖₂ / ‖a d‖₂", True),
+}
+SHIFT = {"distance": ("shift ‖G − G′‖₂", True), "cosine": ("cosine of G and G′", False)}
+
+
+def checked(name: str, value: Any, *shapes: str) -> np.ndarray:
+    """The value as float64, checked to be of one of the shapes, such as 'seeds, steps'."""
+    array = np.asarray(value, float)
+    if array.size == 0 or array.ndim not in {shape.count(",") + 1 for shape in shapes}:
+        expected = " or ".join(f"[{shape}]" for shape in shapes)
+        raise ValueError(
+            f"{name} must be of shape {expected}, not empty, got {list(array.shape)}. Select or stack axes."
+        )
+    return array
+
+
+def increasing(name: str, value: Any, count: int) -> np.ndarray:
+    array = np.asarray(value, float)
+    if array.shape != (count,) or not np.isfinite(array).all() or (np.diff(array) <= 0).any():
+        raise ValueError(
+            f"{name} must be {count} increasing numbers, as many as there are values, got {array}. "
+            f"For measurements at every n-th step: n * np.arange({count})."
+        )
+    return array
+
+
+def averaged(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # of infinities of both signs
+        return values.mean(axis)
+
+
+def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, smallest and largest `[n]` of `[n]` or `[seeds, n]`."""
+    values = values.reshape((-1, values.shape[-1]))
+    return averaged(values, 0), values.min(0), values.max(0)
+
+
+def chosen(quantity: str, table: Mapping[str, tuple[str, bool]], log: bool | None) -> tuple[str, bool]:
+    if quantity not in table:
+        raise ValueError(f"quantity must be one of {', '.join(table)}, got {quantity!r}.")
+    return table[quantity][0], table[quantity][1] if log is None else log
+
+
+def draw_bands(
+    ax: Axes, bands: Mapping[str, Any], x: Any, xlabel: str, ylabel: str, log: bool, ordered: bool = False
+) -> Lines:
+    """Lines with bands `(line, low, high)` by label."""
+    lines = {}
+    for i, (label, band) in enumerate(bands.items()):
+        color = colormaps[COLOR_MAP](0.9 * i / max(1, len(bands) - 1)) if ordered else None
+        lines[label] = draw_band(ax, i, label, increasing("steps", x, len(band[0])), *band, color=color)
+    set_scale(ax, log, lines)
+    if ax.get_xscale() == "linear":
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return lines
+
+
+def draw_band(ax: Axes, i: int, label: str, x: Any, line: Any, low: Any, high: Any, color: Any = None) -> Line2D:
+    """The i-th line of an axes with its band, gaps where it is not finite, and crosses above them."""
+    style: dict[str, Any] = {"color": color or COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
+    finite = np.isfinite(line) & np.isfinite(low) & np.isfinite(high)
+    line, low, high = (np.where(finite, v, np.nan) for v in (line, low, high))
+    few = len(x) < 25 or not finite.all()  # markers show single points too
+    (drawn,) = ax.plot(x, line, label=label, linewidth=1.5, marker="." if few else None, **style)
+    if (low < high).any():
+        ax.fill_between(x, low, high, alpha=0.22, **style)
+    if not finite.all():
+        y = np.full((~finite).sum(), 0.97 - 0.04 * (i % len(COLORS)))
+        ax.plot(x[~finite], y, "x", color=style["color"], transform=ax.get_xaxis_transform())
+    return drawn
+
+
+def set_scale(ax: Axes, log: bool, lines: Lines) -> None:
+    """A logarithmic vertical axis where it is wanted and there is something to show on it."""
+    if log and any((np.asarray(line.get_ydata()) > 0).any() for line in lines.values()):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(PlainFormatter())
+        ax.yaxis.set_minor_formatter(PlainFormatter())
+
+
+class PlainFormatter(LogFormatter):
+    """0.2 rather than 2 × 10⁻¹; nothing where it would be crowded."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def hatched(ax: Axes, values: np.ndarray, log: bool) -> np.ma.MaskedArray:
+    """Masks what a map can't show, and hatches the axes behind."""
+    bad = ~np.isfinite(values) | (log & (values <= 0))
+    if bad.any():
+        ax.patch.set(facecolor="0.9", edgecolor="0.6", hatch="///")
+    return np.ma.array(values, mask=bad)
+
+
+def shown_height(values: np.ndarray, log: bool) -> np.ndarray:
+    finite = np.isfinite(values) & ((values > 0) | (not log))
+    values = np.where(finite, values, np.nan)
+    return np.log10(values) if log else values
+
+
+def checked_grid(losses: Any, coordinates: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both coordinates, and the losses."""
+    z = checked("losses", losses, "K₁, K₂")
+    if min(z.shape) < 2 or len(coordinates) != 2:
+        raise ValueError(f"losses must be of 2 by 2 points at least, with 2 coordinates, got {list(z.shape)}.")
+    a, b = (increasing(f"coordinates[{i}]", coordinates[i], z.shape[i]) for i in range(2))
+    return a, b, z
+
+
+def heights_at(heights: Any, points: np.ndarray) -> np.ndarray:
+    """Heights of points, interpolated where they are given as a surface."""
+    if heights is None:
+        raise ValueError("heights must be given on axes of three dimensions. Pass (losses, coordinates) or the losses.")
+    if isinstance(heights, tuple):
+        from scipy.interpolate import RegularGridInterpolator
+
+        a, b, z = checked_grid(*heights)
+        return RegularGridInterpolator((a, b), z, bounds_error=False)(points[:, :2])
+    found = checked("heights", heights, "T")
+    if len(found) != len(points):
+        raise ValueError(f"heights must be {len(points)}, as many as the points, got {len(found)}.")
+    return found
+
+
+def color_norm(values: np.ma.MaskedArray, levels: int | Sequence[float], log: bool) -> Any:
+    """Colours evenly over given levels, or about as many round ones; geometric only where the range is wide."""
+    low, high = (values.min(), values.max()) if values.count() else (1.0, 1.0)
+    if not isinstance(levels, int):
+        bounds = np.asarray(levels, float)
+    elif log and high >= 10 * low:
+        every = np.ceil(np.log10(high / low) / levels)
+        decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)), every)
+        fine = [m for m in MANTISSAS if len(m) * np.log10(high / low) <= levels] or MANTISSAS[:1]
+        bounds = np.append(np.outer(10.0**decades, fine[-1]), 10.0 ** (decades[-1] + every))
+        bounds = bounds[np.searchsorted(bounds, low, "right") - 1 : np.searchsorted(bounds, high) + 1]
+    else:
+        low, high = (low, high) if low < high else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+        bounds = np.asarray(MaxNLocator(levels).tick_values(low, high))
+        bounds = bounds[bounds > 0] if log else bounds
+    extend: Any = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[low < bounds[0], high > bounds[-1]]
+    return BoundaryNorm(bounds, 256, extend=extend)

@@ -1,0 +1,169 @@
+"""Parameters as vectors: the floating-point leaves of a pytree, their inner products, and the layers they belong to."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+LossFn = Callable[..., Array]
+"""`loss_fn(params, *args) -> scalar`."""
+Layer = str | Sequence[str]
+"""A subtree of the parameters by its path, such as 'Conv_0' or 'block/Dense_1', or several that form a layer."""
+
+
+def differentiable(loss_fn: LossFn, params: Any) -> tuple[LossFn, Any]:
+    """The loss as a function of the floating-point leaves alone, and these, with None for the others.
+
+    Raises:
+      ValueError: for parameters without any array, or when the loss is called, if it is not a scalar.
+      TypeError: for parameters without floating-point arrays or with complex ones; for a loss that is not real.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("params must hold at least one array, got an empty pytree. Pass variables['params'].")
+    complex_ = [jnp.result_type(leaf) for leaf in leaves if _kind(leaf, jnp.complexfloating)]
+    if complex_:
+        raise TypeError(f"params must be real, got an array of {complex_[0]}. Pass its real and imaginary parts.")
+    free = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _kind(leaf, jnp.floating) else None, params)
+    if not jax.tree.leaves(free):
+        found = sorted({str(jnp.result_type(leaf)) for leaf in leaves})
+        raise TypeError(f"params must hold floating-point arrays, got {', '.join(found)} only. Convert them first.")
+
+    def loss_of_free(free: Any, *args: Any) -> Array:
+        value = loss_fn(merged(free, params), *args)
+        if not (hasattr(value, "dtype") or isinstance(value, float)):
+            raise TypeError(
+                f"loss_fn must return a scalar array, got {type(value).__name__}. Leave auxiliary values out, for "
+                "example with lambda params, *args: loss_fn(params, *args)[0]."
+            )
+        if jnp.shape(value) != () or not _kind(value, jnp.floating):
+            raise TypeError(
+                f"loss_fn must return a real floating-point scalar, got {jnp.result_type(value)}"
+                f"{list(jnp.shape(value))}. Take the mean over the batch."
+            )
+        return jnp.asarray(value)
+
+    return loss_of_free, free
+
+
+def merged(free: Any, params: Any) -> Any:
+    """`params` with the leaves of `free` in place of their own, where it has one."""
+    return jax.tree.map(lambda new, old: old if new is None else new, free, params, is_leaf=_is_none)
+
+
+def free_part(name: str, tree: Any, free: Any) -> Any:
+    """The leaves of `tree` beside those of `free`, or raises `ValueError` where structure or shapes differ."""
+    expected, given = jax.tree.structure(free, is_leaf=_is_none), jax.tree.structure(tree, is_leaf=_is_none)
+    if expected != given:
+        raise ValueError(f"{name} must have the structure of params, {expected}, got {given}.")
+    pairs = zip(jax.tree.leaves_with_path(tree, is_leaf=_is_none), jax.tree.leaves(free, is_leaf=_is_none), strict=True)
+    for (path, leaf), like in pairs:
+        if like is not None and (leaf is None or jnp.shape(leaf) != like.shape):
+            found = "nothing" if leaf is None else f"shape {jnp.shape(leaf)}"
+            raise ValueError(f"{name} must have the shapes of params, {like.shape} at {path_name(path)}, got {found}.")
+    return jax.tree.map(lambda like, leaf: None if like is None else jnp.asarray(leaf), free, tree, is_leaf=_is_none)
+
+
+def filled(free: Any, params: Any) -> Any:
+    """`free` in the structure of `params`, with zeros where a leaf is not differentiated."""
+    if jax.tree.structure(free) == jax.tree.structure(params):
+        return free
+    return jax.tree.map(lambda leaf, old: jnp.zeros_like(old) if leaf is None else leaf, free, params, is_leaf=_is_none)
+
+
+def dot(a: Any, b: Any) -> Array:
+    """Inner product of two trees, accumulated in float32 at least."""
+
+    def of_leaves(x, y):
+        dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+        return jnp.vdot(jnp.ravel(x), jnp.ravel(y), preferred_element_type=dtype)
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaves, a, b)), jnp.zeros(()))
+
+
+def norm(tree: Any) -> Array:
+    """Euclidean norm of a tree."""
+    return jnp.sqrt(dot(tree, tree))
+
+
+def subtract(a: Any, b: Any) -> Any:
+    """`a − b`."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def moved(params: Any, step: Array, direction: Any) -> Any:
+    """`params + step · direction`, in the dtypes of `params`."""
+    return jax.tree.map(lambda p, d: (p + step.astype(d.dtype) * d).astype(p.dtype), params, direction)
+
+
+def path_name(path: Any) -> str:
+    """A leaf's path as text, such as 'Conv_0/kernel'."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def layers_in_order(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
+    """The leaves (by their number) of each layer, the layers in the order of the network.
+
+    Args:
+      params: parameters.
+      layers: in the order in which the network applies them; by default that of a list, or of names that count, such
+        as 'Dense_0', 'Dense_1'.
+
+    Raises:
+      ValueError: if the order is not known, a layer holds nothing, or a leaf belongs to two.
+    """
+    if layers is None:
+        layers = _counted_children(params)
+    return layer_leaves(params, layers)
+
+
+def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
+    """The leaves (by their number) of each layer; by default each child of the root, by natural order, is one."""
+    paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_none)]
+    if layers is None:
+        layers = sorted({path.split("/")[0] for path in paths}, key=_natural)
+    found: dict[str, list[int]] = {}
+    for layer in layers:
+        parts = (layer,) if isinstance(layer, str) else tuple(layer)
+        leaves = [i for i, path in enumerate(paths) if any(path == p or path.startswith(f"{p}/") for p in parts)]
+        twice = [paths[i] for i in leaves if any(i in others for others in found.values())]
+        if not leaves or twice:
+            problem = f"{twice[0]} is in two of them" if twice else f"nothing is at {layer!r}"
+            raise ValueError(f"layers must name disjoint parts of params by their paths; {problem}. There are {paths}.")
+        found[parts[0]] = leaves
+    return found
+
+
+def of_leaves(tree: Any, numbers: Sequence[int]) -> list[Any]:
+    """Some leaves of a tree, by their numbers among all (None counts as a leaf)."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_none)
+    return [leaves[i] for i in numbers if leaves[i] is not None]
+
+
+def _counted_children(params: Any) -> list[str]:
+    if isinstance(params, list | tuple):
+        return [str(i) for i in range(len(params))]
+    if isinstance(params, Mapping):
+        names = [re.fullmatch(r"(.*?)(\d+)", str(key)) for key in params]
+        if all(names) and len({match[1] for match in names if match}) == 1:
+            return sorted(map(str, params), key=_natural)
+    keys = sorted(map(str, params)) if isinstance(params, Mapping) else [type(params).__name__]
+    raise ValueError(
+        f"layers must be given in the network's order, which the names {keys} do not tell; for a linen model "
+        "bnjax.losses.layers_in_order(model, variables, x) finds it."
+    )
+
+
+def _natural(name: str) -> list[Any]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _kind(leaf: Any, kind: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), kind)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

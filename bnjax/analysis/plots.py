@@ -1,0 +1,387 @@
+"""Figures of the measurements, for colour-blind readers and print in grey; imported explicitly, made without pyplot.
+
+Every function draws on `ax`, matplotlib axes that the caller makes and composes. Results come by label, as jax or numpy
+arrays; where these have a leading axis of seeds, lines are the mean over seeds and bands go from the smallest to the
+largest. `log` makes an axis, or colours, logarithmic: zeros then lie below the lower edge. What is not finite leaves a
+gap, and a cross at the upper edge; in maps a hatched area. Lines are returned by label. `legend` comes last, once for
+the whole figure. All raise ValueError for arrays of other shapes than documented, and coordinates that do not increase.
+
+>>> from matplotlib.figure import Figure
+>>> from bnjax.analysis import plots
+>>> figure = Figure(figsize=(5, 3), layout="constrained")
+>>> drawn = plots.curves(figure.subplots(), {"two seeds": np.ones((2, 5))}, np.arange(5), ylabel="loss")
+>>> print(plots.legend(figure).get_texts()[0].get_text(), drawn["two seeds"].get_ydata())
+two seeds [1. 1. 1. 1. 1.]
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from mpl_toolkits.mplot3d import Axes3D
+
+from bnjax.analysis import (
+    CovariateShift,
+    GradientProbe,
+    LearningRateRange,
+    LinearPath,
+    SpectralDensity,
+    TrajectoryPlane,
+    _draw,
+)
+from bnjax.analysis._draw import COLOR_MAP, COLORS, STYLES, Lines  # noqa: F401
+
+
+def legend(figure: Figure) -> Legend | None:
+    """One legend below all axes of a figure with `layout="constrained"`; none where nothing has a label."""
+    if not isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        raise ValueError('figure must have a constrained layout. Make it with Figure(layout="constrained").')
+    found = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if not found:
+        return None
+    columns = int((72 * figure.get_figwidth() + 20) / (58 + 6 * max(map(len, found), default=1)))  # in points
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(columns, len(found)))}
+    return figure.legend(list(found.values()), list(found), frameon=False, handlelength=3, **place)
+
+
+def curves(
+    ax: Axes,
+    values: Mapping[str, Any],
+    x: Any,
+    *,
+    xlabel: str = "training step",
+    ylabel: str,
+    log: bool = False,
+    ordered: bool = False,
+) -> Lines:
+    """Any quantity over training, such as each layer's saturated fraction, or the loss along lines.
+
+    Args:
+      values: by label, `[steps]` or `[seeds, steps]`.
+      x: training steps, or coordinates, `[steps]`, increasing.
+      xlabel: of the axis.
+      ylabel: of the axis.
+      log: whether the vertical axis is logarithmic.
+      ordered: whether the labels are in order, such as layers; the colours then go from dark to bright.
+    """
+    named = {k: _draw.checked(f"values[{k!r}]", v, "steps", "seeds, steps") for k, v in values.items()}
+    return _draw.draw_bands(ax, {k: _draw.over_seeds(v) for k, v in named.items()}, x, xlabel, ylabel, log, ordered)
+
+
+def layer_map(ax: Axes, values: Mapping[str, Any], steps: Any, *, log: bool = False) -> ScalarMappable:
+    """Any quantity of each layer over training as a heat map, the first layer lowest.
+
+    Args:
+      values: by layer, `[steps]` or `[seeds, steps]`.
+      steps: `[steps]`, increasing.
+      log: whether the colours are logarithmic; what is not positive is then hatched too.
+
+    Returns:
+      The map, for `figure.colorbar(map, ax=ax, label=…, format="%.4g")`.
+    """
+    arrays = [_draw.checked(f"values[{k!r}]", v, "steps", "seeds, steps") for k, v in values.items()]
+    rows = _draw.hatched(ax, np.stack([_draw.over_seeds(array)[0] for array in arrays]), log)
+    x = _draw.increasing("steps", steps, rows.shape[1])
+    gaps = np.diff(x) / 2 if len(x) > 1 else np.full(1, 0.5)
+    edges = np.append(x - np.append(gaps[:1], gaps)[: len(x)], x[-1] + gaps[-1])
+    ax.set_yticks(range(len(rows)), list(values))
+    ax.set_xlabel("training step")
+    options: dict[str, Any] = {"cmap": COLOR_MAP, "norm": _draw.color_norm(rows, 14, log), "rasterized": True}
+    return ax.pcolormesh(edges, np.arange(len(rows) + 1) - 0.5, rows, **options)
+
+
+def gradient_probe(
+    ax: Axes, probes: Mapping[str, GradientProbe], steps: Any, *, quantity: str = "loss", log: bool | None = None
+) -> Lines:
+    """A quantity of the gradient probe over training.
+
+    The bands of loss, gradient distance and cosine go from the smallest to the largest over the step sizes (with seeds,
+    the mean over seeds of each), and the line is the mean over both. Of the smoothness, the maximum over the step sizes
+    is drawn, which is the effective β.
+
+    Args:
+      probes: by label, with arrays `[steps, K]` or `[seeds, steps, K]`.
+      steps: at which they were measured, `[steps]`, increasing.
+      quantity: 'loss', 'gradient_distance', 'gradient_cosine' or 'smoothness'.
+      log: whether the vertical axis is logarithmic; by default only that of the smoothness is.
+
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), Figure 4 (a to c): the bands are theirs, lines and cosine are ours.
+    """
+    ylabel, log = _draw.chosen(quantity, _draw.PROBE, log)
+    bands = {}
+    for label, probe in probes.items():
+        found = _draw.checked(f"probes[{label!r}].{quantity}", getattr(probe, quantity), "steps, K", "seeds, steps, K")
+        bands[label] = [_draw.over_seeds(part)[0] for part in (_draw.averaged(found), found.min(-1), found.max(-1))]
+        if quantity == "smoothness":
+            bands[label] = _draw.over_seeds(np.asarray(probe.max_smoothness, float))
+    return _draw.draw_bands(ax, bands, steps, "training step", ylabel, log)
+
+
+def probe_figure(
+    probes: Any, steps: Any, *, quantities: Sequence[str] = ("loss", "gradient_distance", "smoothness")
+) -> Figure:
+    """The gradient probe's loss variation, predictiveness and effective β beside each other, with a legend.
+
+    Args:
+      probes: as those of `gradient_probe`, which draws each axes.
+      steps: as those of `gradient_probe`.
+      quantities: one for each axes.
+
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), Figure 4.
+    """
+    figure = Figure(figsize=(2.5 * len(quantities), 2.9), layout="constrained")
+    for ax, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
+        gradient_probe(ax, probes, steps, quantity=quantity)
+        ax.tick_params(labelsize=8)
+    legend(figure)
+    return figure
+
+
+def covariate_shift(
+    ax: Axes,
+    shifts: Mapping[str, CovariateShift],
+    steps: Any,
+    *,
+    layer: int = -1,
+    quantity: str = "distance",
+    log: bool | None = None,
+) -> Lines:
+    """Internal covariate shift of a layer over training.
+
+    Args:
+      shifts: by label, with arrays `[steps, k]` or `[seeds, steps, k]`.
+      steps: at which they were measured, `[steps]`, increasing.
+      layer: its number among the k; the last by default.
+      quantity: 'distance' or 'cosine'.
+      log: whether the vertical axis is logarithmic; by default that of the distance is.
+
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), Definition 2.1 and Figure 2.
+    """
+    ylabel, log = _draw.chosen(quantity, _draw.SHIFT, log)
+    values = {}
+    for label, shift in shifts.items():
+        found = _draw.checked(f"shifts[{label!r}].{quantity}", getattr(shift, quantity), "steps, k", "seeds, steps, k")
+        if not -found.shape[-1] <= layer < found.shape[-1]:
+            raise ValueError(f"layer must be a number among the {found.shape[-1]} of {label!r}, got {layer}.")
+        values[label] = found[..., layer]
+    return curves(ax, values, steps, ylabel=ylabel, log=log)
+
+
+def activation_percentiles(
+    ax: Axes, percentiles: Mapping[str, Any], steps: Any, *, levels: Sequence[float] = (15, 50, 85)
+) -> Lines:
+    """Percentiles of the inputs of a unit's nonlinearity over training: a line at the middle one, a band to the others.
+
+    Args:
+      percentiles: by label, `[steps, 3]`, such as `statistics.percentiles[:, :, unit]` of `ActivationStatistics`.
+      steps: at which they were measured, `[steps]`, increasing.
+      levels: of the percentiles, increasing, for the axis label.
+
+    References:
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), Figure 1 (b, c).
+    """
+    bands = {}
+    for label, value in percentiles.items():
+        found = _draw.checked(f"percentiles[{label!r}]", value, "steps, 3")
+        if found.shape[1] != 3 or len(levels) != 3:
+            raise ValueError(f"percentiles must be 3 with their levels, got {found.shape[1]} and {levels}. Choose 3.")
+        bands[label] = found[:, 1], found[:, 0], found[:, 2]
+    ylabel = "input, percentiles {:g}, {:g}, {:g}".format(*levels)
+    return _draw.draw_bands(ax, bands, steps, "training step", ylabel, False)
+
+
+def gradient_norms(
+    ax: Axes, norms: Mapping[str, Mapping[str, Any]], *, ylabel: str = "gradient norm ‖∂L/∂W‖₂", log: bool = True
+) -> Lines:
+    """Gradient norms by depth; or other numbers, such as `dict(zip(found.layers, found.cosine))` of scale invariance.
+
+    Args:
+      norms: by label and layer, from the input to the output, scalars or `[seeds]`.
+      ylabel: of the axis.
+      log: whether the vertical axis is logarithmic.
+    """
+    names, bands = list(next(iter(norms.values()))), {}
+    for label, of_layers in norms.items():
+        if list(of_layers) != names:
+            raise ValueError(f"norms[{label!r}] must be of the layers {names}, got {list(of_layers)}. Choose the same.")
+        rows = [_draw.checked(f"norms[{label!r}][{k!r}]", np.atleast_1d(v), "seeds") for k, v in of_layers.items()]
+        bands[label] = _draw.over_seeds(np.stack(rows, -1))
+    lines = _draw.draw_bands(ax, bands, np.arange(len(names)), "layer, from input to output", ylabel, log)
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    return lines
+
+
+def learning_rate_range(ax: Axes, ranges: Mapping[str, LearningRateRange]) -> Lines:
+    """The loss after training (its mean over the last tenth of the steps) against the learning rate.
+
+    A vertical line and the legend tell the rate from which on some seed does not train. Open circles did not train;
+    crosses at the upper edge are losses that are not finite or above ten times the first.
+
+    Args:
+      ranges: by label, with losses `[R, T]` or `[seeds, R, T]`.
+
+    References:
+      Bjorck et al. 2018 (arXiv 1806.02375), section 3.
+    """
+    lines = {}
+    for i, (label, found) in enumerate(ranges.items()):
+        loss = _draw.checked(f"ranges[{label!r}].loss", found.loss, "R, T", "seeds, R, T")
+        rates = np.asarray(found.learning_rates, float).reshape((-1, loss.shape[-2]))[0]
+        last = _draw.averaged(loss[..., -max(1, loss.shape[-1] // 10) :])
+        band = _draw.over_seeds(np.where(last <= 10 * loss[..., 0].max(), last, np.nan))
+        breaks = float(np.min(np.asarray(found.breaks_at, float)))
+        told = (
+            f"breaks at {breaks:.3g}" if np.isfinite(breaks) else "never trains" if breaks != breaks else "never breaks"
+        )
+        line = lines[label] = _draw.draw_band(ax, i, f"{label} ({told})", rates, *band)
+        failed = ~np.asarray(found.trains).reshape((-1, len(rates))).all(0)
+        ax.plot(rates[failed], band[0][failed], "o", mfc="white", color=line.get_color())
+        if np.isfinite(breaks):
+            ax.axvline(breaks, color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.8)
+    _draw.set_scale(ax, True, lines)
+    ax.set(xlabel="learning rate", ylabel="loss after training", xscale="log")
+    return lines
+
+
+def spectral_density(ax: Axes, densities: Mapping[str, SpectralDensity], *, floor: float | None = None) -> Lines:
+    """Density of a Hessian's eigenvalues, a band of two standard errors, and marks at the extreme Ritz values.
+
+    Args:
+      densities: by label, `[num_points]`, without further axes.
+      floor: the lowest density shown; by default a millionth of the highest.
+
+    References:
+      Ghorbani, Krishnan & Xiao 2019 (arXiv 1901.10159), Figures 1 to 3.
+    """
+    named = {k: _draw.checked(f"densities[{k!r}].density", d.density, "num_points") for k, d in densities.items()}
+    peak = max(density.max(initial=0, where=np.isfinite(density)) for density in named.values())
+    lowest, lines = float(floor or 1e-6 * peak or 1e-6), {}
+    for i, (label, density) in enumerate(named.items()):
+        grid, error, nodes = (
+            np.asarray(getattr(densities[label], k), float) for k in ("grid", "standard_error", "nodes")
+        )
+        error, ends = 2 * np.nan_to_num(error, posinf=0, neginf=0), np.array([nodes.min(), nodes.max()])
+        shown = [np.maximum(v, lowest) for v in (density, density - error, density + error)]
+        lines[label] = _draw.draw_band(ax, i, f"{label} (Ritz values {ends[0]:.3g} to {ends[1]:.3g})", grid, *shown)
+        color, place = lines[label].get_color(), ax.get_xaxis_transform()
+        ax.plot(ends, np.full(2, 0.03 + 0.05 * i), "v^Ds"[i % 4], color=color, transform=place)
+    ax.set(xlabel="eigenvalue of the Hessian", ylabel="density", yscale="log", ylim=(lowest, None))
+    return lines
+
+
+def linear_path(ax: Axes, paths: Mapping[str, LinearPath], *, log: bool = False) -> Lines:
+    """The loss between two solutions, dotted the line between its ends, and an arrow from there to the barrier.
+
+    The legend tells the barrier; of seeds the mean, while the arrow is that of the mean loss.
+
+    Args:
+      paths: by label, with losses `[K]` or `[seeds, K]`.
+      log: whether the vertical axis is logarithmic.
+
+    References:
+      Frankle et al. 2020 (arXiv 1912.05671), section 2 and Figure 2.
+    """
+    lines = {}
+    for i, (label, path) in enumerate(paths.items()):
+        loss = _draw.checked(f"paths[{label!r}].loss", path.loss, "K", "seeds, K")
+        t = np.asarray(path.coordinates, float).reshape((-1, loss.shape[-1]))[0]
+        mean, low, high = _draw.over_seeds(loss)
+        told = f"{label} (barrier {np.mean(np.asarray(path.barrier, float)):.3g})"
+        line = lines[label] = _draw.draw_band(ax, i, told, t, mean, low, high)
+        if np.isfinite(mean).all():
+            chord = (1 - t) * mean[0] + t * mean[-1]
+            top = np.argmax(mean - chord)
+            arrow = {"arrowstyle": "<->", "color": line.get_color(), "shrinkA": 0, "shrinkB": 0}
+            ax.plot(t, chord, color=line.get_color(), linewidth=0.8, linestyle=":")
+            ax.annotate("", (t[top], mean[top]), (t[top], chord[top]), arrowprops=arrow)
+    _draw.set_scale(ax, log, lines)
+    ax.set(xlabel="position t between the solutions A (0) and B (1)", ylabel="loss L((1 − t) A + t B)")
+    return lines
+
+
+def loss_surface(
+    ax: Axes, losses: Any, coordinates: Sequence[Any], *, levels: int | Sequence[float] = 14, log: bool = False
+) -> ScalarMappable:
+    """The loss over a plane, `L(W + a d₁ + b d₂)`: filled and labelled contours, or a relief on 3-D axes.
+
+    Args:
+      ax: to draw on; made with `projection="3d"` for a relief.
+      losses: `[K₁, K₂]`, both at least 2, as `bnjax.analysis.loss_surface` returns them.
+      coordinates: a and b, `[K₁]` and `[K₂]`, increasing.
+      levels: of the contours: about how many, or which, increasing.
+      log: whether the levels grow geometrically, and the relief's height is log₁₀ of the loss.
+
+    Returns:
+      The filled contours, for `figure.colorbar(contours, ax=ax, label="loss", format="%.4g")`, or the relief.
+
+    References:
+      Li et al. 2018 (arXiv 1712.09913), Figures 1, 5 and 9.
+    """
+    a, b, z = _draw.checked_grid(losses, coordinates)
+    ax.set(xlabel="coordinate a along d₁", ylabel="coordinate b along d₂")
+    if isinstance(ax, Axes3D):
+        ax.computed_zorder = False  # else it would hide a trajectory
+        ax.set_zlabel("log₁₀ loss" if log else "loss")
+        for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+            axis.labelpad = 8
+            axis.set_major_locator(MaxNLocator(5))
+        room: dict[str, Any] = {"zoom": 0.8}  # for the labels
+        options = {"cmap": COLOR_MAP, "rcount": len(a), "ccount": len(b), "zorder": 1}
+        ax.set_box_aspect(None, **room)
+        return ax.plot_surface(*np.meshgrid(a, b, indexing="ij"), _draw.shown_height(z, log), **options)
+    z = _draw.hatched(ax, z.T, log)
+    norm = _draw.color_norm(z, levels, log)
+    filled = ax.contourf(a, b, z, levels=norm.boundaries, cmap=COLOR_MAP, norm=norm, extend=norm.extend)
+    inside = [level for level in norm.boundaries[::2] if z.count() and z.min() < level < z.max()]
+    if inside:
+        lines = ax.contour(a, b, z, levels=inside, colors="black", linewidths=0.6)
+        for text in ax.clabel(lines, fmt="%.4g", fontsize=8, zorder=6):
+            text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    return filled
+
+
+def trajectory(
+    ax: Axes, plane: TrajectoryPlane, *, label: str = "training", heights: Any = None, log: bool = False
+) -> Line2D:
+    """A training trajectory in its plane, from a circle to a star; the axes tell each direction's part of the variance.
+
+    Args:
+      ax: to draw on, after `loss_surface`.
+      plane: with coordinates `[T, d]`, d ≥ 2, of which the first two are drawn.
+      label: for the legend.
+      heights: on axes of three dimensions, the loss at each point, `[T]`; or `(losses, coordinates)` as those of
+        `loss_surface`, from which it is interpolated, with gaps outside the grid.
+      log: as that of `loss_surface`.
+
+    References:
+      Li et al. 2018 (arXiv 1712.09913), section 7 and Figure 9.
+    """
+    points = _draw.checked("plane.coordinates", plane.coordinates, "T, d")
+    if points.shape[1] < 2:
+        raise ValueError(f"plane must have at least 2 directions, got {points.shape[1]}. Use num_directions=2.")
+    where = [points[:, 0], points[:, 1]]
+    if isinstance(ax, Axes3D):
+        where.append(_draw.shown_height(_draw.heights_at(heights, points), log))
+    style: dict[str, Any] = {
+        "color": "black",
+        "path_effects": [withStroke(linewidth=3, foreground="white")],
+        "zorder": 5,
+    }
+    (line,) = ax.plot(*where, linewidth=1.2, marker=".", markersize=4, label=label, **style)
+    for i, marker, size in ((0, "o", 7), (-1, "*", 12)):
+        ax.plot(*(v[[i]] for v in where), linestyle="", marker=marker, markersize=size, mfc="white", **style)
+    form = "direction {} ({:.1f} %)" if isinstance(ax, Axes3D) else "principal direction {} ({:.1f} % of variance)"
+    parts = 100 * np.asarray(plane.explained_variance, float)
+    ax.set(xlabel=form.format(1, parts[0]), ylabel=form.format(2, parts[1]))
+    return line

@@ -1,0 +1,149 @@
+"""The loss along a direction: its variation, the predictiveness of its gradient, and its effective smoothness."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from bnjax.analysis import _trees
+from bnjax.analysis._trees import LossFn
+
+
+class GradientProbe(NamedTuple):
+    """What `gradient_probe` found at K points; further leading axes, as from vmap or scan, are kept by the summaries.
+
+    Attributes:
+      loss: L(W − a d), `[K]`.
+      gradient_distance: ‖∇L(W − a d) − ∇L(W)‖₂, `[K]`: gradient predictiveness, the smaller the better.
+      gradient_cosine: cosine of the angle between the two gradients, `[K]`; our addition. NaN where one is zero.
+      smoothness: gradient_distance / (|a| ‖d‖₂), `[K]`; its maximum is the effective β. NaN where nothing moved.
+      base_loss: L(W).
+      gradient_norm: ‖∇L(W)‖₂.
+      step_sizes: a, `[K]`.
+      direction_norm: ‖d‖₂.
+    """
+
+    loss: Array
+    gradient_distance: Array
+    gradient_cosine: Array
+    smoothness: Array
+    base_loss: Array
+    gradient_norm: Array
+    step_sizes: Array
+    direction_norm: Array
+
+    @property
+    def loss_min(self) -> Array:
+        """Smallest loss over the grid; with `loss_max` the loss variation of Fig. 4 (a)."""
+        return self.loss.min(-1)
+
+    @property
+    def loss_max(self) -> Array:
+        """Largest loss over the grid."""
+        return self.loss.max(-1)
+
+    @property
+    def distance_min(self) -> Array:
+        """Smallest gradient distance over the grid; with `distance_max` the band of Fig. 4 (b)."""
+        return self.gradient_distance.min(-1)
+
+    @property
+    def distance_max(self) -> Array:
+        """Largest gradient distance over the grid."""
+        return self.gradient_distance.max(-1)
+
+    @property
+    def cosine_min(self) -> Array:
+        """Smallest cosine over the grid."""
+        return self.gradient_cosine.min(-1)
+
+    @property
+    def cosine_max(self) -> Array:
+        """Largest cosine over the grid."""
+        return self.gradient_cosine.max(-1)
+
+    @property
+    def max_smoothness(self) -> Array:
+        """The effective β of Fig. 4 (c): the largest `smoothness` of those points that moved; NaN where none did."""
+        moved = self.step_sizes * self.direction_norm[..., None] != 0
+        largest = jnp.where(moved, self.smoothness, -jnp.inf).max(-1)
+        return jnp.where(moved.any(-1), largest, jnp.nan)
+
+
+def gradient_probe(
+    loss_fn: LossFn,
+    params: Any,
+    step_sizes: Any,
+    *args: Any,
+    direction: Any = None,
+    batch_size: int | None = None,
+) -> GradientProbe:
+    """Loss and gradient at points along the gradient, or another direction, on the same batch.
+
+    With W the parameters, g = ∇L(W) and the direction d (g by default), for each step size a:
+
+        loss = L(W − a d)        distance = ‖∇L(W − a d) − g‖        smoothness = distance / (|a| ‖d‖)
+
+    The range of the loss is the loss variation, the range of the distance the gradient predictiveness, and the largest
+    smoothness the effective β-smoothness of Santurkar et al. ("maximum difference in gradient over distance moved").
+    The cosine, other directions than the gradient, and the summaries' names are ours. K points cost K + 1 gradients.
+
+    Args:
+      loss_fn: `loss_fn(params, *args) -> scalar`; the batch-norm mode is chosen where it is made (`bnjax.losses`).
+      params: pytree of arrays, W; leaves that are not floating-point are constants.
+      step_sizes: a, `[K]`, K ≥ 1 (a number counts as one); may be traced.
+      *args: what `loss_fn` takes besides, such as a batch.
+      direction: d, a pytree like `params` (its leaves that are not floating-point are ignored), such as
+        `random_direction` makes; the gradient by default.
+      batch_size: how many points are computed at once by vmap: more take more memory, and less time where the network
+        is small; one after the other by default. Static.
+
+    Returns:
+      A `GradientProbe` of float32 (float64 for such parameters). Where the direction is zero, nothing moves: distances
+      are zero, smoothness NaN. A loss that is NaN somewhere makes the numbers NaN there.
+
+    Raises:
+      TypeError, ValueError: for parameters without floating-point arrays, a loss that is no real scalar, no step sizes,
+        or a direction that is not like the parameters.
+
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), section 3.1 and Figure 4.
+
+    >>> from bnjax import analysis
+    >>> loss = lambda w: 0.5 * (jnp.array([1.0, 3.0]) * w ** 2).sum()
+    >>> probe = analysis.gradient_probe(loss, jnp.array([1.0, 1.0]), jnp.array([0.1, 0.2]))
+    >>> print(probe.loss, probe.max_smoothness.round(3))            # ‖A g‖ / ‖g‖ for every step of a quadratic
+    [1.14 0.56] 2.864
+    """
+    loss_fn, free = _trees.differentiable(loss_fn, params)
+    steps = jnp.atleast_1d(jnp.asarray(step_sizes))
+    if steps.ndim != 1 or steps.size == 0 or not jnp.issubdtype(steps.dtype, jnp.number):
+        raise ValueError(
+            f"step_sizes must be a vector of at least one number, got {steps.dtype}{list(steps.shape)}. "
+            "Use jnp.linspace(0.05, 0.4, 8)."
+        )
+    check_batch_size(batch_size)
+    base_loss, gradient = jax.value_and_grad(loss_fn)(free, *args)
+    direction = gradient if direction is None else _trees.free_part("direction", direction, free)
+    gradient_norm, direction_norm = _trees.norm(gradient), _trees.norm(direction)
+    steps = steps.astype(direction_norm.dtype)
+
+    def at(step: Array) -> tuple[Array, Array, Array]:
+        loss, there = jax.value_and_grad(loss_fn)(_trees.moved(free, -step, direction), *args)
+        there_norm, product = _trees.norm(there), _trees.dot(there, gradient)
+        distance = _trees.norm(_trees.subtract(there, gradient))
+        # Where the loss is NaN, its formal derivative may still be a number.
+        distance, product = (jnp.where(jnp.isnan(loss), jnp.nan, v) for v in (distance, product))
+        return loss, distance, product / (there_norm * gradient_norm)
+
+    loss, distance, cosine = lax.map(at, steps, batch_size=batch_size)
+    smoothness = distance / (jnp.abs(steps) * direction_norm)
+    return GradientProbe(loss, distance, cosine, smoothness, base_loss, gradient_norm, steps, direction_norm)
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises `ValueError` for a number of points at once that is not positive."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}. Leave it out for one after the other.")

@@ -1,0 +1,334 @@
+"""S3: three hidden layers of 100 sigmoid units on binary MNIST, with and without batch norm, watched in training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from matplotlib.figure import Figure
+
+from bnjax import analysis, data, losses, train
+from bnjax.analysis import plots as drawing
+from bnjax.linen import BatchNorm
+from bnjax.models import Perceptron
+from bnjax.studies import Options
+from bnjax.studies.experiment import Report, Trained, Variant
+from bnjax.studies.measured import Measured, Plan, random_batch, train_measured
+from bnjax.studies.results import Claim, Results, interval, within
+
+SOURCE = "original paper notes; Ioffe & Szegedy 2015, section 4.1"
+HIDDEN = (100, 100, 100)
+BATCH_SIZE = 60
+STEPS = {"cpu": 10_000, "gpu": 50_000, "tpu": 50_000}
+LEARNING_RATE, DEVIATION = 0.1, 0.1
+GRID = {"learning_rate": (0.03, 0.1, 0.3, 1.0), "deviation": (0.01, 0.1, 0.3)}
+RATES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+RATE_STEPS = 500
+LEARNT = 0.5 * float(np.log(10))  # a loss: half of that of chance
+LOOKED_AT = 1000  # test images whose activations are looked at
+LAST_HIDDEN = f"Dense_{len(HIDDEN) - 1}"
+UNIT = 0
+LABELS = {"none": "no batch norm", "bn": "batch norm"}
+
+
+def run(options: Options, report: Report):
+    """Trains with and without batch norm, measures activations and gradients on the way, and checks S3.1 to S3.5.
+
+    Args:
+      options: seeds, steps (10,000 on CPU, 50,000 elsewhere), dataset ('mnist') and data_dir.
+      report: is told the progress.
+
+    Returns:
+      The results, and the figures by file name.
+    """
+    name = options.dataset or "mnist"
+    steps = options.steps or STEPS[jax.default_backend()]
+    images = data.images(name, options.data_dir, report.reading)
+    training, test = (data.Split(_binary(split.x), split.y) for split in (images.train, images.test))
+    every = next(n for n in range(max(1, steps // 100), steps + 1) if steps % n == 0)
+    settings = {
+        "hidden": list(HIDDEN),
+        "dataset": f"{name}, pixels above 127",
+        "optimizer": "SGD",
+        "learning_rate": LEARNING_RATE,
+        "init": f"normal of deviation {DEVIATION}",
+        "batch_size": BATCH_SIZE,
+        "steps": steps,
+        "measured_every": every,
+        "grid": {key: list(values) for key, values in GRID.items()},
+        "grid_steps": max(1, steps // 10),
+        "learning_rate_steps": RATE_STEPS,
+    }
+    results = Results("activations", settings, range(options.seeds))
+    keys = jax.vmap(jax.random.key)(jnp.arange(options.seeds, dtype=jnp.uint32))
+    seen, ranges = {}, {}
+    for variant, label in LABELS.items():
+        network = _Network(variant == "bn", test)
+        plan = network.plan(steps, every)
+        full = jnp.full((options.seeds,), 1.0)
+        chosen = {"key": keys, "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
+        tell = report.task(_variant(variant, label, network.model, steps))
+        seen[variant] = train_measured(plan, chosen, training, name=variant, progress=tell, saving=options.saving)
+        _add(results, variant, label, network, seen[variant])
+        _add_grid(results, variant, label, network, training, keys, settings["grid_steps"], report)
+        rates = RATES if variant == "none" else _tolerated(ranges["none"])
+        ranges[variant] = network.learning_rates(keys, jnp.asarray(rates), training)
+    results.notes["learning_rates"] = {
+        variant: {"rates": np.asarray(found.learning_rates[0]).tolist(), "trains": np.asarray(found.trains).tolist()}
+        for variant, found in ranges.items()
+    }
+    results.claims = claims(results, ranges)
+    return results, _figures(seen, ranges, f"{name}, {options.seeds} seed{'s' * (options.seeds > 1)}")
+
+
+class _Network:
+    """The network with or without batch norm, and what is measured of it."""
+
+    def __init__(self, batch_norm: bool, test: data.Split):
+        init = nn.initializers.normal(1.0)  # scaled by the setting's deviation
+        norm, place = (BatchNorm, "before") if batch_norm else (None, "none")
+        self.model = Perceptron(HIDDEN, 10, norm, place, nn.sigmoid, init, init)
+        self.test = jax.tree.map(jnp.asarray, test)
+        variables = self.model.init(jax.random.key(0), self.test.x[:1], training=False)
+        self.layers = losses.layers_in_order(self.model, variables, self.test.x[:1])
+        self.kernels = [f"{layer[0]}/kernel" for layer in self.layers[:-1]]
+
+    def create(self, setting):
+        """The state at step 0, of a seed, a learning rate and a deviation of the initial kernels."""
+        optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=setting["learning_rate"])
+        key = jax.random.fold_in(setting["key"], 0)
+        state = train.create_train_state(self.model, optimizer, key, self.test.x[:1])
+        return state.replace(params=_scaled(state.params, setting["deviation"]))
+
+    def plan(self, steps: int, every: int, *, only_accuracy: bool = False) -> Plan:
+        """How to train and measure it."""
+
+        def step(state, x, y, key):
+            return train.train_step(state, x, y, objective=train.cross_entropy)
+
+        def measure(state, x, y, key):
+            accuracy = jnp.mean(train.evaluate(state, *self.test, objective=train.cross_entropy).accuracy)
+            return {"accuracy": accuracy} | ({} if only_accuracy else self.look(state, x, y))
+
+        return Plan(self.create, random_batch(BATCH_SIZE), step, measure, steps, every)
+
+    def look(self, state, x, y) -> dict[str, Any]:
+        """Activations by layer, and the norms and scale invariance of gradients, in training mode."""
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        inputs = losses.layer_outputs(self.model, variables, self.test.x[:LOOKED_AT])
+        hidden = {layer[0]: inputs[layer[0]] for layer in self.layers[:-1]}
+        loss = losses.linen_loss(self.model, variables, train.cross_entropy)
+        rate = state.opt_state.hyperparams["learning_rate"]
+        return {
+            "activations": analysis.activation_statistics(hidden, jax.nn.sigmoid),
+            "gradient_norms": analysis.gradient_norms(loss, state.params, x, y, layers=[n[0] for n in self.layers]),
+            "invariance": analysis.scale_invariance(loss, state.params, x, y, layers=self.kernels, learning_rate=rate),
+        }
+
+    def learning_rates(self, keys, rates, training: data.Split) -> analysis.LearningRateRange:
+        """Which rates train, for each seed."""
+        x, y = jax.tree.map(jnp.asarray, tuple(training))
+
+        def of_seed(key, x, y):
+            setting = {"key": key, "learning_rate": rates[0], "deviation": jnp.asarray(DEVIATION)}
+            state = self.create(setting)
+            loss = losses.linen_loss(self.model, {"batch_stats": state.batch_stats}, train.cross_entropy)
+            index = jax.random.randint(jax.random.fold_in(key, 3), (RATE_STEPS, BATCH_SIZE), 0, y.shape[0])
+            options = {"target": LEARNT, "batch_size": len(rates)}
+            return analysis.learning_rate_range(
+                lambda params, i: loss(params, x[i], y[i]), state.params, rates, (index,), **options
+            )
+
+        return jax.jit(lambda keys, x, y: jax.lax.map(lambda key: of_seed(key, x, y), keys))(keys, x, y)
+
+
+def _add(results: Results, name: str, label: str, network: _Network, seen: Measured) -> None:
+    """The numbers of the main training."""
+    found = seen.measurements
+    last = found["activations"][LAST_HIDDEN]  # percentiles [seeds, times, 3, units]
+    median, width = last.percentiles[:, :, 1], last.percentiles[:, :, 2] - last.percentiles[:, :, 0]
+    movement = median.std(1)
+    relative = movement / np.maximum(width.mean(1), 1e-12)
+    curves = {"test_accuracy": found["accuracy"], "batch_loss": np.asarray(seen.metrics.loss)}
+    for layer, statistics in found["activations"].items():
+        curves |= {f"saturated_{layer}": statistics.saturated, f"dead_{layer}": statistics.dead}
+    for layer, norms in found["gradient_norms"].items():
+        curves[f"gradient_norm_{layer}"] = norms
+    ratio = found["gradient_norms"]["Dense_0"] / found["gradient_norms"][f"Dense_{len(HIDDEN)}"]
+    results.add(
+        Trained(_variant(name, label, network.model, 0), curves, None, {}),
+        {"learning_rate": LEARNING_RATE, "deviation": DEVIATION},
+        {
+            "test_accuracy": found["accuracy"][:, -1],
+            "mean_test_accuracy": found["accuracy"][:, 1:].mean(1),
+            "movement_of_medians": movement.mean(1),
+            "relative_movement": np.median(relative, 1),
+            "largest_scale_cosine": found["invariance"].cosine.max((1, 2)),
+            "saturated_at_end": last.saturated[:, -1],
+            "first_to_last_gradient": np.median(ratio, 1),
+        },
+    )
+
+
+def _add_grid(results, name, label, network: _Network, training, keys, steps: int, report: Report) -> None:
+    """Shorter trainings over initial deviations and learning rates, all at once."""
+    rates, deviations = GRID["learning_rate"], GRID["deviation"]
+    cells = [(rate, deviation) for deviation in deviations for rate in rates]
+    count = len(keys)
+    settings = {
+        "key": jnp.tile(keys, len(cells)),
+        "learning_rate": jnp.repeat(jnp.array([rate for rate, _ in cells]), count),
+        "deviation": jnp.repeat(jnp.array([deviation for _, deviation in cells]), count),
+    }
+    every = next(n for n in range(max(1, steps // 2), steps + 1) if steps % n == 0)
+    tell = report.task(_variant(name, f"{label}, grid", network.model, steps))
+    seen = train_measured(network.plan(steps, every, only_accuracy=True), settings, training, progress=tell)
+    final = jax.jit(jax.vmap(lambda state: train.evaluate(state, *network.test, objective=train.cross_entropy)))
+    accuracy = np.asarray(final(seen.states).accuracy.mean(1)).reshape((len(cells), count))
+    results.notes.setdefault("grid", {})[name] = [
+        {"learning_rate": rate, "deviation": deviation, "test_accuracy": values.tolist()}
+        for (rate, deviation), values in zip(cells, accuracy, strict=True)
+    ]
+    lines = ["deviation   " + "".join(f"rate {rate:<12g}" for rate in rates)]
+    for deviation, row in zip(deviations, accuracy.reshape((len(deviations), len(rates), count)), strict=True):
+        lines.append(f"{deviation:<12g}" + "".join(f"{interval(values).text(3):<17}" for values in row))
+    results.texts.append((f"{label}: test accuracy after {steps} steps", "\n".join(lines)))
+
+
+def claims(results: Results, ranges: dict[str, analysis.LearningRateRange]) -> list[Claim]:
+    """S3.1 to S3.5 with their verdicts."""
+    curves = {name: results.arrays[f"{name}/test_accuracy"] for name in LABELS}
+    difference = curves["bn"] - curves["none"]
+    points = [interval(difference[:, i]) for i in range(1, difference.shape[1])]
+    worst, overall = min(points, key=lambda p: p.mean), interval(difference[:, 1:].mean(1))
+    movement = {name: interval(results.metric(name, "movement_of_medians")) for name in LABELS}
+    cosine = {name: interval(results.metric(name, "largest_scale_cosine")) for name in LABELS}
+    largest = np.asarray(ranges["none"].largest)
+    trains = np.asarray(ranges["bn"].trains)
+    cell = {"learning_rate": LEARNING_RATE, "deviation": GRID["deviation"][0]}
+    stuck = {
+        name: next(interval(c["test_accuracy"]) for c in cells if cell.items() <= c.items())
+        for name, cells in results.notes["grid"].items()
+    }
+    enough = None if len(results.seeds) < 2 else True
+    return [
+        Claim(
+            "S3.1",
+            SOURCE,
+            "test accuracy is higher with batch norm at every point of training",
+            "higher",
+            "the paired difference is positive on average over training, and at the measured step where it is least",
+            f"mean {overall.text()}, least {worst.text()}",
+            (within(overall, 0, np.inf), within(worst, 0, np.inf)),
+        ),
+        Claim(
+            "S3.2",
+            SOURCE,
+            "the distribution of the inputs to a sigmoid of the last hidden layer is more stable with batch norm",
+            "more stable",
+            "the deviation over training of the units' median input, mean over units, is smaller at paired seeds",
+            f"{movement['bn'].text(3)} with, {movement['none'].text(3)} without",
+            (within(results.difference("movement_of_medians", "bn", "none"), -np.inf, 0),),
+        ),
+        Claim(
+            "S3.3",
+            SOURCE,
+            "with batch norm the loss does not depend on the scale of a layer's weights",
+            "⟨w, ∂L/∂w⟩ = 0",
+            "the largest cosine of a hidden unit's weights and their gradient stays below 0.01 at all measured steps",
+            f"{cosine['bn'].text(6)} with, {cosine['none'].text(3)} without",
+            (within(cosine["bn"], 0, 0.01),),
+        ),
+        Claim(
+            "S3.4",
+            SOURCE,
+            "with batch norm a network trains at 5 and 30 times the learning rate that the plain one tolerates",
+            "5 and 30 times",
+            f"at every seed, {RATE_STEPS} steps at 5 and at 30 times the largest rate of {RATES[0]:g} to {RATES[-1]:g} "
+            "that trains without it bring the loss below half of chance's",
+            f"largest without: {_values(largest)}; with, of {len(trains)} seeds: {int(trains[:, 1].sum())} train at 5 "
+            f"times, {int(trains[:, 2].sum())} at 30 times",
+            (enough and bool(trains[:, 1].all()), enough and bool(trains[:, 2].all())),
+        ),
+        Claim(
+            "S3.5",
+            SOURCE,
+            "networks of saturating units train with batch norm, and get stuck without",
+            "trains / stuck",
+            f"after {results.settings['grid_steps']} steps from kernels of deviation {GRID['deviation'][0]:g} test "
+            "accuracy is above 0.9 with it, and below 0.2 without",
+            f"{stuck['bn'].text()} with, {stuck['none'].text()} without",
+            (within(stuck["bn"], 0.9, 1), within(stuck["none"], 0, 0.2)),
+        ),
+    ]
+
+
+def _figures(seen: dict[str, Measured], ranges: dict[str, Any], title: str) -> dict[str, Figure]:
+    times = next(iter(seen.values())).measured_at
+    found = {LABELS[name]: one.measurements for name, one in seen.items()}
+    accuracy, rates = (Figure(figsize=(6, 4), layout="constrained") for _ in range(2))
+    drawing.curves(accuracy.subplots(), {k: m["accuracy"] for k, m in found.items()}, times, ylabel="test accuracy")
+    accuracy.suptitle(title, fontsize=10)
+    drawing.learning_rate_range(rates.subplots(), {LABELS[name]: range_ for name, range_ in ranges.items()})
+    rates.suptitle(f"After {RATE_STEPS} steps ({title})", fontsize=10)
+    for figure in (accuracy, rates):
+        drawing.legend(figure)
+    one_unit = {k: m["activations"][LAST_HIDDEN].percentiles[0, :, :, UNIT] for k, m in found.items()}
+    saturated = {k: {n: s.saturated for n, s in m["activations"].items()} for k, m in found.items()}
+    norms = {k: m["gradient_norms"] for k, m in found.items()}
+    unit = "Inputs to one sigmoid of the last hidden layer, the first seed"
+    return {
+        "test_accuracy.png": accuracy,
+        "percentiles.png": _pair(
+            unit, one_unit, lambda ax, k, v: drawing.activation_percentiles(ax, {k: v}, times), legend=False
+        ),
+        "saturation.png": _pair(
+            f"Inputs at which the sigmoid is flat ({title})",
+            saturated,
+            lambda ax, k, v: drawing.curves(ax, v, times, ylabel="fraction saturated", ordered=True),
+        ),
+        "gradient_norms.png": _pair(
+            f"Gradient norms by layer ({title})",
+            norms,
+            lambda ax, k, v: drawing.curves(ax, v, times, ylabel="‖∂L/∂W‖₂", log=True, ordered=True),
+        ),
+        "learning_rates.png": rates,
+    }
+
+
+def _pair(title: str, values: dict[str, Any], draw: Callable[[Any, str, Any], Any], *, legend: bool = True) -> Figure:
+    """Without and with batch norm beside each other, on one scale."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for ax, (label, value) in zip(figure.subplots(1, len(values), sharey=True), values.items(), strict=True):
+        draw(ax, label, value)
+        ax.set_title(label, fontsize=9)
+    if legend:
+        drawing.legend(figure)
+    return figure
+
+
+def _tolerated(without: analysis.LearningRateRange) -> tuple[float, ...]:
+    """1, 5 and 30 times the largest rate that trains without batch norm at any seed."""
+    largest = float(np.nanmax(np.asarray(without.largest)))
+    return largest, 5 * largest, 30 * largest
+
+
+def _scaled(params: Any, deviation: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, p: p * deviation if path[-1].key == "kernel" else p, params)
+
+
+def _binary(images: np.ndarray) -> np.ndarray:
+    """Pixels 0 or 1, one float32 vector for each image."""
+    return (images.reshape(len(images), -1) > 127).astype(np.float32)
+
+
+def _variant(name: str, label: str, model: Any, steps: int) -> Variant:
+    return Variant(name, label, model, optax.sgd(LEARNING_RATE), train.cross_entropy, BATCH_SIZE, steps)
+
+
+def _values(values: np.ndarray) -> str:
+    return ", ".join(f"{value:g}" for value in np.unique(values))

@@ -1,0 +1,109 @@
+"""The deep linear network of S6: 25 square matrices fitted to one, measured along the gradient while it trains."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+import bnjax
+from bnjax import analysis, train, variants
+from bnjax.studies.measured import Measured, Plan, train_measured
+from bnjax.studies.saving import Saving
+
+DEPTH, SIZE, EXAMPLES = 25, 10, 1000
+LEARNING_RATE = 1e-6
+PROBED = np.geomspace(0.01, 30, 8)  # step sizes of the probe, in learning rates
+_FRESH = bnjax.init_batch_norm(SIZE)
+Normalizer = Callable[..., Any]
+"""Has the signature of `bnjax.batch_norm`, and takes a random key in addition."""
+
+
+def _without_key(normalize: Normalizer) -> Normalizer:
+    return lambda *arrays, key, **options: normalize(*arrays, **options)
+
+
+NORMALIZERS: Mapping[str, Normalizer | None] = {
+    "none": None,
+    "bn": _without_key(bnjax.batch_norm),
+    "noisy": variants.noisy_batch_norm,
+    "l1": _without_key(functools.partial(variants.lp_batch_norm, p=1)),
+    "l2": _without_key(functools.partial(variants.lp_batch_norm, p=2)),
+    "linf": _without_key(functools.partial(variants.lp_batch_norm, p=math.inf)),
+}
+
+
+def train_network(
+    name: str,
+    keys: Any,
+    steps: int,
+    every: int,
+    *,
+    progress: Callable[[int, dict[str, float]], Any],
+    saving: Saving | None = None,
+) -> Measured:
+    """Trains the network from every seed at once by gradient descent on all examples.
+
+    `‖x W₁ … W₂₅ − x A‖²`, summed over 1000 examples x: with the sum the source's learning rate of 1e-6 is just below
+    where the plain network diverges, with the mean it would hardly move. The normaliser follows every matrix but the
+    last.
+
+    Args:
+      name: in `NORMALIZERS`.
+      keys: random keys of the seeds, which decide A, x and the Glorot-normal matrices.
+      steps: number of steps.
+      every: steps between measurements: a gradient probe, and the internal covariate shift of the 25 layers.
+      progress: is told the steps done.
+      saving: where checkpoints are, if anywhere.
+    """
+    normalize = NORMALIZERS[name]
+
+    def create(setting):
+        of_data, of_weights = jax.random.split(jax.random.fold_in(setting["key"], 0))
+        target, x = (
+            jax.random.normal(key, shape)
+            for key, shape in zip(jax.random.split(of_data), ((SIZE, SIZE), (EXAMPLES, SIZE)), strict=True)
+        )
+        init = nn.initializers.glorot_normal()
+        layers: list[Any] = [{"kernel": init(key, (SIZE, SIZE))} for key in jax.random.split(of_weights, DEPTH)]
+        if normalize is not None:
+            layers[:-1] = [{**layer, "norm": _FRESH[0]} for layer in layers[:-1]]
+        return layers, (x, x @ target)
+
+    def loss_fn(layers, x, target, key):
+        def apply(x, layer_and_number):
+            layer, number = layer_and_number
+            x = x @ layer["kernel"]
+            if normalize is not None:
+                options = {"training": True, "key": jax.random.fold_in(key, number)}
+                x = normalize(x, layer["norm"], _FRESH[1], **options)[0]
+            return x, None
+
+        stacked = jax.tree.map(lambda *values: jnp.stack(values), *layers[:-1])
+        x = lax.scan(apply, x, (stacked, jnp.arange(DEPTH - 1)))[0]
+        return jnp.square(x @ layers[-1]["kernel"] - target).sum()
+
+    def descended(layers, data, key):
+        loss, gradient = jax.value_and_grad(loss_fn)(layers, *data, key)
+        return loss, jax.tree.map(lambda p, g: p - LEARNING_RATE * g, layers, gradient)
+
+    def step(state, key):
+        layers, data = state
+        loss, layers = descended(layers, data, key)
+        return (layers, data), train.Metrics(loss, jnp.full((), jnp.nan))
+
+    def measure(state, key):
+        layers, data = state
+        _, following = descended(layers, data, key)
+        return {
+            "probe": analysis.gradient_probe(loss_fn, layers, LEARNING_RATE * PROBED, *data, key),
+            "shift": analysis.covariate_shift(loss_fn, layers, following, *data, key),
+        }
+
+    plan = Plan(create, lambda examples, key: (), step, measure, steps, every)
+    return train_measured(plan, {"key": keys}, (), name=f"linear_{name}", progress=progress, saving=saving)

@@ -1,0 +1,261 @@
+"""What the smoothness study measures once training is over, and its figures."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from bnjax import analysis
+from bnjax.analysis import plots as drawing
+from bnjax.studies.experiment import COMPILER_OPTIONS
+from bnjax.studies.measured import Measured
+
+EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
+RADIUS = 0.05  # of SAM's ball
+EXAMPLES = 256  # of the batch on which all is measured
+PARTS = 16  # of a batch, whose gradients are compared
+GRID = np.linspace(-1, 1, 13)  # of the surface along filter-normalised directions
+PATH_POINTS = 13
+# Compiling these programs, which run once or for a few seeds, takes longer than running them.
+_jit_once = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """A variant's networks after training.
+
+    Attributes:
+      metrics: numbers of each seed, by name.
+      rates: which learning rates train, `[seeds, …]`; None where that was not tried.
+      density: of the first seed's Hessian.
+      surface: loss `[13, 13]` of the first seed along two filter-normalised random directions.
+      plane: of the first seed's trajectory.
+      plane_grid: coordinates in that plane.
+      plane_loss: loss on them.
+      path: from the first seed's network to the second's; None with one seed.
+    """
+
+    metrics: dict[str, np.ndarray]
+    rates: analysis.LearningRateRange | None
+    density: analysis.SpectralDensity
+    surface: np.ndarray
+    plane: analysis.TrajectoryPlane
+    plane_grid: tuple[np.ndarray, np.ndarray]
+    plane_loss: np.ndarray
+    path: analysis.LinearPath | None
+
+
+def at_the_end(
+    network: Any, seen: Measured, keys: Any, examples: Any, rates: Any, progress: Callable[[float], Any]
+) -> Ends:
+    """Curvature, noise and sharpness of each seed's network, and the landscape around the first's.
+
+    All on one batch of the training set, in the mode that training descends, with one draw of the noise.
+
+    Args:
+      network: a `bnjax.studies.smoothness.Network`.
+      seen: its training.
+      keys: of the seeds.
+      examples: images and labels of the training set.
+      rates: as that of `Ends`.
+      progress: is told the fraction done.
+    """
+    progress(0.0)
+    batch = tuple(jnp.asarray(v[:EXAMPLES]) for v in examples)
+    noise = jax.random.key(0)
+    states = seen.states
+
+    def of_seed(i: int) -> Any:
+        return jax.tree.map(lambda v: jnp.asarray(v[i]), states)
+
+    @_jit_once
+    def measured(state: Any, key: Any, x: Any, y: Any) -> dict[str, Any]:
+        loss = network.loss(state.batch_stats, noise)
+        eigen, trace = jax.random.split(key)
+        pairs = analysis.hessian_eigenpairs(loss, state.params, EIGENPAIRS, x, y, key=eigen, num_steps=25)
+        return {
+            "top_eigenvalue": pairs.values[0],
+            "hessian_trace": analysis.hessian_trace(
+                loss, state.params, x, y, key=trace, num_samples=TRACE_SAMPLES
+            ).estimate,
+            "noise_scale": analysis.gradient_noise_scale(loss, state.params, x, y, num_batches=PARTS).scale,
+            "confusion_cosine": analysis.gradient_confusion(loss, state.params, x, y, num_batches=PARTS).min_cosine,
+            "sam_sharpness": analysis.sam_sharpness(loss, state.params, RADIUS, x, y),
+            "scale_cosine": analysis.scale_invariance(loss, state.params, x, y).cosine[:-3].max(),
+        }
+
+    found = [measured(of_seed(i), key, *batch) for i, key in enumerate(keys)]
+    progress(0.4)
+    metrics = {name: np.array([float(one[name]) for one in found]) for name in found[0]}
+    metrics["test_accuracy"] = np.array([network.test_accuracy(of_seed(i)) for i in range(len(keys))])
+    if rates is not None:
+        metrics["largest_rate"] = np.asarray(rates.largest)
+    progress(0.5)
+    around = _landscape(network, seen, of_seed, noise, batch)
+    progress(1.0)
+    return Ends(metrics, rates, *around)
+
+
+def _landscape(network: Any, seen: Measured, of_seed: Any, noise: Any, batch: Any) -> tuple:
+    state = of_seed(0)
+    key = jax.random.key(1)
+    kept = jax.tree.map(lambda v: jnp.asarray(v[0]), seen.kept)
+    plane = _jit_once(analysis.trajectory_plane)(kept)
+    ends = np.asarray(plane.coordinates)
+    margin = 0.2 * (np.ptp(ends, axis=0) + 1e-6)
+    grid = tuple(
+        np.linspace(low, high, len(GRID)) for low, high in zip(ends.min(0) - margin, ends.max(0) + margin, strict=True)
+    )
+
+    @_jit_once
+    def density_of(state: Any, x: Any, y: Any):
+        loss = network.loss(state.batch_stats, noise)
+        return analysis.spectral_density(loss, state.params, x, y, key=key, num_probes=PROBES, num_steps=LANCZOS_STEPS)
+
+    @_jit_once
+    def surface_of(state: Any, directions: Any, coordinates: Any, x: Any, y: Any):
+        return analysis.loss_surface(
+            network.loss(state.batch_stats, noise), state.params, directions, coordinates, x, y
+        )
+
+    random = tuple(analysis.random_direction(k, state.params) for k in jax.random.split(key))
+    grids = tuple(jnp.asarray(g, jnp.float32) for g in grid)
+    surface = surface_of(state, random, (jnp.asarray(GRID, jnp.float32),) * 2, *batch)
+    around = surface_of(state.replace(params=plane.origin), plane.directions, grids, *batch)
+    path = None
+    if len(jax.tree.leaves(seen.states)[0]) > 1:
+        path = jax.device_get(_path(network, state, of_seed(1).params, noise, batch))
+    density = density_of(state, *batch)
+    return (*jax.device_get((density, surface, plane)), grid, np.asarray(around), path)
+
+
+def _path(network: Any, state: Any, other: Any, noise: Any, batch: Any) -> analysis.LinearPath:
+    """The loss from one network to another, with statistics re-estimated on the path."""
+
+    @_jit_once
+    def path(state: Any, other: Any, x: Any, y: Any):
+        at = network.prepare(x)
+        loss = network.loss(state.batch_stats, noise, mode="reestimated", at=at)
+        return analysis.linear_path(loss, state.params, other, x, y, coordinates=jnp.linspace(0, 1, PATH_POINTS))
+
+    return path(state, other, *batch)
+
+
+def figures(
+    vgg: Mapping[str, Measured],
+    linear: Mapping[str, Measured],
+    ends: Mapping[str, Ends],
+    labels: Mapping[str, str],
+    title: str,
+) -> dict[str, Figure]:
+    """All figures by file name."""
+    found = {
+        "vgg_training.png": _training(vgg, labels, f"VGG: loss of each step's batch ({title})"),
+        "linear_training.png": _training(linear, labels, "Deep linear network: loss", log=True),
+        "vgg_shift.png": _shift(vgg, labels, f"VGG: internal covariate shift ({title})"),
+        "linear_shift.png": _shift(linear, labels, "Deep linear network: internal covariate shift"),
+        "curvature.png": _curvature(ends, labels, title),
+    }
+    pair = [name for name in ("none", "bn") if name in vgg]
+    for net, seen in (("vgg", vgg), ("linear", linear)):
+        for suffix, names in (("", pair), ("_interventions", [n for n in seen if n != "none"])):
+            probes = {labels[n]: seen[n].measurements["probe"] for n in names}
+            if probes:
+                times = seen[names[0]].measured_at
+                quantities = ("loss", "gradient_distance", "smoothness", "gradient_cosine")
+                found[f"{net}_landscape{suffix}.png"] = drawing.probe_figure(probes, times, quantities=quantities)
+    shown = {labels[n]: ends[n] for n in pair}
+    found["surfaces.png"] = _surfaces(shown, title)
+    found["trajectories.png"] = _trajectories(shown, title)
+    rates = {label: end.rates for label, end in shown.items() if end.rates is not None}
+    if rates:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        drawing.learning_rate_range(figure.subplots(), rates)
+        figure.suptitle(f"VGG after a short training ({title})", fontsize=10)
+        drawing.legend(figure)
+        found["learning_rates.png"] = figure
+    return found
+
+
+def _training(seen: Mapping[str, Measured], labels: Mapping[str, str], title: str, *, log: bool = False) -> Figure:
+    """Losses over training, as means over a hundred equal parts of it."""
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    ax = figure.subplots()
+    values, steps = {}, np.zeros(0)
+    for name, one in seen.items():
+        loss = np.asarray(one.metrics.loss, float)
+        size = max(1, loss.shape[1] // 100)
+        loss = loss[:, : loss.shape[1] // size * size].reshape((len(loss), -1, size)).mean(2)
+        values[labels[name]], steps = loss, size * np.arange(loss.shape[1])
+    drawing.curves(ax, values, steps, ylabel="loss", log=log)
+    ax.set_title(title, fontsize=10)
+    drawing.legend(figure)
+    return figure
+
+
+def _shift(seen: Mapping[str, Measured], labels: Mapping[str, str], title: str) -> Figure:
+    """Covariate shift of a middle layer and of the last."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    shifts = {labels[name]: one.measurements["shift"] for name, one in seen.items()}
+    times = next(iter(seen.values())).measured_at
+    names = next(iter(shifts.values())).layers
+    grid = figure.subplots(2, 2, sharex=True)
+    for row, quantity in zip(grid, ("distance", "cosine"), strict=True):
+        for ax, layer in zip(row, (len(names) // 2, len(names) - 1), strict=True):
+            drawing.covariate_shift(ax, shifts, times, layer=layer, quantity=quantity)
+            ax.set_title(f"layer {layer + 1} of {len(names)}", fontsize=9)
+    drawing.legend(figure)
+    return figure
+
+
+def _curvature(ends: Mapping[str, Ends], labels: Mapping[str, str], title: str) -> Figure:
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure.suptitle(f"VGG after training ({title})", fontsize=10)
+    first, second = figure.subplots(1, 2)
+    shown = [name for name in ("none", "bn") if name in ends] or list(ends)[:1]
+    drawing.spectral_density(first, {labels[n]: ends[n].density for n in shown})
+    first.set_title("Hessian's eigenvalues, the first seed", fontsize=9)
+    paths = {labels[n]: end.path for n, end in ends.items() if end.path is not None}
+    if paths:
+        drawing.linear_path(second, paths)
+        second.set_title("Between two seeds' networks, statistics re-estimated", fontsize=9)
+    else:
+        second.remove()
+    drawing.legend(figure)
+    return figure
+
+
+def _surfaces(ends: Mapping[str, Ends], title: str) -> Figure:
+    """Contours and relief along filter-normalised random directions."""
+    figure = Figure(figsize=(4.8 * max(1, len(ends)), 8.4), layout="constrained")
+    figure.suptitle(f"Loss around the trained VGG, filter-normalised random directions ({title})", fontsize=10)
+    for i, (label, end) in enumerate(ends.items()):
+        ax = figure.add_subplot(2, len(ends), i + 1)
+        contours = drawing.loss_surface(ax, end.surface, (GRID, GRID))
+        figure.colorbar(contours, ax=ax, label="loss", shrink=0.8)
+        ax.set_title(label)
+        relief: Any = figure.add_subplot(2, len(ends), len(ends) + i + 1, projection="3d")
+        drawing.loss_surface(relief, end.surface, (GRID, GRID))
+    return figure
+
+
+def _trajectories(ends: Mapping[str, Ends], title: str) -> Figure:
+    """The path of training in the plane of its principal components, as contours and as a relief."""
+    figure = Figure(figsize=(4.8 * max(1, len(ends)), 8.4), layout="constrained")
+    figure.suptitle(f"The path of training in its principal plane, from circle to star ({title})", fontsize=10)
+    for i, (label, end) in enumerate(ends.items()):
+        ax = figure.add_subplot(2, len(ends), i + 1)
+        contours = drawing.loss_surface(ax, end.plane_loss, end.plane_grid)
+        figure.colorbar(contours, ax=ax, label="loss", shrink=0.8)
+        drawing.trajectory(ax, end.plane)
+        ax.set_title(label)
+        relief: Any = figure.add_subplot(2, len(ends), len(ends) + i + 1, projection="3d")
+        drawing.loss_surface(relief, end.plane_loss, end.plane_grid)
+        drawing.trajectory(relief, end.plane, heights=(end.plane_loss, end.plane_grid))
+    return figure

@@ -1,0 +1,200 @@
+"""Trains networks that are measured on the way, all settings of one variant in one vmapped and scanned program."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bnjax import analysis
+from bnjax.studies.saving import Saving
+from bnjax.train import Metrics
+
+_CALLS = 20  # compiled calls that a training is divided into at least, where it is measured as often
+
+Setting = Mapping[str, Any]
+"""What distinguishes one training from another of its variant: 'key', the random key of its seed, and any numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a network is trained and measured; every function is traced.
+
+    Attributes:
+      create: the state at step 0, a pytree, from a setting.
+      draw: `(examples, key) -> batch`, the tuple of arrays that a step takes, such as `random_batch(128)`.
+      step: one training step `(state, *batch, key) -> (state, Metrics)`.
+      measure: `(state, *batch, key) -> pytree`, with the batch and the key of the step that follows.
+      steps: number of steps.
+      every: steps between two measurements, which divides them; the first is before the first step.
+      together: whether all settings are trained at once by vmap, rather than one after the other.
+      keep: what of the state is kept, some twenty times, such as the parameters for a trajectory.
+    """
+
+    create: Callable[[Setting], Any]
+    draw: Callable[[Any, Any], tuple]
+    step: Callable[..., tuple[Any, Metrics]]
+    measure: Callable[..., Any]
+    steps: int
+    every: int
+    together: bool = True
+    keep: Callable[[Any], Any] = lambda state: ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was seen of a training, for each of S settings.
+
+    Attributes:
+      metrics: `Metrics` of each step's batch, before the step, `[S, steps]`.
+      measurements: pytree of arrays `[S, measurements, …]`.
+      measured_at: the steps before which these were taken.
+      states: final states, with a leading axis of S.
+      kept: what `keep` took from the states after equal parts of the training, `[S, parts, …]`.
+    """
+
+    metrics: Metrics
+    measurements: Any
+    measured_at: np.ndarray
+    states: Any
+    kept: Any
+
+
+def train_measured(
+    plan: Plan,
+    settings: Setting,
+    examples: Any,
+    *,
+    name: str = "",
+    progress: Callable[[int, dict[str, float]], Any] = lambda steps, means: None,
+    saving: Saving | None = None,
+) -> Measured:
+    """Trains from each setting and measures on the way.
+
+    A setting's key decides its initial parameters, batches and all else that is random, whatever the other settings.
+
+    Args:
+      plan: how to train and measure.
+      settings: pytree of arrays with a leading axis of S settings, 'key' among them.
+      examples: pytree of arrays from which `plan.draw` takes batches; the same for all settings.
+      name: of the training, for its checkpoints.
+      progress: is told the number of steps done (as a mean over settings) and the latest mean accuracy and loss.
+      saving: where checkpoints are, if anywhere, from which to continue.
+
+    Raises:
+      ValueError: if the measurements do not divide the steps.
+    """
+    if plan.every < 1 or plan.steps % plan.every:
+        raise ValueError(f"the steps must be a multiple of those between measurements, {plan.every}, got {plan.steps}.")
+    examples = jax.tree.map(jnp.asarray, examples)
+    blocks = plan.steps // plan.every
+    size = plan.every * next(n for n in range(max(1, blocks // _CALLS), 0, -1) if blocks % n == 0)
+    count = len(jax.tree.leaves(settings)[0])
+    groups = [settings] if plan.together else [jax.tree.map(lambda v, i=i: v[i], settings) for i in range(count)]
+
+    def run_one(state, setting, examples, first):
+        state, *found = run_steps(plan, state, setting["key"], examples, first + jnp.arange(size))
+        return state, *found, jax.tree.map(lambda v: v[None], plan.keep(state))
+
+    over = jax.vmap if plan.together else lambda function, *_: function
+    create = jax.jit(over(plan.create))
+    run = jax.jit(over(run_one, (0, 0, None, None)), donate_argnums=0)
+    shapes = jax.eval_shape(run, jax.eval_shape(create, groups[0]), groups[0], examples, 0)[1:]
+    axis = int(plan.together)
+    found = []
+    for number, setting in enumerate(groups):
+        state, done = create(setting), 0
+        # Metrics and measurements of all calls: their axis of steps comes after that of settings.
+        parts = jax.tree.map(lambda v: _empty(v, plan.steps // size, axis), shapes)
+        configuration = {"group": number, "settings": count, "steps": plan.steps, "every": plan.every}
+        saved = saving and saving.of(f"{name}-{number}", configuration)
+        if saved and (restored := saved.restore((state, parts))):
+            done, (state, parts) = restored
+        for first in range(done, plan.steps, size):
+            state, *new = run(state, setting, examples, first)
+            _put(parts, tuple(jax.device_get(new)), first // size, axis)
+            means = {f"train_{metric}": float(jnp.mean(values)) for metric, values in new[0]._asdict().items()}
+            progress((number * plan.steps + first + size) // len(groups), means)
+            if saved:
+                saved.save(first + size, (state, parts))
+        if saved:
+            saved.close()
+        found.append((jax.device_get(state), *parts))
+    state, metrics, measurements, kept = found[0] if plan.together else jax.tree.map(lambda *v: np.stack(v), *found)
+    return Measured(metrics, measurements, np.arange(0, plan.steps, plan.every), state, kept)
+
+
+def run_steps(plan: Plan, state: Any, key: Any, examples: Any, steps: Any, *, measured: bool = True):
+    """Some steps of one training, traced: `(state, metrics, measurements)`, with measurements or without."""
+
+    def inputs_of(step):
+        of_step = jax.random.fold_in(key, step + 1)
+        return *plan.draw(examples, jax.random.fold_in(of_step, 0)), jax.random.fold_in(of_step, 1)
+
+    def step(state, number):
+        return plan.step(state, *inputs_of(number))
+
+    def measure(state, number):
+        return plan.measure(state, *inputs_of(number))
+
+    if not measured:
+        return (*lax.scan(step, state, steps), None)
+    return analysis.measured_scan(step, state, steps, measure=measure, every=plan.every)
+
+
+def random_batch(batch_size: int) -> Callable[[Any, Any], tuple]:
+    """Draws as many examples `(x, y)` at random, with replacement."""
+
+    def draw(examples, key):
+        x, y = examples
+        index = jax.random.randint(key, (batch_size,), 0, y.shape[0])
+        return x[index], y[index]
+
+    return draw
+
+
+def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -> tuple[float, float]:
+    """Seconds a step, with measurements and without: medians over alternating runs of `every` steps, compiled before.
+
+    Args:
+      plan: how to train and measure.
+      setting: of one training.
+      examples: as those of `train_measured`.
+      repeats: runs of each.
+    """
+    examples = jax.tree.map(jnp.asarray, examples)
+    state = jax.jit(plan.create)(setting)
+    key, steps = setting["key"], jnp.arange(plan.every)
+    run = jax.jit(
+        lambda state, examples, measured: run_steps(plan, state, key, examples, steps, measured=measured)[1:],
+        static_argnums=2,
+    )
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for repeat in range(repeats + 1):
+        for measured, seconds in times.items():
+            clock = time.perf_counter()
+            jax.block_until_ready(run(state, examples, measured))
+            if repeat:
+                seconds.append((time.perf_counter() - clock) / plan.every)
+    return float(np.median(times[True])), float(np.median(times[False]))
+
+
+def _empty(like: Any, calls: int, axis: int) -> np.ndarray:
+    shape = list(like.shape)
+    shape[axis] *= calls
+    return np.zeros(shape, like.dtype)
+
+
+def _put(buffers: Any, values: Any, call: int, axis: int) -> None:
+    """Copies what a call gave to its place in the arrays of all calls."""
+
+    def put(buffer, value):
+        length = value.shape[axis]
+        place = (slice(None),) * axis + (slice(call * length, (call + 1) * length),)
+        buffer[place] = value
+
+    jax.tree.map(put, buffers, values)

@@ -1,0 +1,291 @@
+"""Losses of Flax models: each mode is the function that it says, and running statistics never move."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import bnjax.linen
+import bnjax.nnx
+from bnjax import analysis, losses, models, parallel, train
+
+X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (8, 3)), jnp.float32)
+OTHER = jnp.asarray(np.random.default_rng(1).normal(-1, 1, (8, 3)), jnp.float32)
+Y = jnp.arange(8, dtype=jnp.int32) % 2
+
+
+class Net(nn.Module):
+    norm: type = bnjax.linen.BatchNorm
+    bessel: bool = False
+
+    @nn.compact
+    def __call__(self, x, *, training, mask=None):
+        options = {"bessel_correction": True} if self.bessel else {}
+        x = self.norm(use_running_average=not training, **options)(
+            nn.Dense(4)(x), mask=None if mask is None else mask.reshape((-1, 1))
+        )
+        return nn.Dense(2)(nn.tanh(x))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, norm, rngs):
+        self.first, self.norm = nnx.Linear(3, 4, rngs=rngs), norm(4, rngs=rngs)
+        self.last = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x, mask=None):
+        masked = {} if mask is None else {"mask": mask.reshape((-1, 1))}
+        return self.last(nnx.tanh(self.norm(self.first(x), **masked)))
+
+
+def make(norm, bessel=False):
+    model = Net(norm, bessel)
+    variables = model.init(jax.random.key(0), X, training=False)
+    stats = {"BatchNorm_0": {"mean": jnp.full(4, 0.3), "var": jnp.full(4, 2.0)}}
+    return model, {"params": variables["params"], "batch_stats": stats}
+
+
+def expected(params, mean, var, x=X, y=Y, weights=None):
+    """The loss with given statistics, written out."""
+    h = x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
+    h = (h - np.asarray(mean)[None]) / np.sqrt(np.asarray(var)[None] + 1e-5)
+    h = h * params["BatchNorm_0"]["scale"][None] + params["BatchNorm_0"]["bias"][None]
+    z = np.tanh(h) @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"][None]
+    each = np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), y]
+    return np.average(each, weights=weights)
+
+
+def statistics(params, x):
+    h = x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
+    return h.mean(0), h.var(0)
+
+
+@pytest.mark.parametrize("norm", [bnjax.linen.BatchNorm, nn.BatchNorm])
+def test_modes_of_linen_models(norm):
+    model, variables = make(norm)
+    params = variables["params"]
+    moved = jax.tree.map(lambda p: p + 0.5, params)
+    stats = variables["batch_stats"]["BatchNorm_0"]
+    by_mode = {
+        "batch": statistics(moved, X),
+        "running": (stats["mean"], stats["var"]),
+        "frozen": statistics(params, OTHER),
+        "reestimated": statistics(moved, OTHER),
+    }
+    for mode, (mean, var) in by_mode.items():
+        loss = losses.linen_loss(model, variables, train.cross_entropy, mode=mode, at=OTHER)
+        np.testing.assert_allclose(jax.jit(loss)(moved, X, Y), expected(moved, mean, var), rtol=2e-5, err_msg=mode)
+    assert stats["mean"].tolist() == pytest.approx([0.3] * 4) and stats["var"].tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("norm", [bnjax.nnx.BatchNorm, nnx.BatchNorm])
+def test_modes_of_nnx_models(norm):
+    model = NnxNet(norm, nnx.Rngs(0))
+    model.norm.mean[...], model.norm.var[...] = jnp.full(4, 0.3), jnp.full(4, 2.0)
+    for mode in ("batch", "running", "frozen", "reestimated"):
+        loss, params = losses.nnx_loss(model, train.cross_entropy, mode=mode, at=OTHER)
+        moved = jax.tree.map(lambda p: p + 0.5, params)
+        renamed = lambda p: {"Dense_0": p["first"], "BatchNorm_0": p["norm"], "Dense_1": p["last"]}
+        mean, var = {
+            "batch": statistics(renamed(moved), X),
+            "running": (np.full(4, 0.3), np.full(4, 2.0)),
+            "frozen": statistics(renamed(params), OTHER),
+            "reestimated": statistics(renamed(moved), OTHER),
+        }[mode]
+        found = jax.jit(loss)(moved, X, Y)
+        np.testing.assert_allclose(found, expected(renamed(moved), mean, var), rtol=2e-5, err_msg=mode)
+        gradient = jax.grad(loss)(moved, X, Y)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert model.norm.mean[...].tolist() == pytest.approx([0.3] * 4) and model.norm.var[...].tolist() == [2] * 4
+    assert not model.norm.use_running_average
+
+
+def test_modes_have_different_curvature():
+    model, variables = make(bnjax.linen.BatchNorm)
+    vector = jax.tree.map(jnp.ones_like, variables["params"])
+    found = []
+    for mode in ("batch", "running", "frozen"):
+        loss = losses.linen_loss(model, variables, train.cross_entropy, mode=mode, at=X)
+        product = jax.jit(functools.partial(analysis.hessian_product, loss))(variables["params"], vector, X, Y)
+        found.append(product["Dense_0"]["kernel"])
+    batch, running, frozen = found
+    assert abs(batch - frozen).max() > 1e-3 and abs(frozen - running).max() > 1e-3
+
+
+def test_weights():
+    model, variables = make(bnjax.linen.BatchNorm)
+    params, weights = variables["params"], jnp.array([1.0, 2, 0, 1, 0, 1, 3, 1])
+    loss = losses.linen_loss(model, variables, train.cross_entropy, mode="running")
+    stats = variables["batch_stats"]["BatchNorm_0"]
+    found = loss(params, X, Y, weights)
+    np.testing.assert_allclose(found, expected(params, stats["mean"], stats["var"], weights=weights), rtol=1e-5)
+    spoilt = jnp.where(weights[:, None] > 0, X, jnp.nan)
+    masked = losses.linen_loss(model, variables, train.cross_entropy)
+    kept = weights > 0
+    np.testing.assert_allclose(masked(params, spoilt, Y, kept), masked(params, X[kept], Y[kept]), rtol=1e-5)
+
+
+def test_statistics_of_a_batch_are_biased_and_exact():
+    for norm, bessel in ((bnjax.linen.BatchNorm, True), (nn.BatchNorm, False)):
+        model, variables = make(norm, bessel)
+        stats = losses.linen_batch_stats(model, variables, X)["BatchNorm_0"]
+        mean, var = statistics(variables["params"], X)
+        np.testing.assert_allclose(stats["mean"], mean, rtol=1e-5)
+        np.testing.assert_allclose(stats["var"], var, rtol=1e-5)
+    masked = losses.linen_batch_stats(*make(bnjax.linen.BatchNorm), X, weights=jnp.arange(8) < 4)["BatchNorm_0"]
+    np.testing.assert_allclose(masked["mean"], statistics(variables["params"], X[:4])[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("argument", ["train", "use_running_average"])
+def test_other_arguments(argument):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, **options):
+            average = options["use_running_average"] if argument != "train" else not options["train"]
+            return nn.Dense(2)(bnjax.linen.BatchNorm(use_running_average=average)(x))
+
+    variables = Model().init(jax.random.key(0), X, **{argument: argument != "train"})
+    found = [
+        losses.linen_loss(Model(), variables, train.cross_entropy, mode=mode, argument=argument)(
+            variables["params"], X, Y
+        )
+        for mode in ("batch", "running")
+    ]
+    normalised = (X - X.mean(0)[None]) / np.sqrt(X.var(0) + 1e-5)[None]
+    kernel = variables["params"]["Dense_0"]["kernel"]
+    for value, x in zip(found, (normalised, X / np.sqrt(1 + 1e-5)), strict=True):
+        z = x @ kernel
+        np.testing.assert_allclose(value, (np.log(np.exp(z).sum(1)) - z[np.arange(8), Y]).mean(), rtol=1e-5)
+
+
+def test_dropout_is_one_function():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, training):
+            return nn.Dropout(0.5, deterministic=not training)(nn.Dense(2)(x))
+
+    variables = Model().init(jax.random.key(0), X, training=False)
+    rngs = {"dropout": jax.random.key(1)}
+    loss = losses.linen_loss(Model(), variables, lambda z, y: (z**2).sum(-1), rngs=rngs)
+    assert loss(variables["params"], X, Y) == loss(variables["params"], X, Y)
+
+
+def test_layers_in_order():
+    variables_of = lambda model, x: jax.eval_shape(lambda: model.init(jax.random.key(0), x, training=False))
+    x = jnp.ones((1, 32, 32, 3))
+    network = models.VGG(10, bnjax.linen.BatchNorm, 11, 2)
+    layers = losses.layers_in_order(network, variables_of(network, x), x)
+    assert layers == [(f"Conv_{i}", f"BatchNorm_{i}") for i in range(8)] + [(f"Dense_{i}",) for i in range(3)]
+    residual = models.ResNet(10, bnjax.linen.BatchNorm, (1, 1), stem="cifar", width=2)
+    layers = losses.layers_in_order(residual, variables_of(residual, x), x)
+    assert layers[0] == ("Conv_0", "BatchNorm_0") and layers[-1] == ("Dense_0",) and len(layers) == 7
+
+
+@pytest.mark.parametrize("mode", ["batch", "running"])
+def test_layer_outputs(mode):
+    model, variables = make(bnjax.linen.BatchNorm)
+    params, stats = variables["params"], variables["batch_stats"]["BatchNorm_0"]
+    found = jax.jit(functools.partial(losses.layer_outputs, model, mode=mode))(variables, X)
+    assert list(found) == ["Dense_0", "Dense_1"]
+    h = X @ params["Dense_0"]["kernel"]
+    mean, var = (h.mean(0), h.var(0)) if mode == "batch" else (stats["mean"], stats["var"])
+    h = (h - np.asarray(mean)[None]) / np.sqrt(np.asarray(var)[None] + 1e-5)
+    np.testing.assert_allclose(found["Dense_0"], h, atol=1e-5)
+    np.testing.assert_allclose(found["Dense_1"], np.tanh(h) @ params["Dense_1"]["kernel"], atol=1e-5)
+
+
+def test_errors():
+    model, variables = make(bnjax.linen.BatchNorm)
+    with pytest.raises(ValueError, match=r"mode must be one of batch, running, frozen, reestimated, got 'eval'"):
+        losses.linen_loss(model, variables, train.cross_entropy, mode="eval")
+    with pytest.raises(ValueError, match=r"mode 'frozen' needs .* give at=x"):
+        losses.linen_loss(model, variables, train.cross_entropy, mode="frozen")
+
+
+class TestOnAMesh:
+    """Eight devices give the numbers of one, with global statistics or with each device's."""
+
+    mesh = parallel.make_mesh(devices=jax.devices()[:8])
+    numbers = np.random.default_rng(0).normal(size=(32, 3)) * np.arange(1, 33)[:, None]
+    steps = np.array([0.1, 0.5])
+
+    def measured(self, loss, params, x, y):
+        """A probe, an eigenvalue and a trace as one program."""
+
+        def all_of_it(params, x, y):
+            keys = jax.random.split(jax.random.key(0))
+            pairs = analysis.hessian_eigenpairs(loss, params, 1, x, y, key=keys[0], num_steps=8)
+            probe = analysis.gradient_probe(loss, params, self.steps, x, y)
+            return probe, pairs.values, analysis.hessian_trace(loss, params, x, y, key=keys[1], num_samples=2).estimate
+
+        return jax.jit(all_of_it)(params, x, y)
+
+    def close(self, found, expected):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+    @pytest.fixture
+    def model(self, x64):
+        def of(axis_name):
+            norm = functools.partial(bnjax.linen.BatchNorm, axis_name=axis_name)
+            return models.Perceptron((4,), 2, norm, "before", nn.tanh)
+
+        variables = of(None).init(jax.random.key(0), jnp.ones((1, 3)), training=False)
+        return of, jax.tree.map(lambda v: v.astype(jnp.float64), variables)
+
+    def test_global_statistics(self, model):
+        of, variables = model
+        x, y = jnp.asarray(self.numbers), jnp.arange(32) % 2
+        params = variables["params"]
+        alone = losses.linen_loss(of(None), variables, train.cross_entropy)
+        expected = self.measured(alone, params, x, y)
+        placed = parallel.shard_batch((x, y), self.mesh)
+        self.close(self.measured(alone, parallel.replicate(params, self.mesh), *placed), expected)
+        synced = losses.linen_loss(of("batch"), variables, train.cross_entropy)
+        self.close(self.measured(analysis.shard_loss(synced, self.mesh), params, *placed), expected)
+
+    def test_statistics_of_each_device(self, model):
+        of, variables = model
+        x, y = jnp.asarray(self.numbers), jnp.arange(32) % 2
+        params = variables["params"]
+        alone = losses.linen_loss(of(None), variables, train.cross_entropy)
+
+        def in_groups(params, x, y):
+            return jax.vmap(alone, (None, 0, 0))(params, x.reshape((8, 4, 3)), y.reshape((8, 4))).mean()
+
+        sharded = analysis.shard_loss(alone, self.mesh)
+        self.close(self.measured(sharded, params, x, y), self.measured(in_groups, params, x, y))
+        assert abs(sharded(params, x, y) - alone(params, x, y)) > 1e-3
+
+    def test_weights_that_differ(self, model):
+        of, variables = model
+        x, y = jnp.asarray(self.numbers), jnp.arange(32) % 2
+        weights = jnp.arange(32.0) * (jnp.arange(32) > 5)
+        alone = losses.linen_loss(of(None), variables, train.cross_entropy)
+        synced = losses.linen_loss(of("batch"), variables, train.cross_entropy, axis_name="batch")
+        found, expected = (
+            jax.jit(jax.value_and_grad(loss))(variables["params"], x, y, weights)
+            for loss in (analysis.shard_loss(synced, self.mesh), alone)
+        )
+        self.close(found, expected)
+
+    def test_batches_that_do_not_divide(self):
+        loss = analysis.shard_loss(lambda w, x: (w * x).mean(), self.mesh)
+        with pytest.raises(ValueError, match=r"8 devices divide, got shape \(6,\)"):
+            loss(1.0, jnp.ones(6))
+
+    def test_inside_shard_map(self):
+        """Measurements run inside a mapped program too, on a loss that is a mean over the axis."""
+
+        def body(w, x):
+            loss = lambda w, x: jax.lax.pmean((w * x).mean() ** 2, "batch")
+            return analysis.gradient_probe(loss, w, self.steps, x).loss
+
+        x = jnp.arange(8.0)
+        found = jax.shard_map(body, mesh=self.mesh, in_specs=(P(), P("batch")), out_specs=P())(jnp.array(1.0), x)
+        g = 2 * (x**2).mean()
+        np.testing.assert_allclose(found, (1 - self.steps * g) ** 2 * (x**2).mean(), rtol=1e-5)
