@@ -4,11 +4,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
 from bnjax.analysis import _trees
 from bnjax.analysis._trees import LossFn
+
+Values = Array | np.ndarray
 
 
 class GradientProbe(NamedTuple):
@@ -25,47 +28,47 @@ class GradientProbe(NamedTuple):
       direction_norm: ‖d‖₂.
     """
 
-    loss: Array
-    gradient_distance: Array
-    gradient_cosine: Array
-    smoothness: Array
-    base_loss: Array
-    gradient_norm: Array
-    step_sizes: Array
-    direction_norm: Array
+    loss: Values
+    gradient_distance: Values
+    gradient_cosine: Values
+    smoothness: Values
+    base_loss: Values
+    gradient_norm: Values
+    step_sizes: Values
+    direction_norm: Values
 
     @property
-    def loss_min(self) -> Array:
+    def loss_min(self) -> Values:
         """Smallest loss over the grid; with `loss_max` the loss variation of Fig. 4 (a)."""
         return self.loss.min(-1)
 
     @property
-    def loss_max(self) -> Array:
+    def loss_max(self) -> Values:
         """Largest loss over the grid."""
         return self.loss.max(-1)
 
     @property
-    def distance_min(self) -> Array:
+    def distance_min(self) -> Values:
         """Smallest gradient distance over the grid; with `distance_max` the band of Fig. 4 (b)."""
         return self.gradient_distance.min(-1)
 
     @property
-    def distance_max(self) -> Array:
+    def distance_max(self) -> Values:
         """Largest gradient distance over the grid."""
         return self.gradient_distance.max(-1)
 
     @property
-    def cosine_min(self) -> Array:
+    def cosine_min(self) -> Values:
         """Smallest cosine over the grid."""
         return self.gradient_cosine.min(-1)
 
     @property
-    def cosine_max(self) -> Array:
+    def cosine_max(self) -> Values:
         """Largest cosine over the grid."""
         return self.gradient_cosine.max(-1)
 
     @property
-    def max_smoothness(self) -> Array:
+    def max_smoothness(self) -> Values:
         """The effective β of Fig. 4 (c): the largest `smoothness` of those points that moved; NaN where none did."""
         moved = self.step_sizes * self.direction_norm[..., None] != 0
         largest = jnp.where(moved, self.smoothness, -jnp.inf).max(-1)

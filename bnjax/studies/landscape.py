@@ -70,6 +70,8 @@ def at_the_end(
     noise = jax.random.key(0)
     states = seen.states
 
+    kernels = [f"{layer[0]}/kernel" for layer in network.layers if layer[0].startswith("Conv")]
+
     def of_seed(i: int) -> Any:
         return jax.tree.map(lambda v: jnp.asarray(v[i]), states)
 
@@ -86,7 +88,7 @@ def at_the_end(
             "noise_scale": analysis.gradient_noise_scale(loss, state.params, x, y, num_batches=PARTS).scale,
             "confusion_cosine": analysis.gradient_confusion(loss, state.params, x, y, num_batches=PARTS).min_cosine,
             "sam_sharpness": analysis.sam_sharpness(loss, state.params, RADIUS, x, y),
-            "scale_cosine": analysis.scale_invariance(loss, state.params, x, y).cosine[:-3].max(),
+            "scale_cosine": analysis.scale_invariance(loss, state.params, x, y, layers=kernels).cosine.max(),
         }
 
     found = [measured(of_seed(i), key, *batch) for i, key in enumerate(keys)]

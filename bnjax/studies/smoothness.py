@@ -65,7 +65,7 @@ def run(options: Options, report: Report):
     chosen = _chosen(options.variants)
     images = data.images(name, options.data_dir, report.reading)
     linear_steps = min(scale["linear_steps"], 20 * steps)
-    linear_every = next(n for n in range(min(LINEAR_EVERY, linear_steps), 0, -1) if linear_steps % n == 0)
+    linear_every = next(n for n in range(min(LINEAR_EVERY, linear_steps // 10), 0, -1) if linear_steps % n == 0)
     settings = {
         "dataset": name,
         "network": f"VGG-11 of width {width}",

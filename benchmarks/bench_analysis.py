@@ -1,0 +1,284 @@
+"""Measurements against PyTorch loops that do the same on the same network and batch, interleaved in one process.
+
+    pip install -e ".[bench]" && python benchmarks/bench_analysis.py [--networks perceptron,vgg] [--json FILE]
+
+Both networks have batch norm, in the mode 'batch', and a batch of 128: a perceptron 784 – 64 – 64 – 10, and VGG-11 on
+32 × 32 images (`--width`, 64 by default). Three questions, each answered by medians of alternating runs:
+
+- probes: eight probes along the gradient (loss, gradient, distance, cosine), against nine calls of the compiled gradient,
+  and against PyTorch, in its faster memory format;
+- eigenpairs: the 20 largest eigenvalues of the Hessian by Lanczos, against power iteration with deflation (at most 100
+  iterations each, until the value changes by less than 0.1 %) in PyTorch, with the largest relative error of both
+  against a longer Lanczos run;
+- loop: a training loop that probes every ten steps, against plain training, beside the ratio of their gradients.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from bnjax import analysis, losses, train
+from bnjax.linen import BatchNorm
+from bnjax.models import VGG, Perceptron
+
+BATCH, PROBES, EIGENPAIRS, EVERY = 128, 8, 20, 10
+STEPS = tuple(float(step) for step in np.linspace(0.05, 0.4, PROBES))
+
+
+def interleaved(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each contestant in alternating runs, after one that warms up."""
+    for run in contestants.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            clock = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - clock)
+    return times
+
+
+class Pair:
+    """One network in both libraries: its loss in JAX with parameters and batch, and the PyTorch module."""
+
+    def __init__(self, name: str, width: int):
+        rng = np.random.default_rng(0)
+        shape = (784,) if name == "perceptron" else (32, 32, 3)
+        self.x, self.y = rng.normal(size=(BATCH, *shape)).astype(np.float32), np.arange(BATCH, dtype=np.int32) % 10
+        self.model = (
+            Perceptron((64, 64), 10, BatchNorm, "before") if name == "perceptron" else VGG(10, BatchNorm, 11, width)
+        )
+        variables = self.model.init(jax.random.key(0), jnp.asarray(self.x[:1]), training=False)
+        self.params, self.variables = variables["params"], variables
+        self.loss = losses.linen_loss(self.model, variables, train.cross_entropy)
+        self.batch = jnp.asarray(self.x), jnp.asarray(self.y)
+        order = [path for layer in losses.layers_in_order(self.model, variables, self.x[:1]) for path in layer]
+        self.module = self._torch_module(name, width)
+        self._copy(order)
+        images = torch.from_numpy(self.x)
+        self.images = images if images.ndim == 2 else images.permute(0, 3, 1, 2).contiguous()
+        self.labels = torch.from_numpy(self.y).long()
+
+    @staticmethod
+    def _torch_module(name: str, width: int) -> torch.nn.Module:
+        nn, layers = torch.nn, []
+        if name == "perceptron":
+            for inputs in (784, 64):
+                layers += [nn.Linear(inputs, 64), nn.BatchNorm1d(64), nn.ReLU()]
+            return nn.Sequential(*layers, nn.Linear(64, 10))
+        channels = 3
+        for stage, count in enumerate((1, 1, 2, 2, 2)):
+            for _ in range(count):
+                filters = width * min(2**stage, 8)
+                layers += [nn.Conv2d(channels, filters, 3, padding=1), nn.BatchNorm2d(filters), nn.ReLU()]
+                channels = filters
+            layers.append(nn.MaxPool2d(2))
+        dense = 8 * width
+        head = [nn.Linear(dense, dense), nn.ReLU(), nn.Linear(dense, dense), nn.ReLU(), nn.Linear(dense, 10)]
+        return nn.Sequential(*layers, nn.Flatten(), *head)
+
+    def _copy(self, order: list[str]) -> None:
+        """The same weights; after the last pool the images are 1 × 1, so flattening them needs no permutation."""
+        modules = [module for module in self.module if list(module.parameters())]
+        with torch.no_grad():
+            for name, module in zip(order, modules, strict=True):
+                ours = {key: np.asarray(value) for key, value in self.params[name].items()}
+                weight = ours.get("kernel", ours.get("scale"))
+                axes = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[weight.ndim]
+                module.weight.copy_(torch.from_numpy(weight.transpose(axes).copy()))
+                module.bias.copy_(torch.from_numpy(ours["bias"].copy()))
+
+    def torch_loss(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.module(images), self.labels)
+
+
+def torch_probe(pair: Pair, images: torch.Tensor) -> list[tuple[float, float, float]]:
+    """Loss, gradient distance and cosine at each step size."""
+    parameters = list(pair.module.parameters())
+    start = [p.detach().clone() for p in parameters]
+    gradient = torch.autograd.grad(pair.torch_loss(images), parameters)
+    size = torch.sqrt(sum((g * g).sum() for g in gradient))
+    found = []
+    for step in STEPS:
+        with torch.no_grad():
+            for p, w, g in zip(parameters, start, gradient, strict=True):
+                torch.sub(w, g, alpha=step, out=p)
+        loss = pair.torch_loss(images)
+        there = torch.autograd.grad(loss, parameters)
+        distance = torch.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(there, gradient, strict=True)))
+        product = sum((a * b).sum() for a, b in zip(there, gradient, strict=True))
+        norm = torch.sqrt(sum((a * a).sum() for a in there))
+        found.append((loss.item(), distance.item(), (product / norm / size).item()))
+    with torch.no_grad():
+        for p, w in zip(parameters, start, strict=True):
+            p.copy_(w)
+    return found
+
+
+def probes(pair: Pair, repeats: int) -> dict[str, Any]:
+    """Eight probes: ours, nine gradients of ours, PyTorch's loop."""
+    steps = jnp.array(STEPS)
+    gradient = jax.jit(jax.value_and_grad(pair.loss))
+
+    def of(size: int | None) -> Callable[[], Any]:
+        probe = jax.jit(functools.partial(analysis.gradient_probe, pair.loss, batch_size=size))
+        return lambda: jax.block_until_ready(probe(pair.params, steps, *pair.batch))
+
+    def nine_gradients():
+        for _ in range(PROBES + 1):
+            jax.block_until_ready(gradient(pair.params, *pair.batch))
+
+    contestants: dict[str, Callable[[], Any]] = {
+        "ours, one after the other": of(None),
+        "ours, all at once": of(PROBES),
+        "ours, nine gradients": nine_gradients,
+        "torch": lambda: torch_probe(pair, pair.images),
+    }
+    if pair.images.ndim == 4:
+        del contestants["ours, all at once"]  # several gigabytes at the full width
+        last = pair.images.contiguous(memory_format=torch.channels_last)
+        contestants["torch, channels last"] = lambda: torch_probe(pair, last)
+    ours, theirs = of(None)(), torch_probe(pair, pair.images)
+    agreement = max(
+        float(np.abs(np.asarray(values) / np.array(theirs)[:, i] - 1).max())
+        for i, values in enumerate((ours.loss, ours.gradient_distance, ours.gradient_cosine))
+    )
+    times = interleaved(contestants, repeats)
+    best = min(statistics.median(v) for name, v in times.items() if name.startswith("torch"))
+    mine = min(statistics.median(times[name]) for name in times if name in list(contestants)[:2] and "nine" not in name)
+    nine = statistics.median(times["ours, nine gradients"])
+    return {
+        "seconds": times,
+        "largest_relative_difference": agreement,
+        "ours_to_nine_gradients": statistics.median(times["ours, one after the other"]) / nine,
+        "ours_to_torch": mine / best,
+    }
+
+
+def power_iteration(pair: Pair, images: torch.Tensor, count: int) -> np.ndarray:
+    """Largest eigenvalues by magnitude with deflation, as PyHessian computes them."""
+    parameters = list(pair.module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.autograd.grad(pair.torch_loss(images), parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradient])
+    values, vectors = [], []
+    for _ in range(count):
+        v, value = torch.randn(flat.shape, generator=generator), None
+        for _ in range(100):
+            for u in vectors:
+                v = v - (v @ u) * u
+            v = v / v.norm()
+            product = torch.autograd.grad(flat, parameters, grad_outputs=v, retain_graph=True)
+            product = torch.cat([p.reshape(-1) for p in product])
+            previous, value = value, (product @ v).item()
+            v = product
+            if previous is not None and abs(previous - value) < 1e-3 * (abs(previous) + 1e-6):
+                break
+        vectors.append(v / v.norm())
+        values.append(value)
+    return np.array(values)
+
+
+def eigenpairs(pair: Pair, repeats: int) -> dict[str, Any]:
+    """The 20 largest eigenvalues by magnitude."""
+
+    def of(num_steps: int) -> Callable[[], analysis.Eigenpairs]:
+        options: dict[str, Any] = {"key": jax.random.key(0), "num_steps": num_steps, "which": "magnitude"}
+        run = jax.jit(lambda p, *b: analysis.hessian_eigenpairs(pair.loss, p, EIGENPAIRS, *b, **options))
+        return lambda: jax.block_until_ready(run(pair.params, *pair.batch))
+
+    reference = np.asarray(of(240)().values)
+    short = of(3 * EIGENPAIRS + 20)
+    last = pair.images if pair.images.ndim == 2 else pair.images.contiguous(memory_format=torch.channels_last)
+    theirs = power_iteration(pair, last, EIGENPAIRS)
+
+    def error(values: np.ndarray) -> float:
+        return float(np.abs(np.sort(np.abs(values))[::-1] / np.abs(reference) - 1).max())
+
+    times = interleaved({"ours": short, "torch": lambda: power_iteration(pair, last, EIGENPAIRS)}, repeats)
+    ratio = statistics.median(times["torch"]) / statistics.median(times["ours"])
+    return {
+        "seconds": times,
+        "torch_to_ours": ratio,
+        "largest_relative_error": {"ours": error(np.asarray(short().values)), "torch": error(theirs)},
+    }
+
+
+def loop(pair: Pair, repeats: int) -> dict[str, Any]:
+    """Ten training steps with a probe before the first, and without."""
+
+    def step(params, _):
+        value, gradient = jax.value_and_grad(pair.loss)(params, *pair.batch)
+        return jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient), value
+
+    def measure(params, _):
+        return analysis.gradient_probe(pair.loss, params, jnp.array(STEPS), *pair.batch)
+
+    count = jnp.arange(EVERY)
+    with_ = jax.jit(lambda p: analysis.measured_scan(step, p, count, measure=measure, every=EVERY))
+    without = jax.jit(lambda p: jax.lax.scan(step, p, count))
+    runs = {"measured": with_, "plain": without}
+    times = interleaved(
+        {name: lambda run=run: jax.block_until_ready(run(pair.params)) for name, run in runs.items()}, repeats
+    )
+    return {
+        "seconds": times,
+        "measured_to_plain": statistics.median(times["measured"]) / statistics.median(times["plain"]),
+        "gradients": (EVERY + PROBES + 1) / EVERY,
+    }
+
+
+def main() -> None:
+    """Runs the comparisons, prints medians and ratios, and saves all times."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default="perceptron,vgg", help="which (default perceptron,vgg)")
+    parser.add_argument("--questions", default="probes,eigenpairs,loop", help="which (default probes,eigenpairs,loop)")
+    parser.add_argument("--width", type=int, default=64, help="of VGG (default 64)")
+    parser.add_argument("--eigen-width", type=int, default=8, help="of VGG for the eigenpairs (default 8)")
+    parser.add_argument("--repeats", type=int, default=5, help="alternating runs (default 5)")
+    parser.add_argument("--json", help="where to save all times")
+    options = parser.parse_args()
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    found: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "machine": f"{platform.machine()}, {threads} cores",
+        "versions": {"jax": jax.__version__, "torch": torch.__version__},
+        "width": options.width,
+        "eigen_width": options.eigen_width,
+    }
+    questions = {"probes": probes, "eigenpairs": eigenpairs, "loop": loop}
+    for network in options.networks.split(","):
+        for question in options.questions.split(","):
+            width = options.eigen_width if question == "eigenpairs" else options.width
+            result = questions[question](Pair(network, width), options.repeats if question != "eigenpairs" else 1)
+            found[f"{network}, {question}"] = result
+            print(f"{network}, {question}")
+            for name, value in result.items():
+                if name == "seconds":
+                    for contestant, times in value.items():
+                        spread = f"{min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}"
+                        print(f"  {contestant:28} {statistics.median(times) * 1e3:10.1f} ms ({spread})")
+                else:
+                    print(
+                        f"  {name.replace('_', ' '):28} {value if isinstance(value, dict) else format(value, '10.3g')}"
+                    )
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

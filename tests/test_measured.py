@@ -1,0 +1,215 @@
+"""Trainings that are measured on the way, and the two studies made of them, at a small size."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from bnjax import analysis, data, models, train
+from bnjax.layers import Conv
+from bnjax.linen import BatchNorm, NoisyBatchNorm
+from bnjax.studies import Options, activations, deep_linear, landscape, smoothness
+from bnjax.studies.measured import Plan, overhead, random_batch, train_measured
+from bnjax.studies.saving import Saving
+
+MODEL = models.Perceptron((4,), 1, BatchNorm, "after")
+EXAMPLES = tuple(data.circles().train)
+SETTINGS = {"key": jax.vmap(jax.random.key)(jnp.arange(2)), "rate": jnp.array([0.1, 0.3])}
+
+
+class Silent:
+    def __init__(self):
+        self.told, self.read = {}, []
+
+    def task(self, variant):
+        return lambda steps, means: self.told.setdefault(variant.label, []).append((steps, means))
+
+    def reading(self, text, fraction):
+        self.read.append((text, fraction))
+
+
+def plan(together, count=None):
+    def create(setting):
+        optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=setting["rate"])
+        return train.create_train_state(MODEL, optimizer, setting["key"], jnp.ones((1, 2)))
+
+    def step(state, x, y, key):
+        return train.train_step(state, x, y, objective=train.binary_cross_entropy)
+
+    def measure(state, x, y, key):
+        if count is not None:
+            jax.debug.callback(count)
+        return {"step": state.step, "mean": x.mean()}
+
+    return Plan(create, random_batch(16), step, measure, 12, 3, together, lambda state: state.params)
+
+
+def test_settings_together_and_one_after_the_other():
+    seen = [train_measured(plan(together), SETTINGS, EXAMPLES) for together in (True, False)]
+    for a, b in zip(
+        *(jax.tree.leaves((s.metrics, s.measurements, s.states.params, s.kept)) for s in seen), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    one = seen[0]
+    assert one.metrics.loss.shape == (2, 12)
+    assert one.measurements["step"].tolist() == [[0, 3, 6, 9]] * 2
+    assert one.measured_at.tolist() == [0, 3, 6, 9]
+    kept = one.kept["Dense_0"]["kernel"]
+    assert kept.shape == (2, 4, 2, 4)
+    np.testing.assert_array_equal(kept[:, -1], one.states.params["Dense_0"]["kernel"])
+
+
+def test_an_interrupted_training_continues(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(steps, means):
+        if steps >= 6:
+            raise Stop
+
+    def saving(resume):
+        return Saving(tmp_path, {"study": "test"}, 0.0, resume)
+
+    with pytest.raises(Stop):
+        train_measured(plan(True), SETTINGS, EXAMPLES, name="a", saving=saving(False), progress=stop)
+    told = []
+    options = {"name": "a", "saving": saving(True), "progress": lambda steps, means: told.append(steps)}
+    continued = train_measured(plan(True), SETTINGS, EXAMPLES, **options)
+    assert told[0] > 3 and told[-1] == 12
+    whole = train_measured(plan(True), SETTINGS, EXAMPLES)
+    trees = [(s.metrics, s.measurements, s.states.params) for s in (continued, whole)]
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_overhead_runs_with_and_without_measurements():
+    calls = []
+    with_, without = overhead(plan(True, lambda: calls.append(1)), jax.tree.map(lambda v: v[0], SETTINGS), EXAMPLES)
+    jax.effects_barrier()
+    assert len(calls) == 4 and with_ > 0 and without > 0
+
+
+def test_measurements_divide_the_steps():
+    with pytest.raises(ValueError, match="multiple of those between measurements, 3, got 10"):
+        train_measured(Plan(*[len] * 4, 10, 3), SETTINGS, EXAMPLES)
+
+
+def images(shape, classes=10):
+    rng = np.random.default_rng(0)
+
+    def split(count):
+        y = rng.integers(0, classes, count).astype(np.int32)
+        x = rng.integers(0, 60, (count, *shape)).astype(np.uint8)
+        x[np.arange(count), y % shape[0], y] = 255
+        return data.Split(x, y)
+
+    return data.Dataset("small", split(256), split(1000), classes)
+
+
+@pytest.mark.slow
+def test_activations(monkeypatch):
+    monkeypatch.setattr(data, "images", lambda *arguments: images((28, 28, 1)))
+    monkeypatch.setattr(activations, "RATE_STEPS", 20)
+    report = Silent()
+    results, figures = activations.run(Options(2, steps=40), report)
+    assert list(results.variants) == ["none", "bn"]
+    assert (
+        results.metric("bn", "largest_scale_cosine").max() < 0.05 < results.metric("none", "largest_scale_cosine").min()
+    )
+    assert [claim.id for claim in results.claims] == ["S3.1", "S3.2", "S3.3", "S3.4", "S3.5"]
+    assert set(figures) == {
+        "test_accuracy.png",
+        "percentiles.png",
+        "saturation.png",
+        "gradient_norms.png",
+        "learning_rates.png",
+    }
+    assert results.arrays["bn/test_accuracy"].shape == (2, 40)
+    assert report.told["batch norm"][-1][0] == 40
+    assert len(results.notes["grid"]["bn"]) == 12
+
+
+class Tiny(nn.Module):
+    """In place of VGG, which takes long to compile."""
+
+    classes: int
+    norm: object
+
+    @nn.compact
+    def __call__(self, x, *, training, mask=None, keys=None):
+        x = Conv(3, (3, 3), strides=4)(x)
+        if self.norm is not None:
+            x = self.norm(use_running_average=not training)(x)
+        return nn.Dense(self.classes)(nn.relu(x).reshape((x.shape[0], -1)))
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(data, "images", lambda *arguments: images((16, 16, 3)))
+    patch.setattr(smoothness, "VGG", lambda classes, norm, depth, width: Tiny(classes, norm))
+    patch.setattr(deep_linear, "DEPTH", 3)
+    patch.setattr(smoothness, "RATES", (0.01, 0.1))
+    for name, value in (("EIGENPAIRS", 1), ("LANCZOS_STEPS", 5), ("GRID", np.linspace(-1, 1, 3)), ("PATH_POINTS", 3)):
+        patch.setattr(landscape, name, value)
+    report = Silent()
+    yield *smoothness.run(Options(2, steps=10, variants=("none", "bn", "noisy")), report), report
+    patch.undo()
+
+
+def test_smoothness(smooth):
+    results, figures, report = smooth
+    nets = [f"{net}_{v}" for net in ("linear", "vgg") for v in ("none", "bn", "noisy")]
+    assert list(results.variants) == nets
+    for name in nets:
+        assert results.arrays[f"{name}/smoothness"].shape == (2, 10)
+        assert (results.arrays[f"{name}/shift_distance"][:, :, 0] == 0).all()
+        assert (results.arrays[f"{name}/loss_max"] >= results.arrays[f"{name}/loss_min"]).all()
+    assert {"top_eigenvalue", "hessian_trace", "test_accuracy", "noise_scale"} <= set(results.variants["vgg_bn"][2])
+    assert results.metric("vgg_bn", "scale_cosine").max() < 1e-3 < results.metric("vgg_none", "scale_cosine").min()
+    assert [claim.id for claim in results.claims] == ["S6.2", "S6.3", "S6.4", "S6.5", "S6.6", "S6.8"]
+    assert results.notes["overhead"]["gradients_ratio"] == 1 + (8 + 1 + 1 + 2)
+    assert "cost of measuring" in results.texts[0][0]
+    assert {"vgg_landscape.png", "linear_landscape.png", "surfaces.png", "trajectories.png", "curvature.png"} <= set(
+        figures
+    )
+    assert report.told["VGG, batch norm"][-1][0] == 10
+
+
+def test_a_run_at_full_length_checks_the_accuracies(smooth):
+    results, _, _ = smooth
+    assert smoothness.claims(results, ("none", "bn"), True)[0].id == "S6.1"
+    assert smoothness.claims(results, ("bn",), True) == []
+
+
+def test_what_is_measured_is_the_training_loss_of_the_next_step():
+    network = smoothness.Network(functools.partial(NoisyBatchNorm), images((32, 32, 3)), 2)
+    network.model = Tiny(10, NoisyBatchNorm)
+    state = network.create({"key": jax.random.key(0)})
+    x, y = (jnp.asarray(v[:16]) for v in images((32, 32, 3)).train)
+    key = jax.random.key(3)
+    _, metrics = network.plan(10, 1).step(state, x, y, key)
+    np.testing.assert_allclose(network.loss(state.batch_stats, key)(state.params, x, y), metrics.loss, rtol=1e-6)
+    assert abs(network.loss(state.batch_stats, jax.random.key(4))(state.params, x, y) - metrics.loss) > 1e-3
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="--variants must be among none, bn, noisy, l1, l2, linf, got bm"):
+        smoothness.run(Options(1, steps=10, variants=("bm",)), Silent())
+    with pytest.raises(ValueError, match="--steps must be at least 10"):
+        smoothness.run(Options(1, steps=5), Silent())
+
+
+def test_deep_linear_network_is_the_product_of_its_matrices(monkeypatch):
+    monkeypatch.setattr(deep_linear, "DEPTH", 3)
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    seen = deep_linear.train_network("none", keys, 4, 2, progress=lambda *told: None)
+    layers, (x, target) = seen.states
+    product = layers[0]["kernel"] @ layers[1]["kernel"] @ layers[2]["kernel"]
+    found = np.square(x @ product - target).sum((1, 2))
+    assert (found < seen.metrics.loss[:, -1]).all() and (found > 0.9 * seen.metrics.loss[:, -1]).all()
+    assert isinstance(seen.measurements["probe"], analysis.GradientProbe)
