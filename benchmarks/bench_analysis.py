@@ -5,8 +5,8 @@
 Both networks have batch norm, in the mode 'batch', and a batch of 128: a perceptron 784 – 64 – 64 – 10, and VGG-11 on
 32 × 32 images (`--width`, 64 by default). Three questions, each answered by medians of alternating runs:
 
-- probes: eight probes along the gradient (loss, gradient, distance, cosine), against nine calls of the compiled gradient,
-  and against PyTorch, in its faster memory format;
+- probes: eight probes along the gradient (loss, gradient, distance, cosine), against nine calls of the compiled
+  gradient, and against PyTorch, in its faster memory format;
 - eigenpairs: the 20 largest eigenvalues of the Hessian by Lanczos, against power iteration with deflation (at most 100
   iterations each, until the value changes by less than 0.1 %) in PyTorch, with the largest relative error of both
   against a longer Lanczos run;
@@ -101,6 +101,7 @@ class Pair:
                 module.bias.copy_(torch.from_numpy(ours["bias"].copy()))
 
     def torch_loss(self, images: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy of the batch, in training mode."""
         return torch.nn.functional.cross_entropy(self.module(images), self.labels)
 
 

@@ -13,10 +13,20 @@ from jax.sharding import PartitionSpec as P
 from bnjax.layers import Conv, Dropout, conv2d, max_pool
 
 KEY = jax.random.key(0)
-# Batch, size, channels; kernel, features; strides, padding: chunks of one and of several examples among them.
+# Batch, size, channels; kernel, features; strides, padding: by windows and, from 16 channels on, by tiles; in one chunk
+# and in several, of one example and of more.
 CASES = {
     "3x3": ((4, 6, 5, 3), (3, 3), 4, 1, "SAME"),
-    "3x3 of many examples": ((6, 33, 32, 30), (3, 3), 2, 1, "SAME"),
+    "3x3 of many examples": ((6, 33, 32, 12), (3, 3), 2, 1, "SAME"),
+    "3x3 of many channels": ((4, 6, 5, 16), (3, 3), 4, 1, "SAME"),
+    "3x3 of many channels, examples": ((6, 33, 32, 16), (3, 3), 2, 1, "SAME"),
+    "3x3 of many channels, large examples": ((3, 65, 64, 30), (3, 3), 2, 1, "SAME"),
+    "3x3 of many channels, inside": ((2, 5, 8, 17), (3, 3), 3, 1, "VALID"),
+    "3x3 of many channels, unequal padding": ((2, 4, 5, 16), (3, 3), 3, 1, ((2, 0), (0, 3))),
+    "3x3 of many channels, one pixel": ((3, 1, 1, 16), (3, 3), 3, 1, "SAME"),
+    "3x3 of many channels, one result": ((3, 3, 3, 16), (3, 3), 3, 1, "VALID"),
+    "3x3 of many channels, stride 2": ((2, 7, 8, 16), (3, 3), 4, (1, 2), "SAME"),
+    "1x1 of many channels": ((2, 5, 4, 16), (1, 1), 4, 1, "SAME"),
     "3x3 of stride 2": ((2, 7, 8, 3), (3, 3), 4, 2, ((1, 1), (1, 1))),
     "1x1 of stride 2": ((2, 7, 8, 3), (1, 1), 4, (2, 2), "VALID"),
     "7x7 of stride 2": ((2, 16, 16, 3), (7, 7), 4, (2, 2), ((3, 3), (3, 3))),
@@ -56,30 +66,32 @@ def test_conv_has_flax_convs_parameters():
     assert set(jax.eval_shape(Conv(4, (3, 3), use_bias=False).init, KEY, x)["params"]) == {"kernel"}
 
 
-@pytest.mark.parametrize("strides", [1, 2])
-def test_conv2d_has_all_derivatives(x64, strides):
-    x, kernel = arguments((4, 6, 6, 3), (3, 3), 2)
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((4, 6, 6, 3), 1), ((4, 6, 6, 3), 2), ((4, 5, 6, 16), 1), ((4, 33, 32, 16), 1)],
+    ids=["windows", "windows of stride 2", "tiles", "chunks of tiles"],
+)
+def test_conv2d_has_all_derivatives(x64, shape, strides):
+    x, kernel = arguments(shape, (3, 3), 2)
 
     @functools.partial(jax.jit, static_argnums=0)
     def derivatives(conv, x, kernel):
-        def loss(kernel):
-            return jnp.sin(conv(x, kernel, strides=strides)).sum()
+        def loss(at):
+            return jnp.sin(conv(*at, strides=strides)).sum()
 
-        gradient, tangent = jax.grad(loss), jnp.cos(kernel)
-        reverse_over_reverse = jax.grad(lambda kernel: (gradient(kernel) * tangent).sum())
-        return (
-            jax.jvp(loss, (kernel,), (tangent,)),
-            jax.jvp(gradient, (kernel,), (tangent,)),
-            reverse_over_reverse(kernel),
-        )
+        at, tangent = (x, kernel), (jnp.sin(x), jnp.cos(kernel))
+        gradient = jax.grad(loss)
+        reverse_over_reverse = jax.grad(lambda at: sum(map(jnp.vdot, gradient(at), tangent)))
+        return jax.jvp(loss, (at,), (tangent,)), jax.jvp(gradient, (at,), (tangent,)), reverse_over_reverse(at)
 
     chex.assert_trees_all_close(*(derivatives(conv, x, kernel) for conv in (conv2d, xla_conv)), rtol=1e-10, atol=1e-10)
     with jax.disable_jit():  # the platform is known before the derivative is taken
         chex.assert_trees_all_close(conv2d(x, kernel), xla_conv(x, kernel), rtol=1e-10, atol=1e-10)
 
 
-def test_conv2d_maps_and_scans(x64):
-    x, kernel = arguments((5, 6, 6, 3), (3, 3), 2)
+@pytest.mark.parametrize("channels", [3, 16], ids=["windows", "tiles"])
+def test_conv2d_maps_and_scans(x64, channels):
+    x, kernel = arguments((5, 6, 6, channels), (3, 3), 2)
     kernels = jnp.stack([kernel, 2 * kernel])
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -94,8 +106,10 @@ def test_conv2d_maps_and_scans(x64):
     chex.assert_trees_all_close(all_of(conv2d), all_of(xla_conv), rtol=1e-10, atol=1e-10)
 
 
-def test_devices_share_a_batch_without_gathering_it():
-    x, kernel = arguments((16, 32, 32, 60), (3, 3), 2, np.float32)
+@pytest.mark.parametrize("channels", [15, 60], ids=["windows", "tiles"])
+def test_devices_share_a_batch_without_gathering_it(channels):
+    x, kernel = arguments((16, 32, 32, channels), (3, 3), 2, np.float32)
+    kernel /= 10  # else the sine of large numbers magnifies rounding errors, also those of XLA's convolution
 
     def gradient(conv, x, kernel):
         return jax.grad(lambda x, kernel: jnp.sin(conv(x, kernel)).sum(), (0, 1))(x, kernel)
@@ -114,6 +128,33 @@ def test_devices_share_a_batch_without_gathering_it():
     # Replication is checked; the gradient by the kernel, which all devices share, is summed over them.
     mapped = jax.shard_map(ours, mesh=mesh, in_specs=(P("batch"), P()), out_specs=(P("batch"), P()))
     chex.assert_trees_all_close(jax.device_get(jax.jit(mapped)(*split)), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [2, 9, 16])
+def test_tiles_are_as_precise_as_windows(x64, size):
+    x, kernel = arguments((4, size, size, 64), (3, 3), 32)
+
+    def value_and_gradients(conv, dtype):
+        @jax.jit
+        def of(x, kernel):
+            y, vjp = jax.vjp(conv, x, kernel)
+            return y, *vjp(jnp.cos(x @ kernel[0, 0]))
+
+        # The arguments are rounded alike, so that the error is the computation's alone.
+        return of(*(a.astype(jnp.float32).astype(dtype) for a in (x, kernel)))
+
+    for got, expected in zip(*map(value_and_gradients, (conv2d, xla_conv), (jnp.float32, jnp.float64)), strict=True):
+        assert got.dtype == jnp.float32
+        assert jnp.sqrt(jnp.square(got - expected).mean()) < 2e-6 * expected.std()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_tiles_in_other_dtypes(dtype):
+    x, kernel = (5 * a for a in arguments((2, 6, 5, 16), (3, 3), 4, np.float32))
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    y, expected = conv2d(x, kernel), xla_conv(*(a.astype(jnp.float32) for a in (x, kernel)))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=jnp.finfo(dtype).eps, atol=1e-3)
 
 
 def test_bfloat16_computes_with_float32_parameters():
@@ -139,8 +180,9 @@ def test_a_platform_gets_its_own_program_alone():
     assert analysis.temp_size_in_bytes < 8 * x.nbytes  # all patches would be 9 times the input
 
 
-def test_conv2d_takes_an_empty_batch():
-    assert conv2d(jnp.zeros((0, 6, 6, 3)), jnp.zeros((3, 3, 3, 2))).shape == (0, 6, 6, 2)
+@pytest.mark.parametrize("channels", [3, 16], ids=["windows", "tiles"])
+def test_conv2d_takes_an_empty_batch(channels):
+    assert conv2d(jnp.zeros((0, 6, 6, channels)), jnp.zeros((3, 3, channels, 2))).shape == (0, 6, 6, 2)
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def _curvature(ends: Mapping[str, Ends], labels: Mapping[str, str], title: str) 
 
 def _surfaces(ends: Mapping[str, Ends], title: str) -> Figure:
     """Contours and relief along filter-normalised random directions."""
-    figure = Figure(figsize=(4.8 * max(1, len(ends)), 8.4), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 4.8 * len(ends)), 8.4), layout="constrained")
     figure.suptitle(f"Loss around the trained VGG, filter-normalised random directions ({title})", fontsize=10)
     for i, (label, end) in enumerate(ends.items()):
         ax = figure.add_subplot(2, len(ends), i + 1)
@@ -249,7 +249,7 @@ def _surfaces(ends: Mapping[str, Ends], title: str) -> Figure:
 
 def _trajectories(ends: Mapping[str, Ends], title: str) -> Figure:
     """The path of training in the plane of its principal components, as contours and as a relief."""
-    figure = Figure(figsize=(4.8 * max(1, len(ends)), 8.4), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 4.8 * len(ends)), 8.4), layout="constrained")
     figure.suptitle(f"The path of training in its principal plane, from circle to star ({title})", fontsize=10)
     for i, (label, end) in enumerate(ends.items()):
         ax = figure.add_subplot(2, len(ends), i + 1)

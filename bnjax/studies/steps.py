@@ -92,6 +92,17 @@ STEPS: Mapping[str, StepOf] = {
         preprocess=functools.partial(cifar.prepare, mean=121.0),
         random=True,
     ),
+    "activations": StepOf(
+        lambda norm: models.Perceptron((100, 100, 100), 10, norm, "before", nn.sigmoid),
+        optax.sgd(0.1),
+        train.cross_entropy,
+        (784,),
+        60,
+        epsilon=1e-5,
+    ),
+    "smoothness": StepOf(
+        lambda norm: models.VGG(10, norm), optax.sgd(0.1), train.cross_entropy, (32, 32, 3), 128, epsilon=1e-5
+    ),
     "resnet18": _residual(models.resnet18, 256),
     "resnet50": _residual(models.resnet50, 128),
 }
