@@ -152,9 +152,26 @@ class TestGradientProbe:
         loss = lambda p: (p["count"] * p["w"] ** 2).sum() + jax.random.uniform(p["key"])
         probe = analysis.gradient_probe(loss, params, jnp.array([0.1]))
         np.testing.assert_allclose(probe.gradient_norm, np.linalg.norm([4, 6, 8]))
+        blocks = analysis.layer_eigenpairs(loss, params, 1, key=jax.random.key(0))
+        assert list(blocks) == ["w"]
+        np.testing.assert_allclose(blocks["w"].values, [8], rtol=1e-5)
         product = analysis.hessian_product(loss, params, params)
         np.testing.assert_allclose(product["w"], [4, 6, 8])
         assert product["count"].dtype == params["count"].dtype and not product["count"].any()
+
+    def test_frozen_parameters(self, network):
+        loss, params, batch = network
+        inside = lambda p, *batch: loss([jax.lax.stop_gradient(p[0]), *p[1:]], *batch)
+        outside, chosen = analysis.restrict(loss, params, ["1", "2"])
+        assert list(chosen) == ["1/kernel", "2/kernel"]
+        steps = jnp.array([0.1, 0.3])
+        found = [
+            jax.jit(functools.partial(analysis.gradient_probe, f))(p, steps, *batch)
+            for f, p in ((inside, params), (outside, chosen))
+        ]
+        chex.assert_trees_all_close(*found, rtol=1e-10)
+        shift = analysis.covariate_shift(inside, params, params, *batch)
+        assert shift.gradient_norm[0] == 0 and np.isnan(shift.cosine[0]) and np.isfinite(shift.cosine[1:]).all()
 
     def test_low_precision_parameters_are_measured_in_float32(self):
         probe = analysis.gradient_probe(lambda w: (w**2).sum(), jnp.ones(4, jnp.bfloat16), 0.5)

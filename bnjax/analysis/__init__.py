@@ -7,6 +7,7 @@ is measured, batch norm's mode included, is decided where the loss is made (`bnj
 Figures are in `bnjax.analysis.plots`.
 """
 
+from bnjax.analysis._trees import restrict
 from bnjax.analysis.activations import ActivationStatistics, activation_statistics
 from bnjax.analysis.curvature import (
     Eigenpairs,
@@ -79,6 +80,7 @@ __all__ = [
     "loss_surface",
     "measured_scan",
     "random_direction",
+    "restrict",
     "sam_sharpness",
     "scale_invariance",
     "shard_loss",

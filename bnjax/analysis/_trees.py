@@ -137,6 +137,36 @@ def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[
     return found
 
 
+def restrict(loss_fn: LossFn, params: Any, layers: Sequence[Layer]) -> tuple[LossFn, dict[str, Any]]:
+    """The loss as a function of some layers' parameters alone, the others frozen: every measurement takes it.
+
+    Args:
+      loss_fn: `loss_fn(params, *args) -> scalar`.
+      params: pytree of arrays.
+      layers: paths of the parameters that are not frozen, such as 'Conv_0' or 'Dense_1/kernel'.
+
+    Returns:
+      `loss(chosen, *args)` and `chosen`, the arrays by their paths.
+
+    Raises:
+      ValueError: for paths at which there is nothing, or that overlap.
+
+    >>> from bnjax import analysis
+    >>> loss, chosen = analysis.restrict(lambda w: w['a'] * w['b'] ** 2, {'a': 3.0, 'b': 2.0}, ['b'])
+    >>> print(analysis.gradient_probe(loss, chosen, 0.1).gradient_norm)
+    12.0
+    """
+    paths, leaves = zip(*jax.tree.leaves_with_path(params, is_leaf=_is_none), strict=True)
+    numbers = [n for group in layer_leaves(params, layers).values() for n in group if leaves[n] is not None]
+    tree = jax.tree.structure(params, is_leaf=_is_none)
+
+    def loss(chosen: dict[str, Any], *args: Any) -> Array:
+        whole = [chosen.get(path_name(path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        return loss_fn(jax.tree.unflatten(tree, whole), *args)
+
+    return loss, {path_name(paths[n]): leaves[n] for n in numbers}
+
+
 def of_leaves(tree: Any, numbers: Sequence[int]) -> list[Any]:
     """Some leaves of a tree, by their numbers among all (None counts as a leaf)."""
     leaves = jax.tree.leaves(tree, is_leaf=_is_none)

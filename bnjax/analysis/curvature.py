@@ -164,7 +164,7 @@ def layer_eigenpairs(
       which: as that of `hessian_eigenpairs`.
 
     Returns:
-      `Eigenpairs` by the layer's name, whose vectors are lists of the layer's arrays.
+      `Eigenpairs` by the layer's name, whose vectors are dicts of the layer's arrays by their paths.
 
     Raises:
       TypeError, ValueError: as `hessian_eigenpairs`; for layers that are unknown or overlap.
@@ -177,21 +177,13 @@ def layer_eigenpairs(
     {'a': [4.0], 'b': [4.0]}
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
-    flat, tree = jax.tree.flatten(free, is_leaf=lambda leaf: leaf is None)
+    if layers is None:
+        layers = [name for name, leaves in _trees.layer_leaves(free, None).items() if _trees.of_leaves(free, leaves)]
     found = {}
-    for i, (name, numbers) in enumerate(_trees.layer_leaves(free, layers).items()):
-        chosen = [n for n in numbers if flat[n] is not None]
-        if not chosen:
-            continue
-
-        def of_layer(block, *args, chosen=chosen):
-            leaves = list(flat)
-            for n, leaf in zip(chosen, block, strict=True):
-                leaves[n] = leaf
-            return loss_fn(jax.tree.unflatten(tree, leaves), *args)
-
+    for i, layer in enumerate(layers):
+        parts = (layer,) if isinstance(layer, str) else tuple(layer)
         options = {"key": jax.random.fold_in(key, i), "num_steps": num_steps, "which": which}
-        found[name] = hessian_eigenpairs(of_layer, [flat[n] for n in chosen], k, *args, **options)
+        found[parts[0]] = hessian_eigenpairs(*_trees.restrict(loss_fn, free, parts), k, *args, **options)
     return found
 
 
