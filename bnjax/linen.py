@@ -67,6 +67,7 @@ class _Normalizer(nn.BatchNorm):
             mean.value, var.value = batch_stats["mean"], batch_stats["var"]
         return y
 
+    @nn.nowrap
     def _normalized(self, *arrays, training: bool, **options) -> tuple[Any, Any, Moments | None]:
         """The output, the running statistics, and the batch's moments if these may be sown and merged."""
         raise NotImplementedError
@@ -106,6 +107,7 @@ class BatchNorm(_Normalizer):
 
     bessel_correction: bool = False
 
+    @nn.nowrap
     def _normalized(self, *arrays, **options):
         return batch_norm_and_moments(*arrays, bessel_correction=self.bessel_correction, **options)
 
@@ -137,6 +139,7 @@ class NoisyBatchNorm(_Normalizer):
     sample_shift: Any = 0.1
     sample_scale: Any = 0.1
 
+    @nn.nowrap
     def _normalized(self, *arrays, training, **options):
         strengths = {name: getattr(self, name) for name in ("unit_shift", "unit_scale", "sample_shift", "sample_scale")}
         options |= {"training": training, "key": self._key() if training else None, **strengths}
@@ -170,5 +173,6 @@ class LpBatchNorm(_Normalizer, kw_only=True):
 
     p: float
 
+    @nn.nowrap
     def _normalized(self, *arrays, **options):
         return *lp_batch_norm(*arrays, p=self.p, **options), None

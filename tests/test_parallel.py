@@ -71,11 +71,11 @@ def test_fifty_steps_on_eight_devices_equal_those_on_one_in_float64(way, accumul
     step = train.make_train_step(traces, parallel=way, accumulate_steps=accumulate_steps)
     start = train.place_state(new_state(model(), np.float64), step.mesh)
     state, metrics = fit(step, start, np.float64)
+    assert step.compiled._cache_size() == 1
     (params, batch_stats), expected = on_one_device(np.float64, accumulate_steps)
     chex.assert_trees_all_close(jax.device_get(state.params), params, rtol=1e-10, atol=1e-10)
     chex.assert_trees_all_close(jax.device_get(state.batch_stats), batch_stats, rtol=1e-6)  # kept in float32
     chex.assert_trees_all_close(metrics, expected, rtol=1e-10)
-    assert step.compiled._cache_size() == 1
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))  # donated
 
 

@@ -187,7 +187,7 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlan
     >>> from bnjax import analysis
     >>> plane = analysis.trajectory_plane(jnp.array([[4.0, 0.0], [2.0, 1.0], [0.0, 0.0]]))
     >>> print(abs(plane.coordinates).round(2)[0], plane.explained_variance.round(2))
-    [4. 0.] [0.95 0.05]
+    [3.98 0.41] [0.96 0.04]
     """
     if isinstance(trajectory, Sequence) and trajectory:
         trajectory = jax.tree.map(lambda *points: jnp.stack(points), *trajectory)
