@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
 from bnjax import parallel
+from bnjax.linen import LpBatchNorm
 from bnjax.moments import Moments, merge_moments
 from bnjax.parallel import SYNC_AXIS
 
@@ -144,6 +145,11 @@ def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
             return next_function(*arguments, **options)
         checked.add(module.path)
+        if groups is not None and isinstance(module, LpBatchNorm):
+            raise ValueError(
+                f"the running norms of {'/'.join(module.path)} (LpBatchNorm) in several groups of devices can't be "
+                "merged as moments can. Make the mesh without group_size."
+            )
         given = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
         frozen = module.use_running_average if given is None else given
         if mesh.size > 1 and not frozen:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import bnjax
 from bnjax import parallel, train
-from bnjax.linen import BatchNorm
+from bnjax.linen import BatchNorm, LpBatchNorm
 from bnjax.models import Perceptron
 
 WAYS = ["jit", "shard_map", "pmap"]
@@ -505,6 +505,14 @@ def test_integer_weights_and_padding_of_any_value():
     got, _ = step(new_state(model()), x, Y[0], weights)
     chex.assert_trees_all_close(jax.device_get(got.params), jax.device_get(expected.params))
     chex.assert_trees_all_close(jax.device_get(got.batch_stats), jax.device_get(expected.batch_stats))
+
+
+def test_norms_that_groups_can_not_merge_are_refused():
+    mesh = parallel.make_mesh(2)
+    net = Perceptron((4,), 3, functools.partial(LpBatchNorm, p=2, axis_name="batch"), "before")
+    state = train.split_batch_stats(train.create_train_state(net, optax.sgd(0.1), KEY, jnp.zeros((1, 4))), 4)
+    with pytest.raises(ValueError, match=r"LpBatchNorm_0 .*can't be merged"):
+        train.make_train_step(train.cross_entropy, mesh)(state, X[0], Y[0])
 
 
 def test_a_state_merged_and_split_again_compiles_no_second_time():
