@@ -44,6 +44,7 @@ def interleaved(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
+            time.sleep(0.3)  # PyTorch's threads spin for a while after their work, which would slow the next contestant
             clock = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - clock)

@@ -34,7 +34,7 @@ def linen_loss(
     *,
     mode: str = "batch",
     at: Any = None,
-    argument: str = "training",
+    argument: str | None = "training",
     rngs: Mapping[str, Array] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Array]:
@@ -47,7 +47,7 @@ def linen_loss(
       mode: how the batch norms normalise: 'batch', 'running', 'frozen' or 'reestimated'; see the module.
       at: inputs of the batch whose statistics are taken, for 'frozen' and 'reestimated'.
       argument: the argument of the model's call that says whether it trains: 'training', 'train', …, or the contrary:
-        'use_running_average', 'deterministic', ….
+        'use_running_average', 'deterministic', …; None for a model without.
       rngs: random keys by name, for dropout; the same at every call, so that the loss is one function.
       axis_name: mapped axes over which weights are summed, where the loss is called on parts of a batch whose mean is
         taken (`bnjax.analysis.shard_loss`); without weights it makes no difference.
@@ -93,7 +93,7 @@ def linen_batch_stats(
     x: Any,
     *,
     weights: Any = None,
-    argument: str = "training",
+    argument: str | None = "training",
     rngs: Mapping[str, Array] | None = None,
 ) -> Any:
     """The collection 'batch_stats' with the statistics of one batch in place of the running ones.
@@ -126,13 +126,17 @@ def linen_batch_stats(
 
     masked = {} if weights is None else {"mask": weights}
     keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
+    # Another set of mutable collections than training has, since nn.jit remembers what it traced by this set.
+    mutable = ["batch_stats", "statistics of a batch"]
+    stats = jax.tree.map(jnp.zeros_like, variables.get("batch_stats", {}))  # zero times NaN would stay NaN
+    variables = {**variables, "batch_stats": stats}
     with nn.intercept_methods(without_memory):
-        updates = model.apply(variables, x, **_phase(argument, True), **masked, **keys, mutable=["batch_stats"])[1]
+        updates = model.apply(variables, x, **_phase(argument, True), **masked, **keys, mutable=mutable)[1]
     return updates.get("batch_stats", {})
 
 
 def layers_in_order(
-    model: nn.Module, variables: Mapping[str, Any], x: Any, *, argument: str = "training"
+    model: nn.Module, variables: Mapping[str, Any], x: Any, *, argument: str | None = "training"
 ) -> list[tuple[str, ...]]:
     """The layers of a linen model in the order of their calls, as paths into its parameters.
 
@@ -180,7 +184,7 @@ def layer_outputs(
     x: Any,
     *,
     mode: str = "batch",
-    argument: str = "training",
+    argument: str | None = "training",
 ) -> dict[str, Array]:
     """Output of each layer of a linen model: of its batch norm where there is one, else of its kernel.
 
@@ -288,8 +292,10 @@ def nnx_loss(
     return loss, params
 
 
-def _phase(argument: str, training: bool) -> dict[str, Any]:
-    """The argument that says whether the model trains."""
+def _phase(argument: str | None, training: bool) -> dict[str, Any]:
+    """The argument that says whether the model trains, if it has one."""
+    if argument is None:
+        return {}
     return {argument: training != (argument in _INVERTED)}
 
 

@@ -1,5 +1,6 @@
 """Parameters as vectors: the floating-point leaves of a pytree, their inner products, and the layers they belong to."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -71,7 +72,11 @@ def filled(free: Any, params: Any) -> Any:
     """`free` in the structure of `params`, with zeros where a leaf is not differentiated."""
     if jax.tree.structure(free) == jax.tree.structure(params):
         return free
-    return jax.tree.map(lambda leaf, old: jnp.zeros_like(old) if leaf is None else leaf, free, params, is_leaf=_is_none)
+
+    def fill(leaf, old):
+        return leaf if leaf is not None or old is None else jnp.zeros_like(old)
+
+    return jax.tree.map(fill, free, params, is_leaf=_is_none)
 
 
 def dot(a: Any, b: Any) -> Array:
@@ -79,9 +84,9 @@ def dot(a: Any, b: Any) -> Array:
 
     def of_leaves(x, y):
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
-        return jnp.vdot(jnp.ravel(x), jnp.ravel(y), preferred_element_type=dtype)
+        return jnp.vdot(jnp.ravel(x), jnp.ravel(y), precision="highest", preferred_element_type=dtype)
 
-    return sum(jax.tree.leaves(jax.tree.map(of_leaves, a, b)), jnp.zeros(()))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaves, a, b)), jnp.zeros((), jnp.float32))
 
 
 def norm(tree: Any) -> Array:
@@ -122,9 +127,10 @@ def layers_in_order(params: Any, layers: Sequence[Layer] | None) -> dict[str, li
 
 def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
     """The leaves (by their number) of each layer; by default each child of the root, by natural order, is one."""
-    paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_none)]
+    keys = [path for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_none)]
+    paths = [path_name(path) for path in keys]
     if layers is None:
-        layers = sorted({path.split("/")[0] for path in paths}, key=_natural)
+        layers = sorted({path_name(path[:1]) for path in keys}, key=_natural)
     found: dict[str, list[int]] = {}
     for layer in layers:
         parts = (layer,) if isinstance(layer, str) else tuple(layer)
@@ -174,8 +180,8 @@ def of_leaves(tree: Any, numbers: Sequence[int]) -> list[Any]:
 
 
 def _counted_children(params: Any) -> list[str]:
-    if isinstance(params, list | tuple):
-        return [str(i) for i in range(len(params))]
+    if isinstance(params, list | tuple) and not hasattr(params, "_fields"):
+        return [str(i) for i, layer in enumerate(params) if jax.tree.leaves(layer)]
     if isinstance(params, Mapping):
         names = [re.fullmatch(r"(.*?)(\d+)", str(key)) for key in params]
         if all(names) and len({match[1] for match in names if match}) == 1:

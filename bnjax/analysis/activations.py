@@ -74,6 +74,7 @@ def activation_statistics(
         slope = jax.jvp(activation, (h,), (jnp.ones_like(h),))[1]
         flat = jnp.abs(slope) < min_slope
         quantiles = jnp.percentile(h, levels.astype(h.dtype), axis=0)
-        return ActivationStatistics(quantiles, h.mean(0), h.std(0), flat.mean(), flat.all(0).mean())
+        known = jnp.where(jnp.isnan(slope).any(), jnp.nan, 1)  # of NaN it can't be said whether they are flat
+        return ActivationStatistics(quantiles, h.mean(0), h.std(0), known * flat.mean(), known * flat.all(0).mean())
 
     return {name: of_layer(name, h) for name, h in preactivations.items()}

@@ -226,7 +226,7 @@ def eigenpairs(
     order = {"largest": -values, "magnitude": -jnp.abs(values), "smallest": values}[which]
     chosen = jnp.argsort(order)[:k]
     unravel = ravel_pytree(like)[1]
-    found = vectors[:, chosen].T @ basis
+    found = jnp.matmul(vectors[:, chosen].T, basis, precision="highest")
     return Eigenpairs(values[chosen], jax.vmap(unravel)(found), remainder * jnp.abs(vectors[-1, chosen]))
 
 

@@ -270,9 +270,10 @@ def scale_invariance(
         dtype = jnp.promote_types(w.dtype, jnp.float32)
         w, g = (jnp.moveaxis(v, filter_axis, -1).reshape((-1, v.shape[filter_axis])).astype(dtype) for v in (w, g))
         sizes = jnp.linalg.norm(w, axis=0) * jnp.linalg.norm(g, axis=0)
-        cosines = jnp.where(sizes > 0, jnp.abs((w * g).sum(0)) / jnp.where(sizes > 0, sizes, 1), -1)
+        counted = ~(sizes <= 0)  # NaN counts
+        cosines = jnp.where(counted, jnp.abs((w * g).sum(0)) / jnp.where(counted, sizes, 1), -1)
         largest = cosines.max(initial=-1)
-        return jnp.where(largest >= 0, largest, jnp.nan), jnp.linalg.norm(w), jnp.linalg.norm(g)
+        return jnp.where(largest < 0, jnp.nan, largest), jnp.linalg.norm(w), jnp.linalg.norm(g)
 
     cosine, weight_norm, gradient_norm = (
         jnp.stack(values) for values in zip(*(measured(*kernels[name]) for name in chosen), strict=True)

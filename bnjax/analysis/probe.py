@@ -129,6 +129,8 @@ def gradient_probe(
         )
     check_batch_size(batch_size)
     base_loss, gradient = jax.value_and_grad(loss_fn)(free, *args)
+    # Where a loss is NaN, its formal derivative may still be a number.
+    gradient = jax.tree.map(lambda g: jnp.where(jnp.isnan(base_loss), jnp.nan, g), gradient)
     direction = gradient if direction is None else _trees.free_part("direction", direction, free)
     gradient_norm, direction_norm = _trees.norm(gradient), _trees.norm(direction)
     steps = steps.astype(direction_norm.dtype)
@@ -137,7 +139,6 @@ def gradient_probe(
         loss, there = jax.value_and_grad(loss_fn)(_trees.moved(free, -step, direction), *args)
         there_norm, product = _trees.norm(there), _trees.dot(there, gradient)
         distance = _trees.norm(_trees.subtract(there, gradient))
-        # Where the loss is NaN, its formal derivative may still be a number.
         distance, product = (jnp.where(jnp.isnan(loss), jnp.nan, v) for v in (distance, product))
         return loss, distance, product / (there_norm * gradient_norm)
 

@@ -123,10 +123,11 @@ def hessian_diagonal(
 
     def add(total, key):
         v = _signs(key, free)
-        return jax.tree.map(lambda t, a, b: t + a * b, total, v, product(v)), None
+        return jax.tree.map(lambda t, a, b: t + a * b.astype(t.dtype), total, v, product(v)), None
 
-    total = lax.scan(add, jax.tree.map(jnp.zeros_like, free), jax.random.split(key, num_samples))[0]
-    return _trees.filled(jax.tree.map(lambda t: t / num_samples, total), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), free)
+    total = lax.scan(add, zeros, jax.random.split(key, num_samples))[0]
+    return _trees.filled(jax.tree.map(lambda t, p: (t / num_samples).astype(p.dtype), total, free), params)
 
 
 def spectral_density(
@@ -181,8 +182,9 @@ def spectral_density(
 
     nodes, weights = lax.map(probe, jax.random.split(key, num_probes))
     low, high = nodes.min(), nodes.max()
-    # Where all Ritz values are equal there is no range: then 1 % of their size.
-    scale = jnp.where(high > low, high - low, jnp.maximum(jnp.abs(high), jnp.finfo(nodes.dtype).tiny * 1e6))
+    # Where all Ritz values are equal, up to rounding, there is no range: then 1 % of their size.
+    size = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)), jnp.finfo(nodes.dtype).tiny * 1e6)
+    scale = jnp.where(high - low > 1000 * jnp.finfo(nodes.dtype).eps * size, high - low, size)
     sigma = jnp.asarray(0.01 * scale if bandwidth is None else bandwidth, nodes.dtype)
     grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, num_points)
     bumps = jnp.exp(-0.5 * jnp.square((grid[None, :, None] - nodes[:, None, :]) / sigma))
