@@ -1,5 +1,6 @@
 """Trainings that are measured on the way, and the two studies made of them, at a small size."""
 
+import copy
 import functools
 
 import jax
@@ -184,6 +185,41 @@ def test_a_run_at_full_length_checks_the_accuracies(smooth):
     results, _, _ = smooth
     assert smoothness.claims(results, ("none", "bn"), True)[0].id == "S6.1"
     assert smoothness.claims(results, ("bn",), True) == []
+
+
+def changed(results, losses, curve):
+    """The results with other final losses of VGG, and curves of one number everywhere by variant."""
+    other = copy.deepcopy(results)
+    for name, (_, _, metrics) in other.variants.items():
+        variant = name.split("_")[1]
+        metrics["final_loss"] = np.array(losses[variant])
+        metrics["shift_cosine"] = np.full(2, curve[variant])
+        for key in ("loss_min", "loss_max", "distance_max", "smoothness"):
+            other.arrays[f"{name}/{key}"] = np.full((2, 10), 0.0 if key == "loss_min" else curve[variant])
+    return {claim.id: claim.verdict for claim in smoothness.claims(other, ("none", "bn", "noisy"), False)}
+
+
+def test_verdicts_on_made_up_numbers(smooth):
+    results = smooth[0]
+    nan, bad = float("nan"), ("not reproduced", "undecided")
+    good = changed(
+        results, {"none": [2.0, 2.1], "bn": [1.0, 1.1], "noisy": [1.0, 1.1]}, {"none": 2.0, "bn": 1.0, "noisy": 1.0}
+    )
+    assert [good[c] for c in ("S6.2", "S6.3", "S6.4", "S6.5", "S6.6")] == ["reproduced"] * 5
+    unknown = changed(
+        results,
+        {"none": [nan, nan], "bn": [nan, nan], "noisy": [nan, nan]},
+        dict.fromkeys(("none", "bn", "noisy"), nan),
+    )
+    assert all(unknown[c] in bad for c in ("S6.2", "S6.3", "S6.4", "S6.5", "S6.6"))
+    harmful = changed(
+        results, {"none": [1.0, 1.1], "bn": [1.2, 1.3], "noisy": [2.0, 2.1]}, {"none": 1.0, "bn": 2.0, "noisy": 1.0}
+    )
+    assert all(harmful[c] in bad for c in ("S6.2", "S6.3", "S6.4", "S6.5", "S6.6"))
+    diverged = changed(
+        results, {"none": [nan, nan], "bn": [1.0, 1.1], "noisy": [1.0, nan]}, {"none": nan, "bn": 1.0, "noisy": 1.0}
+    )
+    assert diverged["S6.2"] == "reproduced" and diverged["S6.6"] in bad
 
 
 def test_what_is_measured_is_the_training_loss_of_the_next_step():
