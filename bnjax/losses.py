@@ -157,18 +157,28 @@ def layers_in_order(
     >>> losses.layers_in_order(model, variables, jnp.ones((3, 2)))
     [('Dense_0', 'BatchNorm_0'), ('Dense_1', 'BatchNorm_1'), ('Dense_2',)]
     """
-    found: dict[str, bool] = {}
+    found: dict[str, bool] = {}  # paths in the order in which they are first used, and whether there is a kernel
 
     def remember(next_function, arguments, options, context):
-        result = next_function(*arguments, **options)
         own = context.module.variables.get("params", {})
-        arrays = [value for value in own.values() if not isinstance(value, Mapping)]
-        if arrays and context.method_name == "__call__":
-            found.setdefault("/".join(context.module.path), any(jnp.ndim(value) >= 2 for value in arrays))
-        return result
+        arrays = {name: value for name, value in own.items() if not isinstance(value, Mapping)}
+        has_kernel = any(jnp.ndim(value) >= 2 for value in arrays.values())
+        path = "/".join(context.module.path)
+        if arrays and len(arrays) == len(own) and path:
+            found.setdefault(path, has_kernel)
+        else:  # beside its own, the module has parameters of others, which are layers of their own
+            for name, value in arrays.items():
+                found.setdefault(f"{path}/{name}".lstrip("/"), jnp.ndim(value) >= 2)
+        return next_function(*arguments, **options)
 
     with nn.intercept_methods(remember):
         jax.eval_shape(lambda v: model.apply(v, x, **_phase(argument, False)), dict(variables))
+    leaves = ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(variables["params"])]
+    missing = [leaf for leaf in leaves if not any(leaf == path or leaf.startswith(f"{path}/") for path in found)]
+    if missing:
+        raise ValueError(
+            f"the parameters {', '.join(missing)} are used by no module's method, so their order is unknown."
+        )
     layers: list[tuple[str, ...]] = []
     for path, has_kernel in found.items():
         if has_kernel or not layers:

@@ -436,7 +436,7 @@ class TestSurface:
         path = [
             {"a": jnp.asarray(rng.normal(size=(2, 3))), "n": 3, "b": jnp.asarray(rng.normal(size=5))} for _ in range(6)
         ]
-        plane = analysis.trajectory_plane(path, 3)
+        plane = analysis.trajectory_plane(jax.tree.map(lambda *p: jnp.stack(jnp.asarray(p)), *path), 3)
         points = np.stack([np.concatenate([np.ravel(p["a"]), p["b"]]) for p in path])
         offsets = points - points[-1]
         _, sizes, rows = np.linalg.svd(offsets, full_matrices=False)
@@ -450,6 +450,14 @@ class TestSurface:
         stacked = {k: jnp.stack([jnp.asarray(p[k]) for p in path]) for k in ("a", "b")}
         again = jax.jit(analysis.trajectory_plane)(stacked)
         np.testing.assert_allclose(again.coordinates, plane.coordinates[:, :2], atol=1e-10)
+
+    def test_trajectories_of_lists_and_on_a_line(self):
+        layers = [jnp.ones((5, 3, 3)), jnp.arange(10.0).reshape(5, 2)]
+        plane = analysis.trajectory_plane(layers)
+        assert plane.coordinates.shape == (5, 2) and [d.shape for d in plane.directions[0]] == [(3, 3), (2,)]
+        np.testing.assert_allclose(np.linalg.norm(flat(plane.directions[0])), 1, rtol=1e-5)
+        assert plane.explained_variance.tolist() == [1, 0]
+        assert not flat(plane.directions[1]).any() and not plane.coordinates[:, 1].any()
 
     def test_linear_path(self, x64):
         loss = lambda w: jnp.cos(w["a"]) + w["b"]

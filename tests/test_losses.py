@@ -185,6 +185,54 @@ def test_layers_in_order():
     assert layers[0] == ("Conv_0", "BatchNorm_0") and layers[-1] == ("Dense_0",) and len(layers) == 7
 
 
+def test_layers_with_parameters_of_their_own_and_other_methods():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x @ self.param("kernel", nn.initializers.ones, (3, 3)))
+
+    class Encoder(nn.Module):
+        def setup(self):
+            self.kernel = self.param("kernel", nn.initializers.ones, (3, 3))
+
+        def encode(self, x):
+            return x @ self.kernel
+
+    class Model(nn.Module):
+        def setup(self):
+            self.encoder, self.block = Encoder(), Block()
+            self.shift = self.param("shift", nn.initializers.ones, (3,))
+
+        def __call__(self, x):
+            return self.block(self.encoder.encode(x)) + self.shift[None]
+
+    variables = Model().init(jax.random.key(0), X)
+    layers = losses.layers_in_order(Model(), variables, X, argument=None)
+    assert layers[0] == ("shift",) and layers[1:] == [("encoder",), ("block/kernel",), ("block/Dense_0",)]
+    loss = losses.linen_loss(Model(), variables, lambda z, y: (z**2).sum(-1), argument=None)
+    shift = analysis.covariate_shift(loss, variables["params"], variables["params"], X, Y, layers=layers)
+    assert shift.layers == ("shift", "encoder", "block/kernel", "block/Dense_0")
+
+
+def test_statistics_of_a_batch_do_not_reach_what_nn_jit_remembers():
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x, training):
+            return bnjax.linen.BatchNorm(use_running_average=not training)(x)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, training):
+            return nn.jit(Inner, static_argnums=2)(name="inner")(x, training)
+
+    variables = Model().init(jax.random.key(0), X, training=False)
+    for _ in range(2):
+        stats = losses.linen_batch_stats(Model(), variables, X)["inner"]["BatchNorm_0"]
+        np.testing.assert_allclose(stats["mean"], X.mean(0), rtol=1e-5)
+        _, updates = Model().apply(variables, X, training=True, mutable=["batch_stats"])
+        np.testing.assert_allclose(updates["batch_stats"]["inner"]["BatchNorm_0"]["mean"], 0.01 * X.mean(0), rtol=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["batch", "running"])
 def test_layer_outputs(mode):
     model, variables = make(bnjax.linen.BatchNorm)

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from bnjax import analysis, data, models, train
+from bnjax.checkpoint import CheckpointError
 from bnjax.layers import Conv
 from bnjax.linen import BatchNorm, NoisyBatchNorm
 from bnjax.studies import Options, activations, deep_linear, landscape, smoothness
@@ -77,6 +78,9 @@ def test_an_interrupted_training_continues(tmp_path):
 
     with pytest.raises(Stop):
         train_measured(plan(True), SETTINGS, EXAMPLES, name="a", saving=saving(False), progress=stop)
+    others = {**SETTINGS, "rate": 2 * SETTINGS["rate"]}
+    with pytest.raises(CheckpointError, match="settings"):
+        train_measured(plan(True), others, EXAMPLES, name="a", saving=saving(True))
     told = []
     options = {"name": "a", "saving": saving(True), "progress": lambda steps, means: told.append(steps)}
     continued = train_measured(plan(True), SETTINGS, EXAMPLES, **options)
@@ -236,7 +240,7 @@ def test_what_is_measured_is_the_training_loss_of_the_next_step():
 def test_bad_options():
     with pytest.raises(ValueError, match="--variants must be among none, bn, noisy, l1, l2, linf, got bm"):
         smoothness.run(Options(1, steps=10, variants=("bm",)), Silent())
-    with pytest.raises(ValueError, match="--steps must be at least 10"):
+    with pytest.raises(ValueError, match=r"--steps must be a multiple of a number from 10 to 200, got 5\. Say 10"):
         smoothness.run(Options(1, steps=5), Silent())
 
 

@@ -1,6 +1,5 @@
 """Directions in the space of parameters, and the loss over lines and planes through it."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -171,15 +170,17 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlan
     """The principal components of a training trajectory about its last point, and the path projected on them.
 
     Args:
-      trajectory: pytree of parameters with a leading axis of T ≥ 2 points, or a sequence of T such pytrees.
+      trajectory: pytree of parameters with a leading axis of T ≥ 2 points everywhere. (Stack a list of them by
+        `jax.tree.map(lambda *points: jnp.stack(points), *trajectory)`.)
       num_directions: d, up to T − 1; static.
 
     Returns:
       A `TrajectoryPlane`: `loss_surface(loss_fn, plane.origin, plane.directions, …)` is the loss around the path. The
-      T × T inner products of the points are decomposed, so that P parameters cost T P numbers and T² P operations.
+      T × T inner products of the points are decomposed, so that P parameters cost T P numbers and T² P operations. A
+      direction that the points do not span, up to the rounding errors of these products, is zero.
 
     Raises:
-      ValueError: for fewer than two points, or more directions than they span.
+      ValueError: for fewer than two points, or more directions than T − 1.
 
     References:
       Li et al. 2018 (arXiv 1712.09913), section 7: PCA of the differences to the last point.
@@ -189,8 +190,6 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlan
     >>> print(abs(plane.coordinates).round(2)[0], plane.explained_variance.round(2))
     [3.98 0.41] [0.96 0.04]
     """
-    if isinstance(trajectory, Sequence) and trajectory:
-        trajectory = jax.tree.map(lambda *points: jnp.stack(points), *trajectory)
     leaves = jax.tree.leaves(trajectory)
     points = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in leaves}
     if len(points) != 1 or min(points) < 2:
@@ -207,14 +206,17 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlan
         jnp.zeros((count, count), dtype),
     )
     values, vectors = jnp.linalg.eigh(gram)
-    values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1]
+    values, vectors = values[::-1], vectors[:, ::-1]
+    # What the path does not span is lost in the rounding errors of the inner products: there is no direction.
+    values = jnp.where(values > 10 * count * jnp.finfo(dtype).eps * values[0], values, 0)
     lengths = jnp.sqrt(values[:num_directions])
     inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
     weights = vectors[:, :num_directions] * inverse[None]
 
     def direction(i: int) -> Any:
         def of_leaf(offset, like):
-            return (weights[:, i].astype(offset.dtype) @ offset).reshape(like.shape[1:])
+            row = jnp.matmul(weights[:, i].astype(offset.dtype), offset, precision="highest")
+            return row.reshape(like.shape[1:])
 
         return _trees.filled(jax.tree.map(of_leaf, offsets, free), origin)
 

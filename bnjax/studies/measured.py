@@ -1,6 +1,7 @@
 """Trains networks that are measured on the way, all settings of one variant in one vmapped and scanned program."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -105,12 +106,13 @@ def train_measured(
     run = jax.jit(over(run_one, (0, 0, None, None)), donate_argnums=0)
     shapes = jax.eval_shape(run, jax.eval_shape(create, groups[0]), groups[0], examples, 0)[1:]
     axis = int(plan.together)
+    digest = _digest(settings)
     found = []
     for number, setting in enumerate(groups):
         state, done = create(setting), 0
         # Metrics and measurements of all calls: their axis of steps comes after that of settings.
         parts = jax.tree.map(lambda v: _empty(v, plan.steps // size, axis), shapes)
-        configuration = {"group": number, "settings": count, "steps": plan.steps, "every": plan.every}
+        configuration = {"group": number, "settings": digest, "steps": plan.steps, "every": plan.every}
         saved = saving and saving.of(f"{name}-{number}", configuration)
         if saved and (restored := saved.restore((state, parts))):
             done, (state, parts) = restored
@@ -181,6 +183,15 @@ def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -
             if repeat:
                 seconds.append((time.perf_counter() - clock) / plan.every)
     return float(np.median(times[True])), float(np.median(times[False]))
+
+
+def _digest(settings: Setting) -> str:
+    """A text that changes with any number of the settings."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(settings):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        digest.update(np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _empty(like: Any, calls: int, axis: int) -> np.ndarray:

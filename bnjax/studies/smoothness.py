@@ -59,9 +59,12 @@ def run(options: Options, report: Report):
     name = options.dataset or "cifar10"
     scale = SHORT if jax.default_backend() == "cpu" else FULL
     steps, width = options.steps or scale["steps"], options.width or scale["width"]
-    if steps < 10:
-        raise ValueError(f"--steps must be at least 10 for a trajectory, got {steps}.")
-    every = next(n for n in range(min(scale["every"], steps // 10), 0, -1) if steps % n == 0)
+    parts = [n for n in range(1, steps // 10 + 1) if steps % n == 0 and steps // n <= 200]
+    if not parts:
+        raise ValueError(
+            f"--steps must be a multiple of a number from 10 to 200, got {steps}. Say {steps // 10 * 10 + 10}."
+        )
+    every = max((n for n in parts if n <= scale["every"]), default=parts[0])
     chosen = _chosen(options.variants)
     images = data.images(name, options.data_dir, report.reading)
     linear_steps = min(scale["linear_steps"], 20 * steps)
@@ -97,7 +100,7 @@ def run(options: Options, report: Report):
         tell = report.task(_variant(f"vgg_{variant}", f"VGG, {LABELS[variant]}", steps))
         examples = tuple(images.train)
         vgg[variant] = train_measured(
-            plan, {"key": keys}, examples, name=f"vgg_{variant}", progress=tell, saving=options.saving
+            plan, {"key": keys}, examples, name=f"vgg_{variant}_{width}", progress=tell, saving=options.saving
         )
         rates = None
         if variant in ("none", "bn"):
