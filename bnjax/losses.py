@@ -4,10 +4,12 @@ What is measured depends on how the batch norms normalise. With W the parameters
 
     'batch'        L(W; statistics of the measured batch at W): the function that training descends
     'running'      L(W; S), S being the running statistics: inference
-    'frozen'       L(W; S), S being the statistics of a given batch at a given W₀, held
+    'frozen'       L(W; S), S being the statistics of a given batch at a given W₀, held (and of a layer that is called
+                   several times, those of its last call)
     'reestimated'  L(W; S(W)), S(W) being the statistics of a given batch at the same W, such as on a path of solutions
 
-They have different gradients and Hessians. (On a mesh global and each device's statistics differ too: see
+They have different gradients and Hessians. Only in mode 'batch' the model is in its training phase, with the noise of
+dropout and of `bnjax.linen.NoisyBatchNorm`. (On a mesh global and each device's statistics differ too: see
 `bnjax.analysis.shard_loss`.)
 """
 
@@ -195,6 +197,7 @@ def layer_outputs(
     *,
     mode: str = "batch",
     argument: str | None = "training",
+    rngs: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
     """Output of each layer of a linen model: of its batch norm where there is one, else of its kernel.
 
@@ -206,6 +209,7 @@ def layer_outputs(
       x: inputs of a batch.
       mode: whether batch norms normalise by the batch's statistics or by the running ones.
       argument: as that of `linen_loss`.
+      rngs: as those of `linen_loss`.
 
     Returns:
       Arrays `[batch, …, units]` by the layer's first path, as in `layers_in_order`.
@@ -221,10 +225,12 @@ def layer_outputs(
         raise ValueError(f"mode must be 'batch' or 'running', got {mode!r}.")
     layers = layers_in_order(model, variables, x, argument=argument)
     last = {layer[-1]: layer[0] for layer in layers}
+    keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
     updates = model.apply(
         variables,
         x,
         **_phase(argument, mode == "batch"),
+        **keys,
         mutable=["intermediates", "batch_stats"],
         capture_intermediates=lambda module, name: name == "__call__" and "/".join(module.path) in last,
     )[1]

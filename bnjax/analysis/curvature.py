@@ -21,7 +21,8 @@ class Eigenpairs(NamedTuple):
     Attributes:
       values: eigenvalues, the first that were asked for first, `[k]`.
       vectors: pytree like the parameters with a leading axis of k: orthonormal eigenvectors.
-      residuals: ‖H v − λ v‖₂, `[k]`: some eigenvalue lies within this distance of each value.
+      residuals: ‖H v − λ v‖₂, `[k]`, what is left of it by too few steps: some eigenvalue lies within this distance of
+        each value, up to the rounding errors of the products (some hundred ε max |λ|), which come in addition.
     """
 
     values: Array

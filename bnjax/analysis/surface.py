@@ -246,7 +246,7 @@ def linear_path(
       params: pytree of arrays, A; leaves that are not floating-point are constants.
       other_params: pytree like `params`, B.
       *args: what `loss_fn` takes besides.
-      coordinates: t, increasing from 0 to 1, `[K]`; 25 equal steps by default.
+      coordinates: t, increasing, the first 0 and the last 1, `[K]`; 25 equal steps by default.
       batch_size: points computed at once by vmap; one after the other by default. Static.
 
     Raises:
