@@ -217,6 +217,7 @@ def _add(results: Results, name: str, label: str, seen: Measured, further: Mappi
         "gradient_distance": np.mean(probe.distance_max, 1),
         "smoothness": np.mean(np.asarray(probe.max_smoothness), 1),
         "shift_cosine": np.nanmean(shift.cosine[:, :, 1:], (1, 2)),
+        "shift_defined": np.mean(np.isfinite(shift.cosine[:, :, 1:]), (1, 2)),
         "relative_shift": np.nanmean(np.where(np.isfinite(relative), relative, np.nan)[:, :, 1:], (1, 2)),
         **further,
     }
@@ -292,8 +293,9 @@ def claims(results: Results, chosen: Sequence[str], full_length: bool) -> list[C
             SOURCE,
             "internal covariate shift is not smaller with batch norm",
             "not smaller",
-            "the cosine of a layer's gradients before and after the others' update (mean over layers and steps) is "
-            "not larger with it: the paired difference is at most 0, in both networks",
+            "the cosine of a layer's gradients before and after the others' update (mean over the layers and steps "
+            "where both are finite and not zero) is not larger with it: the paired difference is at most 0, in both "
+            "networks",
             "; ".join(f"{net}: difference {c.text(3)}" for net, c in cosine.items()),
             tuple(within(c, -np.inf, 0) if c.n == seeds else None for c in cosine.values()),
         )
