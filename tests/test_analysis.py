@@ -318,12 +318,38 @@ class TestCurvature:
         np.testing.assert_allclose(gram, np.eye(5), atol=1e-4 if dtype == np.float32 else 1e-12)
         assert (np.linalg.norm(a @ found.vectors.T - found.vectors.T * found.values[None], axis=0) < 1e-4).all()
 
-    def test_residuals_bound_the_error(self, x64):
-        values = jnp.linspace(0, 1, 300)
-        found = analysis.eigenpairs(lambda v: values * v, jnp.zeros(300), 3, key=jax.random.key(1), num_steps=12)
+    @pytest.mark.parametrize("num_steps", [12, 60, 160])  # in blocks of 1, 3 and 8
+    def test_residuals_bound_the_error(self, x64, num_steps):
+        values = jnp.linspace(0, 1, 3000)
+        run = functools.partial(analysis.eigenpairs, lambda v: values * v, jnp.zeros(3000), 3)
+        found = jax.jit(lambda key: run(key=key, num_steps=num_steps))(jax.random.key(1))
         true = np.linalg.norm(values[None] * found.vectors - found.values[:, None] * found.vectors, axis=1)
         np.testing.assert_allclose(found.residuals, true, rtol=1e-6)
         assert true[0] > 1e-3
+        np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(3), atol=1e-12)
+        distance = abs(np.asarray(values)[:, None] - found.values[None]).min(0)
+        assert (distance <= true).all()
+
+    @pytest.mark.parametrize(("size", "num_steps"), [(300, 120), (160, 160)])
+    def test_blocks_find_clusters(self, x64, size, num_steps):
+        rng = np.random.default_rng(0)
+        values = np.concatenate([[9.0] * 4, [5.0, 4.0], rng.uniform(-1, 1, size - 6)])
+        basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
+        a = jnp.asarray((basis * values) @ basis.T)
+        run = functools.partial(analysis.eigenpairs, lambda v: a @ v, jnp.zeros(size), 6, num_steps=num_steps)
+        found = jax.jit(lambda key: run(key=key))(jax.random.key(0))
+        np.testing.assert_allclose(found.values, values[:6], rtol=1e-9)  # all four, by blocks of 6 and 8
+        np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(6), atol=1e-12)
+
+    @pytest.mark.parametrize("kind", ["even", "outliers", "geometric"])
+    def test_all_pairs_of_blocks_in_float32(self, kind):
+        outliers = jnp.concatenate([jnp.linspace(100, 10, 20), jnp.linspace(0.1, 0, 180)])
+        even = jnp.linspace(1, 0, 200)
+        values = {"even": even, "outliers": outliers, "geometric": 10.0 ** (-8 * (1 - even))}[kind]
+        run = functools.partial(analysis.eigenpairs, lambda v: values * v, jnp.zeros(200), 200)
+        found = jax.jit(lambda key: run(key=key))(jax.random.key(0))
+        np.testing.assert_allclose(found.values, values, atol=2e-6 * values.max())
+        np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(200), atol=2e-5)
 
     def test_trace_and_diagonal(self, network):
         loss, params, batch = network

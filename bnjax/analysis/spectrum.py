@@ -8,8 +8,9 @@ from jax import lax
 from jaxtyping import Array, Key
 
 from bnjax.analysis import _trees
+from bnjax.analysis._lanczos import quadrature
 from bnjax.analysis._trees import LossFn
-from bnjax.analysis.curvature import lanczos, product_with
+from bnjax.analysis.curvature import product_with
 
 
 class TraceEstimate(NamedTuple):
@@ -175,12 +176,8 @@ def spectral_density(
     if not 1 <= num_steps <= size:
         raise ValueError(f"num_steps must be from 1 to the number of parameters, {size}, got {num_steps}.")
     product = product_with(loss_fn, free, args)
-
-    def probe(key):
-        _, values, vectors, _ = lanczos(product, free, num_steps, key)
-        return values, jnp.square(vectors[0])
-
-    nodes, weights = lax.map(probe, jax.random.split(key, num_probes))
+    keys = jax.random.split(key, num_probes)
+    nodes, weights = lax.map(lambda key: quadrature(product, free, num_steps, key), keys)
     low, high = nodes.min(), nodes.max()
     # Where all Ritz values are equal, up to rounding, there is no range: then 1 % of their size.
     size = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)), jnp.finfo(nodes.dtype).tiny * 1e6)
