@@ -325,7 +325,7 @@ def _mean(losses: Any, weights: Any, axis_name: Any) -> Array:
     total, members = weights.sum(), 1
     if axis_name is not None:
         total, members = lax.psum(total, axis_name), lax.axis_size(axis_name)
-    kept = jnp.where(weights > 0, losses, 0)  # what is masked may be NaN
+    kept = jnp.where(weights > 0, losses, 0)  # a masked loss may be NaN; inputs must be finite for the gradient
     return members * (weights * kept).sum() / jnp.where(total > 0, total, 1)
 
 

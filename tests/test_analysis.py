@@ -173,6 +173,14 @@ class TestGradientProbe:
         shift = analysis.covariate_shift(inside, params, params, *batch)
         assert shift.gradient_norm[0] == 0 and np.isnan(shift.cosine[0]) and np.isfinite(shift.cosine[1:]).all()
 
+    def test_gradients_of_the_smoothness_with_a_zero_step(self):
+        def smoothness(w):
+            return analysis.gradient_probe(lambda w: (w**4).sum(), w, jnp.array([0.0, 0.01])).max_smoothness
+
+        w, e = jnp.array([1.0, 2.0]), jnp.array([0.0, 1e-2])
+        numeric = (smoothness(w + e) - smoothness(w - e)) / 2e-2
+        np.testing.assert_allclose(jax.grad(smoothness)(w)[1], numeric, rtol=1e-2)
+
     def test_low_precision_parameters_are_measured_in_float32(self):
         probe = analysis.gradient_probe(lambda w: (w**2).sum(), jnp.ones(4, jnp.bfloat16), 0.5)
         assert probe.gradient_norm.dtype == jnp.float32 and probe.gradient_norm == 4
@@ -183,6 +191,12 @@ class TestGradientProbe:
     [
         (lambda: analysis.gradient_probe(lambda w: 0.0, {}, 0.1), ValueError, "params must hold at least one array"),
         (lambda: analysis.gradient_probe(lambda w: w, jnp.arange(3), 0.1), TypeError, "floating-point arrays"),
+        (
+            lambda: analysis.gradient_norms(lambda p: p["a"]["b"] + p["a/b"], {"a/b": 1.0, "a": {"b": 2.0}}),
+            ValueError,
+            "'a/b' twice",
+        ),
+        (lambda: analysis.measured_scan(max, 0, [1.0, [2.0]], measure=max, every=1), ValueError, "same number"),
         (lambda: analysis.gradient_probe(lambda w: w.real, 1j, 0.1), TypeError, "params must be real"),
         (lambda: analysis.gradient_probe(lambda w: w, jnp.ones(3), 0.1), TypeError, "scalar.*float32.3.*mean"),
         (lambda: analysis.gradient_probe(lambda w: (w, 1), 1.0, 0.1), TypeError, "auxiliary"),
@@ -424,12 +438,32 @@ class TestCovariateShift:
         found = analysis.covariate_shift(lambda p: sum(p.values()) ** 2, params, params)
         assert found.layers == tuple(f"Dense_{i}" for i in range(11))
 
+    def test_it_takes_one_gradient_and_one_for_each_layer(self):
+        calls = []
+
+        def loss(params):
+            jax.debug.callback(lambda: calls.append(0))
+            return sum(p**2 for p in params)
+
+        params = [jnp.array(1.0 + i) for i in range(5)]
+        jax.block_until_ready(analysis.covariate_shift(loss, params, params))
+        jax.effects_barrier()
+        before = len(calls)
+        jax.block_until_ready(jax.jit(functools.partial(analysis.gradient_probe, loss))(params, jnp.ones(7)))
+        jax.effects_barrier()
+        assert before <= 1 + 5 and len(calls) - before == 1 + 7
+
     def test_one_layer(self):
         found = analysis.covariate_shift(lambda p: p[0] ** 2, [1.0], [2.0])
         assert found.distance.tolist() == [0] and found.cosine.tolist() == [1]
 
 
 class TestSurface:
+    def test_half_precision_filters_do_not_overflow(self):
+        w = jnp.full((4, 2), 300.0, jnp.float16)
+        found = analysis.filter_normalize(jnp.ones((4, 2), jnp.float16), w)
+        np.testing.assert_array_equal(found, w)
+
     def test_line_plane_and_chunks(self, quadratic):
         loss, params, a = quadratic
         first = analysis.random_direction(jax.random.key(0), params)
@@ -542,6 +576,12 @@ class TestGradients:
         assert expected < many <= worst
         np.testing.assert_allclose(many, worst, rtol=1e-3)
         assert analysis.sam_sharpness(loss, jnp.zeros(2), 0.1) == 0
+
+    def test_scale_invariance_of_an_empty_kernel_and_of_half_precision(self):
+        found = analysis.scale_invariance(lambda p: sum(w.sum() for w in p), [jnp.zeros((3, 0)), jnp.ones((2, 2))])
+        assert np.isnan(found.cosine[0]) and found.cosine[1] == 1
+        half = analysis.scale_invariance(lambda w: (3 * w).sum(), jnp.full((4, 2), 200.0, jnp.float16))
+        np.testing.assert_allclose(half.weight_norm, 200 * np.sqrt(8), rtol=1e-6)
 
     def test_scale_invariance_with_batch_norm(self, network):
         loss, params, batch = network

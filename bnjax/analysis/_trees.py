@@ -90,8 +90,9 @@ def dot(a: Any, b: Any) -> Array:
 
 
 def norm(tree: Any) -> Array:
-    """Euclidean norm of a tree."""
-    return jnp.sqrt(dot(tree, tree))
+    """Euclidean norm of a tree; its derivative at zero is zero."""
+    square = dot(tree, tree)
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def subtract(a: Any, b: Any) -> Any:
@@ -129,6 +130,11 @@ def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[
     """The leaves (by their number) of each layer; by default each child of the root, by natural order, is one."""
     keys = [path for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_none)]
     paths = [path_name(path) for path in keys]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f"params must have leaves of different paths, got {twice!r} twice. Rename keys that hold a '/'."
+        )
     if layers is None:
         layers = sorted({path_name(path[:1]) for path in keys}, key=_natural)
     found: dict[str, list[int]] = {}

@@ -64,8 +64,9 @@ def measured_scan(
     >>> print(w, before, measured)
     0.5 [8. 4. 2. 1.] [64.  4.]
     """
-    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(inputs)}
-    if len(lengths) != 1:
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    lengths = {leaf.shape[0] if leaf.ndim else -1 for leaf in jax.tree.leaves(inputs)}
+    if len(lengths) != 1 or -1 in lengths:
         raise ValueError(f"inputs must be arrays with the same number of steps first, got {lengths or 'none'}.")
     (length,) = lengths
     if every < 1 or length % every:

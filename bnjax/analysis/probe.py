@@ -105,7 +105,8 @@ def gradient_probe(
 
     Returns:
       A `GradientProbe` of float32 (float64 for such parameters). Where the direction is zero, nothing moves: distances
-      are zero, smoothness NaN. A loss that is NaN somewhere makes the numbers NaN there.
+      are zero, smoothness NaN. A loss that is NaN somewhere makes the numbers NaN there. Parameters of 16 bits lose
+      steps below half their spacing (2⁻⁹ |W| in bfloat16): probe small steps at `float32` copies of them.
 
     Raises:
       TypeError, ValueError: for parameters without floating-point arrays, a loss that is no real scalar, no step sizes,
@@ -143,7 +144,8 @@ def gradient_probe(
         return loss, distance, product / (there_norm * gradient_norm)
 
     loss, distance, cosine = lax.map(at, steps, batch_size=batch_size)
-    smoothness = distance / (jnp.abs(steps) * direction_norm)
+    lengths = jnp.abs(steps) * direction_norm
+    smoothness = jnp.where(lengths == 0, jnp.nan, distance / jnp.where(lengths == 0, 1, lengths))
     return GradientProbe(loss, distance, cosine, smoothness, base_loss, gradient_norm, steps, direction_norm)
 
 

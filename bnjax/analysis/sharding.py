@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -43,6 +44,7 @@ def shard_loss(loss_fn: LossFn, mesh: Mesh) -> LossFn:
         return lax.pmean(loss_fn(params, *args), axes)
 
     def loss(params: Any, *args: Any) -> Array:
+        args = jax.tree.map(jnp.asarray, args)
         for leaf in jax.tree.leaves(args):
             if leaf.ndim == 0 or leaf.shape[0] % mesh.size:
                 raise ValueError(

@@ -98,8 +98,9 @@ def filter_normalize(direction: Any, params: Any, *, filter_axis: int = -1) -> A
         if w.ndim < 2:
             return jnp.zeros_like(d)
         axes = tuple(a for a in range(w.ndim) if a != filter_axis % w.ndim)
-        sizes = [jnp.sqrt(jnp.square(v).sum(axes, keepdims=True)) for v in (w, d)]
-        return d * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))
+        dtype = jnp.promote_types(d.dtype, jnp.float32)
+        sizes = [jnp.sqrt(jnp.square(v.astype(dtype)).sum(axes, keepdims=True)) for v in (w, d)]
+        return (d * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))).astype(d.dtype)
 
     return _trees.filled(jax.tree.map(scaled, direction, free), params)
 
