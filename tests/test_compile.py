@@ -444,7 +444,16 @@ def test_every_step_compiles_for_eight_chips(name, parallel):
     report = steps.compile_step(name, "v5e:2x4", parallel_by=parallel)
     assert report.error is None
     assert report.memory.total < report.chip.hbm
-    batch_norms = {"circles": 1, "blobs": 11, "mnist": 2, "cifar": 10, "resnet18": 20, "resnet50": 53}[name]
+    batch_norms = {
+        "circles": 1,
+        "blobs": 11,
+        "mnist": 2,
+        "activations": 3,
+        "smoothness": 8,
+        "cifar": 10,
+        "resnet18": 20,
+        "resnet50": 53,
+    }[name]
     kinds = {c.kind for c in report.collectives}
     assert kinds == {"all-reduce"}
     in_loops = [c for c in report.collectives if c.executions is None]

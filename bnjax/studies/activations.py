@@ -210,7 +210,7 @@ def claims(results: Results, ranges: dict[str, analysis.LearningRateRange]) -> l
     trains = np.asarray(ranges["bn"].trains)
     cell = {"learning_rate": LEARNING_RATE, "deviation": GRID["deviation"][0]}
     stuck = {
-        name: next(interval(c["test_accuracy"]) for c in cells if cell.items() <= c.items())
+        name: next(interval(np.array(c["test_accuracy"])) for c in cells if cell.items() <= c.items())
         for name, cells in results.notes["grid"].items()
     }
     # Where the plain network trains at the largest rate of all, what it tolerates is not known.
@@ -313,8 +313,8 @@ def _pair(title: str, values: dict[str, Any], draw: Callable[[Any, str, Any], An
 
 
 def _tolerated(without: analysis.LearningRateRange) -> tuple[float, ...]:
-    """1, 5 and 30 times the largest rate that trains without batch norm at any seed."""
-    largest = float(np.nanmax(np.asarray(without.largest)))
+    """1, 5 and 30 times the largest rate that trains without batch norm at any seed (the least tried if none does)."""
+    largest = float(np.fmax.reduce(np.append(np.asarray(without.largest), RATES[0])))
     return largest, 5 * largest, 30 * largest
 
 

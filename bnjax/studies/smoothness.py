@@ -216,9 +216,9 @@ def _add(results: Results, name: str, label: str, seen: Measured, further: Mappi
         "loss_range": np.mean(probe.loss_max - probe.loss_min, 1),
         "gradient_distance": np.mean(probe.distance_max, 1),
         "smoothness": np.mean(np.asarray(probe.max_smoothness), 1),
-        "shift_cosine": np.nanmean(shift.cosine[:, :, 1:], (1, 2)),
+        "shift_cosine": _mean_of_finite(shift.cosine[:, :, 1:]),
         "shift_defined": np.mean(np.isfinite(shift.cosine[:, :, 1:]), (1, 2)),
-        "relative_shift": np.nanmean(np.where(np.isfinite(relative), relative, np.nan)[:, :, 1:], (1, 2)),
+        "relative_shift": _mean_of_finite(relative[:, :, 1:]),
         **further,
     }
     curves = {key: np.asarray(values, np.float32) for key, values in curves.items()}
@@ -340,6 +340,13 @@ def claims(results: Results, chosen: Sequence[str], full_length: bool) -> list[C
         )
     )
     return found
+
+
+def _mean_of_finite(values: np.ndarray) -> np.ndarray:
+    """For each seed the mean of the numbers; NaN where there is none."""
+    count = np.isfinite(values).sum((1, 2))
+    total = np.where(np.isfinite(values), values, 0).sum((1, 2))
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _is_smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
