@@ -110,6 +110,16 @@ def test_effective_smoothness_is_a_line_on_a_logarithmic_axis(ax, trained):
     assert ax.get_yscale() == "log"
 
 
+def test_wide_lines_get_a_logarithmic_axis_and_styles_may_start_later(ax, trained):
+    wide = trained[0]._replace(loss=np.geomspace(1, 1e5, np.size(trained[0].loss)).reshape(np.shape(trained[0].loss)))
+    lines = plots.gradient_probe(ax, {"wide": wide}, STEPS, first_style=2)
+    assert ax.get_yscale() == "log"
+    assert lines["wide"].get_color() == plots.COLORS[2] and lines["wide"].get_linestyle() == plots.STYLES[2]
+    other = Figure().subplots()
+    plots.gradient_probe(other, {"wide": wide}, STEPS, log=False)
+    assert other.get_yscale() == "linear"
+
+
 def test_probe_figure_has_three_axes_and_one_legend(trained):
     figure = plots.probe_figure({"with": trained[0], "without": trained[0]}, STEPS)
     FigureCanvasAgg(figure).draw()

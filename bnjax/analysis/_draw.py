@@ -26,6 +26,7 @@ PROBE = {
     "gradient_cosine": ("cosine of ∇L(W − a d)\nand ∇L(W)", False),
     "smoothness": ("effective β-smoothness\nmax ‖Δ∇L‖₂ / ‖a d‖₂", True),
 }
+SANTURKAR = ("loss", "gradient_distance", "smoothness")  # the panels of their Figure 4
 SHIFT = {"distance": ("shift ‖G − G′‖₂", True), "cosine": ("cosine of G and G′", False)}
 
 
@@ -68,12 +69,19 @@ def chosen(quantity: str, table: Mapping[str, tuple[str, bool]], log: bool | Non
 
 
 def draw_bands(
-    ax: Axes, bands: Mapping[str, Any], x: Any, xlabel: str, ylabel: str, log: bool, ordered: bool = False
+    ax: Axes,
+    bands: Mapping[str, Any],
+    x: Any,
+    xlabel: str,
+    ylabel: str,
+    log: bool,
+    ordered: bool = False,
+    first: int = 0,
 ) -> Lines:
     """Lines with bands `(line, low, high)` by label."""
     lines = {}
-    for i, (label, band) in enumerate(bands.items()):
-        color = colormaps[COLOR_MAP](0.9 * i / max(1, len(bands) - 1)) if ordered else None
+    for i, (label, band) in enumerate(bands.items(), first):
+        color = colormaps[COLOR_MAP](0.9 * (i - first) / max(1, len(bands) - 1)) if ordered else None
         lines[label] = draw_band(ax, i, label, increasing("steps", x, len(band[0])), *band, color=color)
     set_scale(ax, log, lines)
     if ax.get_xscale() == "linear":
@@ -95,6 +103,12 @@ def draw_band(ax: Axes, i: int, label: str, x: Any, line: Any, low: Any, high: A
         y = np.full((~finite).sum(), 0.97 - 0.04 * (i % len(COLORS)))
         ax.plot(x[~finite], y, "x", color=style["color"], transform=ax.get_xaxis_transform())
     return drawn
+
+
+def is_wide(line: np.ndarray) -> bool:
+    """Whether a line is positive and spans four decades or more."""
+    finite = line[np.isfinite(line)]
+    return bool(len(finite)) and finite.min() > 0 and bool(finite.max() >= 1e4 * finite.min())
 
 
 def set_scale(ax: Axes, log: bool, lines: Lines) -> None:

@@ -99,7 +99,13 @@ def layer_map(ax: Axes, values: Mapping[str, Any], steps: Any, *, log: bool = Fa
 
 
 def gradient_probe(
-    ax: Axes, probes: Mapping[str, GradientProbe], steps: Any, *, quantity: str = "loss", log: bool | None = None
+    ax: Axes,
+    probes: Mapping[str, GradientProbe],
+    steps: Any,
+    *,
+    quantity: str = "loss",
+    log: bool | None = None,
+    first_style: int = 0,
 ) -> Lines:
     """A quantity of the gradient probe over training.
 
@@ -111,23 +117,26 @@ def gradient_probe(
       probes: by label, with arrays `[steps, K]` or `[seeds, steps, K]`.
       steps: at which they were measured, `[steps]`, increasing.
       quantity: 'loss', 'gradient_distance', 'gradient_cosine' or 'smoothness'.
-      log: whether the vertical axis is logarithmic; by default only that of the smoothness is.
+      log: whether the vertical axis is logarithmic; by default that of the smoothness is, and the others where a line
+        spans four decades or more.
+      first_style: number of the first line's colour and style, by which a label looks alike in several figures.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Figure 4 (a to c): the bands are theirs, lines and cosine are ours.
     """
-    ylabel, log = _draw.chosen(quantity, _draw.PROBE, log)
+    ylabel, is_log = _draw.chosen(quantity, _draw.PROBE, log)
     bands = {}
     for label, probe in probes.items():
         found = _draw.checked(f"probes[{label!r}].{quantity}", getattr(probe, quantity), "steps, K", "seeds, steps, K")
         bands[label] = [_draw.over_seeds(part)[0] for part in (_draw.averaged(found), found.min(-1), found.max(-1))]
         if quantity == "smoothness":
             bands[label] = _draw.over_seeds(np.asarray(probe.max_smoothness, float))
-    return _draw.draw_bands(ax, bands, steps, "training step", ylabel, log)
+    is_log |= log is None and any(_draw.is_wide(line) for line, _, _ in bands.values())
+    return _draw.draw_bands(ax, bands, steps, "training step", ylabel, is_log, first=first_style)
 
 
 def probe_figure(
-    probes: Any, steps: Any, *, quantities: Sequence[str] = ("loss", "gradient_distance", "smoothness")
+    probes: Any, steps: Any, *, quantities: Sequence[str] = _draw.SANTURKAR, first_style: int = 0
 ) -> Figure:
     """The gradient probe's loss variation, predictiveness and effective β beside each other, with a legend.
 
@@ -135,13 +144,14 @@ def probe_figure(
       probes: as those of `gradient_probe`, which draws each axes.
       steps: as those of `gradient_probe`.
       quantities: one for each axes.
+      first_style: as that of `gradient_probe`.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Figure 4.
     """
     figure = Figure(figsize=(2.5 * len(quantities), 2.9), layout="constrained")
     for ax, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
-        gradient_probe(ax, probes, steps, quantity=quantity)
+        gradient_probe(ax, probes, steps, quantity=quantity, first_style=first_style)
         ax.tick_params(labelsize=8)
     legend(figure)
     return figure

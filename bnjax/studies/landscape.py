@@ -170,7 +170,10 @@ def figures(
             if probes:
                 times = seen[names[0]].measured_at
                 quantities = ("loss", "gradient_distance", "smoothness", "gradient_cosine")
-                found[f"{net}_landscape{suffix}.png"] = drawing.probe_figure(probes, times, quantities=quantities)
+                first = list(seen).index(names[0])
+                found[f"{net}_landscape{suffix}.png"] = drawing.probe_figure(
+                    probes, times, quantities=quantities, first_style=first
+                )
     shown = {labels[n]: ends[n] for n in pair}
     found["surfaces.png"] = _surfaces(shown, title)
     found["trajectories.png"] = _trajectories(shown, title)

@@ -371,4 +371,4 @@ def _variant(name: str, label: str, steps: int) -> Variant:
 
 
 def _values(values: np.ndarray) -> str:
-    return ", ".join(f"{value:g}" for value in np.unique(values))
+    return ", ".join("none" if np.isnan(value) else f"{value:g}" for value in np.unique(values))
