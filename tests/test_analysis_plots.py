@@ -111,7 +111,8 @@ def test_effective_smoothness_is_a_line_on_a_logarithmic_axis(ax, trained):
 
 
 def test_wide_lines_get_a_logarithmic_axis_and_styles_may_start_later(ax, trained):
-    wide = trained[0]._replace(loss=np.geomspace(1, 1e5, np.size(trained[0].loss)).reshape(np.shape(trained[0].loss)))
+    probe = seed(trained[0], 0)
+    wide = probe._replace(loss=np.geomspace(1, 1e9, np.size(probe.loss)).reshape(np.shape(probe.loss)))
     lines = plots.gradient_probe(ax, {"wide": wide}, STEPS, first_style=2)
     assert ax.get_yscale() == "log"
     assert lines["wide"].get_color() == plots.COLORS[2] and lines["wide"].get_linestyle() == plots.STYLES[2]
