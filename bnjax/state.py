@@ -95,7 +95,12 @@ def merge_batch_stats(state: TrainState) -> TrainState:
     """
     if state.examples_seen is None:
         return state
-    seen = jnp.where(state.examples_seen.sum() > 0, state.examples_seen, 1)  # before the first step all are the same
+    return state.replace(batch_stats=_merged(state.batch_stats, state.examples_seen), examples_seen=None)
+
+
+@jax.jit  # one program: many small ones, each with sums over the devices, wait for each other where cores are few
+def _merged(batch_stats: Any, examples_seen: Array) -> Any:
+    seen = jnp.where(examples_seen.sum() > 0, examples_seen, 1)  # before the first step all are the same
 
     def merge(stats):
         if not isinstance(stats, Mapping):
@@ -107,7 +112,7 @@ def merge_batch_stats(state: TrainState) -> TrainState:
             m = merge_moments(m, Moments(stats["mean"][g], stats["var"][g], seen[g]))
         return {"mean": m.mean.astype(stats["mean"].dtype), "var": m.var.astype(stats["var"].dtype)}
 
-    return state.replace(batch_stats=merge(state.batch_stats), examples_seen=None)
+    return merge(batch_stats)
 
 
 def check_groups(state: TrainState, groups: int | None, caller: str) -> None:
