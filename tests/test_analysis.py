@@ -196,6 +196,11 @@ class TestGradientProbe:
             ValueError,
             "'a/b' twice",
         ),
+        (
+            lambda: analysis.layer_eigenpairs(jnp.sum, [jnp.ones(2)], 1, key=jax.random.key(0), layers=["0", "0"]),
+            ValueError,
+            "two of them",
+        ),
         (lambda: analysis.measured_scan(max, 0, [1.0, [2.0]], measure=max, every=1), ValueError, "same number"),
         (lambda: analysis.gradient_probe(lambda w: w.real, 1j, 0.1), TypeError, "params must be real"),
         (lambda: analysis.gradient_probe(lambda w: w, jnp.ones(3), 0.1), TypeError, "scalar.*float32.3.*mean"),
@@ -580,6 +585,8 @@ class TestGradients:
     def test_scale_invariance_of_an_empty_kernel_and_of_half_precision(self):
         found = analysis.scale_invariance(lambda p: sum(w.sum() for w in p), [jnp.zeros((3, 0)), jnp.ones((2, 2))])
         assert np.isnan(found.cosine[0]) and found.cosine[1] == 1
+        tiny = analysis.scale_invariance(lambda w: 1e-15 * w.sum(), jnp.full((4, 2), 1e-12))
+        np.testing.assert_allclose(tiny.cosine, 1, rtol=1e-5)
         half = analysis.scale_invariance(lambda w: (3 * w).sum(), jnp.full((4, 2), 200.0, jnp.float16))
         np.testing.assert_allclose(half.weight_norm, 200 * np.sqrt(8), rtol=1e-6)
 

@@ -95,6 +95,11 @@ def norm(tree: Any) -> Array:
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
+def input_axes(kernel: Array, filter_axis: int) -> tuple[int, ...]:
+    """All axes of a kernel but that which counts its filters."""
+    return tuple(a for a in range(kernel.ndim) if a != filter_axis % kernel.ndim)
+
+
 def subtract(a: Any, b: Any) -> Any:
     """`a − b`."""
     return jax.tree.map(jnp.subtract, a, b)

@@ -179,8 +179,9 @@ def layer_eigenpairs(
     {'a': [4.0], 'b': [4.0]}
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
+    groups = _trees.layer_leaves(free, layers)  # which raises for layers that overlap
     if layers is None:
-        layers = [name for name, leaves in _trees.layer_leaves(free, None).items() if _trees.of_leaves(free, leaves)]
+        layers = [name for name, leaves in groups.items() if _trees.of_leaves(free, leaves)]
     found = {}
     for i, layer in enumerate(layers):
         parts = (layer,) if isinstance(layer, str) else tuple(layer)

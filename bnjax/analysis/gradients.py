@@ -268,11 +268,17 @@ def scale_invariance(
 
     def measured(w: Array, g: Array) -> tuple[Array, Array, Array]:
         dtype = jnp.promote_types(w.dtype, jnp.float32)
+        inputs = _trees.input_axes(w, filter_axis)
         w, g = w.astype(dtype), g.astype(dtype)
-        inputs = tuple(a for a in range(w.ndim) if a != filter_axis % w.ndim)
-        sizes = jnp.sqrt(jnp.square(w).sum(inputs) * jnp.square(g).sum(inputs))
+
+        def scaled(v: Array) -> Array:  # lest squares underflow
+            largest = jnp.abs(v).max(inputs, keepdims=True, initial=0)
+            return v / jnp.where(largest == 0, 1, largest)
+
+        a, b = scaled(w), scaled(g)
+        sizes = jnp.sqrt(jnp.square(a).sum(inputs) * jnp.square(b).sum(inputs))
         counted = ~(sizes <= 0)  # NaN counts
-        cosines = jnp.where(counted, jnp.abs((w * g).sum(inputs)) / jnp.where(counted, sizes, 1), -1)
+        cosines = jnp.where(counted, jnp.abs((a * b).sum(inputs)) / jnp.where(counted, sizes, 1), -1)
         largest = cosines.max(initial=-1)
         return jnp.where(largest < 0, jnp.nan, largest), _trees.norm(w), _trees.norm(g)
 

@@ -97,8 +97,7 @@ def filter_normalize(direction: Any, params: Any, *, filter_axis: int = -1) -> A
     def scaled(d: Array, w: Array) -> Array:
         if w.ndim < 2:
             return jnp.zeros_like(d)
-        axes = tuple(a for a in range(w.ndim) if a != filter_axis % w.ndim)
-        dtype = jnp.promote_types(d.dtype, jnp.float32)
+        axes, dtype = _trees.input_axes(w, filter_axis), jnp.promote_types(d.dtype, jnp.float32)
         sizes = [jnp.sqrt(jnp.square(v.astype(dtype)).sum(axes, keepdims=True)) for v in (w, d)]
         return (d * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))).astype(d.dtype)
 
