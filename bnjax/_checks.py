@@ -165,10 +165,11 @@ def check_training(training: Any) -> None:
         )
 
 
-def check_in_range(name: str, value: Any, low: int | float, high: int | float) -> None:
+def check_in_range(name: str, value: Any, low: int | float, high: int | float, fix: str = "") -> None:
     """Raises unless `value` is a real scalar in [low, high]; of a traced one only shape and dtype are checked."""
     expected = f"in [{low}, {high}]" if high < np.inf else f"of at least {low}"
-    fix = "It weighs the old value: 1 minus PyTorch's." if name == "momentum" else "Pass a small one such as 1e-5."
+    if not fix:
+        fix = "It weighs the old value: 1 minus PyTorch's." if name == "momentum" else "Pass a small one such as 1e-5."
     array = isinstance(value, jax.Array | np.ndarray | np.generic)
     kinds = (jnp.floating, jnp.integer)
     real = any(jnp.issubdtype(value.dtype, k) for k in kinds) if array else isinstance(value, int | float)

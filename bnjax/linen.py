@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike
 from bnjax import _checks
 from bnjax.moments import Moments
 from bnjax.norm import batch_norm_and_moments
-from bnjax.variants import lp_batch_norm, noisy_batch_norm
+from bnjax.variants import batch_renorm, lp_batch_norm, noisy_batch_norm
 
 
 class _Normalizer(nn.BatchNorm):
@@ -176,3 +176,31 @@ class LpBatchNorm(_Normalizer, kw_only=True):
     @nn.nowrap
     def _normalized(self, *arrays, **options):
         return *lp_batch_norm(*arrays, p=self.p, **options), None
+
+
+class BatchRenorm(_Normalizer):
+    """`bnjax.variants.batch_renorm` as a layer: `BatchNorm`, in training moved towards what inference gives.
+
+    Arguments, variables and names are those of `BatchNorm`, but for the two limits. These may be traced: a schedule
+    makes the model in the step, with the limits of that step.
+
+    Attributes:
+      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+      r_max: limit of the correction of the deviation, at least 1.
+      d_max: limit of the correction of the mean, in running deviations.
+
+    >>> import flax.linen as nn
+    >>> from bnjax.linen import BatchRenorm
+    >>> model = nn.Sequential([nn.Dense(4), BatchRenorm(use_running_average=False), nn.relu])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((8, 3)))
+    >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
+    """
+
+    bessel_correction: bool = False
+    r_max: Any = 3.0
+    d_max: Any = 5.0
+
+    @nn.nowrap
+    def _normalized(self, *arrays, **options):
+        options |= {"bessel_correction": self.bessel_correction, "r_max": self.r_max, "d_max": self.d_max}
+        return *batch_renorm(*arrays, **options), None

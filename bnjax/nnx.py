@@ -1,5 +1,7 @@
 """Batch norm as a Flax nnx layer: a drop-in replacement for `flax.nnx.BatchNorm`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,7 +31,7 @@ class BatchNorm(nnx.BatchNorm):
     >>> y = layer(jnp.ones((8, 3)))
     """
 
-    def __init__(self, num_features: int, *, bessel_correction: bool = False, **kwargs):
+    def __init__(self, num_features: int, *, bessel_correction: bool = False, **kwargs: Any):
         super().__init__(num_features, **kwargs)
         self.bessel_correction = bessel_correction
 

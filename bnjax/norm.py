@@ -152,8 +152,12 @@ def batch_norm_and_moments(
     dtype: Any,
     bessel_correction: bool,
     moments_of: Callable[..., Moments] = checked_moments,
+    params_of: Callable[[Params, Array, Array], Params] | None = None,
 ) -> tuple[Array, Any, Moments | None]:
-    """`batch_norm`, with the batch's moments too in training, or what `moments_of` gives in their place."""
+    """`batch_norm`, with the batch's moments too in training, or what `moments_of` gives in their place.
+
+    In training, `params_of` may replace the parameters by some that depend on the batch's mean and variance.
+    """
     x = _checks.check_input(x)
     axes = _checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
@@ -175,6 +179,7 @@ def batch_norm_and_moments(
         var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))
         if axis_name is not None:
             mean, var = vary_like(jnp.stack([mean, var]), x)  # as one: a single sum serves both in the derivative
+        params = params if params_of is None else params_of(params, mean, var)
     else:
         new_stats = batch_stats
     return normalize(x, mean, var, params, axes=axes, epsilon=epsilon, weights=weights, dtype=dtype), new_stats, m

@@ -1,0 +1,162 @@
+"""Batch norm with an l_p norm in place of the standard deviation."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+
+from bnjax._checks import Axes
+from bnjax._collectives import AxisName, Groups, broadcast_explicitly, psum
+from bnjax.moments import Moments, checked_moments, expand, without_masked_extremes
+from bnjax.norm import BatchStats, Params, batch_norm_and_moments
+
+
+def lp_batch_norm(
+    x: Shaped[ArrayLike, "..."],
+    params: Params,
+    batch_stats: BatchStats,
+    *,
+    p: float,
+    training: bool,
+    axis: Axes = -1,
+    momentum: Any = 0.99,
+    epsilon: Any = 1e-5,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: object = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Float[Array, "..."], BatchStats]:
+    """Batch norm that divides by the average l_p norm of each feature, taken before the mean is subtracted.
+
+    With weights w (all 1 without a mask) of total n over the reduced axes and, with `axis_name`, over its members:
+
+        norm = (Σ w |x|^p / n)^(1/p), for p = ∞ the largest |x| of those with w > 0
+        y = scale · (x − mean) / sqrt(norm² + epsilon) + bias
+
+    The running 'var' is that of norm², so that inference is `batch_norm`'s own. (With p = 2, norm² = var + mean².) The
+    epsilon is ours, and so is the reading of "the average of their l_p norm" as the power mean above. Every order and
+    mode of derivative is supported; where |x| has no derivative at 0, it is taken as 0, and where several elements are
+    the largest, that of p = ∞ is their mean.
+
+    Args:
+      x: real floating-point array of any shape, empty included.
+      params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
+      batch_stats: running 'mean' and 'var' of that shape, the latter of the squared norm; start with those of
+        `init_batch_norm`.
+      p: 1, 2 or infinity (`math.inf`); static.
+      training: whether to use the batch's statistics and to move the running ones; static.
+      axis: feature axis or axes, static; this and the following as in `batch_norm`.
+      momentum: weight of the old running value.
+      epsilon: number added to the squared norm.
+      mask: boolean, or sample weights, of the statistics; of these p = ∞ minds only which are positive.
+      axis_name: mapped axis over which mean and norm are those of all members together.
+      axis_index_groups: groups of indices of that axis that are normalised separately.
+      dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
+
+    Returns:
+      `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
+
+    Raises:
+      TypeError, ValueError, NameError: at trace time, as `batch_norm`, and for another `p`.
+
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), section 3.3.
+
+    >>> import bnjax
+    >>> params, batch_stats = bnjax.init_batch_norm(1)
+    >>> y, batch_stats = lp_batch_norm(jnp.array([[1.], [3.]]), params, batch_stats, p=1, training=True, momentum=0.5)
+    >>> print(y.ravel().round(3), batch_stats['mean'], batch_stats['var'])
+    [-0.5  0.5] [1.] [2.5]
+    """
+    if not isinstance(p, int | float | np.number) or p not in (1, 2, math.inf):
+        raise ValueError(
+            f"p must be 1, 2 or infinity, a static number, got {p!r}. Pass 1 (mean magnitude), 2 (root mean square) or "
+            "math.inf (largest magnitude)."
+        )
+    return batch_norm_and_moments(
+        x,
+        params,
+        batch_stats,
+        training=training,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        bessel_correction=False,
+        moments_of=functools.partial(_mean_and_squared_norm, p),
+    )[:2]
+
+
+def _mean_and_squared_norm(
+    p: float, x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
+) -> Moments:
+    """Moments with the squared norm as `var`."""
+    m = checked_moments(x, weights, axes, axis_name, groups)
+    if p == 2:
+        return m._replace(var=m.var + jnp.square(m.mean))
+    if p == 1:
+        local = _moments_of_magnitude(x, weights, axes)
+        share = local.count / jnp.where(m.count > 0, m.count, 1)
+        norm = psum(share * local.mean, axis_name, groups)
+    else:
+        norm = _largest_magnitude(x, weights, axes, axis_name, groups)
+    return m._replace(var=jnp.square(norm))
+
+
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=2)
+def _moments_of_magnitude(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+    """Moments of |x|, local, keeping only x for the backward pass."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if weights is not None:
+        x = without_masked_extremes(x, weights)  # NaN's sign is NaN, even times a derivative of zero
+    return checked_moments(x * jnp.sign(x), weights, axes, None, None)  # jnp.abs has the derivative 1 at 0
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _largest_magnitude(
+    x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
+) -> Array:
+    """The largest |x| of each feature where the weight is positive, over all members; zero without any."""
+    reduced = tuple(a for a in range(x.ndim) if a not in axes)
+    largest = jnp.abs(_without_masked(x, weights)).max(reduced, initial=0)
+    if axis_name is None:
+        return largest
+    if groups is None:
+        return lax.pmax(largest, axis_name)
+    own = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
+    placed = jnp.where(own.reshape((-1,) + (1,) * largest.ndim), largest[None], 0)  # gathered by their sum
+    return psum(placed, axis_name, groups).max(0)
+
+
+@_largest_magnitude.defjvp
+def _largest_magnitude_jvp(axes, axis_name, groups, primals, tangents):
+    """The hand-made rule: `∂ max |x|` is the mean of `sign(x) ∂x` over the largest elements, of all members."""
+    (x, weights), (dx, _) = primals, tangents
+    largest = _largest_magnitude(x, weights, axes, axis_name, groups)
+    reduced = tuple(a for a in range(x.ndim) if a not in axes)
+
+    def signs_of_largest(x, weights, largest):
+        x = _without_masked(x, weights)
+        return jnp.where(jnp.abs(x) == expand(largest, x.ndim, axes), jnp.sign(x), 0)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def total(x, weights, largest, dx):
+        signs = signs_of_largest(x, weights, largest)
+        return jnp.where(signs == 0, 0, signs * dx.astype(signs.dtype)).sum(reduced)
+
+    count = psum(jnp.abs(signs_of_largest(x, weights, largest)).sum(reduced), axis_name, groups)
+    return largest, psum(total(x, weights, largest, dx), axis_name, groups) / jnp.where(count > 0, count, 1)
+
+
+def _without_masked(x: Array, weights: Array | None) -> Array:
+    """`x` in float32 at least, with zero where the weight is zero."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if weights is None else jnp.where(broadcast_explicitly(weights, x) > 0, x, 0)

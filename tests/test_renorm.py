@@ -1,0 +1,120 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from bnjax import batch_norm, init_batch_norm
+from bnjax.linen import BatchNorm, BatchRenorm
+from bnjax.variants import batch_renorm
+
+STATIC = ("training", "axis", "axis_name", "axis_index_groups", "dtype", "bessel_correction")
+batch = jax.jit(batch_norm, static_argnames=STATIC)
+renorm = jax.jit(batch_renorm, static_argnames=STATIC)
+
+
+def example(shape=(8, 3), dtype=jnp.float64):
+    """Input, parameters and statistics away from their initial values."""
+    rng, features = np.random.default_rng(0), shape[-1:]
+    params = {"scale": rng.normal(size=features), "bias": rng.normal(size=features)}
+    stats = {"mean": rng.normal(size=features), "var": rng.uniform(0.5, 1.5, features)}
+    return jax.tree.map(lambda v: jnp.asarray(v, dtype), (rng.normal(1, 2, shape), params, stats))
+
+
+def algorithm_1(x, params, stats, r_max, d_max, epsilon=1e-5):
+    """Ioffe 2017, line by line in float64, for features last."""
+    mean, deviation = x.mean(0), np.sqrt(x.var(0) + epsilon)
+    running = np.sqrt(stats["var"] + epsilon)
+    r = np.clip(deviation / running, 1 / r_max, r_max)
+    d = np.clip((mean - stats["mean"]) / running, -d_max, d_max)
+    return params["scale"] * ((x - mean) / deviation * r + d) + params["bias"]
+
+
+@pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.2, 0.1), (3.0, 5.0), (100.0, 100.0)])
+def test_algorithm_1(x64, r_max, d_max):
+    x, params, stats = example()
+    y, new = renorm(x, params, stats, training=True, r_max=r_max, d_max=d_max)
+    np.testing.assert_allclose(y, algorithm_1(*jax.device_get((x, params, stats)), r_max, d_max), rtol=1e-12)
+    expected, moved = batch(x, params, stats, training=True)
+    chex.assert_trees_all_equal(new, moved)
+    if r_max == 1:
+        np.testing.assert_allclose(y, expected, rtol=1e-12)
+    if r_max == 100:  # nothing is clipped: what inference gives
+        np.testing.assert_allclose(y, batch(x, params, stats, training=False)[0], rtol=1e-12)
+
+
+def test_inference_is_batch_norms():
+    x, params, stats = example(dtype=jnp.float32)
+    chex.assert_trees_all_equal(renorm(x, params, stats, training=False), batch(x, params, stats, training=False))
+
+
+def test_no_gradient_through_the_corrections(x64):
+    x, params, stats = example()
+    running = np.sqrt(np.asarray(stats["var"]) + 1e-5)
+    r = np.clip(np.sqrt(x.var(0) + 1e-5) / running, 1 / 1.2, 1.2)
+    d = np.clip((np.asarray(x.mean(0)) - stats["mean"]) / running, -0.5, 0.5)
+
+    def by_hand(x, params):
+        deviation = jnp.sqrt(x.var(0)[None] + 1e-5)
+        return jnp.sin(
+            params["scale"][None] * ((x - x.mean(0)[None]) / deviation * r[None] + d[None]) + params["bias"][None]
+        ).sum()
+
+    def ours(x, params):
+        return jnp.sin(renorm(x, params, stats, training=True, r_max=1.2, d_max=0.5)[0]).sum()
+
+    chex.assert_trees_all_close(jax.grad(ours, (0, 1))(x, params), jax.grad(by_hand, (0, 1))(x, params), rtol=1e-9)
+    f = functools.partial(renorm, x, batch_stats=stats, training=True)
+    check_grads(lambda p: f(params=p)[0], (params,), order=2, modes=["fwd", "rev"])
+
+
+def test_limits_may_be_traced_and_parameters_absent(x64):
+    x, _, stats = example()
+
+    @jax.jit
+    def y_of(limit):
+        return batch_renorm(x, {}, stats, training=True, r_max=1 + limit, d_max=limit)[0]
+
+    for limit in (0.0, 0.5):
+        ones = {"scale": np.ones(3), "bias": np.zeros(3)}
+        expected = algorithm_1(np.asarray(x), ones, jax.device_get(stats), 1 + limit, limit)
+        np.testing.assert_allclose(y_of(limit), expected, rtol=1e-12)
+    assert y_of._cache_size() == 1
+
+
+def test_devices_masks_and_low_precision():
+    x, params, stats = example((8, 3), jnp.float32)
+    mask = jnp.arange(8) % 3 > 0
+    whole = renorm(x, params, stats, training=True, mask=mask)
+    parts = functools.partial(batch_renorm, params=params, batch_stats=stats, training=True, axis_name="i")
+    y, new = jax.vmap(lambda x, mask: parts(x, mask=mask), axis_name="i")(x.reshape(4, 2, 3), mask.reshape(4, 2))
+    np.testing.assert_allclose(y.reshape(8, 3)[mask], whole[0][mask], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(jax.tree.map(lambda v: v[0], new), whole[1], rtol=1e-6)
+    half, _ = renorm(x.astype(jnp.bfloat16), params, stats, training=True)
+    assert half.dtype == jnp.bfloat16
+    full = renorm(x.astype(jnp.bfloat16).astype(jnp.float32), params, stats, training=True)[0]
+    np.testing.assert_array_equal(half, full.astype(jnp.bfloat16))
+    empty = batch_renorm(jnp.zeros((0, 3)), params, stats, training=True)
+    assert empty[0].shape == (0, 3)
+    chex.assert_trees_all_equal(empty[1], stats)
+
+
+def test_the_layer_is_the_function_and_has_batch_norms_variables():
+    x = jax.random.normal(jax.random.key(0), (8, 3)) + 2
+    layer, plain = BatchRenorm(r_max=2.0, d_max=1.0), BatchNorm()
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    chex.assert_trees_all_equal_shapes(variables, plain.init(jax.random.key(0), x, use_running_average=True))
+    y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    expected = renorm(x, *init_batch_norm(3), training=True, r_max=2.0, d_max=1.0)
+    chex.assert_trees_all_close((y, updates["batch_stats"]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"r_max": 0.5}, "r_max must be .* at least 1"), ({"d_max": -1.0}, "d_max must be")]
+)
+def test_limits_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        batch_renorm(jnp.ones((2, 1)), *init_batch_norm(1), training=True, **options)
