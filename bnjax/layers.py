@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen import dtypes
 from jax import lax
@@ -69,6 +70,32 @@ class Conv(nn.Module):
         x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = conv2d(x, kernel, strides=self.strides, padding=self.padding)
         return y if bias is None else y + bias[None, None, None]
+
+
+def local_response_norm(
+    x: Float[Array, "... channels"], *, size: int = 5, bias: float = 2.0, scale: float = 1e-4, power: float = 0.75
+) -> Float[Array, "... channels"]:
+    """Divides each channel by the strength of its neighbours: `y_c = x_c / (k + α Σ_{|j − c| ≤ n / 2} x_j²)^β`.
+
+    Args:
+      x: activations, the channels last.
+      size: n, the number of channels in the sum.
+      bias: k.
+      scale: α.
+      power: β.
+
+    References:
+      Krizhevsky, Sutskever & Hinton 2012, "ImageNet Classification with Deep Convolutional Neural Networks", section
+      3.3.
+
+    >>> from bnjax.layers import local_response_norm
+    >>> y = local_response_norm(jnp.array([[1.0, 2.0, 4.0]]), size=3, bias=1.0, scale=1.0, power=0.5)
+    >>> [f'{value:.3f}' for value in y[0]]
+    ['0.408', '0.426', '0.873']
+    """
+    window, strides = (1,) * (x.ndim - 1) + (size,), (1,) * x.ndim
+    squares = lax.reduce_window(jnp.square(x), np.zeros((), x.dtype), lax.add, window, strides, "SAME")
+    return x * (bias + scale * squares) ** -power
 
 
 class Dropout(nn.Module):

@@ -160,6 +160,7 @@ def layers_in_order(
     [('Dense_0', 'BatchNorm_0'), ('Dense_1', 'BatchNorm_1'), ('Dense_2',)]
     """
     found: dict[str, bool] = {}  # paths in the order in which they are first used, and whether there is a kernel
+    called: set[str] = set()  # paths of the modules in whose methods we are
 
     def remember(next_function, arguments, options, context):
         own = context.module.variables.get("params", {})
@@ -167,7 +168,12 @@ def layers_in_order(
         has_kernel = any(jnp.ndim(value) >= 2 for value in arrays.values())
         path = "/".join(context.module.path)
         if arrays and len(arrays) == len(own) and path:
-            found.setdefault(path, has_kernel)
+            if path not in called:  # else a method of the module calls another
+                called.add(path)
+                result = next_function(*arguments, **options)  # first, for weight norm calls the layer that it follows
+                found.setdefault(path, has_kernel)
+                called.remove(path)
+                return result
         else:  # beside its own, the module has parameters of others, which are layers of their own
             for name, value in arrays.items():
                 found.setdefault(f"{path}/{name}".lstrip("/"), jnp.ndim(value) >= 2)

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, Shaped
 
-from bnjax.layers import Conv, Dropout, max_pool
+from bnjax._collectives import vary_like
+from bnjax.layers import Conv, Dropout, local_response_norm, max_pool
 
 Norm = Callable[..., nn.Module]
 """Makes a normaliser from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it."""
@@ -15,12 +17,19 @@ Images = Float[Array, "batch height width channels"]
 Logits = Float[Array, "batch classes"]
 Mask = Shaped[Array, " batch"] | None
 Keys = Key[Array, " batch"] | None
+
+
+def of_example(layer: Callable[..., nn.Module]) -> Norm:
+    """A normaliser of each example, such as `flax.linen.LayerNorm`, which has no running statistics to use."""
+    return lambda *, use_running_average, **options: layer(**options)
+
+
 Place = Literal["none", "before", "after", "input"]
 """Where the normaliser stands: nowhere, before or after each hidden activation, or on the network's input."""
 
 
 class Perceptron(nn.Module):
-    """A multilayer perceptron: `Dense – [norm] – activation – [norm]` for each hidden layer, then a Dense of outputs.
+    """A perceptron: `Dense – [norm] – activation – [norm] – [dropout]` for each hidden layer, then a Dense of outputs.
 
     Attributes:
       hidden: sizes of the hidden layers.
@@ -31,6 +40,8 @@ class Perceptron(nn.Module):
       hidden_init: initialiser of the hidden kernels.
       output_init: initialiser of the output kernel.
       use_hidden_bias: whether the hidden layers have a bias (which a batch norm before the activation makes redundant).
+      weight_norm: whether the hidden kernels are normalised (Salimans & Kingma 2016), by Flax's layer.
+      dropout_rate: of elements dropped after each hidden layer in training, with Flax's random stream 'dropout'.
 
     >>> from bnjax.linen import BatchNorm
     >>> model = Perceptron(hidden=(8,), outputs=1, norm=BatchNorm, place='after')
@@ -47,6 +58,8 @@ class Perceptron(nn.Module):
     hidden_init: Any = nn.initializers.glorot_uniform()
     output_init: Any = nn.initializers.glorot_uniform()
     use_hidden_bias: bool = True
+    weight_norm: bool = False
+    dropout_rate: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,9 +87,83 @@ class Perceptron(nn.Module):
 
         x = normalize("input", x.reshape((x.shape[0], -1)))
         for size in self.hidden:
-            x = nn.Dense(size, use_bias=self.use_hidden_bias, kernel_init=self.hidden_init)(x)
+            dense = nn.Dense(size, use_bias=self.use_hidden_bias, kernel_init=self.hidden_init)
+            x = nn.WeightNorm(dense)(x) if self.weight_norm else dense(x)
             x = normalize("after", self.activation(normalize("before", x)))
+            x = nn.Dropout(self.dropout_rate, deterministic=not training)(x) if self.dropout_rate else x
         return nn.Dense(self.outputs, kernel_init=self.output_init)(x)
+
+
+class RecurrentNetwork(nn.Module):
+    """A recurrent network of tanh units, and a Dense layer of logits on its last state.
+
+        h_t = tanh(norm(W_x x_t) + norm(W_h h_{t−1}) + b)
+
+    Without a norm the two are added as they are. The normalisers have no bias, and scales that start at 0.1.
+
+    Attributes:
+      num_classes: number of logits.
+      hidden: number of units.
+      norm: makes a normaliser such as `bnjax.linen.BatchNorm`; None for none.
+      is_shared: whether all time steps share running statistics, rather than each having its own.
+
+    References:
+      Cooijmans et al. 2016 (arXiv 1603.09025), sections 3 and 4: statistics for each step, and the initial scale.
+
+    >>> from bnjax.linen import BatchNorm
+    >>> model = RecurrentNetwork(num_classes=10, hidden=8, norm=BatchNorm)
+    >>> variables = model.init(jax.random.key(0), jnp.ones((2, 5, 3)), training=False)
+    >>> jax.tree.map(jnp.shape, variables['batch_stats']['cell']['BatchNorm_0'])
+    {'mean': (5, 8), 'var': (5, 8)}
+    """
+
+    num_classes: int
+    hidden: int = 64
+    norm: Norm | None = None
+    is_shared: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time features"], *, training: bool) -> Logits:
+        """Logits of a batch of sequences.
+
+        Args:
+          x: sequences of one length.
+          training: whether the normaliser uses the batch's statistics, those of each time step.
+        """
+        options: dict[str, Any] = {"variable_broadcast": "params", "split_rngs": {"params": False}, "in_axes": 1}
+        if not self.is_shared:
+            options["variable_axes"] = {"batch_stats": 0}
+        elif training:
+            options["variable_carry"] = "batch_stats"
+        else:
+            options["variable_broadcast"] = ["params", "batch_stats"]
+        state = vary_like(jnp.zeros((x.shape[0], self.hidden), x.dtype), x)
+        if self.is_shared and self.is_initializing():  # what a scan carries has to exist before it
+            state, _ = _Cell(self.hidden, self.norm, training, name="cell")(state, x[:, 0])
+        else:
+            state, _ = nn.scan(_Cell, **options)(self.hidden, self.norm, training, name="cell")(state, x)
+        return nn.Dense(self.num_classes)(state)
+
+
+class _Cell(nn.Module):
+    """One time step."""
+
+    hidden: int
+    norm: Norm | None
+    training: bool
+
+    @nn.compact
+    def __call__(self, state: Array, x: Array) -> tuple[Array, None]:
+        def normalized(x: Array) -> Array:
+            if self.norm is None:
+                return x
+            options = {"use_bias": False, "scale_init": nn.initializers.constant(0.1)}
+            return self.norm(use_running_average=not self.training, **options)(x)
+
+        from_input = normalized(nn.Dense(self.hidden, use_bias=False)(x))
+        from_state = nn.Dense(self.hidden, use_bias=False, kernel_init=nn.initializers.orthogonal())(state)
+        bias = self.param("bias", nn.initializers.zeros, (self.hidden,))
+        return jnp.tanh(from_input + normalized(from_state) + bias[None]), None
 
 
 class CifarNetwork(nn.Module):
@@ -146,6 +233,8 @@ class VGG(nn.Module):
       depth: number of layers with kernels: 11, 13, 16 or 19 (configurations A, B, D and E).
       width: filters of the first stage, 8 times as many in the last and in the Dense layers.
       dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+      local_response_norm: whether the first two stages end with `bnjax.layers.local_response_norm`.
+      weight_norm: whether the kernels of the convolutions are normalised (Salimans & Kingma 2016), by Flax's layer.
 
     References:
       Simonyan & Zisserman 2015, "Very Deep Convolutional Networks for Large-Scale Image Recognition", table 1;
@@ -163,6 +252,8 @@ class VGG(nn.Module):
     depth: int = 11
     width: int = 64
     dtype: Any = None
+    local_response_norm: bool = False
+    weight_norm: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,8 +273,10 @@ class VGG(nn.Module):
         init = nn.initializers.glorot_uniform()
         for stage, layers in enumerate(_VGG_STAGES[self.depth]):
             for _ in range(layers):
-                x = Conv(self.width * min(2**stage, 8), (3, 3), kernel_init=init, dtype=self.dtype)(x)
+                conv = Conv(self.width * min(2**stage, 8), (3, 3), kernel_init=init, dtype=self.dtype)
+                x = nn.WeightNorm(conv)(x) if self.weight_norm else conv(x)
                 x = nn.relu(_normalize(self.norm, x, training, mask))
+            x = local_response_norm(x) if self.local_response_norm and stage < 2 else x
             x = max_pool(x, 2, 2)
         x = x.reshape((x.shape[0], -1))
         for _ in range(2):
@@ -283,5 +376,7 @@ def _normalize(norm: Norm | None, x: Array, training: bool, mask: Array | None) 
     """`x` through a new normaliser of the calling module, if there is one."""
     if norm is None:
         return x
-    masked = {} if mask is None else {"mask": mask.reshape((-1,) + (1,) * (x.ndim - 1))}
-    return norm(use_running_average=not training)(x, **masked)
+    layer = norm(use_running_average=not training)
+    if mask is None or not hasattr(layer, "use_running_average"):  # one of each example: no other matters to it
+        return layer(x)
+    return layer(x, mask=mask.reshape((-1,) + (1,) * (x.ndim - 1)))

@@ -39,7 +39,7 @@ class TrainState(train_state.TrainState):
 
 
 def create_train_state(
-    model, optimizer: optax.GradientTransformation, key: Array, x: Shaped[Array, "batch ..."]
+    model: Any, optimizer: optax.GradientTransformation, key: Array, x: Shaped[Array, "batch ..."]
 ) -> TrainState:
     """The state at step 0 of a Flax model, initialised for inputs like `x`.
 

@@ -6,7 +6,7 @@ import scipy.ndimage
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from bnjax.augment import random_affine_flip, shear_zoom_flip
+from bnjax.augment import random_affine_flip, random_crop_flip, shear_zoom_flip
 
 KEY = jax.random.key(0)
 
@@ -73,3 +73,19 @@ def test_keeps_the_dtype_and_needs_no_gather():
     lowered = jax.jit(random_affine_flip).lower(images, keys)
     assert lowered.out_info.dtype == jnp.bfloat16
     assert "stablehlo.gather" not in lowered.as_text()
+
+
+def test_crop_and_flip_move_each_image_as_a_whole():
+    place = np.arange(1, 37).reshape(1, 6, 6, 1)
+    images = jnp.asarray(np.broadcast_to(place, (1000, 6, 6, 1)), jnp.uint8)
+    moved = np.asarray(jax.jit(lambda keys: random_crop_flip(images, keys, padding=2))(jax.random.split(KEY, 1000)))[
+        ..., 0
+    ]
+    padded = np.pad(place[0, :, :, 0], 2)
+    windows = {(i, j): padded[i : i + 6, j : j + 6] for i in range(5) for j in range(5)}
+    found = [
+        [(*at, flip) for at, window in windows.items() for flip in (1, -1) if (image == window[:, ::flip]).all()]
+        for image in moved
+    ]
+    assert [len(one) for one in found] == [1] * 1000
+    assert {one[0] for one in found} == {(i, j, flip) for i in range(5) for j in range(5) for flip in (1, -1)}

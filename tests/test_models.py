@@ -4,11 +4,23 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
+from bnjax import train
 from bnjax.linen import BatchNorm
-from bnjax.models import VGG, CifarNetwork, ResNet, resnet18, resnet50
+from bnjax.models import (
+    VGG,
+    CifarNetwork,
+    Perceptron,
+    RecurrentNetwork,
+    ResNet,
+    of_example,
+    resnet18,
+    resnet50,
+)
+from bnjax.parallel import SYNC_AXIS, make_mesh
 
 KEY = jax.random.key(0)
 NORM = functools.partial(BatchNorm, momentum=0.9)
@@ -193,3 +205,82 @@ def test_rejects_unknown_options():
         VGG(10, depth=12)
     with pytest.raises(ValueError, match="stem must be 'imagenet' or 'cifar', got 'mnist'"):
         resnet18(10, stem="mnist")
+
+
+def by_hand(variables, x, statistics):
+    """The recurrent network step by step; `statistics(t, i, z)` gives mean and variance of the i-th normaliser."""
+    cell, dense = variables["params"]["cell"], variables["params"]["Dense_0"]
+    state = np.zeros((len(x), 4))
+    for t in range(x.shape[1]):
+        parts = []
+        for i, z in enumerate((x[:, t] @ cell["Dense_0"]["kernel"], state @ cell["Dense_1"]["kernel"])):
+            mean, var = statistics(t, i, z)
+            parts.append(0.1 * (z - mean) / np.sqrt(var + 1e-5))
+        state = np.tanh(sum(parts) + cell["bias"])
+    return state @ dense["kernel"] + dense["bias"]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_recurrent_network_normalises_each_time_step(is_shared):
+    x = jax.random.normal(jax.random.key(0), (6, 5, 3))
+    model = RecurrentNetwork(2, 4, functools.partial(BatchNorm, momentum=0.5), is_shared)
+    variables = model.init(jax.random.key(1), x, training=False)
+    shape = (4,) if is_shared else (5, 4)
+    assert {v.shape for v in jax.tree.leaves(variables["batch_stats"])} == {shape}
+    y, updates = model.apply(variables, x, training=True, mutable=["batch_stats"])
+    variables_, stats = jax.device_get((variables, updates["batch_stats"]["cell"]))
+    seen = {}
+
+    def batch(t, i, z):
+        seen[t, i] = z.mean(0)
+        return z.mean(0), z.var(0)
+
+    np.testing.assert_allclose(y, by_hand(variables_, np.asarray(x), batch), rtol=1e-4, atol=1e-5)
+    for i in range(2):
+        running = np.zeros(4) if is_shared else np.zeros((5, 4))
+        for t in range(5):
+            if is_shared:
+                running = 0.5 * running + 0.5 * seen[t, i]
+            else:
+                running[t] = 0.5 * seen[t, i]
+        np.testing.assert_allclose(stats[f"BatchNorm_{i}"]["mean"], running, rtol=1e-4, atol=1e-6)
+
+    def stored(t, i, z):
+        mean, var = (stats[f"BatchNorm_{i}"][name] for name in ("mean", "var"))
+        return (mean, var) if is_shared else (mean[t], var[t])
+
+    inference = model.apply({**variables, **updates}, x, training=False)
+    np.testing.assert_allclose(inference, by_hand(variables_, np.asarray(x), stored), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_recurrent_network_trains_under_shard_map_as_under_jit(is_shared):
+    x = jax.random.normal(jax.random.key(0), (16, 3, 2))
+    model = RecurrentNetwork(2, 4, functools.partial(BatchNorm, axis_name=SYNC_AXIS), is_shared)
+    states = []
+    for how in ("jit", "shard_map"):
+        step = train.make_train_step(train.cross_entropy, make_mesh(), parallel=how)
+        state = train.create_train_state(model, optax.sgd(0.1), jax.random.key(1), x[:1])
+        state, _ = step(train.place_state(state, step.mesh), x, jnp.arange(16) % 2)
+        states.append(jax.device_get((state.params, state.batch_stats)))
+    chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm, functools.partial(nn.GroupNorm, num_groups=2)])
+def test_normalisers_of_each_example_ignore_the_mask(layer):
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    model = Perceptron((4,), 1, of_example(layer), "after")
+    variables = model.init(jax.random.key(1), x, training=False)
+    plain, masked = (model.apply(variables, x, training=True, mask=mask) for mask in (None, jnp.arange(4) < 2))
+    np.testing.assert_array_equal(plain, masked)
+
+
+def test_weight_norm_makes_a_convolution_independent_of_the_length_of_its_kernel():
+    model = VGG(3, None, width=2, weight_norm=True)
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    variables = jax.jit(lambda: model.init(jax.random.key(1), x, training=False))()
+    longer = jax.tree.map_with_path(
+        lambda path, v: 3 * v if path[1].key.startswith("Conv") and path[2].key == "kernel" else v, variables
+    )
+    apply = jax.jit(lambda variables: model.apply(variables, x, training=True))
+    np.testing.assert_allclose(apply(longer), apply(variables), rtol=1e-4, atol=1e-6)
