@@ -1,4 +1,4 @@
-"""The command line: `bnjax list`, `bnjax run STUDY` and `bnjax compile STEP`."""
+"""The command line: `bnjax list`, `bnjax run STUDY`, `bnjax claims`, `bnjax report` and `bnjax compile STEP`."""
 
 import argparse
 import dataclasses
@@ -83,6 +83,14 @@ def _parser() -> _Parser:
             help=f"where to save (default runs/{study.name})",
         )
         one.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        one.add_argument(
+            "--log",
+            action="append",
+            choices=("tensorboard", "wandb"),
+            default=[],
+            help="log scalars, histograms, figures and tables there too (may be repeated; needs bnjax[tensorboard] or "
+            "bnjax[wandb])",
+        )
         one.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
         one.add_argument(
             "--checkpoint-every",
@@ -109,12 +117,51 @@ def _parser() -> _Parser:
             one.add_argument(
                 "--width", type=_positive, metavar="N", help="filters of VGG's first stage (default see above)"
             )
-        if study.name in ("smoothness", "cifar"):
+            one.add_argument("--augment", action="store_true", help="mirror and move the training images at random")
+        if study.name in ("smoothness", "cifar", "sensitivity"):
             one.add_argument("--variants", type=_names, metavar="A,B,…", help="which networks to train (default all)")
         if study.distributed:
             _add_distributed(one)
+    _add_claims(commands)
+    report = commands.add_parser("report", help="make one page (HTML) of a directory of results")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a study's directory, or one of such, as runs")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default RUN_DIR/report.html)")
     _add_compile(commands)
     return parser
+
+
+def _add_claims(commands) -> None:
+    claims = commands.add_parser(
+        "claims",
+        help="judge the claims of the sources: run what is missing, print the ledger",
+        formatter_class=_FORMAT,
+        description="Prints every claim of the sources beside what was measured and the verdict: reproduced, not\n"
+        "reproduced, undecided (at this number of seeds), or wrong in the source. Runs the studies whose results are\n"
+        "missing in --out, continues what was interrupted, and saves ledger.json and ledger.md there. All studies at\n"
+        "full length take hours on a CPU.",
+    )
+    claims.add_argument(
+        "--study",
+        action="append",
+        choices=STUDIES,
+        metavar="S",
+        help=f"only this one (may be repeated): {', '.join(STUDIES)}",
+    )
+    claims.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds (default each study's own)")
+    claims.add_argument(
+        "--fast",
+        action="store_true",
+        help="few seeds, short trainings, no convolutional networks: five minutes on two cores; leaves more undecided",
+    )
+    claims.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where the studies' directories are (default runs)",
+    )
+    claims.add_argument("--data-dir", metavar="DIR", help="where TFDS's prepared sets are")
+    claims.add_argument("--quiet", action="store_true", help="print nothing but the ledger")
 
 
 def _what_it_does(study: Study) -> str:
@@ -157,7 +204,10 @@ def _add_distributed(one: argparse.ArgumentParser) -> None:
         "--batch-size", type=_positive, metavar="N", help="examples in a step, over all devices (default 80)"
     )
     one.add_argument(
-        "--steps-per-epoch", type=_positive, metavar="N", help="steps between two evaluations (default 2000)"
+        "--steps-per-epoch", type=_positive, metavar="N", help="steps between two evaluations (default see above)"
+    )
+    one.add_argument(
+        "--width", type=_positive, metavar="N", help="filters of the first convolution (default see above)"
     )
     several = one.add_argument_group("many devices")
     several.add_argument(
@@ -204,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return _compile(options) if options.command == "compile" else _run(options)
+        return {"compile": _compile, "run": _run, "claims": _claims, "report": _report}[options.command](options)
     except KeyboardInterrupt:
         print("bnjax: interrupted; --resume continues from the last checkpoint, if there is one", file=sys.stderr)
         return 130
@@ -221,7 +271,7 @@ def _run(options: argparse.Namespace) -> int:
         return 2
     names = {field.name for field in dataclasses.fields(Options)} & set(vars(options))
     chosen = Options(**{name: getattr(options, name) for name in names})
-    saving = {"resume": options.resume, "checkpoint_every": options.checkpoint_every}
+    saving = {"resume": options.resume, "checkpoint_every": options.checkpoint_every, "log": options.log}
     study = STUDIES[options.study]
     try:
         if study.distributed:
@@ -237,6 +287,33 @@ def _run(options: argparse.Namespace) -> int:
             sys.stderr.flush()
             os._exit(2)  # else the exit would wait for the other processes, one of which may be dead
         return 2
+    return 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from bnjax.checkpoint import CheckpointError
+    from bnjax.studies import console
+
+    names = options.study or list(STUDIES)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        console.print_ledger(names, options.seeds, options.fast, options.out, options.data_dir, options.quiet)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"bnjax: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from bnjax.studies.report import write_report
+
+    out = options.out or options.run_dir / "report.html"
+    try:
+        count = write_report(options.run_dir, out)
+    except (ValueError, OSError) as error:
+        print(f"bnjax: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {count} {'study' if count == 1 else 'studies'}, {out.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

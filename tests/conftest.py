@@ -1,6 +1,17 @@
 """Strict settings: 8 CPU devices, rank promotion raises, and public signatures' shapes and types are checked."""
 
+import os
 from pathlib import Path
+
+# Where cores are few and busy, simulated devices wait long for each other; and compiling takes most of the tests' time.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_cpu_collective_timeout_seconds=600",
+        "--xla_backend_optimization_level=1",
+    ]
+)
 
 import jax
 import pytest

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from bnjax.__main__ import main
-from bnjax.studies import console
+from bnjax.studies import circles, console
 
 
 def test_list_and_help(capsys):
@@ -57,7 +57,9 @@ def test_bad_values_are_one_line_and_return_2(tmp_path, capsys):
     assert "must be a directory" in capsys.readouterr().err
 
 
-def test_a_run_prints_its_tables_and_saves_its_files(tmp_path, capsys):
+def test_a_run_prints_its_tables_and_saves_its_files(tmp_path, capsys, monkeypatch):
+    some = {name: circles.VARIANTS[name] for name in ("none", "after", "before")}
+    monkeypatch.setattr(circles, "VARIANTS", some)
     assert main(["run", "circles", "--seeds", "2", "--epochs", "2", "--out", str(tmp_path / "new" / "out")]) == 0
     out = capsys.readouterr().out
     assert "circles, 2 seeds: mean ± 95 % interval" in out
@@ -73,7 +75,7 @@ def test_quiet_prints_nothing(tmp_path, capsys, monkeypatch):
         def run(self, options, report):
             from bnjax.studies.results import Results
 
-            report.task(type("V", (), {"label": "a", "epochs": 1}))(1, {"test_accuracy": 0.5})
+            report.task(type("V", (), {"name": "a", "label": "a", "epochs": 1}))(1, {"test_accuracy": 0.5})
             return Results("circles", {}, range(options.seeds)), {}
 
     monkeypatch.setattr(console.Study, "load", lambda self: Quick())

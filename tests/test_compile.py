@@ -451,6 +451,9 @@ def test_every_step_compiles_for_eight_chips(name, parallel):
         "activations": 3,
         "smoothness": 8,
         "cifar": 10,
+        "sensitivity": 8,
+        "recurrent": 2,  # in the loop over time
+        "accelerating": 8,
         "resnet18": 20,
         "resnet50": 53,
     }[name]

@@ -33,8 +33,31 @@ ORDER = [
     "studies",
     "__main__",
 ]
-STUDIES = ["__init__", "saving", "experiment", "network", "measured", "results", "plots", "landscape", "deep_linear"]
-STUDIES += ["circles", "blobs", "mnist", "cifar", "activations", "smoothness", "steps", "console"]
+STUDIES = [
+    "__init__",
+    "saving",
+    "experiment",
+    "network",
+    "measured",
+    "statistics",
+    "claims",
+    "results",
+    "logs",
+    "plots",
+]
+STUDIES += [
+    "landscape",
+    "deep_linear",
+    "perceptrons",
+    "vgg",
+    "circles",
+    "blobs",
+    "mnist",
+    "sensitivity",
+    "recurrent",
+    "cifar",
+]
+STUDIES += ["accelerating", "activations", "smoothness", "steps", "ledger", "report", "notebook", "console"]
 
 
 def imports(path: Path) -> set[str]:
@@ -49,9 +72,10 @@ def imports(path: Path) -> set[str]:
 
 
 def test_imports_go_one_way():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"analysis", "studies"}
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | packages
     assert modules == set(ORDER)
-    for name in modules - {"analysis", "studies"}:
+    for name in modules - packages:
         used = {part.split(".")[1] for part in imports(PACKAGE / f"{name}.py") if part.startswith("bnjax.")} & modules
         assert used <= set(ORDER[: ORDER.index(name)]), name
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,8 @@ from bnjax import analysis, data, models, train
 from bnjax.checkpoint import CheckpointError
 from bnjax.layers import Conv
 from bnjax.linen import BatchNorm, NoisyBatchNorm
-from bnjax.studies import Options, activations, deep_linear, landscape, smoothness
+from bnjax.studies import Options, activations, deep_linear, landscape, smoothness, vgg
+from bnjax.studies.experiment import count_values, empty_histograms, recording
 from bnjax.studies.measured import Plan, overhead, random_batch, train_measured
 from bnjax.studies.saving import Saving
 
@@ -125,7 +127,8 @@ def test_activations(monkeypatch):
     assert (
         results.metric("bn", "largest_scale_cosine").max() < 0.05 < results.metric("none", "largest_scale_cosine").min()
     )
-    assert [claim.id for claim in results.claims] == ["S3.1", "S3.2", "S3.3", "S3.4", "S3.5"]
+    assert [judgement.claim.id for judgement in results.claims] == ["S3.1", "S3.2", "S3.3", "S3.4", "S3.5"]
+    assert all(outcome.measured.n for judgement in results.claims[:3] for outcome in judgement.outcomes)
     assert set(figures) == {
         "test_accuracy.png",
         "percentiles.png",
@@ -156,13 +159,14 @@ class Tiny(nn.Module):
 def smooth():
     patch = pytest.MonkeyPatch()
     patch.setattr(data, "images", lambda *arguments: images((16, 16, 3)))
-    patch.setattr(smoothness, "VGG", lambda classes, norm, depth, width: Tiny(classes, norm))
+    patch.setattr(vgg, "VGG", lambda classes, norm, depth, width, weight_norm: Tiny(classes, norm))
     patch.setattr(deep_linear, "DEPTH", 3)
-    patch.setattr(smoothness, "RATES", (0.01, 0.1))
+    patch.setattr(vgg, "RATES", (0.01, 0.1))
     for name, value in (("EIGENPAIRS", 1), ("LANCZOS_STEPS", 5), ("GRID", np.linspace(-1, 1, 3)), ("PATH_POINTS", 3)):
         patch.setattr(landscape, name, value)
     report = Silent()
-    yield *smoothness.run(Options(2, steps=10, variants=("none", "bn", "noisy")), report), report
+    options = Options(2, steps=10, variants=("none", "bn", "noisy"), histograms=True)
+    yield *smoothness.run(options, report), report
     patch.undo()
 
 
@@ -170,13 +174,26 @@ def test_smoothness(smooth):
     results, figures, report = smooth
     nets = [f"{net}_{v}" for net in ("linear", "vgg") for v in ("none", "bn", "noisy")]
     assert list(results.variants) == nets
+    further = {"renorm", "layer", "group", "weight"}  # which the deep linear network is tried without
+    assert set(smoothness.LABELS) == set(vgg.NORMS) == set(deep_linear.NORMALIZERS) | further
+    assert results.parameters["vgg_bn"]["batch_stats"] == {f"BatchNorm_0/{name}": [3] for name in ("mean", "var")}
+    assert results.parameters["linear_bn"] == {}
+    for kind in ("weight", "gradient"):
+        counts = results.arrays[f"vgg_none/histograms/{kind}/Dense_0/kernel/counts"]
+        assert counts.shape == (10, 40) and (counts.sum(1) == 3 * 4 * 4 * 10).all()
     for name in nets:
         assert results.arrays[f"{name}/smoothness"].shape == (2, 10)
         assert (results.arrays[f"{name}/shift_distance"][:, :, 0] == 0).all()
         assert (results.arrays[f"{name}/loss_max"] >= results.arrays[f"{name}/loss_min"]).all()
     assert {"top_eigenvalue", "hessian_trace", "test_accuracy", "noise_scale"} <= set(results.variants["vgg_bn"][2])
     assert results.metric("vgg_bn", "scale_cosine").max() < 1e-3 < results.metric("vgg_none", "scale_cosine").min()
-    assert [claim.id for claim in results.claims] == ["S6.2", "S6.3", "S6.4", "S6.5", "S6.6", "S6.8"]
+    assert [judgement.claim.id for judgement in results.claims] == [
+        "S6.1",
+        "S6.1 (augmented)",
+        *(f"S6.{i}" for i in range(2, 9)),
+    ]
+    measured = {j.claim.id for j in results.claims if j.outcomes and all(o.measured.n for o in j.outcomes)}
+    assert measured == {"S6.2", "S6.3", "S6.4", "S6.5", "S6.6", "S6.8"}  # without full length and the l_p variants
     assert results.notes["overhead"]["gradients_ratio"] == 1 + (8 + 1 + 1 + 2)
     assert "cost of measuring" in results.texts[0][0]
     assert {"vgg_landscape.png", "linear_landscape.png", "surfaces.png", "trajectories.png", "curvature.png"} <= set(
@@ -185,10 +202,14 @@ def test_smoothness(smooth):
     assert report.told["VGG, batch norm"][-1][0] == 10
 
 
-def test_a_run_at_full_length_checks_the_accuracies(smooth):
-    results, _, _ = smooth
-    assert smoothness.claims(results, ("none", "bn"), True)[0].id == "S6.1"
-    assert smoothness.claims(results, ("bn",), True) == []
+def test_accuracies_are_judged_at_full_length_only(smooth):
+    results = copy.deepcopy(smooth[0])
+    claim = smoothness.CLAIMS[0]
+    assert "needs" in claim.judge(results).reason
+    results.settings = {**results.settings, "full_length": True, "dataset": "cifar10", "augmented": False}
+    results.set_metric("vgg_bn", "test_accuracy", np.array([0.829, 0.831]))
+    results.set_metric("vgg_none", "test_accuracy", np.array([0.799, 0.801]))
+    assert claim.judge(results).verdict == "reproduced"
 
 
 def changed(results, losses, curve):
@@ -200,7 +221,9 @@ def changed(results, losses, curve):
         metrics["shift_cosine"] = np.full(2, curve[variant])
         for key in ("loss_min", "loss_max", "distance_max", "smoothness"):
             other.arrays[f"{name}/{key}"] = np.full((2, 10), 0.0 if key == "loss_min" else curve[variant])
-    return {claim.id: claim.verdict for claim in smoothness.claims(other, ("none", "bn", "noisy"), False)}
+    smoothness._add_comparisons(other, ("none", "bn", "noisy"))
+    other.judge(smoothness.CLAIMS)
+    return {judgement.claim.id: judgement.verdict for judgement in other.claims}
 
 
 def test_verdicts_on_made_up_numbers(smooth):
@@ -227,7 +250,7 @@ def test_verdicts_on_made_up_numbers(smooth):
 
 
 def test_what_is_measured_is_the_training_loss_of_the_next_step():
-    network = smoothness.Network(functools.partial(NoisyBatchNorm), images((32, 32, 3)), 2)
+    network = vgg.Network("noisy", images((32, 32, 3)), 2)
     network.model = Tiny(10, NoisyBatchNorm)
     state = network.create({"key": jax.random.key(0)})
     x, y = (jnp.asarray(v[:16]) for v in images((32, 32, 3)).train)
@@ -237,8 +260,42 @@ def test_what_is_measured_is_the_training_loss_of_the_next_step():
     assert abs(network.loss(state.batch_stats, jax.random.key(4))(state.params, x, y) - metrics.loss) > 1e-3
 
 
+@pytest.mark.parametrize("variant", ["weight", "group"])
+def test_every_normaliser_has_its_place_in_vgg(variant, monkeypatch):
+    monkeypatch.setattr(vgg, "VGG", models.VGG)
+    network = vgg.Network(variant, images((32, 32, 3)), 4, augmented=True)
+    state = jax.eval_shape(network.create, {"key": jax.random.key(0)})
+    of = state.params["WeightNorm_0" if variant == "weight" else "GroupNorm_0"]
+    assert {leaf.shape for leaf in jax.tree.leaves(of)} == {(4,)}
+    assert not state.batch_stats and len(network.layers) == 11
+    x, y = network.draw(tuple(map(jnp.asarray, images((32, 32, 3)).train)), jax.random.key(1))
+    plain, labels = random_batch(vgg.BATCH_SIZE)(tuple(map(jnp.asarray, images((32, 32, 3)).train)), jax.random.key(1))
+    assert x.dtype == plain.dtype and (y == labels).all() and 0.005 < (x == plain).mean() < 0.5
+
+
+def test_recording_leaves_the_gradient_and_moves_nothing():
+    x, y = (jnp.asarray(v[:16]) for v in EXAMPLES)
+    state = train.create_train_state(MODEL, optax.adam(0.1), jax.random.key(0), x)
+    recorded, _ = jax.jit(functools.partial(train.train_step, objective=train.binary_cross_entropy))(
+        recording(state), x, y
+    )
+    expected = jax.jit(functools.partial(train.gradients, objective=train.binary_cross_entropy))(state, x, y)
+    chex.assert_trees_all_close(recorded.opt_state, expected, rtol=1e-6)
+    chex.assert_trees_all_equal(recorded.params, state.params)
+
+
+def test_histograms_count_what_is_finite():
+    leaves = {"weight": {"a": np.array([0.0, 1.0, np.nan])}, "gradient": {"a": np.array([2.0, 2.0, np.inf])}}
+    found = empty_histograms({"a": leaves["weight"]["a"]}, 2)
+    count_values(found, 1, leaves)
+    assert found["weight/a"][0].sum(1).tolist() == [0, 2] and found["weight/a"][1][1].tolist() == [0, 1]
+    assert found["gradient/a"][0][1].sum() == 2
+
+
 def test_bad_options():
-    with pytest.raises(ValueError, match="--variants must be among none, bn, noisy, l1, l2, linf, got bm"):
+    with pytest.raises(
+        ValueError, match="--variants must be among none, bn, noisy, l1, l2, linf, renorm, layer, group, weight, got bm"
+    ):
         smoothness.run(Options(1, steps=10, variants=("bm",)), Silent())
     with pytest.raises(ValueError, match=r"--steps must be a multiple of a number from 10 to 200, got 5\. Say 10"):
         smoothness.run(Options(1, steps=5), Silent())

@@ -8,7 +8,7 @@ from scipy import stats
 from bnjax import data
 from bnjax.studies import STUDIES, Options, blobs, circles, mnist, results
 from bnjax.studies.experiment import Job, Variant, train_variant, train_variants
-from bnjax.studies.results import Claim, Interval, interval, prediction_interval, within
+from bnjax.studies.statistics import Interval, interval, prediction_interval, within
 
 
 class Silent:
@@ -51,18 +51,11 @@ def test_intervals_are_students():
     assert interval(np.array([2.0])).text(1) == "2.0"
 
 
-def test_verdicts():
+def test_an_interval_lies_in_a_range_or_not_or_that_is_undecided():
     assert within(Interval(1.0, 0.1, 5), 0.8, 1.2) is True
     assert within(Interval(1.0, 0.1, 5), 0.95, 1.2) is None
     assert within(Interval(1.0, 0.1, 5), 1.2, 2) is False
     assert within(Interval(1.0, np.nan, 1), 0, 2) is None
-
-    def verdict(*outcomes):
-        return Claim("", "", "", "", "", "", outcomes).verdict
-
-    assert verdict(True, True) == "reproduced"
-    assert verdict(True, None) == "undecided"
-    assert verdict(None, False) == "not reproduced"
 
 
 def test_a_seed_gives_the_same_in_any_company():
@@ -88,7 +81,7 @@ def test_epochs_to_a_threshold_count_from_one():
     d = data.circles()
     trained = train_variant(small_variant(), d.train, {"test": d.test}, [0])
     trained.curves["test_accuracy"] = np.array([[0.5, 0.8, 0.7, 0.9], [0.5, 0.5, 0.5, 0.5]])
-    np.testing.assert_array_equal(trained.epochs_to("test_accuracy", 0.8), [2, np.nan])
+    np.testing.assert_array_equal(trained.epochs_to("test_accuracy", 0.8), [2, 5])
     np.testing.assert_allclose(trained.final("test_accuracy", 2), [0.8, 0.5])
 
 
@@ -109,15 +102,18 @@ def test_a_failure_stops_all_trainings():
 
 def test_circles_trains_all_variants(circles_run):
     measured, figures, report = circles_run
-    assert list(measured.variants) == ["none", "after", "before", "no_scale_bias", "no_momentum", "input"]
+    ours = ["none", "after", "before", "no_scale_bias", "no_momentum", "input"]
+    assert list(measured.variants) == [*ours, "renorm", "layer", "group", "weight"]
     for name, (_, _, metrics) in measured.variants.items():
         assert all(values.shape == (2,) for values in metrics.values())
         assert [epoch for epoch, _ in report.told[name]] == list(range(1, 7))
-    assert set(figures) == {"learning_curves.png", "extensions.png", "decision_boundaries.png", "histograms.png"}
+    curves = {"learning_curves.png", "extensions.png", "normalisers.png"}
+    assert set(figures) == {*curves, "decision_boundaries.png", "histograms.png"}
     counts = measured.arrays["after/histograms/gradient/Dense_0/kernel/counts"]
     assert counts.shape == (6, 40)
     assert (counts.sum(1) == 100).all()
-    assert [claim.id for claim in measured.claims] == ["S1.1", "S1.2", "S1.3", "S1.4", "S1.5"]
+    assert [judgement.claim.id for judgement in measured.claims] == ["S1.1", "S1.2", "S1.3", "S1.4", "S1.5"]
+    assert {judgement.measured for judgement in measured.claims} == {"needs epochs 100"}
     # momentum moves only the running statistics, so training itself is the same
     np.testing.assert_allclose(
         measured.arrays["after/train_loss"], measured.arrays["no_momentum/train_loss"], rtol=1e-4, atol=1e-5
@@ -130,7 +126,7 @@ def test_results_follow_their_schema(circles_run, tmp_path):
     measured, figures, _ = circles_run
     results.save(measured, figures, tmp_path, 1.5, datetime.datetime.now(datetime.UTC))
     document = json.loads((tmp_path / "results.json").read_text())
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["seeds"] == [0, 1]
     assert document["settings"]["epochs"] == 6
     assert document["versions"]["jax"]
@@ -174,10 +170,13 @@ def test_mnist_sweeps_batch_sizes(monkeypatch):
 
     monkeypatch.setattr(data, "images", lambda *arguments: data.Dataset("mnist", split(500), split(100), 10))
     measured, figures = mnist.run(Options(2, 2, "mnist", None, (64, 100)), Silent())
-    assert list(measured.variants) == ["none_64", "before_64", "none_100", "before_100"]
+    assert list(measured.variants) == [
+        *("none_64", "before_64", "none_100", "before_100"),
+        *(f"{name}_64" for name in mnist.NORMALISERS),
+    ]
     assert measured.metric("before_64", "train_accuracy_during_epoch").shape == (2,)
-    assert set(figures) == {"learning_curves.png", "batch_sizes.png", "histograms.png"}
-    assert measured.claims == []  # they are about ten epochs
+    assert set(figures) == {"learning_curves.png", "normalisers.png", "batch_sizes.png", "histograms.png"}
+    assert {judgement.verdict for judgement in measured.claims} == {"undecided"}  # they are about ten epochs
     with pytest.raises(ValueError, match="400 training examples, got 401"):
         mnist.run(Options(2, 2, "mnist", None, (401,)), Silent())
 

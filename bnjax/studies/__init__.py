@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +22,12 @@ class Options:
       steps: of training, in studies that count these.
       width: of the network.
       variants: names of those to train; all by default.
+      augment: whether training images are varied at random, in studies that leave the choice.
       parallel: how a step is mapped over devices: 'jit', 'shard_map' or 'pmap'.
       group_size: devices whose batch norms synchronise; all by default.
       accumulate_steps: micro-batches in a step.
       saving: where and how often trainings are saved; not at all by default.
+      histograms: whether weights and gradients are counted on the way in studies that else don't.
     """
 
     seeds: int
@@ -37,10 +40,21 @@ class Options:
     steps: int | None = None
     width: int | None = None
     variants: tuple[str, ...] | None = None
+    augment: bool = False
     parallel: str = "jit"
     group_size: int | None = None
     accumulate_steps: int = 1
     saving: Any = None  # a bnjax.studies.saving.Saving
+    histograms: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Those that change what is measured, without the defaults."""
+        return {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            if field.name not in ("data_dir", "saving", "histograms")
+            and (value := getattr(self, field.name)) != field.default
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +70,7 @@ class Study:
       datasets: the image sets that it takes, its default first; none for generated data.
       distributed: whether one network is trained on several devices, so that the options for them apply.
       steps: default numbers of steps, as text.
+      fast: the options of `bnjax claims --fast`; None where that leaves the study out.
     """
 
     name: str
@@ -66,6 +81,7 @@ class Study:
     datasets: tuple[str, ...] = ()
     distributed: bool = False
     steps: str = ""
+    fast: Mapping[str, Any] | None = None
 
     def load(self) -> ModuleType:
         """Imports the study's module."""
@@ -81,6 +97,7 @@ STUDIES = {
             "S1, circles case study (Keras)",
             32,
             "100",
+            fast={"seeds": 16},
         ),
         Study(
             "blobs",
@@ -88,6 +105,7 @@ STUDIES = {
             "S4, training and inference slides (Keras)",
             32,
             "50 shallow, 100 deep, 10 inside",
+            fast={"seeds": 4},
         ),
         Study(
             "mnist",
@@ -96,13 +114,43 @@ STUDIES = {
             8,
             "10",
             datasets=("mnist", "fashion_mnist"),
+            fast={"seeds": 3, "batch_sizes": (32, 128)},
+        ),
+        Study(
+            "sensitivity",
+            "a perceptron on MNIST over learning rates, initial scales, batch sizes, regularisers and normalisers",
+            "S1 to S3, statements without numbers",
+            8,
+            "",
+            datasets=("mnist", "fashion_mnist"),
+            steps="750 of 32 examples, as many examples at other batch sizes",
+            fast={"seeds": 6, "steps": 90, "variants": ("deep_none", "deep_bn")},
+        ),
+        Study(
+            "accelerating",
+            "a narrow VGG on CIFAR-10 with and without local response normalisation and photometric distortions",
+            "original paper notes, 'Accelerating BN networks'",
+            3,
+            "",
+            datasets=("cifar10", "cifar100"),
+            steps="500",
+        ),
+        Study(
+            "recurrent",
+            "a recurrent network that reads MNIST row by row: statistics for each time step, shared, and none",
+            "S1, circles case study; Cooijmans et al. 2016",
+            4,
+            "",
+            datasets=("mnist", "fashion_mnist"),
+            steps="1000",
+            fast={"seeds": 3},
         ),
         Study(
             "cifar",
             "a ten-layer convolutional network on CIFAR-100 or CIFAR-10: sigmoid and ReLU, with and without batch norm",
             "S5, CIFAR-100 article (Keras)",
-            1,
-            "20, of 2000 steps each",
+            3,
+            "20, of 80 steps with 16 filters on CPU, of 2000 with 60 on GPU and TPU",
             datasets=("cifar100", "cifar10"),
             distributed=True,
         ),
@@ -114,6 +162,7 @@ STUDIES = {
             "",
             datasets=("mnist", "fashion_mnist"),
             steps="10,000 on CPU, 50,000 on GPU and TPU",
+            fast={"seeds": 2, "steps": 2000},
         ),
         Study(
             "smoothness",

@@ -15,9 +15,11 @@ from bnjax.analysis import plots as drawing
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Options
-from bnjax.studies.experiment import Report, Trained, Variant
+from bnjax.studies.claims import Claim, Condition
+from bnjax.studies.experiment import Report, Variant
 from bnjax.studies.measured import Measured, Plan, random_batch, train_measured
-from bnjax.studies.results import Claim, Results, interval, within
+from bnjax.studies.results import Results
+from bnjax.studies.statistics import interval
 
 SOURCE = "original paper notes; Ioffe & Szegedy 2015, section 4.1"
 HIDDEN = (100, 100, 100)
@@ -33,9 +35,63 @@ LAST_HIDDEN = f"Dense_{len(HIDDEN) - 1}"
 UNIT = 0
 LABELS = {"none": "no batch norm", "bn": "batch norm"}
 
+CLAIMS = (
+    Claim(
+        "S3.1",
+        SOURCE,
+        "test accuracy is higher with batch norm at every point of training",
+        "higher",
+        "the paired difference is positive, on average over training and in the tenth of training where it is least",
+        (
+            Condition("mean gain", "mean_test_accuracy", "bn", "none", low=0),
+            Condition("least gain", "least_gain", "bn", low=0),
+        ),
+    ),
+    Claim(
+        "S3.2",
+        SOURCE,
+        "the distribution of the inputs to a sigmoid of the last hidden layer is more stable with batch norm",
+        "more stable",
+        "the deviation over training of the units' median input, mean over units, is smaller at paired seeds",
+        (Condition("movement with − without", "movement_of_medians", "bn", "none", high=0, digits=3),),
+    ),
+    Claim(
+        "S3.3",
+        SOURCE,
+        "with batch norm the loss does not depend on the scale of a layer's weights",
+        "⟨w, ∂L/∂w⟩ = 0",
+        "the largest cosine of a hidden unit's weights and their gradient stays below 0.01 at all measured steps",
+        (Condition("largest cosine", "largest_scale_cosine", "bn", low=0, high=0.01, digits=6),),
+    ),
+    Claim(
+        "S3.4",
+        SOURCE,
+        "with batch norm a network trains at 5 and 30 times the learning rate that the plain one tolerates",
+        "5 and 30 times",
+        f"at every seed, {RATE_STEPS} steps at 5 and at 30 times the largest rate of {RATES[0]:g} to {RATES[-1]:g} "
+        "that trains without it bring the loss below half of chance's",
+        (
+            Condition("share of seeds that train at 5 times", "trains_at_5_times", "bn", low=1, digits=2),
+            Condition("at 30 times", "trains_at_30_times", "bn", low=1, digits=2),
+        ),
+    ),
+    Claim(
+        "S3.5",
+        SOURCE,
+        "networks of saturating units train with batch norm, and get stuck without",
+        "trains / stuck",
+        f"from kernels of deviation {GRID['deviation'][0]:g}, a tenth of the steps at rate {LEARNING_RATE:g} reach a "
+        "test accuracy above 0.9 with it, and leave it below 0.2 without",
+        (
+            Condition("with", "accuracy_from_small_kernels", "bn", low=0.9),
+            Condition("without", "accuracy_from_small_kernels", "none", high=0.2),
+        ),
+    ),
+)
+
 
 def run(options: Options, report: Report):
-    """Trains with and without batch norm, measures activations and gradients on the way, and checks S3.1 to S3.5.
+    """Trains with and without batch norm, measures activations and gradients on the way, and judges S3.1 to S3.5.
 
     Args:
       options: seeds, steps (10,000 on CPU, 50,000 elsewhere), dataset ('mnist') and data_dir.
@@ -71,7 +127,8 @@ def run(options: Options, report: Report):
         full = jnp.full((options.seeds,), 1.0)
         chosen = {"key": keys, "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
         tell = report.task(_variant(variant, label, network.model, steps))
-        seen[variant] = train_measured(plan, chosen, training, name=variant, progress=tell, saving=options.saving)
+        further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
+        seen[variant] = train_measured(plan, chosen, training, name=variant, **further)
         _add(results, variant, label, network, seen[variant])
         _add_grid(results, variant, label, network, training, keys, settings["grid_steps"], report)
         rates = RATES if variant == "none" else _tolerated(ranges["none"])
@@ -80,7 +137,8 @@ def run(options: Options, report: Report):
         variant: {"rates": np.asarray(found.learning_rates[0]).tolist(), "trains": np.asarray(found.trains).tolist()}
         for variant, found in ranges.items()
     }
-    results.claims = claims(results, ranges)
+    _add_pairs(results, ranges)
+    results.judge(CLAIMS)
     return results, _figures(seen, ranges, f"{name}, {options.seeds} seed{'s' * (options.seeds > 1)}")
 
 
@@ -159,7 +217,7 @@ def _add(results: Results, name: str, label: str, network: _Network, seen: Measu
         curves[f"gradient_norm_{layer}"] = norms
     ratio = found["gradient_norms"]["Dense_0"] / found["gradient_norms"][f"Dense_{len(HIDDEN)}"]
     results.add(
-        Trained(_variant(name, label, network.model, 0), curves, None, {}),
+        seen.trained(_variant(name, label, network.model, 0), curves),
         {"learning_rate": LEARNING_RATE, "deviation": DEVIATION},
         {
             "test_accuracy": found["accuracy"][:, -1],
@@ -193,78 +251,24 @@ def _add_grid(results, name, label, network: _Network, training, keys, steps: in
         for (rate, deviation), values in zip(cells, accuracy, strict=True)
     ]
     lines = ["deviation   " + "".join(f"rate {rate:<12g}" for rate in rates)]
+    small = cells.index((LEARNING_RATE, deviations[0]))
+    results.set_metric(name, "accuracy_from_small_kernels", accuracy[small])
     for deviation, row in zip(deviations, accuracy.reshape((len(deviations), len(rates), count)), strict=True):
         lines.append(f"{deviation:<12g}" + "".join(f"{interval(values).text(3):<17}" for values in row))
     results.texts.append((f"{label}: test accuracy after {steps} steps", "\n".join(lines)))
 
 
-def claims(results: Results, ranges: dict[str, analysis.LearningRateRange]) -> list[Claim]:
-    """S3.1 to S3.5 with their verdicts."""
-    curves = {name: results.arrays[f"{name}/test_accuracy"] for name in LABELS}
-    difference = curves["bn"] - curves["none"]
-    points = [interval(difference[:, i]) for i in range(1, difference.shape[1])]
-    worst, overall = min(points, key=lambda p: p.mean), interval(difference[:, 1:].mean(1))
-    movement = {name: interval(results.metric(name, "movement_of_medians")) for name in LABELS}
-    cosine = {name: interval(results.metric(name, "largest_scale_cosine")) for name in LABELS}
-    largest = np.asarray(ranges["none"].largest)
-    trains = np.asarray(ranges["bn"].trains)
-    cell = {"learning_rate": LEARNING_RATE, "deviation": GRID["deviation"][0]}
-    stuck = {
-        name: next(interval(np.array(c["test_accuracy"])) for c in cells if cell.items() <= c.items())
-        for name, cells in results.notes["grid"].items()
-    }
+def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) -> None:
+    """The numbers that compare the two networks at the same seeds."""
+    gain = results.arrays["bn/test_accuracy"][:, 1:] - results.arrays["none/test_accuracy"][:, 1:]
+    tenths = np.stack([part.mean(1) for part in np.array_split(gain, min(10, gain.shape[1]), axis=1)], axis=1)
+    results.set_metric("bn", "least_gain", tenths.min(1))
     # Where the plain network trains at the largest rate of all, what it tolerates is not known.
-    enough = None if len(results.seeds) < 2 or not np.isfinite(ranges["none"].breaks_at).all() else True
-    return [
-        Claim(
-            "S3.1",
-            SOURCE,
-            "test accuracy is higher with batch norm at every point of training",
-            "higher",
-            "the paired difference is positive on average over training, and at the measured step where it is least",
-            f"mean {overall.text()}, least {worst.text()}",
-            (within(overall, 0, np.inf), within(worst, 0, np.inf)),
-        ),
-        Claim(
-            "S3.2",
-            SOURCE,
-            "the distribution of the inputs to a sigmoid of the last hidden layer is more stable with batch norm",
-            "more stable",
-            "the deviation over training of the units' median input, mean over units, is smaller at paired seeds",
-            f"{movement['bn'].text(3)} with, {movement['none'].text(3)} without",
-            (within(results.difference("movement_of_medians", "bn", "none"), -np.inf, 0),),
-        ),
-        Claim(
-            "S3.3",
-            SOURCE,
-            "with batch norm the loss does not depend on the scale of a layer's weights",
-            "⟨w, ∂L/∂w⟩ = 0",
-            "the largest cosine of a hidden unit's weights and their gradient stays below 0.01 at all measured steps",
-            f"{cosine['bn'].text(6)} with, {cosine['none'].text(3)} without",
-            (within(cosine["bn"], 0, 0.01),),
-        ),
-        Claim(
-            "S3.4",
-            SOURCE,
-            "with batch norm a network trains at 5 and 30 times the learning rate that the plain one tolerates",
-            "5 and 30 times",
-            f"at every seed, {RATE_STEPS} steps at 5 and at 30 times the largest rate of {RATES[0]:g} to {RATES[-1]:g} "
-            "that trains without it bring the loss below half of chance's",
-            f"largest without: {_values(largest)}; with, of {len(trains)} seeds: {int(trains[:, 1].sum())} train at 5 "
-            f"times, {int(trains[:, 2].sum())} at 30 times",
-            (enough and bool(trains[:, 1].all()), enough and bool(trains[:, 2].all())),
-        ),
-        Claim(
-            "S3.5",
-            SOURCE,
-            "networks of saturating units train with batch norm, and get stuck without",
-            "trains / stuck",
-            f"after {results.settings['grid_steps']} steps from kernels of deviation {GRID['deviation'][0]:g} test "
-            "accuracy is above 0.9 with it, and below 0.2 without",
-            f"{stuck['bn'].text()} with, {stuck['none'].text()} without",
-            (within(stuck["bn"], 0.9, 1), within(stuck["none"], 0, 0.2)),
-        ),
-    ]
+    known = np.isfinite(ranges["none"].breaks_at)
+    for i, times in ((1, 5), (2, 30)):
+        trains = np.asarray(ranges["bn"].trains)[:, i].astype(float)
+        results.set_metric("bn", f"trains_at_{times}_times", np.where(known, trains, np.nan))
+    results.set_metric("none", "largest_rate", np.asarray(ranges["none"].largest))
 
 
 def _figures(seen: dict[str, Measured], ranges: dict[str, Any], title: str) -> dict[str, Figure]:

@@ -3,7 +3,9 @@
 import dataclasses
 import datetime
 import json
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from bnjax.data import atomic_file
-from bnjax.studies import Options, Study
+from bnjax.studies import Options, Study, ledger
+from bnjax.studies.logs import Logs, open_logs
 from bnjax.studies.results import Results, claim_rows, metric_rows, save
 from bnjax.studies.saving import Saving
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
 _COLUMNS = 5  # of numbers in a table
+_WIDTH = 160  # of the ledger in a file
 
 
 class _Report:
-    """Shows a bar for each variant."""
+    """Shows a bar for each variant, and logs."""
 
-    def __init__(self, progress: Progress):
-        self.progress = progress
+    def __init__(self, progress: Progress, logs: Logs):
+        self.progress, self.logs = progress, logs
         self.read: dict[str, TaskID] = {}
 
     def task(self, variant):
         task = self.progress.add_task(variant.label, total=variant.epochs, now="compiling")
+        self.logs.begin(variant.name, variant.epochs)
 
         def update(epoch: int, means: dict[str, float]) -> None:
             chosen = next((k for k in _SHOWN if np.isfinite(means.get(k, np.nan))), None)
             now = f"{chosen.replace('_', ' ')} {means[chosen]:.4f}" if chosen else ""
             self.progress.update(task, completed=epoch, now=now)
+            self.logs.scalars(variant.name, epoch, {k: v for k, v in means.items() if np.isfinite(v)})
 
         return update
 
@@ -47,7 +53,14 @@ class _Report:
 
 
 def run_study(
-    study: Study, options: Options, out: Path, quiet: bool, *, resume: bool = False, checkpoint_every: float = 60.0
+    study: Study,
+    options: Options,
+    out: Path,
+    quiet: bool,
+    *,
+    resume: bool = False,
+    checkpoint_every: float = 60.0,
+    log: Sequence[str] = (),
 ) -> Results:
     """Runs a study, prints its tables, and saves its files.
 
@@ -58,15 +71,20 @@ def run_study(
       quiet: whether to print nothing.
       resume: whether to continue from the checkpoints in `out`, rather than to begin anew.
       checkpoint_every: seconds between two checkpoints of a training.
+      log: names of the logs to write beside these, of `bnjax.studies.logs.LOGS`.
 
     Returns:
       What was measured.
+
+    Raises:
+      ValueError: if a log's package is not installed.
     """
     quiet = quiet or jax.process_index() > 0  # of several processes, one speaks and saves
+    logs = open_logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())
     console = Console(quiet=quiet, highlight=False)
     configuration = {"study": study.name, "dataset": options.dataset}
     saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
-    options = dataclasses.replace(options, saving=saving)
+    options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
@@ -76,14 +94,57 @@ def run_study(
         TextColumn("{task.fields[now]}"),
     )
     with Progress(*columns, console=console, disable=quiet) as progress:
-        results, figures = study.load().run(options, _Report(progress))
+        results, figures = study.load().run(options, _Report(progress, logs))
+    results.options = options.to_json()
     print_tables(results, console)
     seconds = time.perf_counter() - clock
     if jax.process_index() > 0:
         return results
     paths = save(results, figures, out, seconds, started)
+    logs.results(results, out)
+    logs.close()
     console.print(f"{len(paths)} files saved in {out}, among them results.json and summary.md ({seconds:.1f} s)")
     return results
+
+
+def print_ledger(
+    names: Sequence[str], seeds: int | None, fast: bool, out: Path, data_dir: str | None, quiet: bool
+) -> ledger.Ledger:
+    """Prints and saves the verdicts on the claims of some studies, running what is missing.
+
+    Args:
+      names: of the studies.
+      seeds: how many; each study's own number by default.
+      fast: whether to run `Study.fast` only.
+      out: directory of the studies' directories.
+      data_dir: where prepared image sets are.
+      quiet: whether to print nothing but the ledger.
+    """
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+
+    def options_of(study: Study) -> list[Options]:
+        if fast and study.fast is None:
+            return []
+        chosen = {"seeds": study.seeds, **(study.fast if fast and study.fast else {})}
+        if seeds:
+            chosen["seeds"] = seeds
+        if not study.datasets:
+            return [Options(**chosen)]
+        return [Options(**chosen, dataset=dataset, data_dir=data_dir) for dataset in study.datasets]
+
+    def run(study: Study, options: Options, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        run_study(study, options, directory, quiet, resume=True)
+
+    def tell(text: str) -> None:
+        if not quiet:
+            console.print(text)
+
+    found = ledger.make_ledger(names, options_of, out, run, tell)
+    _print_table(console, "claims", *found.rows())
+    console.print(found.summary())
+    found.save(out)
+    return found
 
 
 def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:
@@ -126,7 +187,7 @@ def print_tables(results: Results, console: Console) -> None:
         console.print(f"\n{title}", style="bold", markup=False)
         console.print(text, markup=False)  # brackets of arrays are no markup
     if results.claims:
-        _print_table(console, "claims of the source", *claim_rows(results))
+        _print_table(console, "claims of the source", *claim_rows(results.claims))
 
 
 def _print_table(console: Console, title: str, header: list[str], rows: list[list[str]], **options: Any) -> None:

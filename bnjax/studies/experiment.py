@@ -47,7 +47,7 @@ class Variant:
       name: key in results.
       label: for tables and figures.
       model: linen module.
-      optimizer: optax gradient transformation.
+      optimizer: optax gradient transformation; None where the study makes its own.
       objective: loss and correctness of each example.
       batch_size: examples in a step.
       epochs: passes over the training examples.
@@ -56,7 +56,7 @@ class Variant:
     name: str
     label: str
     model: Any
-    optimizer: optax.GradientTransformation
+    optimizer: Any
     objective: train.Objective
     batch_size: int
     epochs: int
@@ -71,6 +71,7 @@ class Trained:
       curves: '<split>_loss' and '<split>_accuracy', each `[seeds, epochs]`. The split 'train' is what training saw
         during the epoch, in training mode; the others are evaluated after it with running statistics.
       state: final states, each leaf with a leading axis of seeds; None where they are not kept.
+      parameters: collection ('params', 'batch_stats') to path to shape.
       histograms: for the first seed, '<weight|gradient>/<layer>/<parameter>' to `(counts [epochs, bins], range
         [epochs, 2])`; gradients are those of the first `batch_size` training examples in training mode.
     """
@@ -78,16 +79,17 @@ class Trained:
     variant: Variant
     curves: dict[str, np.ndarray]
     state: Any
-    histograms: dict[str, tuple[np.ndarray, np.ndarray]]
+    histograms: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, Mapping[str, Sequence[int]]] = dataclasses.field(default_factory=dict)
 
     def final(self, curve: str, epochs: int = 1) -> np.ndarray:
         """Mean of a curve over the last epochs, for each seed."""
         return self.curves[curve][:, -epochs:].mean(1)
 
     def epochs_to(self, curve: str, threshold: float) -> np.ndarray:
-        """For each seed the first epoch (from 1) at which a curve is at least `threshold`; NaN where it never is."""
+        """For each seed the first epoch (from 1) at which a curve reaches `threshold`, the last plus 1 if none does."""
         reached = self.curves[curve] >= threshold
-        return np.where(reached.any(1), reached.argmax(1) + 1.0, np.nan)
+        return np.where(reached.any(1), reached.argmax(1) + 1.0, reached.shape[1] + 1.0)
 
 
 class Job(NamedTuple):
@@ -104,8 +106,6 @@ def train_variants(
 ) -> list[Trained]:
     """Trains several variants, as many at a time as there are processor cores.
 
-    Compilation, most of the time for small networks, and execution run outside Python's lock, so threads suffice.
-
     Args:
       jobs: what to train, on what.
       seeds: non-negative ints.
@@ -115,22 +115,45 @@ def train_variants(
     Returns:
       The trainings in the order of the jobs, the same as one after the other.
     """
-    stopped = threading.Event()
 
-    def work(job: Job) -> Trained:
-        tell = report.task(job.variant)
-
-        def progress(epoch: int, means: dict[str, float]) -> None:
-            if stopped.is_set():
-                raise RuntimeError("stopped, since another training failed or was interrupted")
-            tell(epoch, means)
-
+    def work(job: Job, watched: Callable[[Progress], Progress]) -> Trained:
+        progress = watched(report.task(job.variant))
         options: dict[str, Any] = {"per_seed_data": job.per_seed_data, "progress": progress, "saving": saving}
         return train_variant(*job[:3], seeds, **options)
 
+    return in_threads(work, jobs)
+
+
+Progress = Callable[[Any, dict[str, float]], Any]
+"""Is told the epochs or steps done, and the latest means over seeds."""
+
+
+def in_threads(work: Callable[[Any, Callable[[Progress], Progress]], Any], jobs: Sequence[Any]) -> list[Any]:
+    """Does several jobs, as many at a time as there are processor cores.
+
+    Compilation, most of the time for small networks, and execution run outside Python's lock, so threads suffice.
+
+    Args:
+      work: `(job, watched) → result`; what it tells of its progress goes through `watched(progress)`, which stops it
+        once another job has failed or was interrupted.
+      jobs: what to do.
+
+    Returns:
+      The results in the order of the jobs.
+    """
+    stopped = threading.Event()
+
+    def watched(tell: Progress) -> Progress:
+        def progress(done: Any, means: dict[str, float]) -> None:
+            if stopped.is_set():
+                raise RuntimeError("stopped, since another training failed or was interrupted")
+            tell(done, means)
+
+        return progress
+
     with ThreadPoolExecutor(min(len(jobs), _cores())) as pool:
         try:
-            return list(pool.map(work, jobs))
+            return list(pool.map(lambda job: work(job, watched), jobs))
         except BaseException:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -212,12 +235,7 @@ def train_variant(
         for split in ("train", *evaluation)
         for metric in train.Metrics._fields
     }
-    parameters = {"/".join(str(key.key) for key in path) for path, _ in jax.tree.leaves_with_path(states.params)}
-    histograms = {
-        f"{kind}/{parameter}": (np.zeros((variant.epochs, _BINS), np.int32), np.zeros((variant.epochs, 2), np.float32))
-        for kind in ("weight", "gradient")
-        for parameter in sorted(parameters)
-    }
+    histograms = empty_histograms(states.params, variant.epochs)
     saved = saving and saving.of(
         variant.name, {"seeds": list(seeds), "batch_size": variant.batch_size, "epochs": variant.epochs}
     )
@@ -231,16 +249,15 @@ def train_variant(
         for name, split in jax.device_get(metrics).items():
             for metric, values in split._asdict().items():
                 curves[f"{name}_{metric}"][:, done] = values.T
-        for path, values in jax.tree.leaves_with_path(jax.device_get(leaves)):
-            counts, ends = histograms["/".join(str(key.key) for key in path)]
-            for i, value in enumerate(values, epoch):
-                counts[i], ends[i] = _histogram(value)
+        leaves = jax.device_get(leaves)
+        for i in range(count):
+            count_values(histograms, epoch + i, jax.tree.map(lambda v, i=i: v[i], leaves))
         progress(epoch + count, {name: float(curve[:, epoch + count - 1].mean()) for name, curve in curves.items()})
         if saved:
             saved.save(epoch + count, (states, curves, histograms))
     if saved:
         saved.close()
-    return Trained(variant, curves, jax.device_get(states), histograms)
+    return Trained(variant, curves, jax.device_get(states), histograms, parameter_shapes(states))
 
 
 def _cores() -> int:
@@ -248,8 +265,48 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts in equal bins between the extremes, and these; non-finite values are left out."""
-    finite = values[np.isfinite(values)]
-    counts, edges = np.histogram(finite, bins=_BINS)
-    return counts.astype(np.int32), edges[[0, -1]].astype(np.float32)
+Histograms = dict[str, tuple[np.ndarray, np.ndarray]]
+"""'<weight|gradient>/<layer>/<parameter>' to counts `[times, bins]` and the range of the bins `[times, 2]`."""
+
+
+def empty_histograms(params: Any, times: int) -> Histograms:
+    """Those of as many times in a training, to be counted."""
+    return {
+        f"{kind}/{path}": (np.zeros((times, _BINS), np.int32), np.zeros((times, 2), np.float32))
+        for kind in ("weight", "gradient")
+        for path in sorted(_by_path(params))
+    }
+
+
+def count_values(histograms: Histograms, time: int, leaves: Mapping[str, Any]) -> None:
+    """Counts 'weight' and 'gradient' of the parameters at one time, in equal bins between the finite extremes."""
+    for path, values in _by_path(leaves).items():
+        finite = values[np.isfinite(values)]
+        counts, edges = np.histogram(finite, bins=_BINS)
+        histograms[path][0][time] = counts
+        histograms[path][1][time] = edges[[0, -1]]
+
+
+def parameter_shapes(states: Any, leading: int = 1) -> dict[str, dict[str, list[int]]]:
+    """Collection ('params', 'batch_stats') to path to shape, without the leading axes (of seeds)."""
+    return {
+        name: {path: list(leaf.shape[leading:]) for path, leaf in _by_path(tree).items()}
+        for name in ("params", "batch_stats")
+        if (tree := getattr(states, name, None))
+    }
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _zeros(params: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+_RECORDER = optax.GradientTransformation(_zeros, lambda updates, state, params=None: (_zeros(updates), updates))
+
+
+def recording(state: train.TrainState) -> train.TrainState:
+    """A state whose next training step changes no parameter and leaves the gradient as `opt_state`."""
+    return state.replace(tx=_RECORDER, opt_state=_RECORDER.init(state.params))

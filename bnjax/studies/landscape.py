@@ -26,34 +26,51 @@ _jit_once = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
+class Around:
+    """The landscape around a network after training, that of the first seed.
+
+    Attributes:
+      density: of the Hessian's eigenvalues.
+      surface: loss `[13, 13]` along two filter-normalised random directions.
+      plane: of the trajectory.
+      plane_grid: coordinates in that plane.
+      plane_loss: loss on them.
+    """
+
+    density: analysis.SpectralDensity
+    surface: np.ndarray
+    plane: analysis.TrajectoryPlane
+    plane_grid: tuple[np.ndarray, np.ndarray]
+    plane_loss: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Ends:
     """A variant's networks after training.
 
     Attributes:
       metrics: numbers of each seed, by name.
       rates: which learning rates train, `[seeds, …]`; None where that was not tried.
-      density: of the first seed's Hessian.
-      surface: loss `[13, 13]` of the first seed along two filter-normalised random directions.
-      plane: of the first seed's trajectory.
-      plane_grid: coordinates in that plane.
-      plane_loss: loss on them.
       path: from the first seed's network to the second's; None with one seed.
+      around: the landscape; None where it is not drawn.
     """
 
     metrics: dict[str, np.ndarray]
     rates: analysis.LearningRateRange | None
-    density: analysis.SpectralDensity
-    surface: np.ndarray
-    plane: analysis.TrajectoryPlane
-    plane_grid: tuple[np.ndarray, np.ndarray]
-    plane_loss: np.ndarray
     path: analysis.LinearPath | None
+    around: Around | None
 
 
 def at_the_end(
-    network: Any, seen: Measured, keys: Any, examples: Any, rates: Any, progress: Callable[[float], Any]
+    network: Any,
+    seen: Measured,
+    keys: Any,
+    examples: Any,
+    rates: Any,
+    progress: Callable[[float], Any],
+    with_landscape: bool,
 ) -> Ends:
-    """Curvature, noise and sharpness of each seed's network, and the landscape around the first's.
+    """Curvature, noise and sharpness of each seed's network, the path between two, and the landscape around the first.
 
     All on one batch of the training set, in the mode that training descends, with one draw of the noise.
 
@@ -64,6 +81,7 @@ def at_the_end(
       examples: images and labels of the training set.
       rates: as that of `Ends`.
       progress: is told the fraction done.
+      with_landscape: whether the landscape is measured too.
     """
     progress(0.0)
     batch = tuple(jnp.asarray(v[:EXAMPLES]) for v in examples)
@@ -98,13 +116,16 @@ def at_the_end(
     if rates is not None:
         metrics["largest_rate"] = np.asarray(rates.largest)
     progress(0.5)
-    around = _landscape(network, seen, of_seed, noise, batch)
+    path = None
+    if len(keys) > 1:
+        path = jax.device_get(_path(network, of_seed(0), of_seed(1).params, noise, batch))
+    progress(0.6)
+    around = _landscape(network, seen, of_seed(0), noise, batch) if with_landscape else None
     progress(1.0)
-    return Ends(metrics, rates, *around)
+    return Ends(metrics, rates, path, around)
 
 
-def _landscape(network: Any, seen: Measured, of_seed: Any, noise: Any, batch: Any) -> tuple:
-    state = of_seed(0)
+def _landscape(network: Any, seen: Measured, state: Any, noise: Any, batch: Any) -> Around:
     key = jax.random.key(1)
     kept = jax.tree.map(lambda v: jnp.asarray(v[0]), seen.kept)
     plane = _jit_once(analysis.trajectory_plane)(kept)
@@ -129,11 +150,9 @@ def _landscape(network: Any, seen: Measured, of_seed: Any, noise: Any, batch: An
     grids = tuple(jnp.asarray(g, jnp.float32) for g in grid)
     surface = surface_of(state, random, (jnp.asarray(GRID, jnp.float32),) * 2, *batch)
     around = surface_of(state.replace(params=plane.origin), plane.directions, grids, *batch)
-    path = None
-    if len(jax.tree.leaves(seen.states)[0]) > 1:
-        path = jax.device_get(_path(network, state, of_seed(1).params, noise, batch))
     density = density_of(state, *batch)
-    return (*jax.device_get((density, surface, plane)), grid, np.asarray(around), path)
+    density, surface, plane = jax.device_get((density, surface, plane))
+    return Around(density, surface, plane, grid, np.asarray(around))
 
 
 def _path(network: Any, state: Any, other: Any, noise: Any, batch: Any) -> analysis.LinearPath:
@@ -158,14 +177,15 @@ def figures(
     """All figures by file name."""
     found = {
         "vgg_training.png": _training(vgg, labels, f"VGG: loss of each step's batch ({title})"),
-        "linear_training.png": _training(linear, labels, "Deep linear network: loss", log=True),
         "vgg_shift.png": _shift(vgg, labels, f"VGG: internal covariate shift ({title})"),
-        "linear_shift.png": _shift(linear, labels, "Deep linear network: internal covariate shift"),
         "curvature.png": _curvature(ends, labels, title),
     }
-    pair = [name for name in ("none", "bn") if name in vgg]
+    if linear:
+        found["linear_training.png"] = _training(linear, labels, "Deep linear network: loss", log=True)
+        found["linear_shift.png"] = _shift(linear, labels, "Deep linear network: internal covariate shift")
     for net, seen in (("vgg", vgg), ("linear", linear)):
-        for suffix, names in (("", pair), ("_interventions", [n for n in seen if n != "none"])):
+        compared = [name for name in seen if name in ("none", "bn")]
+        for suffix, names in (("", compared), ("_interventions", [n for n in seen if n != "none"])):
             probes = {labels[n]: seen[n].measurements["probe"] for n in names}
             if probes:
                 times = seen[names[0]].measured_at
@@ -174,10 +194,11 @@ def figures(
                 found[f"{net}_landscape{suffix}.png"] = drawing.probe_figure(
                     probes, times, quantities=quantities, first_style=first
                 )
-    shown = {labels[n]: ends[n] for n in pair}
-    found["surfaces.png"] = _surfaces(shown, title)
-    found["trajectories.png"] = _trajectories(shown, title)
-    rates = {label: end.rates for label, end in shown.items() if end.rates is not None}
+    shown = {labels[name]: end.around for name, end in ends.items() if end.around is not None}
+    if shown:
+        found["surfaces.png"] = _surfaces(shown, title)
+        found["trajectories.png"] = _trajectories(shown, title)
+    rates = {labels[name]: end.rates for name, end in ends.items() if end.rates is not None}
     if rates:
         figure = Figure(figsize=(6, 4), layout="constrained")
         drawing.learning_rate_range(figure.subplots(), rates)
@@ -223,9 +244,12 @@ def _curvature(ends: Mapping[str, Ends], labels: Mapping[str, str], title: str) 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     figure.suptitle(f"VGG after training ({title})", fontsize=10)
     first, second = figure.subplots(1, 2)
-    shown = [name for name in ("none", "bn") if name in ends] or list(ends)[:1]
-    drawing.spectral_density(first, {labels[n]: ends[n].density for n in shown})
-    first.set_title("Hessian's eigenvalues, the first seed", fontsize=9)
+    densities = {labels[name]: end.around.density for name, end in ends.items() if end.around is not None}
+    if densities:
+        drawing.spectral_density(first, densities)
+        first.set_title("Hessian's eigenvalues, the first seed", fontsize=9)
+    else:
+        first.remove()
     paths = {labels[n]: end.path for n, end in ends.items() if end.path is not None}
     if paths:
         drawing.linear_path(second, paths)
@@ -236,31 +260,31 @@ def _curvature(ends: Mapping[str, Ends], labels: Mapping[str, str], title: str) 
     return figure
 
 
-def _surfaces(ends: Mapping[str, Ends], title: str) -> Figure:
+def _surfaces(shown: Mapping[str, Around], title: str) -> Figure:
     """Contours and relief along filter-normalised random directions."""
-    figure = Figure(figsize=(max(7.5, 4.8 * len(ends)), 8.4), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 4.8 * len(shown)), 8.4), layout="constrained")
     figure.suptitle(f"Loss around the trained VGG, filter-normalised random directions ({title})", fontsize=10)
-    for i, (label, end) in enumerate(ends.items()):
-        ax = figure.add_subplot(2, len(ends), i + 1)
-        contours = drawing.loss_surface(ax, end.surface, (GRID, GRID))
+    for i, (label, around) in enumerate(shown.items()):
+        ax = figure.add_subplot(2, len(shown), i + 1)
+        contours = drawing.loss_surface(ax, around.surface, (GRID, GRID))
         figure.colorbar(contours, ax=ax, label="loss", shrink=0.8)
         ax.set_title(label)
-        relief: Any = figure.add_subplot(2, len(ends), len(ends) + i + 1, projection="3d")
-        drawing.loss_surface(relief, end.surface, (GRID, GRID))
+        relief: Any = figure.add_subplot(2, len(shown), len(shown) + i + 1, projection="3d")
+        drawing.loss_surface(relief, around.surface, (GRID, GRID))
     return figure
 
 
-def _trajectories(ends: Mapping[str, Ends], title: str) -> Figure:
+def _trajectories(shown: Mapping[str, Around], title: str) -> Figure:
     """The path of training in the plane of its principal components, as contours and as a relief."""
-    figure = Figure(figsize=(max(7.5, 4.8 * len(ends)), 8.4), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 4.8 * len(shown)), 8.4), layout="constrained")
     figure.suptitle(f"The path of training in its principal plane, from circle to star ({title})", fontsize=10)
-    for i, (label, end) in enumerate(ends.items()):
-        ax = figure.add_subplot(2, len(ends), i + 1)
-        contours = drawing.loss_surface(ax, end.plane_loss, end.plane_grid)
+    for i, (label, around) in enumerate(shown.items()):
+        ax = figure.add_subplot(2, len(shown), i + 1)
+        contours = drawing.loss_surface(ax, around.plane_loss, around.plane_grid)
         figure.colorbar(contours, ax=ax, label="loss", shrink=0.8)
-        drawing.trajectory(ax, end.plane)
+        drawing.trajectory(ax, around.plane)
         ax.set_title(label)
-        relief: Any = figure.add_subplot(2, len(ends), len(ends) + i + 1, projection="3d")
-        drawing.loss_surface(relief, end.plane_loss, end.plane_grid)
-        drawing.trajectory(relief, end.plane, heights=(end.plane_loss, end.plane_grid))
+        relief: Any = figure.add_subplot(2, len(shown), len(shown) + i + 1, projection="3d")
+        drawing.loss_surface(relief, around.plane_loss, around.plane_grid)
+        drawing.trajectory(relief, around.plane, heights=(around.plane_loss, around.plane_grid))
     return figure

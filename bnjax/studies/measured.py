@@ -12,8 +12,17 @@ import numpy as np
 from jax import lax
 
 from bnjax import analysis
+from bnjax.studies.experiment import (
+    Histograms,
+    Trained,
+    Variant,
+    count_values,
+    empty_histograms,
+    parameter_shapes,
+    recording,
+)
 from bnjax.studies.saving import Saving
-from bnjax.train import Metrics
+from bnjax.train import Metrics, TrainState
 
 _CALLS = 20  # compiled calls that a training is divided into at least, where it is measured as often
 
@@ -34,6 +43,7 @@ class Plan:
       every: steps between two measurements, which divides them; the first is before the first step.
       together: whether all settings are trained at once by vmap, rather than one after the other.
       keep: what of the state is kept, some twenty times, such as the parameters for a trajectory.
+      compiler_options: of XLA, such as `COMPILER_OPTIONS` for networks that take longer to compile than to train.
     """
 
     create: Callable[[Setting], Any]
@@ -44,6 +54,7 @@ class Plan:
     every: int
     together: bool = True
     keep: Callable[[Any], Any] = lambda state: ()
+    compiler_options: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Measured:
       measured_at: the steps before which these were taken.
       states: final states, with a leading axis of S.
       kept: what `keep` took from the states after equal parts of the training, `[S, parts, …]`.
+      histograms: of the first setting's weights and gradients; empty where these were not asked for.
     """
 
     metrics: Metrics
@@ -63,6 +75,11 @@ class Measured:
     measured_at: np.ndarray
     states: Any
     kept: Any
+    histograms: Histograms = dataclasses.field(default_factory=dict)
+
+    def trained(self, variant: Variant, curves: dict[str, np.ndarray]) -> Trained:
+        """As what a study's results take, with some curves."""
+        return Trained(variant, curves, None, self.histograms, parameter_shapes(self.states))
 
 
 def train_measured(
@@ -73,6 +90,7 @@ def train_measured(
     name: str = "",
     progress: Callable[[int, dict[str, float]], Any] = lambda steps, means: None,
     saving: Saving | None = None,
+    histograms: bool = False,
 ) -> Measured:
     """Trains from each setting and measures on the way.
 
@@ -85,6 +103,7 @@ def train_measured(
       name: of the training, for its checkpoints.
       progress: is told the number of steps done (as a mean over settings) and the latest mean accuracy and loss.
       saving: where checkpoints are, if anywhere, from which to continue.
+      histograms: whether to count weights and gradients some twenty times, where the states are `TrainState`s.
 
     Raises:
       ValueError: if the measurements do not divide the steps.
@@ -102,14 +121,25 @@ def train_measured(
         return state, *found, jax.tree.map(lambda v: v[None], plan.keep(state))
 
     over = jax.vmap if plan.together else lambda function, *_: function
-    create = jax.jit(over(plan.create))
-    run = jax.jit(over(run_one, (0, 0, None, None)), donate_argnums=0)
+
+    @jax.jit
+    def leaves_of_first(state, setting, examples, number):
+        state, setting = jax.tree.map(lambda v: v[0], (state, setting)) if plan.together else (state, setting)
+        recorded, _ = plan.step(recording(state), *_inputs(plan, setting["key"], examples, number))
+        return {"weight": state.params, "gradient": recorded.opt_state}
+
+    options: Any = {"compiler_options": plan.compiler_options}
+    create = jax.jit(over(plan.create), **options)
+    run = jax.jit(over(run_one, (0, 0, None, None)), donate_argnums=0, **options)
     shapes = jax.eval_shape(run, jax.eval_shape(create, groups[0]), groups[0], examples, 0)[1:]
     axis = int(plan.together)
     digest = _digest(settings)
-    found = []
+    found, counted = [], {}
     for number, setting in enumerate(groups):
         state, done = create(setting), 0
+        is_counted = histograms and number == 0 and isinstance(state, TrainState)
+        if is_counted:
+            counted = empty_histograms(state.params, plan.steps // size)
         # Metrics and measurements of all calls: their axis of steps comes after that of settings.
         parts = jax.tree.map(lambda v: _empty(v, plan.steps // size, axis), shapes)
         configuration = {"group": number, "settings": digest, "steps": plan.steps, "every": plan.every}
@@ -119,6 +149,9 @@ def train_measured(
         for first in range(done, plan.steps, size):
             state, *new = run(state, setting, examples, first)
             _put(parts, tuple(jax.device_get(new)), first // size, axis)
+            if is_counted:
+                leaves = jax.device_get(leaves_of_first(state, setting, examples, first + size))
+                count_values(counted, first // size, leaves)
             means = {f"train_{metric}": float(jnp.mean(values)) for metric, values in new[0]._asdict().items()}
             progress((number * plan.steps + first + size) // len(groups), means)
             if saved:
@@ -127,25 +160,27 @@ def train_measured(
             saved.close()
         found.append((jax.device_get(state), *parts))
     state, metrics, measurements, kept = found[0] if plan.together else jax.tree.map(lambda *v: np.stack(v), *found)
-    return Measured(metrics, measurements, np.arange(0, plan.steps, plan.every), state, kept)
+    return Measured(metrics, measurements, np.arange(0, plan.steps, plan.every), state, kept, counted)
 
 
 def run_steps(plan: Plan, state: Any, key: Any, examples: Any, steps: Any, *, measured: bool = True):
     """Some steps of one training, traced: `(state, metrics, measurements)`, with measurements or without."""
 
-    def inputs_of(step):
-        of_step = jax.random.fold_in(key, step + 1)
-        return *plan.draw(examples, jax.random.fold_in(of_step, 0)), jax.random.fold_in(of_step, 1)
-
     def step(state, number):
-        return plan.step(state, *inputs_of(number))
+        return plan.step(state, *_inputs(plan, key, examples, number))
 
     def measure(state, number):
-        return plan.measure(state, *inputs_of(number))
+        return plan.measure(state, *_inputs(plan, key, examples, number))
 
     if not measured:
         return (*lax.scan(step, state, steps), None)
     return analysis.measured_scan(step, state, steps, measure=measure, every=plan.every)
+
+
+def _inputs(plan: Plan, key: Any, examples: Any, step: Any) -> tuple:
+    """A step's batch, and its key."""
+    of_step = jax.random.fold_in(key, step + 1)
+    return *plan.draw(examples, jax.random.fold_in(of_step, 0)), jax.random.fold_in(of_step, 1)
 
 
 def random_batch(batch_size: int) -> Callable[[Any, Any], tuple]:

@@ -1,5 +1,6 @@
 """Trains one large network at a time, its batches split over all devices of all processes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,16 @@ from jax.sharding import Mesh
 from bnjax import parallel, train
 from bnjax.data import Split
 from bnjax.studies import Options
-from bnjax.studies.experiment import Report, Trained, Variant
+from bnjax.studies.experiment import (
+    Histograms,
+    Report,
+    Trained,
+    Variant,
+    count_values,
+    empty_histograms,
+    parameter_shapes,
+    recording,
+)
 from bnjax.studies.saving import Saved
 
 _SHOWN = 20  # steps between two signs of progress; the host runs ahead of the devices by no more
@@ -63,7 +73,7 @@ def train_network(variant: Variant, data: Data, options: Options, steps_per_epoc
         accumulate_steps=options.accumulate_steps,
         preprocess=data.preprocess,
     )
-    curves = []
+    curves, seen = [], _Seen(variant.epochs, options.histograms)
     for seed in range(options.seeds):
         saved = options.saving and options.saving.of(
             f"{variant.name}-{seed}", _configuration(variant, options, steps_per_epoch, mesh)
@@ -73,11 +83,33 @@ def train_network(variant: Variant, data: Data, options: Options, steps_per_epoc
             tell((seed * variant.epochs + epochs) / options.seeds, means)
 
         try:
-            curves.append(_train_seed(variant, data, step, seed, steps_per_epoch, saved, progress))
+            curves.append(_train_seed(variant, data, step, seed, steps_per_epoch, saved, progress, seen))
         finally:
             if saved:
                 saved.close()
-    return Trained(variant, {name: np.stack([c[name] for c in curves]) for name in curves[0]}, None, {})
+    stacked = {name: np.stack([c[name] for c in curves]) for name in curves[0]}
+    return Trained(variant, stacked, None, seen.histograms, seen.parameters)
+
+
+@dataclasses.dataclass
+class _Seen:
+    """Shapes of the parameters, and histograms of the first seed's, counted after each epoch where asked for."""
+
+    epochs: int
+    is_counting: bool
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    histograms: Histograms = dataclasses.field(default_factory=dict)
+
+    def begin(self, state: train.TrainState) -> None:
+        if not self.parameters:
+            self.parameters = parameter_shapes(state, 0)
+            self.histograms = empty_histograms(state.params, self.epochs) if self.is_counting else {}
+
+    def count(self, epoch: int, step: train.ParallelStep, state: train.TrainState, *inputs: Any) -> None:
+        """Counts the weights, and the gradient of a step that is not taken."""
+        recorded, _ = step(recording(jax.tree.map(jnp.copy, state)), *inputs)
+        leaves = {"weight": state.params, "gradient": recorded.opt_state}
+        count_values(self.histograms, epoch, jax.tree.map(np.asarray, leaves))
 
 
 def _configuration(variant: Variant, options: Options, steps_per_epoch: int, mesh: Mesh) -> dict[str, Any]:
@@ -101,10 +133,12 @@ def _train_seed(
     steps_per_epoch: int,
     saved: Saved | None,
     progress: Callable[[float, dict[str, float]], Any],
+    seen: _Seen,
 ) -> dict[str, np.ndarray]:
     key = jax.random.key(seed)
     example = data.preprocess(jnp.asarray(data.training.x[:1]), None)
     state = train.create_train_state(variant.model, variant.optimizer, jax.random.fold_in(key, 0), example)
+    seen.begin(state)
     if (groups := parallel.num_groups(step.mesh)) > 1:
         state = train.split_batch_stats(state, groups)
     state = train.place_state(state, step.mesh)
@@ -127,9 +161,12 @@ def _train_seed(
         x, y = _batch(data.training, variant.batch_size, i, seed)
         batch = train.pad_batch(train.Batch(x, y), step.multiple)
         batch = jax.tree.map(parallel.local_part, batch)
-        state, metrics = step(state, batch.x, batch.y, batch.weights, jax.random.fold_in(key, i + 1))
+        inputs = (batch.x, batch.y, batch.weights, jax.random.fold_in(key, i + 1))
+        state, metrics = step(state, *inputs)
         pending.append(metrics)
         epoch, done = divmod(i + 1, steps_per_epoch)
+        if seen.histograms and seed == 0 and not done:
+            seen.count(epoch - 1, step, state, *inputs)
         if done and len(pending) < _SHOWN:
             continue
         history["train"][i + 1 - len(pending) : i + 1] = np.asarray(jax.device_get(pending))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bnjax.analysis.plots import COLORS, STYLES
 from bnjax.data import Split
 from bnjax.studies.experiment import COMPILER_OPTIONS, Trained
-from bnjax.studies.results import half_width, interval
+from bnjax.studies.statistics import half_width, interval
 from bnjax.train import TrainState
 
 
@@ -146,31 +146,38 @@ def _common_bins(counts: np.ndarray, ends: np.ndarray, bins: int = 61) -> tuple[
     return float(low), float(high), density
 
 
-def batch_size_sweep(
-    batch_sizes: Sequence[int], series: Mapping[str, Sequence[np.ndarray]], published: Mapping[int, float], title: str
+def sweep(
+    values: Sequence[float],
+    series: Mapping[str, Sequence[np.ndarray]],
+    label: str,
+    title: str,
+    *,
+    base: int = 10,
+    published: Mapping[Any, float] | None = None,
 ) -> Figure:
-    """Final test accuracy against the batch size, mean and 95 % interval, with the published numbers.
+    """Final test accuracy against a setting, mean and 95 % interval, with the published numbers.
 
     Args:
-      batch_sizes: the abscissa.
-      series: label to the values over seeds at each batch size.
-      published: batch size to the source's number.
+      values: the abscissa, on a logarithmic scale.
+      series: label to the accuracies over seeds at each value.
+      label: of the abscissa.
       title: of the figure.
+      base: of the logarithm.
+      published: value to the source's number.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for i, (label, values) in enumerate(series.items()):
-        measured = [interval(v) for v in values]
+    for i, (name, found) in enumerate(series.items()):
+        measured = [interval(v) for v in found]
         means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
-        axis.errorbar(
-            batch_sizes, means, halves, label=label, color=COLORS[i], linestyle=STYLES[i], marker="o", capsize=4
-        )
-    shown = {size: value for size, value in published.items() if size in batch_sizes}
+        axis.errorbar(values, means, halves, label=name, color=COLORS[i], linestyle=STYLES[i], marker="o", capsize=4)
+    shown = {value: number for value, number in (published or {}).items() if value in values}
     if shown:
         axis.plot(list(shown), list(shown.values()), "kx", label="published (without, one run)")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
-    axis.set(xlabel="batch size", ylabel="test accuracy", title=title)
+    axis.set_xscale("log", base=base)
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.minorticks_off()
+    axis.set(xlabel=label, ylabel="test accuracy", title=title)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     return figure

@@ -1,14 +1,19 @@
 """What a study measured: intervals, claims, and the files it leaves.
 
-`results.json`, schema 1:
+`results.json`, schema 2:
 
     {
-      "schema": 1,
-      "study": name, "command": the command line, "settings": {…}, "seeds": [ints], "seconds": wall time,
+      "schema": 2,
+      "study": name, "command": the command line, "options": {those that were chosen}, "settings": {…},
+      "seeds": [ints], "seconds": wall time,
       "started": UTC time, "versions": {package: version}, "machine": {"system", "python", "backend", "devices"},
       "variants": {name: {"label": text, "settings": {…},
-                          "metrics": {metric: {"values": [one per seed, null where undefined], "mean", "ci95", "n"}}}},
-      "claims": [{"id", "source", "statement", "published", "rule", "measured", "verdict"}],
+                          "metrics": {metric: {"values": [one per seed, null where undefined], "mean", "ci95", "n"}},
+                          "parameters": {"params" or "batch_stats": {path: shape}}}},
+      "claims": [{"id", "source", "statement", "published", "rule", "measured", "verdict",
+                  "conditions": [{"label", "metric", "variant", "minus", "low", "high", "one_run",
+                                  "mean", "ci95", "n", "effect", "met"}]}],
+      "figures": {file: what it shows},
       "notes": {…}
     }
 
@@ -26,109 +31,15 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy import special
 
 from bnjax.data import atomic_file
+from bnjax.studies.claims import Claim, Judgement
+from bnjax.studies.statistics import Interval, interval
 
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "scikit-learn", "tensorflow-datasets")
-
-
-class Interval(NamedTuple):
-    """Mean over seeds with its 95 % confidence interval.
-
-    Attributes:
-      mean: over the seeds at which the quantity is defined.
-      half: half the width of the interval, by Student's t; NaN for fewer than two.
-      n: number of those seeds.
-    """
-
-    mean: float
-    half: float
-    n: int
-
-    @property
-    def low(self) -> float:
-        """Lower end."""
-        return self.mean - self.half
-
-    @property
-    def high(self) -> float:
-        """Upper end."""
-        return self.mean + self.half
-
-    def text(self, digits: int = 4) -> str:
-        """'mean ± half', or a dash where there is nothing."""
-        if self.n == 0:
-            return "–"
-        return f"{self.mean:.{digits}f}" + (f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else "")
-
-
-def interval(values: np.ndarray) -> Interval:
-    """Mean and 95 % confidence interval, `t(0.975, n − 1) · s / √n`, of the values that are not NaN.
-
-    >>> print(interval(np.array([1., 2., 3., np.nan])).text(2))
-    2.00 ± 2.48
-    """
-    values = np.asarray(values, np.float64)
-    values = values[~np.isnan(values)]
-    n = len(values)
-    if n == 0:
-        return Interval(math.nan, math.nan, 0)
-    half = float(half_width(values.std(ddof=1), n)) if n > 1 else math.nan
-    return Interval(float(values.mean()), half, n)
-
-
-def half_width(deviation: Any, n: int) -> Any:
-    """Half the width of the 95 % confidence interval of a mean, from the sample deviation of n ≥ 2 values."""
-    return special.stdtrit(n - 1, 0.975) * deviation / math.sqrt(n)
-
-
-def prediction_interval(values: np.ndarray) -> Interval:
-    """Where one further run would lie with 95 % probability: mean ± `t(0.975, n − 1) · s · √(1 + 1/n)`."""
-    mean, half, n = interval(values)
-    return Interval(mean, half * math.sqrt(n + 1), n)
-
-
-def within(measured: Interval, low: float, high: float) -> bool | None:
-    """True where the whole interval lies in [low, high], False where none of it does, None where that is undecided."""
-    if measured.low >= low and measured.high <= high:
-        return True
-    if measured.high < low or measured.low > high:
-        return False
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A statement of a source and what was measured.
-
-    Attributes:
-      id: such as 'S1.1'.
-      source: document and place.
-      statement: in our words.
-      published: the number published, or a dash.
-      rule: what decides, fixed before the run.
-      measured: the numbers that decide, as text.
-      outcomes: for each condition of the rule True, False or None (undecided).
-    """
-
-    id: str
-    source: str
-    statement: str
-    published: str
-    rule: str
-    measured: str
-    outcomes: Sequence[bool | None]
-
-    @property
-    def verdict(self) -> str:
-        """'reproduced' if every condition holds, 'not reproduced' if any fails, else 'undecided'."""
-        if any(outcome is False for outcome in self.outcomes):
-            return "not reproduced"
-        return "reproduced" if all(self.outcomes) else "undecided"
 
 
 @dataclasses.dataclass
@@ -144,6 +55,9 @@ class Results:
       arrays: for `curves.npz`.
       notes: further numbers.
       texts: title and text of what the terminal shows beside the tables.
+      options: of the run, as chosen.
+      figures: file name to what it shows.
+      parameters: of each variant, collection ('params', 'batch_stats') to path to shape.
     """
 
     study: str
@@ -152,17 +66,25 @@ class Results:
     variants: dict[str, tuple[str, Mapping[str, Any], Mapping[str, np.ndarray]]] = dataclasses.field(
         default_factory=dict
     )
-    claims: list[Claim] = dataclasses.field(default_factory=list)
+    claims: list[Judgement] = dataclasses.field(default_factory=list)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     texts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, Mapping[str, Mapping[str, Sequence[int]]]] = dataclasses.field(default_factory=dict)
 
     def add(self, trained, settings: Mapping[str, Any], metrics: Mapping[str, np.ndarray]) -> None:
         """Adds a trained variant with its curves, histograms and the metrics computed from them."""
         name = trained.variant.name
         self.variants[name] = (trained.variant.label, settings, metrics)
         self.arrays.update({f"{name}/{curve}": values for curve, values in trained.curves.items()})
-        for path, (counts, ends) in trained.histograms.items():
+        self.add_parameters(name, trained.parameters, trained.histograms)
+
+    def add_parameters(self, name: str, shapes: Mapping[str, Any], histograms: Mapping[str, Any]) -> None:
+        """Adds the shapes of a variant's parameters and what was counted of them."""
+        self.parameters[name] = shapes
+        for path, (counts, ends) in histograms.items():
             self.arrays[f"{name}/histograms/{path}/counts"] = counts
             self.arrays[f"{name}/histograms/{path}/range"] = ends
 
@@ -170,9 +92,18 @@ class Results:
         """Values of a metric over seeds."""
         return self.variants[variant][2][metric]
 
-    def difference(self, metric: str, variant: str, other: str) -> Interval:
-        """Interval of a metric's paired difference `variant − other` over seeds."""
-        return interval(self.metric(variant, metric) - self.metric(other, metric))
+    def set_metric(self, variant: str, metric: str, values: np.ndarray) -> None:
+        """Adds a metric to a variant."""
+        label, settings, metrics = self.variants[variant]
+        self.variants[variant] = (label, settings, {**metrics, metric: values})
+
+    def values(self, variant: str, metric: str) -> np.ndarray | None:
+        """Values of a metric over seeds; None where it was not measured."""
+        return self.variants[variant][2].get(metric) if variant in self.variants else None
+
+    def judge(self, claims: Sequence[Claim]) -> None:
+        """Sets the verdicts on some claims."""
+        self.claims = [claim.judge(self) for claim in claims]
 
     def to_json(self, seconds: float, started: datetime.datetime) -> dict[str, Any]:
         """The content of `results.json`."""
@@ -180,9 +111,10 @@ class Results:
 
         devices = jax.devices()
         return {
-            "schema": 1,
+            "schema": 2,
             "study": self.study,
             "command": " ".join(["bnjax", *sys.argv[1:]]),
+            "options": dict(self.options),
             "settings": dict(self.settings),
             "seeds": list(self.seeds),
             "seconds": round(seconds, 2),
@@ -198,6 +130,7 @@ class Results:
                 name: {
                     "label": label,
                     "settings": dict(settings),
+                    "parameters": self.parameters.get(name, {}),
                     "metrics": {
                         metric: {"values": values.tolist(), "mean": mean, "ci95": half, "n": n}
                         for metric, values in metrics.items()
@@ -206,16 +139,8 @@ class Results:
                 }
                 for name, (label, settings, metrics) in self.variants.items()
             },
-            "claims": [
-                {
-                    **{
-                        key: getattr(claim, key)
-                        for key in ("id", "source", "statement", "published", "rule", "measured")
-                    },
-                    "verdict": claim.verdict,
-                }
-                for claim in self.claims
-            ],
+            "claims": [judgement.to_json() for judgement in self.claims],
+            "figures": dict(self.figures),
             "notes": self.notes,
         }
 
@@ -236,6 +161,7 @@ def save(
       The paths written.
     """
     paths = []
+    results.figures = {name: _title(name, figure) for name, figure in figures.items()}
     for name, figure in figures.items():
         with atomic_file(out / name) as file:
             figure.savefig(file, format="png", dpi=120)
@@ -243,7 +169,7 @@ def save(
     with atomic_file(out / "curves.npz") as file:
         arrays: dict[str, Any] = results.arrays
         np.savez_compressed(file, **arrays)
-    document = json.dumps(_without_nan(results.to_json(seconds, started)), indent=1, ensure_ascii=False)
+    document = json_text(results.to_json(seconds, started))
     for name, text in (("summary.md", summary_markdown(results)), ("results.json", document)):
         with atomic_file(out / name) as file:
             file.write(text.encode() + b"\n")
@@ -251,8 +177,18 @@ def save(
     return [out / "curves.npz", *paths]
 
 
+def _title(name: str, figure: Any) -> str:
+    """What a figure shows, in words: its title, or its name."""
+    titles = [figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]
+    return next((title for title in titles if title), name.removesuffix(".png").replace("_", " "))
+
+
+def json_text(document: Any) -> str:
+    """As JSON, with null for what it has no number for."""
+    return json.dumps(_without_nan(document), indent=1, ensure_ascii=False)
+
+
 def _without_nan(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
     if isinstance(value, dict):
         return {key: _without_nan(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -260,8 +196,12 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of variants: mean ± 95 % interval (and, where not at all, at how many seeds)."""
+def metric_rows(results: Any) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of variants: mean ± 95 % interval (and, where not at all, at how many seeds).
+
+    Args:
+      results: has the `variants` and `seeds` of `Results`.
+    """
     names = list(dict.fromkeys(metric for _, _, metrics in results.variants.values() for metric in metrics))
     rows = []
     for label, _, metrics in results.variants.values():
@@ -281,17 +221,36 @@ def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["variant", *header], rows
 
 
-def claim_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+def claim_rows(judgements: Sequence[Judgement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of claims."""
-    rows = [[c.id, c.statement, c.published, c.measured, c.verdict] for c in results.claims]
+    rows = [[j.claim.id, j.claim.statement, j.claim.published, j.measured, j.verdict] for j in judgements]
     return ["claim", "statement", "published", "measured", "verdict"], rows
+
+
+def parameter_rows(shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a network's table: what is trained, with its sum, then the batch statistics with theirs.
+
+    Args:
+      shapes: collection ('params', 'batch_stats') to path to shape.
+    """
+    rows = []
+    for collection, title in (("params", "trainable"), ("batch_stats", "batch statistics")):
+        of = shapes.get(collection, {})
+        rows += [[title, path, " × ".join(map(str, shape)), f"{math.prod(shape):,}"] for path, shape in of.items()]
+        rows.append([title, "all", "", f"{sum(map(math.prod, of.values())):,}"])
+    return ["collection", "parameter", "shape", "numbers"], rows if shapes else []
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As Markdown."""
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def summary_markdown(results: Results) -> str:
     """Both tables in Markdown."""
     parts = [f"# {results.study}: {len(results.seeds)} seeds, mean ± 95 % interval"]
-    for header, rows in (metric_rows(results), claim_rows(results)):
+    for header, rows in (metric_rows(results), claim_rows(results.claims)):
         if rows:
-            lines = [header, ["---"] * len(header), *rows]
-            parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+            parts.append(markdown_table(header, rows))
     return "\n\n".join(parts)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from bnjax import models, parallel, train
 from bnjax.compile import CompileReport, compile_report, topology_devices
 from bnjax.linen import BatchNorm
-from bnjax.studies import cifar
+from bnjax.studies import cifar, perceptrons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,23 @@ STEPS: Mapping[str, StepOf] = {
     ),
     "smoothness": StepOf(
         lambda norm: models.VGG(10, norm), optax.sgd(0.1), train.cross_entropy, (32, 32, 3), 128, epsilon=1e-5
+    ),
+    "sensitivity": StepOf(
+        lambda norm: models.Perceptron(perceptrons.DEEP, 10, norm, "before", nn.sigmoid),
+        optax.adam(1e-3),
+        train.cross_entropy,
+        (784,),
+        32,
+    ),
+    "recurrent": StepOf(
+        lambda norm: models.RecurrentNetwork(10, 64, norm), optax.adam(1e-3), train.cross_entropy, (28, 28), 64
+    ),
+    "accelerating": StepOf(
+        lambda norm: models.VGG(10, norm, width=8, local_response_norm=True),
+        optax.sgd(0.1),
+        train.cross_entropy,
+        (32, 32, 3),
+        128,
     ),
     "resnet18": _residual(models.resnet18, 256),
     "resnet50": _residual(models.resnet50, 128),

@@ -1,0 +1,189 @@
+"""Statements about batch norm as data: what is claimed, which measured quantities decide it, and the verdict."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from bnjax.studies.statistics import Interval, interval, prediction_interval, within
+
+VERDICTS = ("reproduced", "not reproduced", "undecided", "wrong in the source")
+
+
+@runtime_checkable
+class Record(Protocol):
+    """A study's results, just measured or read from its `results.json`."""
+
+    settings: Mapping[str, Any]
+    seeds: Sequence[int]
+
+    def values(self, variant: str, metric: str) -> np.ndarray | None:
+        """A metric of a variant at each seed; None where it was not measured."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A measured quantity, and the range in which it lies if the claim holds.
+
+    The quantity is a metric of a variant or, with `minus`, its difference to another variant's at the same seed. It is
+    met where the whole 95 % interval of its mean over seeds lies in the range, fails where none of it does, and is
+    undecided else, or where a seed lacks a value. With `one_run` the interval is that of one further run, which has to
+    hold the published number: `low`, the same as `high`.
+
+    Attributes:
+      label: what the quantity is called in the ledger.
+      metric: its name in the study's results.
+      variant: the network's name there.
+      minus: the network whose value is subtracted.
+      low: lower end of the range.
+      high: upper end.
+      exact: whether the quantity is a number without an interval, which needs no seeds.
+      one_run: whether a single published run is to be covered by the prediction interval.
+      digits: decimals in the ledger.
+    """
+
+    label: str
+    metric: str
+    variant: str
+    minus: str | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    one_run: bool = False
+    exact: bool = False
+    digits: int = 4
+
+    def judge(self, record: Record) -> "Outcome":
+        """What was measured of it."""
+        values = record.values(self.variant, self.metric)
+        others = record.values(self.minus, self.metric) if self.minus else None
+        if values is None or (self.minus and others is None):
+            return Outcome(self, Interval(math.nan, math.nan, 0), math.nan, None)
+        values = np.asarray(values, np.float64) - (0 if others is None else np.asarray(others, np.float64))
+        measured = prediction_interval(values) if self.one_run else interval(values)
+        deviation = values[~np.isnan(values)].std(ddof=1) if measured.n > 1 else math.nan
+        effect = measured.mean / deviation if self.minus and deviation > 0 else math.nan
+        if self.exact:
+            measured = Interval(measured.mean, 0.0, measured.n)
+        if measured.n < len(record.seeds) or not math.isfinite(measured.half):
+            met = None
+        elif self.one_run:
+            met = measured.low <= self.low <= measured.high
+        else:
+            met = within(measured, self.low, self.high)
+        return Outcome(self, measured, float(effect), met)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What was measured of a condition.
+
+    Attributes:
+      condition: which.
+      measured: mean over seeds and 95 % interval (that of one run with `one_run`).
+      effect: of a paired difference, its mean divided by its standard deviation over seeds (Cohen's d_z); else NaN.
+      met: True, False, or None where that is undecided or was not measured.
+    """
+
+    condition: Condition
+    measured: Interval
+    effect: float
+    met: bool | None
+
+    @property
+    def text(self) -> str:
+        """'label mean ± half' for the ledger."""
+        condition = self.condition
+        if not self.measured.n:
+            return f"{condition.label} not measured"
+        digits = condition.digits
+        if condition.one_run:
+            low, high = self.measured.low, self.measured.high
+            return f"{condition.label} {self.measured.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        return f"{condition.label} {self.measured.text(digits)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A statement of a source.
+
+    Attributes:
+      id: such as 'S1.1'.
+      source: document, and place in it.
+      statement: in our words.
+      published: the number published, or a dash.
+      rule: what decides, in words, fixed before the run.
+      conditions: what decides; all of them have to be met.
+      needs: settings that the run must have had.
+      is_arithmetic: whether the statement can be checked without a run; if it fails, the source is wrong.
+    """
+
+    id: str
+    source: str
+    statement: str
+    published: str
+    rule: str
+    conditions: tuple[Condition, ...]
+    needs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_arithmetic: bool = False
+
+    def judge(self, record: Record) -> "Judgement":
+        """The verdict on a study's results."""
+        differing = [key for key, value in self.needs.items() if record.settings.get(key) != value]
+        if differing:
+            reason = "needs " + ", ".join(f"{key.replace('_', ' ')} {self.needs[key]}" for key in differing)
+            return Judgement(self, (), reason)
+        return Judgement(self, tuple(condition.judge(record) for condition in self.conditions), "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """A claim and what was measured of it.
+
+    Attributes:
+      claim: which.
+      outcomes: of its conditions; none where the run can't decide it.
+      reason: why not, in words.
+    """
+
+    claim: Claim
+    outcomes: tuple[Outcome, ...]
+    reason: str
+
+    @property
+    def verdict(self) -> str:
+        """'reproduced' if every condition is met, 'not reproduced' if one fails, else 'undecided'."""
+        if any(outcome.met is False for outcome in self.outcomes):
+            return "wrong in the source" if self.claim.is_arithmetic else "not reproduced"
+        return "reproduced" if self.outcomes and all(outcome.met for outcome in self.outcomes) else "undecided"
+
+    @property
+    def measured(self) -> str:
+        """The numbers that decide, for the ledger."""
+        return self.reason or "; ".join(outcome.text for outcome in self.outcomes)
+
+    @property
+    def effect(self) -> str:
+        """The standardised paired differences, for the ledger."""
+        known = [outcome.effect for outcome in self.outcomes if math.isfinite(outcome.effect)]
+        return ", ".join(f"{value:+.1f}" for value in known)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entry in `results.json`."""
+        claim = self.claim
+        texts = {key: getattr(claim, key) for key in ("id", "source", "statement", "published", "rule")}
+        conditions = [
+            {
+                **{key: getattr(o.condition, key) for key in ("label", "metric", "variant", "minus", "low", "high")},
+                "one_run": o.condition.one_run,
+                "mean": o.measured.mean,
+                "ci95": o.measured.half,
+                "n": o.measured.n,
+                "effect": o.effect,
+                "met": o.met,
+            }
+            for o in self.outcomes
+        ]
+        return {**texts, "conditions": conditions, "measured": self.measured, "verdict": self.verdict}

@@ -1,0 +1,107 @@
+"""The perceptrons of the sensitivity study, and the settings at which each is trained."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+
+from bnjax.linen import BatchNorm, BatchRenorm
+from bnjax.models import Perceptron, of_example
+
+HIDDEN, DEEP = (64, 64), (64,) * 8
+BATCH_SIZE = 32
+DEFAULTS = {"learning_rate": 1e-3, "init_scale": 1.0, "l2": 0.0, "decay": 0.0}
+SWEEPS = {
+    "learning_rate": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+    "init_scale": (0.01, 0.1, 1.0, 10.0, 100.0),
+    "decay": (0.0, 2.0, 6.0),  # the learning rate ends at exp(−decay) of what it began with
+}
+OVERFITTING = {"l2": (0.0, 1e-4, 1e-3, 1e-2)}
+BATCH_SIZES = (2, 4, 8, 16, 32, 64, 256)
+EPSILON = 1e-3
+
+
+def _norm(layer: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.Module]:
+    return functools.partial(layer, epsilon=EPSILON, **options)
+
+
+_build = functools.partial(Perceptron, HIDDEN, 10)
+NETWORKS: Mapping[str, tuple[str, Callable[[], Perceptron]]] = {
+    "none": ("no batch norm", _build),
+    "bn": ("batch norm", lambda: _build(_norm(BatchNorm), "before")),
+    "renorm": ("batch renorm", lambda: _build(_norm(BatchRenorm), "before")),
+    "layer": ("layer norm", lambda: _build(_norm(of_example(nn.LayerNorm)), "before")),
+    "group": ("group norm", lambda: _build(_norm(of_example(functools.partial(nn.GroupNorm, num_groups=8))), "before")),
+    "weight": ("weight norm", lambda: _build(weight_norm=True)),
+    "relu_after": ("batch norm after ReLU", lambda: _build(_norm(BatchNorm), "after")),
+    **{
+        f"{name}_{place}": (
+            f"{name}, batch norm {place}",
+            lambda f=function, place=place: _build(_norm(BatchNorm), place, f),
+        )
+        for name, function in (("sigmoid", nn.sigmoid), ("tanh", nn.tanh))
+        for place in ("before", "after")
+    },
+    **{
+        f"{place}_dropout_{rate}": (
+            f"{label}, dropout {rate}",
+            lambda norm=norm, place=place, rate=rate: _build(
+                norm, "none" if norm is None else "before", dropout_rate=rate
+            ),
+        )
+        for place, label, norm in (("none", "no batch norm", None), ("bn", "batch norm", _norm(BatchNorm)))
+        for rate in (0.2, 0.5)
+    },
+    "deep_none": ("eight sigmoid layers", lambda: Perceptron(DEEP, 10, activation=nn.sigmoid)),
+    "deep_bn": (
+        "eight sigmoid layers, batch norm",
+        lambda: Perceptron(DEEP, 10, _norm(BatchNorm), "before", nn.sigmoid),
+    ),
+}
+
+
+class Case(NamedTuple):
+    """A network trained at several settings at once.
+
+    Attributes:
+      network: its name in `NETWORKS`.
+      sweeps: what is varied, one at a time, from `DEFAULTS`.
+      batch_size: examples in a step.
+      is_small: whether the training set is small enough to overfit.
+      is_fixed: whether the same examples form a batch throughout.
+    """
+
+    network: str
+    sweeps: Mapping[str, Sequence[float]] = {}
+    batch_size: int = BATCH_SIZE
+    is_small: bool = False
+    is_fixed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the training at the default settings."""
+        batch = "" if self.batch_size == BATCH_SIZE else f", batch {self.batch_size}"
+        return self.network + batch + ", small set" * self.is_small + ", fixed batches" * self.is_fixed
+
+    @property
+    def settings(self) -> dict[str, dict[str, float]]:
+        """Name to settings of each training, the default first."""
+        found = {self.name: dict(DEFAULTS)}
+        for key, values in self.sweeps.items():
+            for value in values:
+                if value != DEFAULTS[key]:
+                    found[f"{self.name}, {key} {value:g}"] = {**DEFAULTS, key: value}
+        return found
+
+
+CASES = (
+    Case("none", SWEEPS),
+    Case("bn", SWEEPS),
+    *(Case(name) for name in NETWORKS if name not in ("none", "bn") and "dropout" not in name),
+    *(Case(name, {}, size) for name in ("none", "bn", "renorm", "layer") for size in BATCH_SIZES if size != BATCH_SIZE),
+    Case("none", OVERFITTING, is_small=True),
+    Case("bn", OVERFITTING, is_small=True),
+    *(Case(name, {}, is_small=True, is_fixed=True) for name in ("none", "bn")),
+    *(Case(name, {}, is_small=True) for name in NETWORKS if "dropout" in name),
+)

@@ -1,0 +1,104 @@
+"""A recurrent network that reads MNIST row by row: statistics for each time step, shared ones, and none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from bnjax import data, train
+from bnjax.analysis import plots as drawing
+from bnjax.linen import BatchNorm
+from bnjax.models import RecurrentNetwork
+from bnjax.studies import Options
+from bnjax.studies.claims import Claim, Condition
+from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant
+from bnjax.studies.measured import Plan, random_batch, train_measured
+from bnjax.studies.results import Results
+
+BATCH_SIZE, HIDDEN, STEPS, MEASURED = 64, 64, 1000, 10
+LEARNING_RATE = 1e-3
+VARIANTS = {
+    "none": ("no batch norm", None, False),
+    "per_step": ("batch norm, statistics for each time step", BatchNorm, False),
+    "shared": ("batch norm, statistics shared over time", BatchNorm, True),
+}
+_NEEDS = {"dataset": "mnist", "steps": STEPS}
+CLAIMS = (
+    Claim(
+        "S1.9",
+        "circles case study",
+        "batch norm can be used with recurrent networks",
+        "–",
+        "with statistics for each time step the test accuracy is at most a point below the plain network's",
+        (Condition("per step − none", "test_accuracy", "per_step", "none", low=-0.01),),
+        _NEEDS,
+    ),
+    Claim(
+        "R.2",
+        "Cooijmans et al. 2016 (arXiv 1603.09025), section 3",
+        "in a recurrent network statistics shared over time do worse than those for each time step",
+        "–",
+        "the paired difference in test accuracy is negative",
+        (Condition("shared − per step", "test_accuracy", "shared", "per_step", high=0),),
+        _NEEDS,
+    ),
+)
+
+
+def run(options: Options, report: Report):
+    """Trains the three networks and judges the claims.
+
+    Args:
+      options: seeds, steps (1000), dataset ('mnist') and data_dir.
+      report: is told the progress.
+
+    Returns:
+      The results, and the figures by file name.
+    """
+    name, steps = options.dataset or "mnist", options.steps or STEPS
+    every = next(n for n in range(max(1, steps // MEASURED), steps + 1) if steps % n == 0)
+    images = data.images(name, options.data_dir, report.reading)
+    training, test = (data.Split(_rows(split.x), split.y) for split in (images.train, images.test))
+    held_out = jax.tree.map(jnp.asarray, test)
+    settings = {"hidden": HIDDEN, "optimizer": "Adam", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
+    results = Results("recurrent", {**settings, "dataset": name, "steps": steps}, range(options.seeds))
+    keys = jax.vmap(jax.random.key)(jnp.arange(options.seeds, dtype=jnp.uint32))
+
+    def step(state, x, y, key):
+        return train.train_step(state, x, y, objective=train.cross_entropy)
+
+    def measure(state, x, y, key):
+        return jnp.mean(train.evaluate(state, *held_out, objective=train.cross_entropy).accuracy)
+
+    curves = {}
+    for variant, (label, norm, is_shared) in VARIANTS.items():
+        model = RecurrentNetwork(images.num_classes, HIDDEN, norm, is_shared)
+
+        def create(setting, model=model):
+            key = jax.random.fold_in(setting["key"], 0)
+            return train.create_train_state(model, optax.adam(LEARNING_RATE), key, held_out.x[:1])
+
+        described = Variant(variant, label, model, optax.adam(LEARNING_RATE), train.cross_entropy, BATCH_SIZE, steps)
+        plan = Plan(create, random_batch(BATCH_SIZE), step, measure, steps, every, compiler_options=COMPILER_OPTIONS)
+        tell = report.task(described)
+        further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
+        seen = train_measured(plan, {"key": keys}, tuple(training), name=variant, **further)
+        final = jax.jit(jax.vmap(lambda state: measure(state, None, None, None)))(seen.states)
+        loss = np.asarray(seen.metrics.loss)
+        found = {"test_accuracy": np.asarray(final), "final_loss": loss[:, -max(1, steps // 20) :].mean(1)}
+        curves[label] = np.concatenate([seen.measurements, found["test_accuracy"][:, None]], 1)
+        trained = seen.trained(described, {"test_accuracy": curves[label], "train_loss": loss})
+        results.add(trained, {"statistics": variant}, found)
+    results.judge(CLAIMS)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    times = np.append(np.arange(0, steps, every), steps)
+    drawing.curves(figure.subplots(), curves, times, ylabel="test accuracy")
+    figure.suptitle(f"{name}, row by row, {options.seeds} seed{'s' * (options.seeds > 1)}", fontsize=10)
+    drawing.legend(figure)
+    return results, {"test_accuracy.png": figure}
+
+
+def _rows(images: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1], float32 `[images, rows, columns]`."""
+    return (images[..., 0] / np.float32(255)).astype(np.float32)

@@ -1,0 +1,125 @@
+"""One self-contained page of all that was measured: the ledger, then each study's tables, figures and settings."""
+
+import base64
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from bnjax.data import atomic_file
+from bnjax.studies import STUDIES
+from bnjax.studies.claims import Judgement
+from bnjax.studies.ledger import Ledger, Saved, claims_of
+from bnjax.studies.results import metric_rows
+
+_MARKS = {"reproduced": "✓", "not reproduced": "✗", "undecided": "?", "wrong in the source": "!"}
+
+
+def write_report(run_dir: Path, out: Path) -> int:
+    """Writes the page of a study's directory, or of a directory of such.
+
+    Args:
+      run_dir: a directory with `results.json` in it, or in its directories.
+      out: the file to write.
+
+    Returns:
+      How many studies it shows.
+
+    Raises:
+      ValueError: if there are no results.
+    """
+    found = {path: Saved.load(path) for path in (run_dir, *sorted(run_dir.glob("*/")))}
+    studies = {path: saved for path, saved in found.items() if saved and saved.document["study"] in STUDIES}
+    if not studies:
+        raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it; {run_dir} has none.")
+    order = list(STUDIES)
+    ordered = sorted(studies.items(), key=lambda item: order.index(item[1].document["study"]))
+    judgements: list[Judgement] = []
+    for _, saved in ordered:
+        judgements += [claim.judge(saved) for claim in claims_of(STUDIES[saved.document["study"]])]
+    ledger = Ledger(judgements, {saved.document["study"]: len(saved.seeds) for _, saved in ordered})
+    single = len(ordered) == 1
+    name = ordered[0][1].document["study"] if single else ""
+    page = _template().render(
+        title=f"Batch norm: {name}" if single else "Batch norm: the studies and their claims",
+        counts=ledger.counts(),
+        marks=_MARKS,
+        claims=[{**judgement.to_json(), "effect": judgement.effect} for judgement in judgements],
+        studies=[_study(path, saved) for path, saved in ordered],
+        made_by="bnjax report",
+    )
+    with atomic_file(out) as file:
+        file.write(page.encode())
+    return len(ordered)
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bnjax.studies"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["slug"] = lambda text: text.replace(" ", "-")
+    return environment.get_template("report.html")
+
+
+def _study(path: Path, saved: Saved) -> dict[str, Any]:
+    document = saved.document
+    study = STUDIES[document["study"]]
+    header, rows = metric_rows(saved)
+    count = len(saved.seeds)
+    tables = [{"title": f"Measured, {count} seed{'s' * (count > 1)}", "header": header, "rows": rows}]
+    if sizes := _sizes(document):
+        tables.append({"title": "Parameters", "header": ["variant", "trainable", "batch statistics"], "rows": sizes})
+    return {
+        "name": study.name,
+        "summary": study.summary[0].upper() + study.summary[1:],
+        "source": study.source,
+        "command": document["command"],
+        "tables": tables,
+        "figures": [
+            _figure(path / file, text) for file, text in document.get("figures", {}).items() if (path / file).exists()
+        ],
+        "settings": _settings(document),
+    }
+
+
+def _sizes(document: Mapping[str, Any]) -> list[list[str]]:
+    """How many parameters the networks have, networks alike in one row."""
+    labels: dict[tuple[int, int], list[str]] = {}
+    for variant in document["variants"].values():
+        if shapes := variant.get("parameters"):
+            trainable, statistics = (
+                sum(map(math.prod, shapes.get(name, {}).values())) for name in ("params", "batch_stats")
+            )
+            labels.setdefault((trainable, statistics), []).append(variant["label"])
+    return [["; ".join(names), *(f"{count:,}" for count in sizes)] for sizes, names in labels.items()]
+
+
+def _settings(document: Mapping[str, Any]) -> dict[str, str]:
+    machine = document["machine"]
+    devices = f"{len(machine['devices'])} × {machine['devices'][0]} ({machine['backend']})"
+    shown = {key.replace("_", " "): _text(value) for key, value in document["settings"].items()}
+    return {
+        **shown,
+        "seeds": _text(len(document["seeds"])),
+        "started": document["started"],
+        "wall time": f"{document['seconds']:.0f} s",
+        "machine": f"{machine['system']}, Python {machine['python']}, {devices}",
+        "versions": ", ".join(f"{package} {version}" for package, version in document["versions"].items()),
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_text(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _figure(path: Path, text: str) -> dict[str, Any]:
+    content = path.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])  # PNG's first chunk
+    return {"data": base64.b64encode(content).decode(), "text": text, "width": width, "height": height}

@@ -1,0 +1,361 @@
+"""What S2's perceptron depends on: learning rate, initial scale, batch size, regularisation, place and normaliser."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from bnjax import analysis, data, losses, train
+from bnjax.studies import Options, plots
+from bnjax.studies.claims import Claim, Condition
+from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant, in_threads, parameter_shapes
+from bnjax.studies.measured import Plan, random_batch, train_measured
+from bnjax.studies.perceptrons import BATCH_SIZE, BATCH_SIZES, CASES, DEFAULTS, NETWORKS, SWEEPS, Case
+from bnjax.studies.results import Results
+
+NOTES, CIRCLES, MNIST = "original paper notes", "circles case study", "MNIST assignment"
+EXAMPLES = 24_000  # that a training sees
+SMALL_SET = 3000  # examples of the trainings that overfit
+MEASURED = 6  # times in a training
+
+
+def _spread(claim: str, what: str, sweep: str) -> Claim:
+    values = ", ".join(f"{value:g}" for value in SWEEPS[sweep])
+    return Claim(
+        claim,
+        MNIST,
+        f"with batch norm training is less sensitive to the {what}",
+        "–",
+        f"largest minus smallest test accuracy over {values}: the paired difference is negative",
+        (Condition("with − without", f"range_over_{sweep}", "bn", "none", high=0),),
+        _NEEDS,
+    )
+
+
+_NEEDS = {"dataset": "mnist", "examples": EXAMPLES}
+CLAIMS = (
+    _spread("S2.5", "initialisation", "init_scale"),
+    _spread("S2.6", "learning rate", "learning_rate"),
+    Claim(
+        "S2.7",
+        MNIST,
+        "very small batches hurt batch norm",
+        "–",
+        "test accuracy at batch 2 is below that at batch 32, and by more than without batch norm",
+        (
+            Condition("batch 2 − 32", "test_accuracy", "bn, batch 2", "bn", high=0),
+            Condition("loss with − without", "loss_at_batch_2", "bn", "none", low=0),
+        ),
+        _NEEDS,
+    ),
+    Claim(
+        "S2.8",
+        MNIST,
+        "batch norm keeps gradients from vanishing",
+        "–",
+        "eight sigmoid layers: the first layer's gradient over the last's, at the start, is above 0.1 with it and "
+        "below 0.01 without",
+        (
+            Condition("with", "first_to_last_gradient", "deep_bn", low=0.1),
+            Condition("without", "first_to_last_gradient", "deep_none", high=0.01, digits=9),
+        ),
+        {"dataset": "mnist"},
+    ),
+    Claim(
+        "S1.6",
+        CIRCLES,
+        "batch norm regularises: it reduces generalisation error",
+        "–",
+        f"trained on {SMALL_SET} images, the test accuracy is higher and the gap to the training accuracy smaller",
+        (
+            Condition("test accuracy with − without", "test_accuracy", "bn, small set", "none, small set", low=0),
+            Condition("gap with − without", "generalisation_gap", "bn, small set", "none, small set", high=0),
+        ),
+        _NEEDS,
+    ),
+    Claim(
+        "S1.7",
+        CIRCLES,
+        "batch norm should not be used together with dropout",
+        "–",
+        f"trained on {SMALL_SET} images, dropout lowers the test accuracy with batch norm, at either rate",
+        tuple(
+            Condition(
+                f"with dropout {rate} − 0", "test_accuracy", f"bn_dropout_{rate}, small set", "bn, small set", high=0
+            )
+            for rate in (0.2, 0.5)
+        ),
+        _NEEDS,
+    ),
+    Claim(
+        "S1.8",
+        CIRCLES,
+        "after s-shaped activations batch norm is more appropriate, before them for rectified linear ones",
+        "–",
+        "test accuracy is higher after than before for sigmoid and tanh, and before than after for ReLU",
+        (
+            Condition("sigmoid after − before", "test_accuracy", "sigmoid_after", "sigmoid_before", low=0),
+            Condition("tanh after − before", "test_accuracy", "tanh_after", "tanh_before", low=0),
+            Condition("ReLU before − after", "test_accuracy", "bn", "relu_after", low=0),
+        ),
+        _NEEDS,
+    ),
+    Claim(
+        "S3.6",
+        NOTES,
+        "with batch norm dropout can be reduced or removed",
+        "–",
+        f"trained on {SMALL_SET} images, batch norm without dropout does not lose to the plain network with it, at "
+        "either rate, by more than 0.5 points of test accuracy",
+        tuple(
+            Condition(
+                f"batch norm − dropout {rate}",
+                "test_accuracy",
+                "bn, small set",
+                f"none_dropout_{rate}, small set",
+                low=-0.005,
+            )
+            for rate in (0.2, 0.5)
+        ),
+        _NEEDS,
+    ),
+    Claim(
+        "A.1",
+        NOTES,
+        "with batch norm the learning rate can be raised with no ill effect",
+        "5 and 30 times (ImageNet)",
+        "ten times the rate costs at most half a point of test accuracy with it, and less than without",
+        (
+            Condition("loss", "loss_at_10_times", "bn", high=0.005),
+            Condition("loss with − without", "loss_at_10_times", "bn", "none", high=0),
+        ),
+        _NEEDS,
+    ),
+    Claim(
+        "A.2",
+        NOTES,
+        "removing dropout from a batch-normalised network speeds training up without more overfitting",
+        "–",
+        f"trained on {SMALL_SET} images, without dropout of 0.5 the training accuracy is higher, and the test accuracy "
+        "at most half a point lower",
+        (
+            Condition("training accuracy", "train_accuracy", "bn, small set", "bn_dropout_0.5, small set", low=0),
+            Condition("test accuracy", "test_accuracy", "bn, small set", "bn_dropout_0.5, small set", low=-0.005),
+        ),
+        _NEEDS,
+    ),
+    Claim(
+        "A.3",
+        NOTES,
+        "with batch norm the weight regularisation can be reduced",
+        "a fifth of it",
+        f"trained on {SMALL_SET} images, what the better of 1e-3 and 1e-2 gains over no regularisation is smaller "
+        "with it",
+        (Condition("gain with − without", "gain_by_l2", "bn, small set", "none, small set", high=0),),
+        _NEEDS,
+    ),
+    Claim(
+        "A.4",
+        NOTES,
+        "with batch norm the learning rate can decay faster",
+        "6 times faster",
+        "decaying to exp(−6) in place of exp(−2) loses less test accuracy with it than without",
+        (Condition("loss with − without", "loss_by_fast_decay", "bn", "none", high=0),),
+        _NEEDS,
+    ),
+    Claim(
+        "A.6",
+        NOTES,
+        "batch norm profits from shuffling more thoroughly",
+        "1 % of validation accuracy (ImageNet)",
+        f"trained on {SMALL_SET} images, batches drawn anew give a higher test accuracy than batches that stay the "
+        "same, and gain more with it than without",
+        (
+            Condition("gain", "gain_by_shuffling", "bn, small set", low=0),
+            Condition("gain with − without", "gain_by_shuffling", "bn, small set", "none, small set", low=0),
+        ),
+        _NEEDS,
+    ),
+    Claim(
+        "R.1",
+        "Ioffe 2017 (arXiv 1702.03275)",
+        "batch renormalisation helps where batches are small",
+        "–",
+        "test accuracy at batch 4 is above that of batch norm",
+        (Condition("renorm − batch norm, batch 4", "test_accuracy", "renorm, batch 4", "bn, batch 4", low=0),),
+        _NEEDS,
+    ),
+)
+
+
+def run(options: Options, report: Report):
+    """Trains `CASES` and judges the claims on what a network depends on.
+
+    Args:
+      options: seeds, steps (the examples a training sees, divided by 32), variants (networks), dataset ('mnist') and
+        data_dir.
+      report: is told the progress.
+
+    Returns:
+      The results, and the figures by file name.
+    """
+    name, examples = options.dataset or "mnist", BATCH_SIZE * options.steps if options.steps else EXAMPLES
+    if unknown := sorted(set(options.variants or ()) - set(NETWORKS)):
+        raise ValueError(f"--variants must be among {', '.join(NETWORKS)}, got {', '.join(unknown)}.")
+    images = data.images(name, options.data_dir, report.reading)
+    training, test = (data.Split(_pixels(split.x), split.y) for split in (images.train, images.test))
+    sets = {False: training, True: data.Split(training.x[:SMALL_SET], training.y[:SMALL_SET])}
+    settings = {"optimizer": "Adam", "dataset": name, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
+    results = Results("sensitivity", settings, range(options.seeds))
+
+    def work(case: Case, watched: Any) -> Results:
+        part = Results("sensitivity", settings, range(options.seeds))
+        label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
+        steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
+        tell = report.task(Variant(case.name, label, None, None, train.cross_entropy, case.batch_size, steps))
+        _train(part, case, label, sets[case.is_small], test, steps, watched(tell), options)
+        return part
+
+    cases = [case for case in CASES if not options.variants or case.network in options.variants]
+    for part in in_threads(work, cases):
+        results.variants |= part.variants
+        results.arrays |= part.arrays
+        results.parameters |= part.parameters
+    compared = [network for network in ("none", "bn") if network in results.variants]
+    _compare(results, compared)
+    results.judge(CLAIMS)
+    return results, _figures(results, compared, f"{name}, {options.seeds} seed{'s' * (options.seeds > 1)}")
+
+
+def _train(results: Results, case: Case, label: str, training, test, steps: int, tell, options: Options) -> None:
+    """Trains one case at all settings and seeds, and adds its variants to the results."""
+    model = NETWORKS[case.network][1]()
+    cells, seeds = case.settings, options.seeds
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds, dtype=jnp.uint32))
+    chosen = {key: jnp.repeat(jnp.array([c[key] for c in cells.values()]), seeds) for key in DEFAULTS}
+    chosen["key"] = jnp.tile(keys, len(cells))
+    held_out = jax.tree.map(jnp.asarray, test)
+
+    def create(setting):
+        optimizer = _optimizer(steps, setting["learning_rate"], setting["l2"], setting["decay"])
+        state = train.create_train_state(model, optimizer, jax.random.fold_in(setting["key"], 0), held_out.x[:1])
+
+        def scaled(path, p):
+            return p * setting["init_scale"] if path[-1].key == "kernel" else p
+
+        return state.replace(params=jax.tree.map_with_path(scaled, state.params))
+
+    def step(state, x, y, key):
+        return train.train_step(state, x, y, objective=train.cross_entropy, rngs={"dropout": key})
+
+    def measure(state, x, y, key):
+        variables = {"batch_stats": state.batch_stats}
+        loss = losses.linen_loss(model, variables, train.cross_entropy, rngs={"dropout": key})
+        ends = ["Dense_0", f"Dense_{len(model.hidden)}"]
+        first, last = analysis.gradient_norms(loss, state.params, x, y, layers=ends).values()
+        accuracy = jnp.mean(train.evaluate(state, *held_out, objective=train.cross_entropy).accuracy)
+        return {"test_accuracy": accuracy, "first_to_last_gradient": first / last}
+
+    draw = _fixed_batch(case.batch_size) if case.is_fixed else random_batch(case.batch_size)
+    plan = Plan(create, draw, step, measure, steps, steps // MEASURED, compiler_options=COMPILER_OPTIONS)
+    further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
+    seen = train_measured(plan, chosen, tuple(training), name=case.name, **further)
+    evaluate = jax.jit(
+        jax.vmap(lambda s, x, y: train.evaluate(s, x, y, objective=train.cross_entropy), (0, None, None)),
+        compiler_options=COMPILER_OPTIONS,
+    )
+    on_test, on_training = (
+        jax.tree.map(lambda v: np.asarray(v.mean(1)), evaluate(seen.states, split.x[:10_000], split.y[:10_000]))
+        for split in (test, training)
+    )
+    ratio = np.asarray(seen.measurements["first_to_last_gradient"])[:, 0]
+    metrics = {
+        "test_accuracy": on_test.accuracy,
+        "train_accuracy": on_training.accuracy,
+        "generalisation_gap": on_training.accuracy - on_test.accuracy,
+        "first_to_last_gradient": ratio,
+    }
+    curve = np.concatenate([seen.measurements["test_accuracy"], on_test.accuracy[:, None]], 1)
+    for number, (name, cell) in enumerate(cells.items()):
+        rows = slice(number * seeds, (number + 1) * seeds)
+        results.variants[name] = (
+            label + name.removeprefix(case.name),
+            {"network": case.network, "batch_size": case.batch_size, **cell},
+            {metric: values[rows] for metric, values in metrics.items()},
+        )
+        results.arrays[f"{name}/test_accuracy"] = curve[rows]
+        results.add_parameters(name, parameter_shapes(seen.states), seen.histograms if number == 0 else {})
+
+
+def _optimizer(steps: int, learning_rate: Any, l2: Any, decay: Any) -> optax.GradientTransformation:
+    """Adam, with the gradient of `l2 / 2 · ‖W‖²`, and a learning rate that falls exponentially by exp(−decay)."""
+
+    def make(learning_rate, l2, decay):
+        schedule = optax.scale_by_schedule(lambda step: jnp.exp(-decay * step / steps))
+        return optax.chain(optax.add_decayed_weights(l2), optax.adam(learning_rate, eps=1e-7), schedule)
+
+    return optax.inject_hyperparams(make)(learning_rate=learning_rate, l2=l2, decay=decay)
+
+
+def _fixed_batch(batch_size: int) -> Callable[[Any, Any], tuple]:
+    """Draws one of the batches into which the examples are divided once and for all."""
+
+    def draw(examples, key):
+        x, y = examples
+        index = jax.random.randint(key, (), 0, y.shape[0] // batch_size) * batch_size + jnp.arange(batch_size)
+        return x[index], y[index]
+
+    return draw
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1], one float32 vector for each image."""
+    return (images.reshape(len(images), -1) / np.float32(255)).astype(np.float32)
+
+
+def _compare(results: Results, networks: Sequence[str]) -> None:
+    """Adds the numbers that compare trainings of one network at the same seeds."""
+
+    def accuracy(variant: str) -> np.ndarray:
+        return results.metric(variant, "test_accuracy")
+
+    for network in networks:
+        for sweep in SWEEPS:
+            found = np.stack([accuracy(name) for name in Case(network, {sweep: SWEEPS[sweep]}).settings])
+            results.set_metric(network, f"range_over_{sweep}", found.max(0) - found.min(0))
+        results.set_metric(network, "loss_at_batch_2", accuracy(network) - accuracy(f"{network}, batch 2"))
+        fast, slow = (accuracy(f"{network}, decay {value:g}") for value in (6, 2))
+        results.set_metric(network, "loss_by_fast_decay", slow - fast)
+        results.set_metric(network, "loss_at_10_times", accuracy(network) - accuracy(f"{network}, learning_rate 0.01"))
+        small = f"{network}, small set"
+        better = np.maximum(*(accuracy(f"{small}, l2 {value:g}") for value in (1e-3, 1e-2)))
+        results.set_metric(small, "gain_by_l2", better - accuracy(small))
+        results.set_metric(small, "gain_by_shuffling", accuracy(small) - accuracy(f"{small}, fixed batches"))
+
+
+def _figures(results: Results, networks: Sequence[str], title: str) -> dict[str, Figure]:
+    """Test accuracy over each sweep."""
+    figures = {}
+    if not networks:
+        return figures
+    for sweep, values in SWEEPS.items():
+        if sweep == "decay":
+            continue
+        series = {}
+        for network in networks:
+            names = Case(network, {sweep: values}).settings
+            by_value = {settings[sweep]: results.metric(name, "test_accuracy") for name, settings in names.items()}
+            series[NETWORKS[network][0]] = [by_value[value] for value in values]
+        text = sweep.replace("_", " ")
+        figures[f"{sweep}.png"] = plots.sweep(values, series, text, title)
+    series = {
+        NETWORKS[name][0]: [results.metric(Case(name, {}, size).name, "test_accuracy") for size in BATCH_SIZES]
+        for name in ("none", "bn", "renorm", "layer")
+        if name in results.variants
+    }
+    figures["batch_sizes.png"] = plots.sweep(BATCH_SIZES, series, "batch size", title, base=2)
+    return figures

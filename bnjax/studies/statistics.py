@@ -1,0 +1,72 @@
+"""Means over seeds with their intervals, and whether these lie in a range."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import special
+
+
+class Interval(NamedTuple):
+    """Mean over seeds with its 95 % confidence interval.
+
+    Attributes:
+      mean: over the seeds at which the quantity is defined.
+      half: half the width of the interval, by Student's t; NaN for fewer than two.
+      n: number of those seeds.
+    """
+
+    mean: float
+    half: float
+    n: int
+
+    @property
+    def low(self) -> float:
+        """Lower end."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """Upper end."""
+        return self.mean + self.half
+
+    def text(self, digits: int = 4) -> str:
+        """'mean ± half', or a dash where there is nothing."""
+        if self.n == 0:
+            return "–"
+        return f"{self.mean:.{digits}f}" + (f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else "")
+
+
+def interval(values: np.ndarray) -> Interval:
+    """Mean and 95 % confidence interval, `t(0.975, n − 1) · s / √n`, of the values that are not NaN.
+
+    >>> print(interval(np.array([1., 2., 3., np.nan])).text(2))
+    2.00 ± 2.48
+    """
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    n = len(values)
+    if n == 0:
+        return Interval(math.nan, math.nan, 0)
+    half = float(half_width(values.std(ddof=1), n)) if n > 1 else math.nan
+    return Interval(float(values.mean()), half, n)
+
+
+def half_width(deviation: Any, n: int) -> Any:
+    """Half the width of the 95 % confidence interval of a mean, from the sample deviation of n ≥ 2 values."""
+    return special.stdtrit(n - 1, 0.975) * deviation / math.sqrt(n)
+
+
+def prediction_interval(values: np.ndarray) -> Interval:
+    """Where one further run would lie with 95 % probability: mean ± `t(0.975, n − 1) · s · √(1 + 1/n)`."""
+    mean, half, n = interval(values)
+    return Interval(mean, half * math.sqrt(n + 1), n)
+
+
+def within(measured: Interval, low: float, high: float) -> bool | None:
+    """True where the whole interval lies in [low, high], False where none of it does, None where that is undecided."""
+    if measured.low >= low and measured.high <= high:
+        return True
+    if measured.high < low or measured.low > high:
+        return False
+    return None

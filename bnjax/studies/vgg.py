@@ -1,0 +1,117 @@
+"""S6's VGG with each normaliser: how it is trained, and the losses that are measured."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from bnjax import analysis, augment, data, losses, train
+from bnjax.linen import BatchNorm, BatchRenorm, LpBatchNorm, NoisyBatchNorm
+from bnjax.models import VGG, of_example
+from bnjax.studies.measured import Plan, random_batch
+
+NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
+    "none": lambda width: None,
+    "bn": lambda width: BatchNorm,
+    "noisy": lambda width: NoisyBatchNorm,
+    "l1": lambda width: functools.partial(LpBatchNorm, p=1),
+    "l2": lambda width: functools.partial(LpBatchNorm, p=2),
+    "linf": lambda width: functools.partial(LpBatchNorm, p=math.inf),
+    "renorm": lambda width: BatchRenorm,
+    "layer": lambda width: of_example(nn.LayerNorm),
+    "group": lambda width: of_example(functools.partial(nn.GroupNorm, num_groups=math.gcd(32, max(1, width // 2)))),
+    "weight": lambda width: None,  # what it normalises is the kernels
+}
+BATCH_SIZE = 128
+LEARNING_RATE = 0.1
+PROBED = np.linspace(0.5, 4, 8)  # step sizes of the probe, in learning rates
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+CHANCE = float(np.log(10))  # the loss of an even guess
+LEARNT = 0.9 * CHANCE
+
+
+class Network:
+    """VGG with one normaliser: how it is trained, and the losses that are measured."""
+
+    def __init__(self, variant: str, images: data.Dataset, width: int, *, augmented: bool = False):
+        norm = NORMS[variant](width)
+        self.model = VGG(images.num_classes, norm, 11, width, weight_norm=variant == "weight")
+        self.draw = _augmented_batch if augmented else random_batch(BATCH_SIZE)
+        self.mean, self.deviation = (float(f(images.train.x)) for f in (np.mean, np.std))
+        self.test = images.test
+        self.example = jnp.zeros((1, *images.train.x.shape[1:]))
+        variables = self.model.init(jax.random.key(0), self.example, training=False)
+        self.layers = losses.layers_in_order(self.model, variables, self.example)
+
+    def prepare(self, x):
+        """Pixels of mean 0 and deviation 1 over the training set."""
+        return (x.astype(jnp.float32) - self.mean) / self.deviation
+
+    def create(self, setting):
+        """The state at step 0 of a seed."""
+        key = jax.random.fold_in(setting["key"], 0)
+        return train.create_train_state(self.model, optax.sgd(LEARNING_RATE), key, self.example)
+
+    def loss(self, batch_stats: Any, key: Any, **options: Any):
+        """`loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
+        variables = {"batch_stats": batch_stats}
+        loss = losses.linen_loss(self.model, variables, train.cross_entropy, rngs={"noise": key}, **options)
+        return lambda params, x, y: loss(params, self.prepare(x), y)
+
+    def plan(self, steps: int, every: int) -> Plan:
+        """How to train and measure it: K + 1 gradients for the probe, one for the next step, one for each layer."""
+
+        def step(state, x, y, key):
+            options = {"objective": train.cross_entropy, "rngs": {"noise": key}}
+            return train.train_step(state, self.prepare(x), y, **options)
+
+        def measure(state, x, y, key):
+            loss = self.loss(state.batch_stats, key)
+            following, _ = step(state, x, y, key)
+            return {
+                "probe": analysis.gradient_probe(loss, state.params, LEARNING_RATE * PROBED, x, y),
+                "shift": analysis.covariate_shift(loss, state.params, following.params, x, y, layers=self.layers),
+            }
+
+        return Plan(self.create, self.draw, step, measure, steps, every, False, lambda state: state.params)
+
+    @property
+    def extra_gradients(self) -> int:
+        """What one measurement costs."""
+        return len(PROBED) + 1 + 1 + len(self.layers)
+
+    def test_accuracy(self, state) -> float:
+        """Over the whole test set, with running statistics."""
+        options: Any = {"objective": train.cross_entropy, "batch_size": 1000, "preprocess": self._preprocess}
+        return train.evaluate_in_batches(state, *self.test, **options)[1]  # pyright: ignore[reportReturnType]
+
+    @functools.cached_property
+    def _preprocess(self):
+        return lambda x, keys: self.prepare(x)
+
+    def learning_rates(self, keys, steps: int, examples) -> analysis.LearningRateRange:
+        """Which of `RATES` train within some steps, for each seed."""
+        x, y = jax.tree.map(jnp.asarray, examples)
+
+        def of_seed(key, x, y):
+            state = self.create({"key": key})
+            loss = self.loss(state.batch_stats, key)
+            index = jax.random.randint(jax.random.fold_in(key, 3), (steps, BATCH_SIZE), 0, y.shape[0])
+            return analysis.learning_rate_range(
+                lambda params, i: loss(params, x[i], y[i]), state.params, jnp.array(RATES), (index,), target=LEARNT
+            )
+
+        run_seed = jax.jit(of_seed)
+        return jax.tree.map(lambda *v: np.stack(v), *(run_seed(key, x, y) for key in keys))
+
+
+def _augmented_batch(examples, key):
+    """A random batch, mirrored and moved."""
+    x, y = random_batch(BATCH_SIZE)(examples, key)
+    return augment.random_crop_flip(x, jax.random.split(jax.random.fold_in(key, 1), BATCH_SIZE)), y

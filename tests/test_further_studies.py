@@ -1,0 +1,112 @@
+"""The recurrent and the accelerating study at a small size, and what the CIFAR study measures beside its curves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnjax import data, models
+from bnjax.studies import Options, accelerating, cifar, recurrent
+
+
+class Silent:
+    def task(self, variant):
+        return lambda steps, means: None
+
+    def reading(self, text, fraction):
+        pass
+
+
+def images(shape, count=40, classes=10):
+    random = np.random.default_rng(0)
+    split = lambda: data.Split(
+        random.integers(0, 256, (count, *shape), np.uint8), (np.arange(count) % classes).astype(np.int32)
+    )
+    return data.Dataset("small", split(), split(), classes)
+
+
+def test_recurrent_study(monkeypatch):
+    monkeypatch.setattr(data, "images", lambda *arguments: images((4, 3, 1)))
+    results, figures = recurrent.run(Options(2, steps=20, histograms=True), Silent())
+    assert list(results.variants) == ["none", "per_step", "shared"]
+    for name in results.variants:
+        assert results.metric(name, "test_accuracy").shape == (2,)
+        assert results.arrays[f"{name}/train_loss"].shape == (2, 20)
+        assert results.arrays[f"{name}/histograms/gradient/Dense_0/kernel/counts"].sum() == 10 * 64 * 10
+    assert results.parameters["per_step"]["batch_stats"]["cell/BatchNorm_0/mean"] == [4, 64]
+    assert results.parameters["shared"]["batch_stats"]["cell/BatchNorm_0/mean"] == [64]
+    assert [judgement.reason for judgement in results.claims] == ["needs steps 1000"] * 2
+    assert list(figures) == ["test_accuracy.png"]
+
+
+def test_accelerating_study(monkeypatch):
+    monkeypatch.setattr(data, "images", lambda *arguments: images((32, 32, 3)))
+    monkeypatch.setattr(accelerating, "BATCH_SIZE", 8)
+    chosen = {"both": (*accelerating.VARIANTS["bn_lrn"][:3], True)}
+    monkeypatch.setattr(accelerating, "VARIANTS", chosen)
+    results, figures = accelerating.run(Options(2, steps=10, width=2), Silent())
+    assert list(results.variants) == list(chosen)
+    for name in chosen:
+        assert results.metric(name, "test_accuracy").shape == (2,)
+        assert np.isfinite(results.arrays[f"{name}/train_loss"]).all()
+    assert {judgement.claim.id for judgement in results.claims} == {"A.5", "A.7"}
+    assert list(figures) == ["training.png"]
+
+
+def test_distortions_change_contrast_and_brightness_of_each_image():
+    x = jax.random.normal(jax.random.key(0), (200, 4, 4, 3))
+    found = np.asarray(accelerating._distorted(x, jax.random.key(1))).reshape((200, -1))
+    flat = np.asarray(x).reshape((200, -1))
+    fits = np.array([np.polyfit(a, b, 1, full=False) for a, b in zip(flat, found, strict=True)])
+    scale, shift = fits.T
+    np.testing.assert_allclose(flat * scale[:, None] + shift[:, None], found, atol=1e-5)
+    assert scale.min() > 0.5 and scale.max() < 1.5 and scale.std() > 0.2
+    assert shift.min() > -0.5 and shift.max() < 0.5 and shift.std() > 0.2
+    assert abs(np.corrcoef(scale, shift)[0, 1]) < 0.3
+
+
+@pytest.fixture(scope="module")
+def cifar_run():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(data, "images", lambda *arguments: images((16, 16, 3), classes=2))
+    options = Options(2, epochs=4, steps_per_epoch=2, width=3, batch_size=8, variants=("sigmoid_none", "sigmoid_bn"))
+    yield cifar.run(options, Silent())
+    patch.undo()
+
+
+def test_cifar_study(cifar_run):
+    results, _ = cifar_run
+    assert results.settings["filters"] == [3, 3, 3, 3, 5]
+    assert results.settings["two_passes"] is False  # 64 of 40 examples
+    by_id = {judgement.claim.id: judgement for judgement in results.claims}
+    assert by_id["S5.0"].verdict == "wrong in the source"
+    assert by_id["S5.1"].reason == "needs two passes True"
+    curve = results.arrays["sigmoid_bn/test_accuracy"]
+    np.testing.assert_allclose(results.metric("sigmoid_bn", "best_over_chance"), 2 * curve.max(1))
+    gain = curve.max(1) - curve[:, :3].max(1)
+    np.testing.assert_allclose(results.metric("sigmoid_bn", "late_gain"), gain)
+    ratios = {name: results.metric(name, "first_to_last_gradient") for name in results.variants}
+    assert (ratios["sigmoid_none"] < 1e-3).all() and (ratios["sigmoid_bn"] > 1e-2).all()
+    assert by_id["S5.5"].outcomes[1].met is not False
+
+
+def test_cifar_gradient_ratio_is_that_of_the_training_loss(cifar_run):
+    examples = cifar.Data(images((16, 16, 3), classes=2).train, {}, functools.partial(cifar.prepare, mean=0.0))
+    variant = cifar.variants(2, 4, 8, 3, Options(2))["relu_none"]
+    (ratio,) = cifar._gradient_ratios(variant, examples, 1)
+    x, y = (part[:8] for part in examples.training)
+    x = jnp.asarray(x, jnp.float32)
+    model = models.CifarNetwork(2, None, filters=3, last_filters=5)
+    params = model.init(jax.random.fold_in(jax.random.key(0), 0), x[:1], training=False)["params"]
+
+    def loss(params):
+        logits = model.apply({"params": params}, x, training=True)
+        return -jax.nn.log_softmax(logits)[np.arange(8), y].mean()
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    norms = [
+        np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient[name]))) for name in ("Conv_0", "Dense_0")
+    ]
+    np.testing.assert_allclose(ratio, norms[0] / norms[1], rtol=1e-4)

@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_studies import Silent
+
+from bnjax import data
+from bnjax.studies import Options, perceptrons, sensitivity
+
+
+@pytest.fixture
+def small_images(monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        y = rng.integers(0, 10, n).astype(np.int32)
+        x = rng.integers(0, 60, (n, 28, 28, 1)).astype(np.uint8)
+        x[np.arange(n), y, y] = 255
+        return data.Split(x, y)
+
+    monkeypatch.setattr(data, "images", lambda *arguments: data.Dataset("mnist", split(300), split(100), 10))
+
+
+def test_all_networks_give_ten_logits():
+    x = jnp.ones((16, 784))
+    for _, build in perceptrons.NETWORKS.values():
+        model = build()
+        outputs = jax.eval_shape(lambda model=model: model.init_with_output(jax.random.key(0), x, training=False))
+        assert outputs[0].shape == (16, 10)
+
+
+def test_cases_have_names_of_their_own():
+    names = [name for case in perceptrons.CASES for name in case.settings]
+    assert len(names) == len(set(names))
+    assert {case.network for case in perceptrons.CASES} == set(perceptrons.NETWORKS)
+    assert perceptrons.Case("bn", {"l2": (0.0, 1e-3)}, 8, True).settings == {
+        "bn, batch 8, small set": perceptrons.DEFAULTS,
+        "bn, batch 8, small set, l2 0.001": {**perceptrons.DEFAULTS, "l2": 1e-3},
+    }
+
+
+def test_optimizer_is_adam_with_decay_and_l2():
+    params = {"w": jnp.array([1.0, -2.0])}
+    ours = sensitivity._optimizer(10, 0.1, 0.5, 2.0)
+    plain = optax.adam(lambda step: 0.1 * jnp.exp(-2.0 * step / 10), eps=1e-7)
+    state, expected = ours.init(params), plain.init(params)
+    for step in range(3):
+        grads = {"w": jnp.array([1.0, 3.0]) * (step + 1)}
+        updates, state = ours.update(grads, state, params)
+        with_l2 = {"w": grads["w"] + 0.5 * params["w"]}
+        wanted, expected = plain.update(with_l2, expected, params)
+        np.testing.assert_allclose(updates["w"], wanted["w"], rtol=1e-5)
+
+
+def test_fixed_batches_stay_together():
+    x = jnp.arange(10)
+    draw = jax.jit(sensitivity._fixed_batch(3))
+    drawn = {tuple(np.asarray(draw((x, x), jax.random.key(i))[0]).tolist()) for i in range(50)}
+    assert drawn == {(0, 1, 2), (3, 4, 5), (6, 7, 8)}
+
+
+def test_a_cell_is_trained_at_its_settings(monkeypatch, small_images):
+    kept = [c for c in perceptrons.CASES if c.network in ("none", "bn") and c.batch_size in (2, 32)]
+    monkeypatch.setattr(sensitivity, "CASES", kept)
+    monkeypatch.setattr(sensitivity, "_figures", lambda results, networks, title: {})
+    monkeypatch.setattr(sensitivity, "SMALL_SET", 64)
+    report = Silent()
+    results, _ = sensitivity.run(Options(2, steps=12, dataset="mnist"), report)
+    assert set(results.variants) == {name for case in kept for name in case.settings}
+    accuracy = {name: results.metric(name, "test_accuracy") for name in results.variants}
+    assert all(values.shape == (2,) for values in accuracy.values())
+    assert (accuracy["bn, learning_rate 0.01"] > accuracy["bn, learning_rate 1e-05"]).all()
+    assert results.arrays["bn/test_accuracy"].shape == (2, 7)
+    np.testing.assert_allclose(
+        results.metric("bn", "range_over_learning_rate"),
+        np.ptp([accuracy["bn"]] + [accuracy[f"bn, learning_rate {v:g}"] for v in (1e-5, 1e-4, 1e-2, 1e-1)], axis=0),
+    )
+    assert (results.metric("none", "first_to_last_gradient") > 0).all()
+    assert report.told["bn, batch 2"][-1][0] == 192
+    assert {judgement.measured for judgement in results.claims} == {f"needs examples {sensitivity.EXAMPLES}"}
