@@ -14,9 +14,9 @@ import network_example
 import numpy as np
 import optax
 import pytest
-import tensorflow_datasets as tfds
+import tiny_sets
 
-from bnjax import data, parallel, train
+from bnjax import parallel, train
 from bnjax.checkpoint import CheckpointError
 from bnjax.studies import Options
 from bnjax.studies.saving import Saving
@@ -141,32 +141,9 @@ def test_a_dead_process_ends_the_others_with_an_error_in_time():
     assert "error" in error.lower()
 
 
-def prepare_tiny_cifar(directory):
-    """CIFAR-10 in TFDS's format with 96 training and 24 test images, whose brightness is their label."""
-
-    class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = "cifar10"
-        VERSION = tfds.core.Version("3.0.2")
-
-        def _info(self):
-            image, label = tfds.features.Image(shape=(32, 32, 3)), tfds.features.ClassLabel(num_classes=10)
-            features = tfds.features.FeaturesDict({"image": image, "label": label})
-            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(96), "test": self._generate_examples(24)}
-
-        def _generate_examples(self, count):
-            for i in range(count):
-                yield i, {"image": np.full((32, 32, 3), 25 * (i % 10), np.uint8), "label": i % 10}
-
-    with data._encoding_without_tensorflow():
-        Cifar10(data_dir=directory).download_and_prepare(file_format="array_record")
-
-
 @pytest.mark.slow
 def test_the_command_trains_cifar_on_two_processes_and_resumes_on_other_devices(tmp_path):
-    prepare_tiny_cifar(tmp_path / "data")
+    tiny_sets.prepare("cifar10", tmp_path / "data")
     environment = {**os.environ, "BNJAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
 
     def run(out, epochs, *arguments):
