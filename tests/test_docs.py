@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 from pathlib import Path
 
@@ -30,9 +31,42 @@ def test_enough_docstrings_have_examples():
     assert len(tests) >= 10
 
 
-def test_readme():
-    source = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "guides").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages(page):
+    source = (ROOT / page).read_text()
     code = "\n".join(block.split("```")[0] for block in source.split("```python\n")[1:])
     assert code.count(">>>") >= 5
-    test = doctest.DocTestParser().get_doctest(code, {}, "README.md", "README.md", 0)
+    test = doctest.DocTestParser().get_doctest(code, {}, page, page, 0)
     assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
+
+
+def test_every_public_module_has_its_place_in_the_reference():
+    shown = [
+        line.removeprefix("::: ").strip()
+        for path in (ROOT / "docs" / "api").glob("*.md")
+        for line in path.read_text().splitlines()
+        if line.startswith(":::")
+    ]
+    assert len(shown) == len(set(shown))
+    packages = {"bnjax.analysis", "bnjax.variants"}  # whose modules are shown
+    studies = {name for name in MODULES if name.startswith("bnjax.studies.")}  # of which the pieces are shown
+    private = {name for name in MODULES if any(part.startswith("_") for part in name.split("."))}
+    assert set(MODULES) - packages - studies - private <= set(shown) <= set(MODULES)
+
+
+def test_published_pages_show_the_published_records():
+    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs" / "make_results.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    studies = {name: saved for name in pages.STUDIES if (saved := pages.published(name))}
+    assert studies
+    again = "it is made by: python docs/make_results.py"
+    assert (ROOT / "docs" / "ledger.md").read_text() == pages.ledger_page(studies), again
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert text == pages.results_page(text, studies), again
+    for name, saved in studies.items():
+        assert "/" not in saved.document["command"]  # no machine's paths
+        assert all((ROOT / "docs" / "figures" / f"{name}_{file}").exists() for file in saved.document["figures"])

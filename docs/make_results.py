@@ -1,0 +1,120 @@
+"""Publishes what the studies measured: `python docs/make_results.py RUNS`.
+
+Copies `results.json` and the figures of each study's directory in RUNS to `docs/results/` and `docs/figures/`, and
+writes the ledger (`docs/ledger.md`) and the tables of `docs/results.md` from them. Without RUNS it writes the pages
+anew from what is in `docs/results/`; every number on them is in those files.
+"""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from bnjax.studies import STUDIES
+from bnjax.studies.ledger import Ledger, Saved, claims_of
+from bnjax.studies.results import claim_rows, markdown_table, metric_rows
+
+DOCS = Path(__file__).parent
+COLUMNS = 6  # of numbers in a table
+BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(runs: Path | None) -> None:
+    """Copies the results of a directory of runs, if there is one, and writes the pages."""
+    for name in STUDIES:
+        if runs and Saved.load(runs / name):
+            publish(runs / name, name)
+    studies = {name: saved for name in STUDIES if (saved := published(name))}
+    (DOCS / "ledger.md").write_text(ledger_page(studies))
+    results = DOCS / "results.md"
+    results.write_text(results_page(results.read_text(), studies))
+
+
+def publish(run: Path, name: str) -> None:
+    """Copies a study's results and figures."""
+    document = json.loads((run / "results.json").read_text())
+    for old in (DOCS / "figures").glob(f"{name}_*.png"):
+        old.unlink()
+    document["figures"] = {file: text for file, text in document["figures"].items() if "histograms" not in file}
+    for file in document["figures"]:
+        content = io.BytesIO()
+        with Image.open(run / file) as image:
+            image.convert("RGB").quantize(128).save(content, "png", optimize=True)
+        (DOCS / "figures" / f"{name}_{file}").write_bytes(content.getvalue())
+    (DOCS / "results" / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def published(name: str) -> Saved | None:
+    """The published results of a study."""
+    path = DOCS / "results" / f"{name}.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    return Saved(document) if document.get("schema") == 2 else None
+
+
+def ledger_page(studies: dict[str, Saved]) -> str:
+    """All claims with their verdicts, and the runs that they come from."""
+    judgements = [claim.judge(saved) for name, saved in studies.items() for claim in claims_of(STUDIES[name])]
+    ledger = Ledger(judgements, {name: len(saved.seeds) for name, saved in studies.items()})
+    runs = []
+    for name, saved in studies.items():
+        document = saved.document
+        versions, machine = document["versions"], document["machine"]
+        runs.append(
+            [
+                f"[{name}](results/{name}.json)",
+                f"`{document['command']}`",
+                str(len(saved.seeds)),
+                f"{document['seconds'] / 60:.1f} min",
+                f"{machine['system']}, {', '.join(sorted(set(machine['devices'])))}, Python {machine['python']}",
+                f"bnjax {versions['bnjax']}, jax {versions['jax']}, flax {versions['flax']}",
+            ]
+        )
+    header = ["study", "command", "seeds", "time", "machine", "versions"]
+    return f"""# Ledger of claims
+
+{len(judgements)} statements of the sources: {ledger.summary()}. `bnjax claims` makes this table, from the runs below.
+
+A claim's rule was fixed before its run: which quantity of which networks decides, and the range in which the 95 %
+confidence interval of its mean over seeds (Student's t) has to lie. It is *reproduced* where the whole interval lies
+there, *not reproduced* where none of it does, and *undecided* at this number of seeds else, or where the claim needs a
+longer run than this one. Differences are paired over seeds; the effect is such a difference over its standard deviation
+over seeds. Numbers in brackets are the 95 % prediction interval of one run, which has to hold the published number.
+
+{markdown_table(*ledger.rows())}
+
+## The runs
+
+Every number above is computed from the values at each seed in these files. Times are those of a machine with two cores
+that did other work as well.
+
+{markdown_table(header, runs)}
+
+What was measured beside the claims, with all figures: [Results](results.md).
+"""
+
+
+def results_page(text: str, studies: dict[str, Saved]) -> str:
+    """The page with its tables and figures made anew; what is written between them stays."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in studies:
+            return match[0]
+        saved = studies[name]
+        header, rows = metric_rows(saved)
+        tables = []
+        for start in range(1, len(header), COLUMNS):
+            part = [[row[0], *row[start : start + COLUMNS]] for row in (header, *rows)]
+            tables.append(markdown_table(part[0], [row for row in part[1:] if any(row[1:])]))
+        tables.append(markdown_table(*claim_rows([claim.judge(saved) for claim in claims_of(STUDIES[name])])))
+        figures = [f"![{text}](figures/{name}_{file})" for file, text in saved.document["figures"].items()]
+        return match[1] + "\n" + "\n\n".join([*tables, *figures]) + "\n\n" + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
