@@ -78,4 +78,5 @@ def test_a_cell_is_trained_at_its_settings(monkeypatch, small_images):
     )
     assert (results.metric("none", "first_to_last_gradient") > 0).all()
     assert report.told["bn, batch 2"][-1][0] == 192
-    assert {judgement.measured for judgement in results.claims} == {f"needs examples {sensitivity.EXAMPLES}"}
+    reasons = {judgement.reason for judgement in results.claims if judgement.claim.id != "S2.8"}
+    assert reasons == {f"needs examples {sensitivity.EXAMPLES}"}  # the one else is about the start of training
