@@ -118,8 +118,10 @@ def gradient_probe(
     >>> from bnjax import analysis
     >>> loss = lambda w: 0.5 * (jnp.array([1.0, 3.0]) * w ** 2).sum()
     >>> probe = analysis.gradient_probe(loss, jnp.array([1.0, 1.0]), jnp.array([0.1, 0.2]))
-    >>> print(probe.loss, probe.max_smoothness.round(3))            # ‖A g‖ / ‖g‖ for every step of a quadratic
-    [1.14 0.56] 2.864
+    >>> print([f'{value:.2f}' for value in probe.loss])
+    ['1.14', '0.56']
+    >>> print(f'{probe.max_smoothness:.3f}')                        # ‖A g‖ / ‖g‖ for every step of a quadratic
+    2.864
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
     steps = jnp.atleast_1d(jnp.asarray(step_sizes))
