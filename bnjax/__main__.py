@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from bnjax.studies import COMPILABLE, STUDIES, Options, Study
+from bnjax.studies import COMPILABLE, LOGS, STUDIES, Options, Study
 
 _FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -86,7 +86,7 @@ def _parser() -> _Parser:
         one.add_argument(
             "--log",
             action="append",
-            choices=("tensorboard", "wandb"),
+            choices=LOGS,
             default=[],
             help="log scalars, histograms, figures and tables there too (may be repeated; needs bnjax[tensorboard] or "
             "bnjax[wandb])",

@@ -10,12 +10,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from bnjax.studies import STUDIES
 from bnjax.studies.ledger import Ledger, Saved, claims_of
-from bnjax.studies.results import claim_rows, markdown_table, metric_rows
+from bnjax.studies.results import claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parent
 COLUMNS = 6  # of numbers in a table
@@ -25,17 +26,16 @@ BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def main(runs: Path | None) -> None:
     """Copies the results of a directory of runs, if there is one, and writes the pages."""
     for name in STUDIES:
-        if runs and Saved.load(runs / name):
-            publish(runs / name, name)
+        if runs and (saved := Saved.load(runs / name)):
+            publish(runs / name, name, dict(saved.document))
     studies = {name: saved for name in STUDIES if (saved := published(name))}
     (DOCS / "ledger.md").write_text(ledger_page(studies))
     results = DOCS / "results.md"
     results.write_text(results_page(results.read_text(), studies))
 
 
-def publish(run: Path, name: str) -> None:
+def publish(run: Path, name: str, document: dict[str, Any]) -> None:
     """Copies a study's results and figures."""
-    document = json.loads((run / "results.json").read_text())
     for old in (DOCS / "figures").glob(f"{name}_*.png"):
         old.unlink()
     document["figures"] = {file: text for file, text in document["figures"].items() if "histograms" not in file}
@@ -49,9 +49,7 @@ def publish(run: Path, name: str) -> None:
 
 def published(name: str) -> Saved | None:
     """The published results of a study."""
-    path = DOCS / "results" / f"{name}.json"
-    document = json.loads(path.read_text()) if path.exists() else {}
-    return Saved(document) if document.get("schema") == 2 else None
+    return Saved.read(DOCS / "results" / f"{name}.json")
 
 
 def ledger_page(studies: dict[str, Saved]) -> str:
@@ -104,11 +102,7 @@ def results_page(text: str, studies: dict[str, Saved]) -> str:
         if name not in studies:
             return match[0]
         saved = studies[name]
-        header, rows = metric_rows(saved)
-        tables = []
-        for start in range(1, len(header), COLUMNS):
-            part = [[row[0], *row[start : start + COLUMNS]] for row in (header, *rows)]
-            tables.append(markdown_table(part[0], [row for row in part[1:] if any(row[1:])]))
+        tables = [markdown_table(*table) for table in metric_tables(saved, COLUMNS)]
         tables.append(markdown_table(*claim_rows([claim.judge(saved) for claim in claims_of(STUDIES[name])])))
         figures = [f"![{text}](figures/{name}_{file})" for file, text in saved.document["figures"].items()]
         return match[1] + "\n" + "\n\n".join([*tables, *figures]) + "\n\n" + match[3]

@@ -2,21 +2,17 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import small_studies
 
-from bnjax import data, models
+from bnjax import data, models, train
+from bnjax.linen import BatchNorm
 from bnjax.studies import Options, accelerating, cifar, recurrent
-
-
-class Silent:
-    def task(self, variant):
-        return lambda steps, means: None
-
-    def reading(self, text, fraction):
-        pass
 
 
 def images(shape, count=40, classes=10):
@@ -29,16 +25,39 @@ def images(shape, count=40, classes=10):
 
 def test_recurrent_study(monkeypatch):
     monkeypatch.setattr(data, "images", lambda *arguments: images((4, 3, 1)))
-    results, figures = recurrent.run(Options(2, steps=20, histograms=True), Silent())
-    assert list(results.variants) == ["none", "per_step", "shared"]
+    results, figures = recurrent.run(Options(2, steps=20, histograms=True), small_studies.Silent())
+    assert list(results.variants) == ["none", "per_step", "epsilon", "shared"]
     for name in results.variants:
         assert results.metric(name, "test_accuracy").shape == (2,)
         assert results.arrays[f"{name}/train_loss"].shape == (2, 20)
         assert results.arrays[f"{name}/histograms/gradient/Dense_0/kernel/counts"].sum() == 10 * 64 * 10
     assert results.parameters["per_step"]["batch_stats"]["cell/BatchNorm_0/mean"] == [4, 64]
     assert results.parameters["shared"]["batch_stats"]["cell/BatchNorm_0/mean"] == [64]
-    assert [judgement.reason for judgement in results.claims] == ["needs steps 1000"] * 2
+    assert [judgement.reason for judgement in results.claims] == ["needs steps 1000"] * 3
     assert list(figures) == ["test_accuracy.png"]
+    same = (results.metric("none", name) for name in ("test_accuracy", "population_accuracy"))
+    np.testing.assert_array_equal(*same)
+    assert results.values("epsilon", "population_accuracy") is not None
+    assert results.values("shared", "population_accuracy") is None
+
+
+def test_population_statistics(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (9, 3, 2))
+    norm = functools.partial(BatchNorm, momentum=0.0)
+    model = models.RecurrentNetwork(2, 4, norm)
+    state = train.create_train_state(model, optax.sgd(0.1), jax.random.key(1), x)
+    monkeypatch.setattr(recurrent, "POPULATION_BATCH", 4)
+    outputs, seen = [], []
+    for batch in (x[:4], x[4:8]):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        y, updates = model.apply(variables, batch, training=True, mutable=["batch_stats"])
+        outputs.append(y)
+        seen.append(updates["batch_stats"])
+    found = recurrent.with_population_statistics(model, x, state)
+    chex.assert_trees_all_close(found.batch_stats, jax.tree.map(lambda a, b: (a + b) / 2, *seen), rtol=1e-6)
+    found = recurrent.with_population_statistics(model, x[:4], state)  # its training set is one batch
+    inference = model.apply({"params": found.params, "batch_stats": found.batch_stats}, x[:4], training=False)
+    np.testing.assert_allclose(inference, outputs[0], rtol=1e-4, atol=1e-5)
 
 
 def test_accelerating_study(monkeypatch):
@@ -46,7 +65,7 @@ def test_accelerating_study(monkeypatch):
     monkeypatch.setattr(accelerating, "BATCH_SIZE", 8)
     chosen = {"both": (*accelerating.VARIANTS["bn_lrn"][:3], True)}
     monkeypatch.setattr(accelerating, "VARIANTS", chosen)
-    results, figures = accelerating.run(Options(2, steps=10, width=2), Silent())
+    results, figures = accelerating.run(Options(2, steps=10, width=2), small_studies.Silent())
     assert list(results.variants) == list(chosen)
     for name in chosen:
         assert results.metric(name, "test_accuracy").shape == (2,)
@@ -72,7 +91,7 @@ def cifar_run():
     patch = pytest.MonkeyPatch()
     patch.setattr(data, "images", lambda *arguments: images((16, 16, 3), classes=2))
     options = Options(2, epochs=4, steps_per_epoch=2, width=3, batch_size=8, variants=("sigmoid_none", "sigmoid_bn"))
-    yield cifar.run(options, Silent())
+    yield cifar.run(options, small_studies.Silent())
     patch.undo()
 
 

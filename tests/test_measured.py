@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_studies
 from flax import linen as nn
 
 from bnjax import analysis, data, models, train
@@ -23,17 +24,6 @@ from bnjax.studies.saving import Saving
 MODEL = models.Perceptron((4,), 1, BatchNorm, "after")
 EXAMPLES = tuple(data.circles().train)
 SETTINGS = {"key": jax.vmap(jax.random.key)(jnp.arange(2)), "rate": jnp.array([0.1, 0.3])}
-
-
-class Silent:
-    def __init__(self):
-        self.told, self.read = {}, []
-
-    def task(self, variant):
-        return lambda steps, means: self.told.setdefault(variant.label, []).append((steps, means))
-
-    def reading(self, text, fraction):
-        self.read.append((text, fraction))
 
 
 def plan(together, count=None):
@@ -105,23 +95,14 @@ def test_measurements_divide_the_steps():
         train_measured(Plan(*[len] * 4, 10, 3), SETTINGS, EXAMPLES)
 
 
-def images(shape, classes=10):
-    rng = np.random.default_rng(0)
-
-    def split(count):
-        y = rng.integers(0, classes, count).astype(np.int32)
-        x = rng.integers(0, 60, (count, *shape)).astype(np.uint8)
-        x[np.arange(count), y % shape[0], y] = 255
-        return data.Split(x, y)
-
-    return data.Dataset("small", split(256), split(1000), classes)
+images = functools.partial(small_studies.images, counts=(256, 1000))
 
 
 @pytest.mark.slow
 def test_activations(monkeypatch):
     monkeypatch.setattr(data, "images", lambda *arguments: images((28, 28, 1)))
     monkeypatch.setattr(activations, "RATE_STEPS", 20)
-    report = Silent()
+    report = small_studies.Silent()
     results, figures = activations.run(Options(2, steps=40), report)
     assert list(results.variants) == ["none", "bn"]
     assert (
@@ -164,7 +145,7 @@ def smooth():
     patch.setattr(vgg, "RATES", (0.01, 0.1))
     for name, value in (("EIGENPAIRS", 1), ("LANCZOS_STEPS", 5), ("GRID", np.linspace(-1, 1, 3)), ("PATH_POINTS", 3)):
         patch.setattr(landscape, name, value)
-    report = Silent()
+    report = small_studies.Silent()
     options = Options(2, steps=10, variants=("none", "bn", "noisy"), histograms=True)
     yield *smoothness.run(options, report), report
     patch.undo()
@@ -296,9 +277,9 @@ def test_bad_options():
     with pytest.raises(
         ValueError, match="--variants must be among none, bn, noisy, l1, l2, linf, renorm, layer, group, weight, got bm"
     ):
-        smoothness.run(Options(1, steps=10, variants=("bm",)), Silent())
+        smoothness.run(Options(1, steps=10, variants=("bm",)), small_studies.Silent())
     with pytest.raises(ValueError, match=r"--steps must be a multiple of a number from 10 to 200, got 5\. Say 10"):
-        smoothness.run(Options(1, steps=5), Silent())
+        smoothness.run(Options(1, steps=5), small_studies.Silent())
 
 
 def test_deep_linear_network_is_the_product_of_its_matrices(monkeypatch):

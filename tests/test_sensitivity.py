@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_studies import Silent
+import small_studies
 
 from bnjax import data
 from bnjax.studies import Options, perceptrons, sensitivity
@@ -11,15 +11,8 @@ from bnjax.studies import Options, perceptrons, sensitivity
 
 @pytest.fixture
 def small_images(monkeypatch):
-    rng = np.random.default_rng(0)
-
-    def split(n):
-        y = rng.integers(0, 10, n).astype(np.int32)
-        x = rng.integers(0, 60, (n, 28, 28, 1)).astype(np.uint8)
-        x[np.arange(n), y, y] = 255
-        return data.Split(x, y)
-
-    monkeypatch.setattr(data, "images", lambda *arguments: data.Dataset("mnist", split(300), split(100), 10))
+    found = small_studies.images((28, 28, 1), (300, 100), name="mnist")
+    monkeypatch.setattr(data, "images", lambda *arguments: found)
 
 
 def test_all_networks_give_ten_logits():
@@ -65,7 +58,7 @@ def test_a_cell_is_trained_at_its_settings(monkeypatch, small_images):
     monkeypatch.setattr(sensitivity, "CASES", kept)
     monkeypatch.setattr(sensitivity, "_figures", lambda results, networks, title: {})
     monkeypatch.setattr(sensitivity, "SMALL_SET", 64)
-    report = Silent()
+    report = small_studies.Silent(by="name")
     results, _ = sensitivity.run(Options(2, steps=12, dataset="mnist"), report)
     assert set(results.variants) == {name for case in kept for name in case.settings}
     accuracy = {name: results.metric(name, "test_accuracy") for name in results.variants}

@@ -3,25 +3,13 @@ import threading
 
 import numpy as np
 import pytest
+import small_studies
 from scipy import stats
 
 from bnjax import data
 from bnjax.studies import STUDIES, Options, blobs, circles, mnist, results
 from bnjax.studies.experiment import Job, Variant, train_variant, train_variants
 from bnjax.studies.statistics import Interval, interval, prediction_interval, within
-
-
-class Silent:
-    """A report that remembers what it was told."""
-
-    def __init__(self):
-        self.told, self.read = {}, []
-
-    def task(self, variant):
-        return lambda epoch, means: self.told.setdefault(variant.name, []).append((epoch, means))
-
-    def reading(self, text, fraction):
-        self.read.append(text)
 
 
 def small_variant(name="after", epochs=4):
@@ -37,7 +25,7 @@ def small_variant(name="after", epochs=4):
 
 @pytest.fixture(scope="module")
 def circles_run():
-    report = Silent()
+    report = small_studies.Silent(by="name")
     return *circles.run(Options(seeds=2, epochs=6), report), report
 
 
@@ -88,7 +76,7 @@ def test_epochs_to_a_threshold_count_from_one():
 def test_a_failure_stops_all_trainings():
     d = data.circles()
 
-    class Failing(Silent):
+    class Failing(small_studies.Silent):
         def task(self, variant):
             if variant.name == "bad":
                 raise RuntimeError("this one fails")
@@ -96,7 +84,7 @@ def test_a_failure_stops_all_trainings():
 
     jobs = [Job(small_variant(name), d.train, {"test": d.test}) for name in ("good", "bad", "good")]
     with pytest.raises(RuntimeError, match="this one fails"):
-        train_variants(jobs, [0], Failing())
+        train_variants(jobs, [0], Failing(by="name"))
     assert threading.active_count() < 10
 
 
@@ -146,7 +134,7 @@ def test_results_follow_their_schema(circles_run, tmp_path):
 
 
 def test_blobs_prints_the_stored_numbers_beside_the_calculation():
-    measured, _ = blobs.run(Options(seeds=2, epochs=2), Silent())
+    measured, _ = blobs.run(Options(seeds=2, epochs=2), small_studies.Silent(by="name"))
     for part in measured.notes["inside"].values():
         h, gamma, beta, mean, var = (np.array(part[key]) for key in ("h", "gamma", "beta", "mean", "var"))
         np.testing.assert_allclose(part["r"], gamma * (h - mean) / np.sqrt(var + 1e-3) + beta, rtol=1e-3, atol=1e-4)
@@ -160,16 +148,9 @@ def test_blobs_prints_the_stored_numbers_beside_the_calculation():
 
 
 def test_mnist_sweeps_batch_sizes(monkeypatch):
-    rng = np.random.default_rng(0)
-
-    def split(n):
-        y = rng.integers(0, 10, n).astype(np.int32)
-        x = rng.integers(0, 60, (n, 28, 28, 1)).astype(np.uint8)
-        x[np.arange(n), y, y] = 255
-        return data.Split(x, y)
-
-    monkeypatch.setattr(data, "images", lambda *arguments: data.Dataset("mnist", split(500), split(100), 10))
-    measured, figures = mnist.run(Options(2, 2, "mnist", None, (64, 100)), Silent())
+    found = small_studies.images((28, 28, 1), (500, 100), name="mnist")
+    monkeypatch.setattr(data, "images", lambda *arguments: found)
+    measured, figures = mnist.run(Options(2, 2, "mnist", None, (64, 100)), small_studies.Silent(by="name"))
     assert list(measured.variants) == [
         *("none_64", "before_64", "none_100", "before_100"),
         *(f"{name}_64" for name in mnist.NORMALISERS),
@@ -178,7 +159,7 @@ def test_mnist_sweeps_batch_sizes(monkeypatch):
     assert set(figures) == {"learning_curves.png", "normalisers.png", "batch_sizes.png", "histograms.png"}
     assert {judgement.verdict for judgement in measured.claims} == {"undecided"}  # they are about ten epochs
     with pytest.raises(ValueError, match="400 training examples, got 401"):
-        mnist.run(Options(2, 2, "mnist", None, (401,)), Silent())
+        mnist.run(Options(2, 2, "mnist", None, (401,)), small_studies.Silent(by="name"))
 
 
 def test_every_listed_study_can_be_loaded():

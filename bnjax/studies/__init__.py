@@ -139,7 +139,7 @@ STUDIES = {
             "recurrent",
             "a recurrent network that reads MNIST row by row: statistics for each time step, shared, and none",
             "S1, circles case study; Cooijmans et al. 2016",
-            4,
+            16,
             "",
             datasets=("mnist", "fashion_mnist"),
             steps="1000",
@@ -178,3 +178,6 @@ STUDIES = {
 
 COMPILABLE = (*STUDIES, "resnet18", "resnet50")
 """The training steps that can be compiled ahead of time."""
+
+LOGS = ("tensorboard", "wandb")
+"""Where a run can be logged."""

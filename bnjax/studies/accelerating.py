@@ -14,7 +14,7 @@ from bnjax.linen import BatchNorm
 from bnjax.models import VGG
 from bnjax.studies import Options
 from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Report, Variant
+from bnjax.studies.experiment import Report, Variant, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.results import Results
 
@@ -70,7 +70,7 @@ def run(options: Options, report: Report):
     settings = {"network": f"VGG-11 of width {width}", "optimizer": "SGD", "learning_rate": LEARNING_RATE}
     settings |= {"batch_size": BATCH_SIZE, "distortions": STRENGTH, "dataset": name, "steps": steps, "width": width}
     results = Results("accelerating", settings, range(options.seeds))
-    keys = jax.vmap(jax.random.key)(jnp.arange(options.seeds, dtype=jnp.uint32))
+    keys = seed_keys(results.seeds)
     example = jnp.zeros((1, *images.train.x.shape[1:]))
 
     def prepare(x, keys=None):

@@ -16,7 +16,7 @@ from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Options
 from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Report, Variant
+from bnjax.studies.experiment import Report, Variant, seed_keys
 from bnjax.studies.measured import Measured, Plan, random_batch, train_measured
 from bnjax.studies.results import Results
 from bnjax.studies.statistics import interval
@@ -119,7 +119,7 @@ def run(options: Options, report: Report):
         "learning_rate_steps": RATE_STEPS,
     }
     results = Results("activations", settings, range(options.seeds))
-    keys = jax.vmap(jax.random.key)(jnp.arange(options.seeds, dtype=jnp.uint32))
+    keys = seed_keys(results.seeds)
     seen, ranges = {}, {}
     for variant, label in LABELS.items():
         network = _Network(variant == "bn", test)

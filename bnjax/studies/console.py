@@ -19,7 +19,7 @@ from rich.table import Table
 from bnjax.data import atomic_file
 from bnjax.studies import Options, Study, ledger
 from bnjax.studies.logs import Logs, open_logs
-from bnjax.studies.results import Results, claim_rows, metric_rows, save
+from bnjax.studies.results import Results, claim_rows, metric_tables, save
 from bnjax.studies.saving import Saving
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
@@ -71,7 +71,7 @@ def run_study(
       quiet: whether to print nothing.
       resume: whether to continue from the checkpoints in `out`, rather than to begin anew.
       checkpoint_every: seconds between two checkpoints of a training.
-      log: names of the logs to write beside these, of `bnjax.studies.logs.LOGS`.
+      log: names of the logs to write beside these, of `bnjax.studies.LOGS`.
 
     Returns:
       What was measured.
@@ -179,10 +179,8 @@ def print_tables(results: Results, console: Console) -> None:
     """Prints the metrics of the variants, what a study has beside them, and the claims."""
     count = len(results.seeds)
     title = f"{results.study}, {count} seed{'s' * (count > 1)}: mean ± 95 % interval"
-    header, rows = metric_rows(results)
-    for start in range(1, len(header), _COLUMNS):  # several tables rather than one too wide to read
-        part = [[row[0], *row[start : start + _COLUMNS]] for row in (header, *rows)]
-        _print_table(console, title, part[0], [row for row in part[1:] if any(row[1:])])
+    for header, rows in metric_tables(results, _COLUMNS):
+        _print_table(console, title, header, rows)
     for title, text in results.texts:
         console.print(f"\n{title}", style="bold", markup=False)
         console.print(text, markup=False)  # brackets of arrays are no markup

@@ -183,7 +183,7 @@ def train_variant(
       progress: is told the number of epochs done and the latest means over seeds, some twenty times.
       saving: where checkpoints are, if anywhere, from which to continue.
     """
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    keys = seed_keys(seeds)
     data_axis = 0 if per_seed_data else None
     x, y = jax.tree.map(jnp.asarray, tuple(training))
     ends = np.cumsum([0] + [split.y.shape[-1] for split in evaluation.values()])
@@ -258,6 +258,11 @@ def train_variant(
     if saved:
         saved.close()
     return Trained(variant, curves, jax.device_get(states), histograms, parameter_shapes(states))
+
+
+def seed_keys(seeds: Sequence[int]) -> jax.Array:
+    """The random key of each seed."""
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
 def _cores() -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +34,13 @@ class Saved:
     @classmethod
     def load(cls, directory: Path) -> "Saved | None":
         """What a directory holds; None where there is nothing, or something else."""
+        return cls.read(directory / "results.json")
+
+    @classmethod
+    def read(cls, file: Path) -> "Saved | None":
+        """What a file holds, alike."""
         try:
-            document = json.loads((directory / "results.json").read_text())
+            document = json.loads(file.read_text())
             return cls(document) if document["schema"] == 2 else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -111,7 +115,7 @@ class Ledger:
 
 def claims_of(study: Study) -> tuple[Claim, ...]:
     """The claims that a study decides."""
-    return importlib.import_module(f"bnjax.studies.{study.name}").CLAIMS
+    return study.load().CLAIMS
 
 
 def make_ledger(

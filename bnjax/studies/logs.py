@@ -9,7 +9,6 @@ import numpy as np
 
 from bnjax.studies.results import Results, claim_rows, markdown_table, metric_rows, parameter_rows
 
-LOGS = ("tensorboard", "wandb")
 _POINTS = 500  # of a curve at most
 
 
@@ -192,7 +191,7 @@ def open_logs(names: Sequence[str], directory: Path, study: str, options: Mappin
     """The logs by name.
 
     Args:
-      names: among `LOGS`.
+      names: among `bnjax.studies.LOGS`.
       directory: of the run's files.
       study: its name.
       options: of the run.

@@ -1,15 +1,12 @@
 """S2: a perceptron 784 → 64 → 64 → 10 on MNIST with and without batch norm, over batch sizes, and other normalisers."""
 
-import numpy as np
 import optax
 
 from bnjax import data, train
-from bnjax.linen import BatchNorm
-from bnjax.models import Perceptron
 from bnjax.studies import Options, plots
 from bnjax.studies.claims import Claim, Condition
 from bnjax.studies.experiment import Job, Report, Variant, train_variants
-from bnjax.studies.perceptrons import NETWORKS
+from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS, pixels
 from bnjax.studies.results import Results
 
 SOURCE = "MNIST assignment"
@@ -20,11 +17,11 @@ PUBLISHED_WITHOUT = {16: 0.9745, 32: 0.9718, 64: 0.9709, 128: 0.9720}
 PUBLISHED = {"none": 0.9706, "before": 0.9723}
 THRESHOLD = 0.97
 SETTINGS = {
-    "hidden": [64, 64],
+    "hidden": list(HIDDEN),
     "optimizer": "Adam",
     "learning_rate": 1e-3,
     "validation": "last fifth of training",
-    "epsilon": 1e-3,
+    "epsilon": EPSILON,
 }
 
 _AS_PUBLISHED = {"dataset": "mnist", "epochs": 10}
@@ -69,10 +66,10 @@ def run(options: Options, report: Report):
     dataset, epochs = options.dataset or "mnist", options.epochs or 10
     batch_sizes = options.batch_sizes or BATCH_SIZES
     images = data.images(dataset, options.data_dir, report.reading)
-    x, y = _pixels(images.train.x), images.train.y
+    x, y = pixels(images.train.x), images.train.y
     kept = len(x) - len(x) // 5
     training, validation = data.Split(x[:kept], y[:kept]), data.Split(x[kept:], y[kept:])
-    test = data.Split(_pixels(images.test.x), images.test.y)
+    test = data.Split(pixels(images.test.x), images.test.y)
     too_large = [size for size in batch_sizes if size > kept]
     if too_large:
         raise ValueError(f"--batch-sizes must not exceed the {kept} training examples, got {too_large[0]}.")
@@ -82,8 +79,7 @@ def run(options: Options, report: Report):
         range(options.seeds),
     )
     shown = 32 if 32 in batch_sizes else batch_sizes[0]
-    models = {place: Perceptron((64, 64), 10, None if place == "none" else _norm, place) for place in PLACES}
-    models |= {name: NETWORKS[name][1]() for name in NORMALISERS}
+    models = {name: NETWORKS[name][1]() for name in ("none", *NORMALISERS)} | {"before": NETWORKS["bn"][1]()}
     labels = PLACES | {name: NETWORKS[name][0] for name in NORMALISERS}
     trainings = [(name, size) for size in batch_sizes for name in PLACES] + [(name, shown) for name in NORMALISERS]
     jobs = []
@@ -138,12 +134,3 @@ def run(options: Options, report: Report):
         ),
     }
     return results, figures
-
-
-def _norm(*, use_running_average: bool) -> BatchNorm:
-    return BatchNorm(use_running_average=use_running_average, epsilon=SETTINGS["epsilon"])
-
-
-def _pixels(images: np.ndarray) -> np.ndarray:
-    """Pixels in [0, 1], one float32 vector for each image."""
-    return (images.reshape(len(images), -1) / np.float32(255)).astype(np.float32)

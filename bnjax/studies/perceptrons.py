@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import linen as nn
 
 from bnjax.linen import BatchNorm, BatchRenorm
@@ -105,3 +106,8 @@ CASES = (
     *(Case(name, {}, is_small=True, is_fixed=True) for name in ("none", "bn")),
     *(Case(name, {}, is_small=True) for name in NETWORKS if "dropout" in name),
 )
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1], one float32 vector for each image."""
+    return (images.reshape(len(images), -1) / np.float32(255)).astype(np.float32)

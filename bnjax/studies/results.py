@@ -221,6 +221,16 @@ def metric_rows(results: Any) -> tuple[list[str], list[list[str]]]:
     return ["variant", *header], rows
 
 
+def metric_tables(results: Any, columns: int) -> list[tuple[list[str], list[list[str]]]]:
+    """`metric_rows` as several tables of so many numbers, rather than one too wide to read; without empty rows."""
+    header, rows = metric_rows(results)
+    tables = []
+    for start in range(1, len(header), columns):
+        first, *rest = ([row[0], *row[start : start + columns]] for row in (header, *rows))
+        tables.append((first, [row for row in rest if any(row[1:])]))
+    return tables
+
+
 def claim_rows(judgements: Sequence[Judgement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of claims."""
     rows = [[j.claim.id, j.claim.statement, j.claim.published, j.measured, j.verdict] for j in judgements]

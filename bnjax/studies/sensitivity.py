@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from bnjax import analysis, data, losses, train
 from bnjax.studies import Options, plots
 from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant, in_threads, parameter_shapes
+from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant, in_threads, parameter_shapes, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
-from bnjax.studies.perceptrons import BATCH_SIZE, BATCH_SIZES, CASES, DEFAULTS, NETWORKS, SWEEPS, Case
+from bnjax.studies.perceptrons import BATCH_SIZE, BATCH_SIZES, CASES, DEFAULTS, NETWORKS, SWEEPS, Case, pixels
 from bnjax.studies.results import Results
 
 NOTES, CIRCLES, MNIST = "original paper notes", "circles case study", "MNIST assignment"
@@ -207,7 +207,7 @@ def run(options: Options, report: Report):
     if unknown := sorted(set(options.variants or ()) - set(NETWORKS)):
         raise ValueError(f"--variants must be among {', '.join(NETWORKS)}, got {', '.join(unknown)}.")
     images = data.images(name, options.data_dir, report.reading)
-    training, test = (data.Split(_pixels(split.x), split.y) for split in (images.train, images.test))
+    training, test = (data.Split(pixels(split.x), split.y) for split in (images.train, images.test))
     sets = {False: training, True: data.Split(training.x[:SMALL_SET], training.y[:SMALL_SET])}
     settings = {"optimizer": "Adam", "dataset": name, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
     results = Results("sensitivity", settings, range(options.seeds))
@@ -235,7 +235,7 @@ def _train(results: Results, case: Case, label: str, training, test, steps: int,
     """Trains one case at all settings and seeds, and adds its variants to the results."""
     model = NETWORKS[case.network][1]()
     cells, seeds = case.settings, options.seeds
-    keys = jax.vmap(jax.random.key)(jnp.arange(seeds, dtype=jnp.uint32))
+    keys = seed_keys(results.seeds)
     chosen = {key: jnp.repeat(jnp.array([c[key] for c in cells.values()]), seeds) for key in DEFAULTS}
     chosen["key"] = jnp.tile(keys, len(cells))
     held_out = jax.tree.map(jnp.asarray, test)
@@ -310,11 +310,6 @@ def _fixed_batch(batch_size: int) -> Callable[[Any, Any], tuple]:
         return x[index], y[index]
 
     return draw
-
-
-def _pixels(images: np.ndarray) -> np.ndarray:
-    """Pixels in [0, 1], one float32 vector for each image."""
-    return (images.reshape(len(images), -1) / np.float32(255)).astype(np.float32)
 
 
 def _compare(results: Results, networks: Sequence[str]) -> None:

@@ -4,14 +4,13 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from bnjax import analysis, data, train
 from bnjax.studies import Options, deep_linear, landscape
 from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Report, Variant
+from bnjax.studies.experiment import Report, Variant, seed_keys
 from bnjax.studies.measured import Measured, Plan, overhead, train_measured
 from bnjax.studies.results import Results
 from bnjax.studies.vgg import BATCH_SIZE, CHANCE, LEARNING_RATE, PROBED, RATES, Network
@@ -164,7 +163,7 @@ def run(options: Options, report: Report):
         "linear_learning_rate": deep_linear.LEARNING_RATE,
     }
     results = Results("smoothness", settings, range(options.seeds))
-    keys = jax.vmap(jax.random.key)(jnp.arange(options.seeds, dtype=jnp.uint32))
+    keys = seed_keys(results.seeds)
     linear, vgg, ends = {}, {}, {}
     for variant in (name for name in chosen if name in deep_linear.NORMALIZERS):
         tell = report.task(_variant(f"linear_{variant}", f"deep linear, {LABELS[variant]}", linear_steps))

@@ -1,0 +1,31 @@
+"""What the tests of the studies share: a report that is not shown, and small image sets."""
+
+import numpy as np
+
+from bnjax import data
+
+
+class Silent:
+    """A report that remembers what it was told, by the variants' labels or names."""
+
+    def __init__(self, by="label"):
+        self.by, self.told, self.read = by, {}, []
+
+    def task(self, variant):
+        return lambda done, means: self.told.setdefault(getattr(variant, self.by), []).append((done, means))
+
+    def reading(self, text, fraction):
+        self.read.append((text, fraction))
+
+
+def images(shape, counts, classes=10, name="small"):
+    """Random images of as many examples for training and test, with a bright pixel in the place of their label."""
+    rng = np.random.default_rng(0)
+
+    def split(count):
+        y = rng.integers(0, classes, count).astype(np.int32)
+        x = rng.integers(0, 60, (count, *shape)).astype(np.uint8)
+        x[np.arange(count), y % shape[0], y] = 255
+        return data.Split(x, y)
+
+    return data.Dataset(name, *map(split, counts), classes)
