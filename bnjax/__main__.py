@@ -256,7 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return {"compile": _compile, "run": _run, "claims": _claims, "report": _report}[options.command](options)
     except KeyboardInterrupt:
-        print("bnjax: interrupted; --resume continues from the last checkpoint, if there is one", file=sys.stderr)
+        hint = {
+            "run": "; --resume continues from the last checkpoint, if there is one",
+            "claims": "; the same command continues",
+        }
+        print(f"bnjax: interrupted{hint.get(options.command, '')}", file=sys.stderr)
         return 130
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from bnjax.data import DataError
-from bnjax.studies import STUDIES, Options
-from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.ledger import Saved, claims_of, make_ledger
+from bnjax.studies import STUDIES, Options, console
+from bnjax.studies.claims import AtLeast, Claim, Condition
+from bnjax.studies.ledger import Saved, claims_of, make_ledger, saved_runs
+from bnjax.studies.results import command
 from bnjax.studies.statistics import interval, prediction_interval
 
 
@@ -41,6 +42,9 @@ def claim(*conditions, **options):
         (Condition("", "m", "c", high=2), None),  # a seed lacks a value
         (Condition("", "m", "nothing", high=2), None),
         (Condition("", "n", "a", high=2), None),
+        (Condition("", "m", "a", low=1, high=3, every_seed=True), True),
+        (Condition("", "m", "a", low=1.5, every_seed=True), False),  # the interval of the mean would leave that open
+        (Condition("", "m", "c", low=0, every_seed=True), None),
         (Condition("", "m", "a", low=6, high=6, one_run=True), True),
         (Condition("", "m", "a", low=8, high=8, one_run=True), False),
     ],
@@ -64,6 +68,9 @@ def test_verdicts():
     assert claim(yes, needs={"epochs": 7}).judge(RECORD).verdict == "reproduced"
     other = claim(yes, needs={"epochs": 8, "dataset": "mnist"}).judge(RECORD)
     assert other.verdict == "undecided" and other.measured == "needs epochs 8, dataset mnist"
+    assert claim(yes, needs={"epochs": AtLeast(7)}).judge(RECORD).verdict == "reproduced"
+    longer = claim(yes, needs={"epochs": AtLeast(8), "steps": AtLeast(1000)}).judge(RECORD)
+    assert longer.measured == "needs epochs of at least 8, steps of at least 1,000"
 
 
 def test_one_seed_decides_nothing():
@@ -73,7 +80,9 @@ def test_one_seed_decides_nothing():
 
 def test_texts():
     judged = claim(Condition("gain", "m", "a", "b", low=0, digits=2), Condition("lost", "m", "z")).judge(RECORD)
-    assert judged.measured == "gain 0.10 ± 0.50; lost not measured" and judged.effect == "+0.5"
+    assert judged.measured == "gain 0.10 ± 0.50 (d +0.5); lost not measured"
+    difference = claim(Condition("gain", "m", "a", low=0, is_difference=True, digits=1)).judge(RECORD)
+    assert difference.measured == "gain 2.0 ± 2.5 (d +2.0)"
     run = claim(Condition("accuracy", "m", "a", low=2, high=2, one_run=True, digits=1)).judge(RECORD)
     assert run.measured == "accuracy 2.0 [-3.0, 7.0]"
 
@@ -87,6 +96,24 @@ def test_every_claim_is_told_apart_and_complete():
         assert all(condition.low > -math.inf or condition.high < math.inf for condition in one.conditions)
 
 
+def save_run(directory, study, options, values=(0.84, 0.841), settings=None):
+    """A `results.json` with two variants of the circles."""
+    metrics = {"after": values, "none": (*values[:-1], None)}
+    document = {
+        "schema": 2,
+        "study": study,
+        "options": options.to_json(),
+        "settings": settings or {"epochs": 100},
+        "seeds": list(range(len(values))),
+        "variants": {
+            name: {"label": name, "settings": {}, "metrics": {"test_accuracy": {"values": of}}}
+            for name, of in metrics.items()
+        },
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "results.json").write_text(json.dumps(document))
+
+
 def test_ledger_runs_what_is_missing_only(tmp_path):
     ran = []
 
@@ -97,21 +124,7 @@ def test_ledger_runs_what_is_missing_only(tmp_path):
         if study.name == "mnist":
             raise DataError("no network")
         ran.append(study.name)
-        directory.mkdir()
-        numbers = {
-            "after": {"test_accuracy": {"values": [0.84, 0.841]}},
-            "none": {"test_accuracy": {"values": [0.84, None]}},
-        }
-        document = {
-            "schema": 2,
-            "options": options.to_json(),
-            "settings": {"epochs": 100},
-            "seeds": [0, 1],
-            "variants": {
-                name: {"label": name, "settings": {}, "metrics": metrics} for name, metrics in numbers.items()
-            },
-        }
-        (directory / "results.json").write_text(json.dumps(document))
+        save_run(directory, study.name, options)
 
     names = ["circles", "mnist", "cifar"]
     ledger = make_ledger(names, options_of, tmp_path, run, lambda text: None)
@@ -124,7 +137,77 @@ def test_ledger_runs_what_is_missing_only(tmp_path):
     ledger.save(tmp_path)
     document = json.loads((tmp_path / "ledger.json").read_text())
     assert [entry["id"] for entry in document["claims"]] == list(by_id)
-    assert (tmp_path / "ledger.md").read_text().count("\n| S") == len(by_id)
+    page = (tmp_path / "ledger.md").read_text()
+    assert page.count("\n| S") == len(by_id)
+    amended = [id for id, judgement in by_id.items() if judgement.claim.amended]
+    assert amended and all(f"- * {id}: " in page for id in amended) and page.count("* |") == len(amended)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "is_run"),
+    [
+        ({"seeds": 2}, {"seeds": 2}, False),
+        ({"seeds": 2}, {"seeds": 3}, True),
+        ({"seeds": 3}, {"seeds": 2}, False),
+        ({"seeds": 2, "epochs": 500}, {"seeds": 3}, False),  # the user's own; not replaced
+        ({"seeds": 16}, {"seeds": 32}, True),
+        ({"seeds": 4, "steps": 2000, "dataset": "mnist"}, {"seeds": 4, "dataset": "mnist"}, True),  # that of --fast
+        ({"seeds": 4, "steps": 50_000, "dataset": "mnist"}, {"seeds": 4, "dataset": "mnist"}, False),
+        ({"seeds": 4, "dataset": "mnist"}, {"seeds": 2, "steps": 2000, "dataset": "mnist"}, False),
+    ],
+)
+def test_only_shorter_runs_are_replaced(tmp_path, found, wanted, is_run):
+    name = "activations" if "dataset" in wanted else "circles"
+    assert STUDIES["activations"].fast["steps"] == 2000
+    save_run(tmp_path / name, name, Options(**found), (0.8, 0.9))
+    ran = []
+    make_ledger([name], lambda study: [Options(**wanted)], tmp_path, lambda *args: ran.append(args), lambda text: None)
+    assert bool(ran) == is_run
+
+
+def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path):
+    options = Options(seeds=3)
+    save_run(tmp_path / "circles", "circles", options, settings={"epochs": 5})
+    save_run(tmp_path / "circles_longer", "circles", Options(3, epochs=100), (0.84, 0.841, 0.839))
+    save_run(tmp_path / "another", "blobs", options)
+    runs = saved_runs(tmp_path)
+    assert list(runs) == ["circles", "blobs"] and [path.name for path in runs["circles"]] == [
+        "circles",
+        "circles_longer",
+    ]
+    document = json.loads((tmp_path / "circles_longer" / "results.json").read_text())
+    document["variants"]["none"] = document["variants"]["after"]
+    (tmp_path / "circles_longer" / "results.json").write_text(json.dumps(document))
+    ledger = make_ledger(["circles"], lambda study: [options], tmp_path, pytest.fail, lambda text: None)
+    by_id = {judgement.claim.id: judgement for judgement in ledger.judgements}
+    assert by_id["S1.1"].verdict == "reproduced"
+    assert by_id["S1.5"].measured == "needs epochs 100"  # neither decides it; the first says why
+
+
+def test_checkpoints_of_other_options_do_not_stop_the_ledger(tmp_path, monkeypatch, capsys):
+    from bnjax.checkpoint import CheckpointError
+
+    resumed = []
+
+    def run_study(study, options, out, quiet, *, resume=False):
+        resumed.append(resume)
+        if resume:
+            raise CheckpointError("of another configuration.")
+        save_run(out, study.name, options)
+
+    monkeypatch.setattr(console, "run_study", run_study)
+    console.print_ledger(["circles"], 2, False, tmp_path, None, False)
+    assert resumed == [True, False]
+    assert "of another configuration. Starting afresh." in capsys.readouterr().out
+
+
+def test_the_command_that_makes_a_run_again():
+    assert command("circles", Options(32).to_json()) == "bnjax run circles"
+    options = Options(3, dataset="mnist", batch_sizes=(2, 4), epochs=7).to_json()
+    assert command("mnist", options) == "bnjax run mnist --seeds 3 --epochs 7 --batch-sizes 2,4"
+    options = Options(3, dataset="cifar10", augment=True, data_dir="somewhere").to_json()
+    assert command("smoothness", options) == "bnjax run smoothness --augment"
+    assert command("cifar", options) == "bnjax run cifar --dataset cifar10 --augment"
 
 
 def test_damaged_results_count_as_missing(tmp_path):

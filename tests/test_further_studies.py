@@ -26,31 +26,29 @@ def images(shape, count=40, classes=10):
 def test_recurrent_study(monkeypatch):
     monkeypatch.setattr(data, "images", lambda *arguments: images((4, 3, 1)))
     results, figures = recurrent.run(Options(2, steps=20, histograms=True), small_studies.Silent())
-    assert list(results.variants) == ["none", "per_step", "epsilon", "shared"]
+    assert list(results.variants) == ["none", "per_step", "shared", "per_step_epsilon", "shared_epsilon"]
     for name in results.variants:
         assert results.metric(name, "test_accuracy").shape == (2,)
         assert results.arrays[f"{name}/train_loss"].shape == (2, 20)
         assert results.arrays[f"{name}/histograms/gradient/Dense_0/kernel/counts"].sum() == 10 * 64 * 10
     assert results.parameters["per_step"]["batch_stats"]["cell/BatchNorm_0/mean"] == [4, 64]
     assert results.parameters["shared"]["batch_stats"]["cell/BatchNorm_0/mean"] == [64]
-    assert [judgement.reason for judgement in results.claims] == ["needs steps 1000"] * 3
+    assert [judgement.reason for judgement in results.claims] == ["needs steps of at least 1,000"] * 4
     assert list(figures) == ["test_accuracy.png"]
     same = (results.metric("none", name) for name in ("test_accuracy", "population_accuracy"))
     np.testing.assert_array_equal(*same)
-    assert results.values("epsilon", "population_accuracy") is not None
-    assert results.values("shared", "population_accuracy") is None
 
 
 def test_population_statistics(monkeypatch):
     x = jax.random.normal(jax.random.key(0), (9, 3, 2))
-    norm = functools.partial(BatchNorm, momentum=0.0)
-    model = models.RecurrentNetwork(2, 4, norm)
+    model = models.RecurrentNetwork(2, 4, BatchNorm)
+    counting = model.clone(norm=functools.partial(BatchNorm, momentum=0.0))
     state = train.create_train_state(model, optax.sgd(0.1), jax.random.key(1), x)
     monkeypatch.setattr(recurrent, "POPULATION_BATCH", 4)
     outputs, seen = [], []
     for batch in (x[:4], x[4:8]):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        y, updates = model.apply(variables, batch, training=True, mutable=["batch_stats"])
+        y, updates = counting.apply(variables, batch, training=True, mutable=["batch_stats"])
         outputs.append(y)
         seen.append(updates["batch_stats"])
     found = recurrent.with_population_statistics(model, x, state)
@@ -58,6 +56,11 @@ def test_population_statistics(monkeypatch):
     found = recurrent.with_population_statistics(model, x[:4], state)  # its training set is one batch
     inference = model.apply({"params": found.params, "batch_stats": found.batch_stats}, x[:4], training=False)
     np.testing.assert_allclose(inference, outputs[0], rtol=1e-4, atol=1e-5)
+    shared = recurrent.with_population_statistics(model.clone(is_shared=True), x, state)
+    mean_over_time = jax.tree.map(lambda a, b: (a + b).mean(0) / 2, *seen)
+    chex.assert_trees_all_close(shared.batch_stats, mean_over_time, rtol=1e-6)
+    plain = models.RecurrentNetwork(2, 4)
+    assert recurrent.with_population_statistics(plain, x, state) is state
 
 
 def test_accelerating_study(monkeypatch):

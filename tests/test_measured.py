@@ -1,6 +1,7 @@
 """Trainings that are measured on the way, and the two studies made of them, at a small size."""
 
 import copy
+import dataclasses
 import functools
 
 import chex
@@ -19,6 +20,7 @@ from bnjax.linen import BatchNorm, NoisyBatchNorm
 from bnjax.studies import Options, activations, deep_linear, landscape, smoothness, vgg
 from bnjax.studies.experiment import count_values, empty_histograms, recording
 from bnjax.studies.measured import Plan, overhead, random_batch, train_measured
+from bnjax.studies.results import Results
 from bnjax.studies.saving import Saving
 
 MODEL = models.Perceptron((4,), 1, BatchNorm, "after")
@@ -98,6 +100,26 @@ def test_measurements_divide_the_steps():
 images = functools.partial(small_studies.images, counts=(256, 1000))
 
 
+def test_multiples_of_what_is_tolerated():
+    def of(largest, breaks_at, trains):
+        return analysis.LearningRateRange(None, None, np.array(trains), np.array(largest), np.array(breaks_at))
+
+    plain = of([2.0, 1.0, np.nan, 50.0], [5.0, 2.0, np.nan, np.inf], [])
+    tried = activations._multiples(plain)
+    assert tried == (1.0, 2.0, 5.0, 10.0, 30.0, 50.0, 60.0, 250.0, 1500.0)
+    results = Results("activations", {}, range(4))
+    for name, offset in (("bn", 0.1), ("none", 0.0)):
+        results.variants[name] = (name, {}, {})
+        results.arrays[f"{name}/test_accuracy"] = np.linspace(0.1, 0.6, 6)[None] + offset + np.zeros((4, 1))
+    trains = np.zeros((4, len(tried)), bool)
+    trains[0, tried.index(10)] = trains[1, tried.index(30)] = True  # 5 times the first's, 30 times the second's
+    activations._add_pairs(results, {"none": plain, "bn": of([], [], trains)})
+    np.testing.assert_array_equal(results.metric("bn", "trains_at_5_times"), [1, 0, np.nan, np.nan])
+    np.testing.assert_array_equal(results.metric("bn", "trains_at_30_times"), [0, 1, np.nan, np.nan])
+    np.testing.assert_allclose(results.metric("bn", "least_gain"), 0.1)
+    np.testing.assert_allclose(results.metric("bn", "times_fewer_steps"), 5 / 4)
+
+
 @pytest.mark.slow
 def test_activations(monkeypatch):
     monkeypatch.setattr(data, "images", lambda *arguments: images((28, 28, 1)))
@@ -108,8 +130,14 @@ def test_activations(monkeypatch):
     assert (
         results.metric("bn", "largest_scale_cosine").max() < 0.05 < results.metric("none", "largest_scale_cosine").min()
     )
-    assert [judgement.claim.id for judgement in results.claims] == ["S3.1", "S3.2", "S3.3", "S3.4", "S3.5"]
-    assert all(outcome.measured.n for judgement in results.claims[:3] for outcome in judgement.outcomes)
+    assert [judgement.claim.id for judgement in results.claims] == [
+        *("S3.1", "S3.2", "S3.3", "S3.4", "S3.5", "S3.5 (saturated)", "S3.5 (range)", "S4.4")
+    ]
+    reasons = {judgement.claim.id: judgement.reason for judgement in results.claims}
+    assert reasons["S3.1"] == "needs dataset mnist, pixels above 127, steps of at least 10,000"
+    for claim in results.claims:
+        found = dataclasses.replace(claim.claim, needs={}).judge(results)
+        assert all(outcome.measured.n or "times" in outcome.condition.label for outcome in found.outcomes)
     assert set(figures) == {
         "test_accuracy.png",
         "percentiles.png",
@@ -119,7 +147,7 @@ def test_activations(monkeypatch):
     }
     assert results.arrays["bn/test_accuracy"].shape == (2, 40)
     assert report.told["batch norm"][-1][0] == 40
-    assert len(results.notes["grid"]["bn"]) == 12
+    assert len(results.notes["grid"]["bn"]) == 16
 
 
 class Tiny(nn.Module):
@@ -200,9 +228,11 @@ def changed(results, losses, curve):
         variant = name.split("_")[1]
         metrics["final_loss"] = np.array(losses[variant])
         metrics["shift_cosine"] = np.full(2, curve[variant])
+        metrics["relative_shift"] = np.full(2, -curve[variant])
         for key in ("loss_min", "loss_max", "distance_max", "smoothness"):
             other.arrays[f"{name}/{key}"] = np.full((2, 10), 0.0 if key == "loss_min" else curve[variant])
-    smoothness._add_comparisons(other, ("none", "bn", "noisy"))
+    smoothness._add_comparisons(other, ("none", "bn", "noisy"), float(np.log(10)))
+    other.settings = {**other.settings, "dataset": "cifar10"}
     other.judge(smoothness.CLAIMS)
     return {judgement.claim.id: judgement.verdict for judgement in other.claims}
 

@@ -13,7 +13,7 @@ from bnjax.analysis import plots as drawing
 from bnjax.linen import BatchNorm
 from bnjax.models import VGG
 from bnjax.studies import Options
-from bnjax.studies.claims import Claim, Condition
+from bnjax.studies.claims import AtLeast, Claim, Condition
 from bnjax.studies.experiment import Report, Variant, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.results import Results
@@ -30,7 +30,7 @@ VARIANTS = {
     "none_distorted": ("no batch norm, distorted", None, False, True),
     "bn_distorted": ("batch norm, distorted", BatchNorm, False, True),
 }
-_NEEDS = {"dataset": "cifar10", "steps": STEPS, "width": WIDTH}
+_NEEDS = {"dataset": "cifar10", "steps": AtLeast(STEPS), "width": AtLeast(WIDTH)}
 CLAIMS = (
     Claim(
         "A.5",

@@ -25,13 +25,24 @@ class Record(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """A setting that a claim needs to be so large, such as the number of steps."""
+
+    value: float
+
+    def __str__(self) -> str:
+        return f"of at least {self.value:,}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Condition:
     """A measured quantity, and the range in which it lies if the claim holds.
 
     The quantity is a metric of a variant or, with `minus`, its difference to another variant's at the same seed. It is
     met where the whole 95 % interval of its mean over seeds lies in the range, fails where none of it does, and is
     undecided else, or where a seed lacks a value. With `one_run` the interval is that of one further run, which has to
-    hold the published number: `low`, the same as `high`.
+    hold the published number: `low`, the same as `high`. With `every_seed` the values themselves have to lie in the
+    range.
 
     Attributes:
       label: what the quantity is called in the ledger.
@@ -42,6 +53,8 @@ class Condition:
       high: upper end.
       exact: whether the quantity is a number without an interval, which needs no seeds.
       one_run: whether a single published run is to be covered by the prediction interval.
+      every_seed: whether the value at every seed has to lie in the range, rather than their mean.
+      is_difference: whether the metric is a paired difference already, so that it has an effect size.
       digits: decimals in the ledger.
     """
 
@@ -52,6 +65,8 @@ class Condition:
     low: float = -math.inf
     high: float = math.inf
     one_run: bool = False
+    every_seed: bool = False
+    is_difference: bool = False
     exact: bool = False
     digits: int = 4
 
@@ -64,13 +79,16 @@ class Condition:
         values = np.asarray(values, np.float64) - (0 if others is None else np.asarray(others, np.float64))
         measured = prediction_interval(values) if self.one_run else interval(values)
         deviation = values[~np.isnan(values)].std(ddof=1) if measured.n > 1 else math.nan
-        effect = measured.mean / deviation if self.minus and deviation > 0 else math.nan
+        is_paired = self.minus or self.is_difference
+        effect = measured.mean / deviation if is_paired and deviation > 0 else math.nan
         if self.exact:
             measured = Interval(measured.mean, 0.0, measured.n)
         if measured.n < len(record.seeds) or not math.isfinite(measured.half):
             met = None
         elif self.one_run:
             met = measured.low <= self.low <= measured.high
+        elif self.every_seed:
+            met = bool(np.all((values >= self.low) & (values <= self.high)))
         else:
             met = within(measured, self.low, self.high)
         return Outcome(self, measured, float(effect), met)
@@ -94,7 +112,7 @@ class Outcome:
 
     @property
     def text(self) -> str:
-        """'label mean ± half' for the ledger."""
+        """'label mean ± half (effect)' for the ledger."""
         condition = self.condition
         if not self.measured.n:
             return f"{condition.label} not measured"
@@ -102,7 +120,8 @@ class Outcome:
         if condition.one_run:
             low, high = self.measured.low, self.measured.high
             return f"{condition.label} {self.measured.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-        return f"{condition.label} {self.measured.text(digits)}"
+        effect = f" (d {self.effect:+.1f})" if math.isfinite(self.effect) else ""
+        return f"{condition.label} {self.measured.text(digits)}{effect}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +135,8 @@ class Claim:
       published: the number published, or a dash.
       rule: what decides, in words, fixed before the run.
       conditions: what decides; all of them have to be met.
-      needs: settings that the run must have had.
+      needs: settings that the run must have had; numbers may be `AtLeast`.
+      amended: what of the rule was changed after results had been seen, and why; empty where nothing was.
       is_arithmetic: whether the statement can be checked without a run; if it fails, the source is wrong.
     """
 
@@ -127,11 +147,12 @@ class Claim:
     rule: str
     conditions: tuple[Condition, ...]
     needs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    amended: str = ""
     is_arithmetic: bool = False
 
     def judge(self, record: Record) -> "Judgement":
         """The verdict on a study's results."""
-        differing = [key for key, value in self.needs.items() if record.settings.get(key) != value]
+        differing = [key for key, value in self.needs.items() if not _meets(record.settings.get(key), value)]
         if differing:
             reason = "needs " + ", ".join(f"{key.replace('_', ' ')} {self.needs[key]}" for key in differing)
             return Judgement(self, (), reason)
@@ -164,20 +185,16 @@ class Judgement:
         """The numbers that decide, for the ledger."""
         return self.reason or "; ".join(outcome.text for outcome in self.outcomes)
 
-    @property
-    def effect(self) -> str:
-        """The standardised paired differences, for the ledger."""
-        known = [outcome.effect for outcome in self.outcomes if math.isfinite(outcome.effect)]
-        return ", ".join(f"{value:+.1f}" for value in known)
-
     def to_json(self) -> dict[str, Any]:
         """Its entry in `results.json`."""
         claim = self.claim
-        texts = {key: getattr(claim, key) for key in ("id", "source", "statement", "published", "rule")}
+        texts = {key: getattr(claim, key) for key in ("id", "source", "statement", "published", "rule", "amended")}
+        texts["needs"] = {key: str(value) for key, value in claim.needs.items()}
         conditions = [
             {
                 **{key: getattr(o.condition, key) for key in ("label", "metric", "variant", "minus", "low", "high")},
                 "one_run": o.condition.one_run,
+                "every_seed": o.condition.every_seed,
                 "mean": o.measured.mean,
                 "ci95": o.measured.half,
                 "n": o.measured.n,
@@ -187,3 +204,9 @@ class Judgement:
             for o in self.outcomes
         ]
         return {**texts, "conditions": conditions, "measured": self.measured, "verdict": self.verdict}
+
+
+def _meets(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, AtLeast):
+        return isinstance(value, int | float) and value >= wanted.value
+    return value == wanted

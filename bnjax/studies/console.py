@@ -120,6 +120,8 @@ def print_ledger(
       data_dir: where prepared image sets are.
       quiet: whether to print nothing but the ledger.
     """
+    from bnjax.checkpoint import CheckpointError
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 
     def options_of(study: Study) -> list[Options]:
@@ -134,7 +136,11 @@ def print_ledger(
 
     def run(study: Study, options: Options, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        run_study(study, options, directory, quiet, resume=True)
+        try:
+            run_study(study, options, directory, quiet, resume=True)
+        except CheckpointError as error:  # what was interrupted had other options
+            tell(f"{study.name}: {error} Starting afresh.")
+            run_study(study, options, directory, quiet)
 
     def tell(text: str) -> None:
         if not quiet:

@@ -12,9 +12,9 @@ import numpy as np
 from bnjax.data import DataError, atomic_file
 from bnjax.studies import STUDIES, Options, Study
 from bnjax.studies.claims import VERDICTS, Claim, Judgement
-from bnjax.studies.results import json_text, markdown_table
+from bnjax.studies.results import command, json_text, markdown_table
 
-_HEADER = ("claim", "statement", "published", "measured", "effect", "verdict")
+_HEADER = ("claim", "statement", "published", "measured", "verdict")
 
 
 class Saved:
@@ -41,9 +41,24 @@ class Saved:
         """What a file holds, alike."""
         try:
             document = json.loads(file.read_text())
-            return cls(document) if document["schema"] == 2 else None
+            return cls(document) if document["schema"] == 2 and document["study"] in STUDIES else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @property
+    def study(self) -> str:
+        """Which study it is of."""
+        return self.document["study"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the run, as `Options.to_json` gives them."""
+        return dict(self.document["options"])
+
+    @property
+    def command(self) -> str:
+        """Makes it again."""
+        return command(self.study, self.options)
 
     def values(self, variant: str, metric: str) -> np.ndarray | None:
         """A metric of a variant at each seed; None where it was not measured."""
@@ -79,15 +94,8 @@ class Ledger:
         rows = []
         for judgement in self.judgements:
             claim = judgement.claim
-            cells = (
-                claim.id,
-                claim.statement,
-                claim.published,
-                judgement.measured,
-                judgement.effect,
-                judgement.verdict,
-            )
-            rows.append(list(cells))
+            verdict = judgement.verdict + "*" * bool(claim.amended)
+            rows.append([claim.id, claim.statement, claim.published, judgement.measured, verdict])
         return list(_HEADER), rows
 
     def counts(self) -> dict[str, int]:
@@ -99,7 +107,12 @@ class Ledger:
         """As a page."""
         table = markdown_table(*self.rows())
         seeds = ", ".join(f"{study} {count}" for study, count in self.seeds.items())
-        return f"# Claims: {self.summary()}\n\nSeeds: {seeds}.\n\n{table}\n"
+        return f"# Claims: {self.summary()}\n\nSeeds: {seeds}.\n\n{table}\n{self.footnotes()}"
+
+    def footnotes(self) -> str:
+        """What was changed of the rules after results had been seen, as a list in Markdown."""
+        notes = [f"- * {j.claim.id}: {j.claim.amended}" for j in self.judgements if j.claim.amended]
+        return "\n" + "\n".join(notes) + "\n" if notes else ""
 
     def summary(self) -> str:
         """Counts as text."""
@@ -118,6 +131,22 @@ def claims_of(study: Study) -> tuple[Claim, ...]:
     return study.load().CLAIMS
 
 
+def saved_runs(directory: Path) -> dict[str, dict[Path, Saved]]:
+    """The results in a directory and in those in it, by study, in the order of the studies.
+
+    Of several runs of a study the one in the directory of its name comes first.
+    """
+    found = {path: saved for path in (directory, *sorted(directory.glob("*/"))) if (saved := Saved.load(path))}
+    runs = {name: {path: saved for path, saved in found.items() if saved.study == name} for name in STUDIES}
+    return {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
+
+
+def judge(study: Study, runs: Sequence[Saved]) -> list[Judgement]:
+    """The verdicts on a study's claims, each from the first of some runs that decides it."""
+    found = ([claim.judge(run) for run in runs] for claim in claims_of(study))
+    return [next((one for one in of if one.verdict != "undecided"), of[0]) for of in found]
+
+
 def make_ledger(
     names: Sequence[str],
     options_of: Callable[[Study], Sequence[Options]],
@@ -125,7 +154,10 @@ def make_ledger(
     run: Callable[[Study, Options, Path], Any],
     tell: Callable[[str], Any] = print,
 ) -> Ledger:
-    """Judges the claims of some studies, each from its results in `out / study`, run where they are missing.
+    """Judges the claims of some studies, each from its results in `out`, run into `out / study` where they are missing.
+
+    What is there with other options than these is used as it is; only a run with fewer seeds, or one of
+    `bnjax claims --fast`, is replaced by a longer one.
 
     Args:
       names: of the studies.
@@ -144,10 +176,9 @@ def make_ledger(
         choices = options_of(study)
         reason = "" if choices else "left out by --fast"
         saved = Saved.load(out / name)
-        if saved and saved.document.get("options") in [options.to_json() for options in choices]:
-            tell(f"{name}: results found in {out / name}")
+        if saved and not _is_to_be_replaced(saved, study, choices):
+            tell(f"{name}: results of `{saved.command}` found in {out / name}")
         else:
-            saved = None
             for options in choices:
                 try:
                     run(study, options, out / name)
@@ -155,11 +186,22 @@ def make_ledger(
                     reason = reason or f"not run: {error}"
                     tell(f"{name}: {error}")
                 else:
-                    saved = Saved.load(out / name)
                     break
-        if saved:
-            seeds[name] = len(saved.seeds)
-            judgements += [claim.judge(saved) for claim in claims_of(study)]
+        if runs := saved_runs(out).get(name):
+            seeds[name] = max(len(saved.seeds) for saved in runs.values())
+            judgements += judge(study, list(runs.values()))
         else:
             judgements += [Judgement(claim, (), reason) for claim in claims_of(study)]
     return Ledger(judgements, seeds)
+
+
+def _is_to_be_replaced(saved: Saved, study: Study, choices: Sequence[Options]) -> bool:
+    """Whether a run is the same as one of the choices but for fewer seeds, or was a fast one and they are not."""
+    found = saved.options
+    seeds = found.pop("seeds")
+    wanted = [options.to_json() for options in choices]
+    alike = [options for options in wanted if {**options, "seeds": seeds} == {**found, "seeds": seeds}]
+    if alike:
+        return all(seeds < options["seeds"] for options in alike)
+    fast = {key: value for key, value in (study.fast or {}).items() if key != "seeds"}
+    return bool(choices) and {**found, "dataset": None} == {**fast, "dataset": None}

@@ -4,7 +4,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 from bnjax.linen import BatchNorm, BatchRenorm
@@ -16,7 +19,7 @@ DEFAULTS = {"learning_rate": 1e-3, "init_scale": 1.0, "l2": 0.0, "decay": 0.0}
 SWEEPS = {
     "learning_rate": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
     "init_scale": (0.01, 0.1, 1.0, 10.0, 100.0),
-    "decay": (0.0, 2.0, 6.0),  # the learning rate ends at exp(−decay) of what it began with
+    "decay": (0.0, 1.0, 6.0),  # the learning rate ends at exp(−decay) of what it began with
 }
 OVERFITTING = {"l2": (0.0, 1e-4, 1e-3, 1e-2)}
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 256)
@@ -71,6 +74,7 @@ class Case(NamedTuple):
       batch_size: examples in a step.
       is_small: whether the training set is small enough to overfit.
       is_fixed: whether the same examples form a batch throughout.
+      pixel_scale: the largest pixel.
     """
 
     network: str
@@ -78,12 +82,14 @@ class Case(NamedTuple):
     batch_size: int = BATCH_SIZE
     is_small: bool = False
     is_fixed: bool = False
+    pixel_scale: float = 1.0
 
     @property
     def name(self) -> str:
         """Of the training at the default settings."""
         batch = "" if self.batch_size == BATCH_SIZE else f", batch {self.batch_size}"
-        return self.network + batch + ", small set" * self.is_small + ", fixed batches" * self.is_fixed
+        scale = "" if self.pixel_scale == 1 else f", pixels to {self.pixel_scale:g}"
+        return self.network + batch + ", small set" * self.is_small + ", fixed batches" * self.is_fixed + scale
 
     @property
     def settings(self) -> dict[str, dict[str, float]]:
@@ -104,6 +110,7 @@ CASES = (
     Case("none", OVERFITTING, is_small=True),
     Case("bn", OVERFITTING, is_small=True),
     *(Case(name, {}, is_small=True, is_fixed=True) for name in ("none", "bn")),
+    *(Case(name, {}, pixel_scale=255) for name in ("none", "bn")),
     *(Case(name, {}, is_small=True) for name in NETWORKS if "dropout" in name),
 )
 
@@ -111,3 +118,24 @@ CASES = (
 def pixels(images: np.ndarray) -> np.ndarray:
     """Pixels in [0, 1], one float32 vector for each image."""
     return (images.reshape(len(images), -1) / np.float32(255)).astype(np.float32)
+
+
+def optimizer(steps: int, learning_rate: Any, l2: Any, decay: Any) -> optax.GradientTransformation:
+    """Adam, with the gradient of `l2 / 2 · ‖W‖²`, and a learning rate that falls exponentially by exp(−decay)."""
+
+    def make(learning_rate, l2, decay):
+        schedule = optax.scale_by_schedule(lambda step: jnp.exp(-decay * step / steps))
+        return optax.chain(optax.add_decayed_weights(l2), optax.adam(learning_rate, eps=1e-7), schedule)
+
+    return optax.inject_hyperparams(make)(learning_rate=learning_rate, l2=l2, decay=decay)
+
+
+def fixed_batch(batch_size: int) -> Callable[[Any, Any], tuple]:
+    """Draws one of the batches into which the examples are divided once and for all."""
+
+    def draw(examples, key):
+        x, y = examples
+        index = jax.random.randint(key, (), 0, y.shape[0] // batch_size) * batch_size + jnp.arange(batch_size)
+        return x[index], y[index]
+
+    return draw

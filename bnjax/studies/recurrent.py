@@ -13,7 +13,7 @@ from bnjax.analysis import plots as drawing
 from bnjax.linen import BatchNorm
 from bnjax.models import RecurrentNetwork
 from bnjax.studies import Options
-from bnjax.studies.claims import Claim, Condition
+from bnjax.studies.claims import AtLeast, Claim, Condition
 from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.perceptrons import pixels
@@ -26,10 +26,12 @@ EPSILON = 1e-3
 VARIANTS = {
     "none": ("no batch norm", None, False),
     "per_step": ("batch norm, statistics for each time step", BatchNorm, False),
-    "epsilon": (f"the same, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), False),
     "shared": ("batch norm, statistics shared over time", BatchNorm, True),
+    "per_step_epsilon": (f"for each time step, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), False),
+    "shared_epsilon": (f"shared over time, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), True),
 }
-_NEEDS = {"dataset": "mnist", "steps": STEPS}
+_NEEDS = {"dataset": "mnist", "steps": AtLeast(STEPS)}
+_ADDED = "added after running averages had been seen to fail; ε and the size of these batches were tried at three seeds"
 CLAIMS = (
     Claim(
         "S1.9",
@@ -42,12 +44,13 @@ CLAIMS = (
     ),
     Claim(
         "S1.9 (population)",
-        "circles case study; Cooijmans et al. 2016, section 3",
-        "… with the statistics of the training set instead of running averages, as the recurrent paper computes them",
+        "circles case study",
+        f"… with statistics computed from the training set after the training, and ε = {EPSILON:g}",
         "–",
-        f"the same bound, with ε = {EPSILON:g} and statistics of batches of {POPULATION_BATCH} examples",
-        (Condition("per step − none", "population_accuracy", "epsilon", "none", low=-0.01),),
+        f"the same bound, with statistics of batches of {POPULATION_BATCH} examples instead of running averages",
+        (Condition("per step − none", "population_accuracy", "per_step_epsilon", "none", low=-0.01),),
         _NEEDS,
+        _ADDED,
     ),
     Claim(
         "R.2",
@@ -57,6 +60,16 @@ CLAIMS = (
         "the paired difference in test accuracy is negative",
         (Condition("shared − per step", "test_accuracy", "shared", "per_step", high=0),),
         _NEEDS,
+    ),
+    Claim(
+        "R.2 (population)",
+        "Cooijmans et al. 2016 (arXiv 1603.09025), section 3",
+        f"… with statistics computed from the training set after the training, and ε = {EPSILON:g}",
+        "–",
+        "the same, with the mean over time of the statistics of each step as what is shared",
+        (Condition("shared − per step", "population_accuracy", "shared_epsilon", "per_step_epsilon", high=0),),
+        _NEEDS,
+        _ADDED,
     ),
 )
 
@@ -107,13 +120,9 @@ def run(options: Options, report: Report):
             "test_accuracy": np.asarray(accuracies(seen.states)),
             "final_loss": loss[:, -max(1, steps // 20) :].mean(1),
         }
-        if not is_shared:
-            states = seen.states
-            if norm is not None:
-                counting = model.clone(norm=functools.partial(norm, momentum=0.0))
-                estimate = functools.partial(with_population_statistics, counting, jnp.asarray(training.x))
-                states = jax.jit(functools.partial(jax.lax.map, estimate))(states)
-            found["population_accuracy"] = np.asarray(accuracies(states))
+        estimate = functools.partial(with_population_statistics, model, jnp.asarray(training.x))
+        states = jax.jit(functools.partial(jax.lax.map, estimate))(seen.states)
+        found["population_accuracy"] = np.asarray(accuracies(states))
         curves[label] = np.concatenate([seen.measurements, found["test_accuracy"][:, None]], 1)
         trained = seen.trained(described, {"test_accuracy": curves[label], "train_loss": loss})
         results.add(trained, {"statistics": variant}, found)
@@ -130,19 +139,24 @@ def with_population_statistics(model: RecurrentNetwork, x: jax.Array, state: tra
     """A state with statistics of the training set in place of running averages.
 
     Args:
-      model: the network, with a momentum of 0, so that it returns the statistics of a batch.
+      model: the network.
       x: training examples, of which batches are made; what is left over is not used.
       state: after the training.
 
     Returns:
-      The state with the means over the batches of their means and variances, the weights being the same for all.
+      The state with the means over the batches of their means and variances (and over time, where statistics are
+      shared), the weights being the same for all.
     """
+    if model.norm is None:
+        return state
     size = min(POPULATION_BATCH, len(x))
+    seeing = model.clone(norm=functools.partial(model.norm, momentum=0.0), is_shared=False)  # each batch's and step's
 
     def statistics(batch):
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        _, updates = model.apply(variables, batch, training=True, mutable=["batch_stats"])
+        variables = {**seeing.init(jax.random.key(0), batch, training=False), "params": state.params}
+        _, updates = seeing.apply(variables, batch, training=True, mutable=["batch_stats"])
         return updates["batch_stats"]
 
     seen = jax.lax.map(statistics, x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]))
-    return state.replace(batch_stats=jax.tree.map(lambda values: values.mean(0), seen))
+    axes = (0, 1) if model.is_shared else 0
+    return state.replace(batch_stats=jax.tree.map(lambda values: values.mean(axes), seen))

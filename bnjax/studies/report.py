@@ -12,7 +12,7 @@ import jinja2
 from bnjax.data import atomic_file
 from bnjax.studies import STUDIES
 from bnjax.studies.claims import Judgement
-from bnjax.studies.ledger import Ledger, Saved, claims_of
+from bnjax.studies.ledger import Ledger, Saved, judge, saved_runs
 from bnjax.studies.results import metric_rows
 
 _MARKS = {"reproduced": "✓", "not reproduced": "✗", "undecided": "?", "wrong in the source": "!"}
@@ -31,24 +31,22 @@ def write_report(run_dir: Path, out: Path) -> int:
     Raises:
       ValueError: if there are no results.
     """
-    found = {path: Saved.load(path) for path in (run_dir, *sorted(run_dir.glob("*/")))}
-    studies = {path: saved for path, saved in found.items() if saved and saved.document["study"] in STUDIES}
+    studies = saved_runs(run_dir)
     if not studies:
         raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it; {run_dir} has none.")
-    order = list(STUDIES)
-    ordered = sorted(studies.items(), key=lambda item: order.index(item[1].document["study"]))
     judgements: list[Judgement] = []
-    for _, saved in ordered:
-        judgements += [claim.judge(saved) for claim in claims_of(STUDIES[saved.document["study"]])]
-    ledger = Ledger(judgements, {saved.document["study"]: len(saved.seeds) for _, saved in ordered})
-    single = len(ordered) == 1
-    name = ordered[0][1].document["study"] if single else ""
+    for name, runs in studies.items():
+        judgements += judge(STUDIES[name], list(runs.values()))
+    ledger = Ledger(judgements, {name: len(next(iter(runs.values())).seeds) for name, runs in studies.items()})
+    ordered = [(path, saved) for runs in studies.values() for path, saved in runs.items()]
+    single = len(studies) == 1
+    name = next(iter(studies)) if single else ""
     page = _template().render(
         title=f"Batch norm: {name}" if single else "Batch norm: the studies and their claims",
         counts=ledger.counts(),
         marks=_MARKS,
-        claims=[{**judgement.to_json(), "effect": judgement.effect} for judgement in judgements],
-        studies=[_study(path, saved) for path, saved in ordered],
+        claims=[judgement.to_json() for judgement in judgements],
+        studies=[_study(path, saved, len(studies[saved.study]) > 1) for path, saved in ordered],
         made_by="bnjax report",
     )
     with atomic_file(out) as file:
@@ -64,19 +62,19 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html")
 
 
-def _study(path: Path, saved: Saved) -> dict[str, Any]:
+def _study(path: Path, saved: Saved, is_one_of_several: bool) -> dict[str, Any]:
     document = saved.document
-    study = STUDIES[document["study"]]
+    study = STUDIES[saved.study]
     header, rows = metric_rows(saved)
     count = len(saved.seeds)
     tables = [{"title": f"Measured, {count} seed{'s' * (count > 1)}", "header": header, "rows": rows}]
     if sizes := _sizes(document):
         tables.append({"title": "Parameters", "header": ["variant", "trainable", "batch statistics"], "rows": sizes})
     return {
-        "name": study.name,
+        "name": path.resolve().name if is_one_of_several else study.name,
         "summary": study.summary[0].upper() + study.summary[1:],
         "source": study.source,
-        "command": document["command"],
+        "command": saved.command,
         "tables": tables,
         "figures": [
             _figure(path / file, text) for file, text in document.get("figures", {}).items() if (path / file).exists()
@@ -100,13 +98,14 @@ def _sizes(document: Mapping[str, Any]) -> list[list[str]]:
 def _settings(document: Mapping[str, Any]) -> dict[str, str]:
     machine = document["machine"]
     devices = f"{len(machine['devices'])} × {machine['devices'][0]} ({machine['backend']})"
+    processor = f"{machine['processor']}, {machine['cores']} cores" if "processor" in machine else machine["system"]
     shown = {key.replace("_", " "): _text(value) for key, value in document["settings"].items()}
     return {
         **shown,
         "seeds": _text(len(document["seeds"])),
         "started": document["started"],
         "wall time": f"{document['seconds']:.0f} s",
-        "machine": f"{machine['system']}, Python {machine['python']}, {devices}",
+        "machine": f"{processor}, {machine['system']}, Python {machine['python']}, {devices}",
         "versions": ", ".join(f"{package} {version}" for package, version in document["versions"].items()),
     }
 
@@ -122,4 +121,10 @@ def _text(value: Any) -> str:
 def _figure(path: Path, text: str) -> dict[str, Any]:
     content = path.read_bytes()
     width, height = struct.unpack(">II", content[16:24])  # PNG's first chunk
-    return {"data": base64.b64encode(content).decode(), "text": text, "width": width, "height": height}
+    return {
+        "data": base64.b64encode(content).decode(),
+        "text": text,
+        "title": text.split(". ")[0],
+        "width": width,
+        "height": height,
+    }

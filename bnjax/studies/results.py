@@ -4,22 +4,24 @@
 
     {
       "schema": 2,
-      "study": name, "command": the command line, "options": {those that were chosen}, "settings": {…},
+      "study": name, "command": which makes it again, "options": {those that were chosen}, "settings": {…},
       "seeds": [ints], "seconds": wall time,
-      "started": UTC time, "versions": {package: version}, "machine": {"system", "python", "backend", "devices"},
+      "started": UTC time, "versions": {package: version},
+      "machine": {"system", "processor", "cores", "python", "backend", "devices"},
       "variants": {name: {"label": text, "settings": {…},
                           "metrics": {metric: {"values": [one per seed, null where undefined], "mean", "ci95", "n"}},
                           "parameters": {"params" or "batch_stats": {path: shape}}}},
-      "claims": [{"id", "source", "statement", "published", "rule", "measured", "verdict",
-                  "conditions": [{"label", "metric", "variant", "minus", "low", "high", "one_run",
+      "claims": [{"id", "source", "statement", "published", "rule", "amended", "needs", "measured", "verdict",
+                  "conditions": [{"label", "metric", "variant", "minus", "low", "high", "one_run", "every_seed",
                                   "mean", "ci95", "n", "effect", "met"}]}],
       "figures": {file: what it shows},
       "notes": {…}
     }
 
 `ci95` is half the width of the 95 % confidence interval of the mean over seeds, by Student's t; `n` counts the seeds
-at which the metric is defined. Every claim's rule was fixed before the runs. `curves.npz` holds, for each variant, its
-curves `<variant>/<split>_<metric>` as `[seeds, epochs]`, and the first seed's histograms.
+at which the metric is defined. Every claim's rule was fixed before the runs, but for what "amended" says.
+`curves.npz` holds, for each variant, its curves `<variant>/<split>_<metric>` as `[seeds, epochs]`, and the first
+seed's histograms.
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from typing import Any
 import numpy as np
 
 from bnjax.data import atomic_file
+from bnjax.studies import STUDIES
 from bnjax.studies.claims import Claim, Judgement
 from bnjax.studies.statistics import Interval, interval
 
@@ -113,7 +116,7 @@ class Results:
         return {
             "schema": 2,
             "study": self.study,
-            "command": " ".join(["bnjax", *sys.argv[1:]]),
+            "command": command(self.study, self.options),
             "options": dict(self.options),
             "settings": dict(self.settings),
             "seeds": list(self.seeds),
@@ -122,6 +125,8 @@ class Results:
             "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",
+                "processor": _processor(),
+                "cores": os.cpu_count(),
                 "python": platform.python_version(),
                 "backend": jax.default_backend(),
                 "devices": [device.device_kind for device in devices],
@@ -161,7 +166,7 @@ def save(
       The paths written.
     """
     paths = []
-    results.figures = {name: _title(name, figure) for name, figure in figures.items()}
+    results.figures = {name: _description(name, figure) for name, figure in figures.items()}
     for name, figure in figures.items():
         with atomic_file(out / name) as file:
             figure.savefig(file, format="png", dpi=120)
@@ -177,10 +182,39 @@ def save(
     return [out / "curves.npz", *paths]
 
 
-def _title(name: str, figure: Any) -> str:
-    """What a figure shows, in words: its title, or its name."""
+def command(study: str, options: Mapping[str, Any]) -> str:
+    """The command that runs a study with some options, as `Options.to_json` gives them."""
+    words = ["bnjax", "run", study]
+    known = STUDIES.get(study)
+    defaults = {"seeds": known.seeds, "dataset": (*known.datasets, None)[0]} if known else {}
+    for key, value in options.items():
+        if value != defaults.get(key):
+            words.append(f"--{key.replace('_', '-')}")
+            if value is not True:
+                words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return " ".join(words)
+
+
+def _processor() -> str:
+    """The processor's model, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _description(name: str, figure: Any) -> str:
+    """What a figure shows, in words: its title (or name), what is drawn against what, and of which networks."""
     titles = [figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]
-    return next((title for title in titles if title), name.removesuffix(".png").replace("_", " "))
+    title = next((title for title in titles if title), name.removesuffix(".png").replace("_", " "))
+    drawn = [f"{axis.get_ylabel()} against {axis.get_xlabel()}" for axis in figure.axes if axis.get_xlabel()]
+    panels = [axis.get_title() for axis in figure.axes if axis.get_title() not in ("", title)]
+    legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+    labels = [text.get_text() for legend in legends for text in legend.get_texts()]
+    parts = [", ".join(dict.fromkeys(part)) for part in (drawn, panels, labels) if part]
+    return ". ".join([title, *parts])
 
 
 def json_text(document: Any) -> str:
@@ -213,7 +247,7 @@ def metric_rows(results: Any) -> tuple[list[str], list[list[str]]]:
             measured = interval(metrics[name])
             if "accuracy" in name:
                 measured = Interval(100 * measured.mean, 100 * measured.half, measured.n)
-            digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else 4
+            digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else None
             missing = "" if measured.n == len(results.seeds) else f" ({measured.n}/{len(results.seeds)} seeds)"
             cells.append(measured.text(digits) + missing)
         rows.append(cells)

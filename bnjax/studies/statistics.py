@@ -30,11 +30,31 @@ class Interval(NamedTuple):
         """Upper end."""
         return self.mean + self.half
 
-    def text(self, digits: int = 4) -> str:
-        """'mean ± half', or a dash where there is nothing."""
+    def text(self, digits: int | None = None) -> str:
+        """'mean ± half', or a dash where there is nothing.
+
+        Args:
+          digits: decimals; by default so many that two digits of the half width are seen (three of a mean without one).
+        """
         if self.n == 0:
             return "–"
+        if digits is None:
+            has_half = math.isfinite(self.half) and self.half > 0
+            size = (
+                math.floor(math.log10(self.half if has_half else abs(self.mean) / 10)) if has_half or self.mean else 1
+            )
+            digits = max(0, 1 - size)
+            if digits > 5 or abs(self.mean) >= 1e6:
+                shown = (
+                    f"{self.mean:.2e}" if not has_half or abs(self.mean) < self.half else _scientific(self.mean, size)
+                )
+                return shown + (f" ± {self.half:.1e}" if math.isfinite(self.half) else "")
         return f"{self.mean:.{digits}f}" + (f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else "")
+
+
+def _scientific(mean: float, size: int) -> str:
+    """With as many digits as an uncertainty of this power of ten leaves, and one more."""
+    return f"{mean:.{max(0, math.floor(math.log10(abs(mean))) - size + 1)}e}"
 
 
 def interval(values: np.ndarray) -> Interval:

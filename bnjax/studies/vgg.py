@@ -32,8 +32,7 @@ BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 PROBED = np.linspace(0.5, 4, 8)  # step sizes of the probe, in learning rates
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-CHANCE = float(np.log(10))  # the loss of an even guess
-LEARNT = 0.9 * CHANCE
+LEARNT = 0.9  # of the loss of an even guess
 
 
 class Network:
@@ -45,6 +44,7 @@ class Network:
         self.draw = _augmented_batch if augmented else random_batch(BATCH_SIZE)
         self.mean, self.deviation = (float(f(images.train.x)) for f in (np.mean, np.std))
         self.test = images.test
+        self.chance = float(np.log(images.num_classes))  # the loss of an even guess
         self.example = jnp.zeros((1, *images.train.x.shape[1:]))
         variables = self.model.init(jax.random.key(0), self.example, training=False)
         self.layers = losses.layers_in_order(self.model, variables, self.example)
@@ -104,7 +104,11 @@ class Network:
             loss = self.loss(state.batch_stats, key)
             index = jax.random.randint(jax.random.fold_in(key, 3), (steps, BATCH_SIZE), 0, y.shape[0])
             return analysis.learning_rate_range(
-                lambda params, i: loss(params, x[i], y[i]), state.params, jnp.array(RATES), (index,), target=LEARNT
+                lambda params, i: loss(params, x[i], y[i]),
+                state.params,
+                jnp.array(RATES),
+                (index,),
+                target=LEARNT * self.chance,
             )
 
         run_seed = jax.jit(of_seed)
