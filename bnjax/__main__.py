@@ -165,11 +165,10 @@ def _add_claims(commands) -> None:
 
 
 def _what_it_does(study: Study) -> str:
-    if study.distributed:
-        return "Trains every variant, each step split over all devices, prints mean ± 95 % interval over seeds"
+    how = "with each step split over all devices" if study.distributed else "at all seeds"
     return (
-        "Trains every variant from all seeds at once, prints mean ± 95 % interval over seeds and the claims of the\n"
-        "source with their verdicts"
+        f"Trains every variant, {how}, prints mean ± 95 % interval over seeds and the claims of the source\n"
+        "with their verdicts"
     )
 
 

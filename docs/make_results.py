@@ -9,6 +9,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bnjax.studies.results import claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parent
 COLUMNS = 6  # of numbers in a table
+JPEG = "The images of CIFAR-10 were those of a copy compressed as JPEG, not the original ones."
 BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -56,42 +58,76 @@ def ledger_page(studies: dict[str, Saved]) -> str:
     """All claims with their verdicts, and the runs that they come from."""
     judgements = [claim.judge(saved) for name, saved in studies.items() for claim in claims_of(STUDIES[name])]
     ledger = Ledger(judgements, {name: len(saved.seeds) for name, saved in studies.items()})
-    runs = []
+    runs, machines = [], []
     for name, saved in studies.items():
-        document = saved.document
-        versions, machine = document["versions"], document["machine"]
-        runs.append(
+        versions, machine = saved.document["versions"], saved.document["machine"]
+        minutes = f"{saved.document['seconds'] / 60:.1f} min"
+        claimed = ", ".join(claim.id for claim in claims_of(STUDIES[name]))
+        size, source = size_of(saved.settings), STUDIES[name].source_size or "the same"
+        runs.append([f"[{name}](results/{name}.json)", claimed, f"`{saved.command}`", size, source])
+        machines.append(
             [
-                f"[{name}](results/{name}.json)",
-                f"`{document['command']}`",
+                name,
                 str(len(saved.seeds)),
-                f"{document['seconds'] / 60:.1f} min",
-                f"{machine['system']}, {', '.join(sorted(set(machine['devices'])))}, Python {machine['python']}",
-                f"bnjax {versions['bnjax']}, jax {versions['jax']}, flax {versions['flax']}",
+                minutes,
+                f"{machine_of(machine)}, {machine['system']}, Python {machine['python']}",
+                ", ".join(f"{package} {versions[package]}" for package in ("bnjax", "jax", "flax", "optax")),
             ]
         )
-    header = ["study", "command", "seeds", "time", "machine", "versions"]
     return f"""# Ledger of claims
 
-{len(judgements)} statements of the sources: {ledger.summary()}. `bnjax claims` makes this table, from the runs below.
+{len(judgements)} statements of the sources: {ledger.summary()}. `make_results.py` in this directory makes this page
+from the runs below, and `bnjax claims` such a table from runs of one's own.
 
-A claim's rule was fixed before its run: which quantity of which networks decides, and the range in which the 95 %
-confidence interval of its mean over seeds (Student's t) has to lie. It is *reproduced* where the whole interval lies
-there, *not reproduced* where none of it does, and *undecided* at this number of seeds else, or where the claim needs a
-longer run than this one. Differences are paired over seeds; the effect is such a difference over its standard deviation
-over seeds. Numbers in brackets are the 95 % prediction interval of one run, which has to hold the published number.
+A claim's rule was fixed before its run (but for those marked with an asterisk): which quantity of which networks
+decides, and the range in which the 95 % confidence interval of its mean over seeds (Student's t) has to lie. It is
+*reproduced* where the whole interval lies there, *not reproduced* where none of it does, and *undecided* at this number
+of seeds else, or where the claim needs a longer run than this one. Differences are paired over seeds; d is such a
+difference over its standard deviation over seeds. Numbers in brackets are the 95 % prediction interval of one run,
+which has to hold the published number.
+
+**What a verdict holds for is the size of the run**, which the second table shows: on a processor the convolutional
+networks are narrow and trained for a short time, and say nothing of the sources' long trainings.
 
 {markdown_table(*ledger.rows())}
 
+Changed after results had been seen:
+{ledger.footnotes()}
 ## The runs
 
-Every number above is computed from the values at each seed in these files. Times are those of a machine with two cores
-that did other work as well.
+{markdown_table(["study", "claims", "command", "size here", "in the source"], runs)}
 
-{markdown_table(header, runs)}
+{JPEG}
+
+Every number above is computed from the values at each seed in these files. Times are those of machines that did other
+work as well.
+
+{markdown_table(["study", "seeds", "time", "machine", "versions"], machines)}
 
 What was measured beside the claims, with all figures: [Results](results.md).
 """
+
+
+def machine_of(machine: Mapping[str, Any]) -> str:
+    """The processor, as far as it was recorded."""
+    return f"{machine['processor']}, {machine['cores']} cores" if "processor" in machine else machine["devices"][0]
+
+
+def size_of(settings: Mapping[str, Any]) -> str:
+    """The settings that say how large and long a training was."""
+    names = ("dataset", "network", "filters", "width", "epochs", "steps_per_epoch", "deep_epochs", "steps", "examples")
+    shown = {name: settings[name] for name in names if name in settings}
+    if "network" in shown:
+        shown.pop("width", None)
+    return ", ".join(
+        value if isinstance(value, str) else f"{name.replace('_', ' ')} {text_of(value)}"
+        for name, value in shown.items()
+    )
+
+
+def text_of(value: Any) -> str:
+    """A number with thousands apart, or a list of such."""
+    return ", ".join(map(text_of, value)) if isinstance(value, list) else f"{value:,}"
 
 
 def results_page(text: str, studies: dict[str, Saved]) -> str:

@@ -154,10 +154,11 @@ def test_ledger_runs_what_is_missing_only(tmp_path):
         ({"seeds": 4, "steps": 2000, "dataset": "mnist"}, {"seeds": 4, "dataset": "mnist"}, True),  # that of --fast
         ({"seeds": 4, "steps": 50_000, "dataset": "mnist"}, {"seeds": 4, "dataset": "mnist"}, False),
         ({"seeds": 4, "dataset": "mnist"}, {"seeds": 2, "steps": 2000, "dataset": "mnist"}, False),
+        ({"seeds": 3, "dataset": "mnist", "batch_sizes": (32, 128)}, {"seeds": 8, "dataset": "mnist"}, True),
     ],
 )
 def test_only_shorter_runs_are_replaced(tmp_path, found, wanted, is_run):
-    name = "activations" if "dataset" in wanted else "circles"
+    name = "mnist" if "batch_sizes" in found else "activations" if "dataset" in wanted else "circles"
     assert STUDIES["activations"].fast["steps"] == 2000
     save_run(tmp_path / name, name, Options(**found), (0.8, 0.9))
     ran = []

@@ -188,6 +188,8 @@ def test_smoothness(smooth):
     assert results.parameters["vgg_bn"]["batch_stats"] == {f"BatchNorm_0/{name}": [3] for name in ("mean", "var")}
     assert results.parameters["linear_bn"] == {}
     for kind in ("weight", "gradient"):
+        last = f"Dense_{deep_linear.DEPTH - 1}"
+        assert results.arrays[f"linear_bn/histograms/{kind}/{last}/kernel/counts"].sum() == 10 * 100
         counts = results.arrays[f"vgg_none/histograms/{kind}/Dense_0/kernel/counts"]
         assert counts.shape == (10, 40) and (counts.sum(1) == 3 * 4 * 4 * 10).all()
     for name in nets:

@@ -31,12 +31,26 @@ def make_run(directory):
         results.variants[name] = (f"variant {name} & co", {}, metrics)
     results.parameters["after"] = {"params": {"Dense_0/kernel": (2, 50)}, "batch_stats": {"BatchNorm_0/mean": (50,)}}
     results.judge(circles.CLAIMS)
+    results.options = {"seeds": 3}
     figure = Figure(figsize=(3, 2))
     figure.suptitle("Accuracy <of all>")
-    figure.subplots().plot([1, 2])
+    axes = figure.subplots()
+    axes.plot([1, 2], label="after")
+    axes.set(xlabel="epoch", ylabel="accuracy")
+    axes.legend()
     directory.mkdir(parents=True)
     save(results, {"accuracy.png": figure}, directory, 12.0, datetime.datetime.now(datetime.UTC))
     return results
+
+
+def test_runs_of_one_study_have_sections_of_their_own(tmp_path):
+    for name in ("circles", "circles_again"):
+        make_run(tmp_path / name)
+    assert write_report(tmp_path, tmp_path / "page.html") == 2
+    page = Page((tmp_path / "page.html").read_text())
+    identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert {"circles", "circles_again"} <= set(identifiers) and len(set(identifiers)) == len(identifiers)
+    assert [text.strip() for text in page.text].count("S1.1") == 1  # every claim once
 
 
 class Page(html.parser.HTMLParser):
@@ -82,7 +96,8 @@ def test_page_shows_every_claim_table_figure_and_setting(report):
     assert "variant before & co" in text and "84.00 ± 2.48" in text  # accuracy in per cent, by Student's t
     assert "Accuracy <of all>" in text and "<made up>" in text and "0.1, 0.2" in text and "seeds 3" in text
     assert "variant trainable batch statistics variant after & co 100 50" in text
-    assert len(page.all("img")) == 1
+    assert [image["alt"] for image in page.all("img")] == ["Accuracy <of all>. accuracy against epoch. after"]
+    assert "bnjax run circles --seeds 3" in text
 
 
 def test_page_needs_nothing_else(report):

@@ -71,6 +71,7 @@ class Study:
       distributed: whether one network is trained on several devices, so that the options for them apply.
       steps: default numbers of steps, as text.
       fast: the options of `bnjax claims --fast`; None where that leaves the study out.
+      source_size: what the source trained, where the study's default on a CPU is smaller.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Study:
     distributed: bool = False
     steps: str = ""
     fast: Mapping[str, Any] | None = None
+    source_size: str = ""
 
     def load(self) -> ModuleType:
         """Imports the study's module."""
@@ -93,7 +95,7 @@ STUDIES = {
     for study in (
         Study(
             "circles",
-            "two circles, one hidden layer: batch norm after or before the activation, or on the input",
+            "two circles, one hidden layer: batch norm after, before the activation, on the input; other normalisers",
             "S1, circles case study (Keras)",
             32,
             "100",
@@ -109,7 +111,7 @@ STUDIES = {
         ),
         Study(
             "mnist",
-            "a perceptron on MNIST or Fashion-MNIST with and without batch norm, over batch sizes",
+            "a perceptron on MNIST or Fashion-MNIST with and without batch norm, over batch sizes; other normalisers",
             "S2, MNIST assignment (Keras)",
             8,
             "10",
@@ -134,6 +136,7 @@ STUDIES = {
             "",
             datasets=("cifar10", "cifar100"),
             steps="500",
+            source_size="a variant of Inception on ImageNet",
         ),
         Study(
             "recurrent",
@@ -153,6 +156,7 @@ STUDIES = {
             "20, of 80 steps with 16 filters on CPU, of 2000 with 60 on GPU and TPU",
             datasets=("cifar100", "cifar10"),
             distributed=True,
+            source_size="CIFAR-100, 20 epochs of 2000 steps, 60 filters",
         ),
         Study(
             "activations",
@@ -163,6 +167,7 @@ STUDIES = {
             datasets=("mnist", "fashion_mnist"),
             steps="10,000 on CPU, 50,000 on GPU and TPU",
             fast={"seeds": 2, "steps": 2000},
+            source_size="50,000 steps",
         ),
         Study(
             "smoothness",
@@ -172,6 +177,7 @@ STUDIES = {
             "",
             datasets=("cifar10", "cifar100"),
             steps="500 of VGG at width 16 on CPU, 15,000 at width 64 on GPU and TPU",
+            source_size="15,000 steps of VGG at width 64",
         ),
     )
 }

@@ -46,6 +46,7 @@ def train_network(
     *,
     progress: Callable[[int, dict[str, float]], Any],
     saving: Saving | None = None,
+    histograms: bool = False,
 ) -> Measured:
     """Trains the network from every seed at once by gradient descent on all examples.
 
@@ -60,6 +61,7 @@ def train_network(
       every: steps between measurements: a gradient probe, and the internal covariate shift of the 25 layers.
       progress: is told the steps done.
       saving: where checkpoints are, if anywhere.
+      histograms: whether to count weights and gradients.
     """
     normalize = NORMALIZERS[name]
 
@@ -105,5 +107,14 @@ def train_network(
             "shift": analysis.covariate_shift(loss_fn, layers, following, *data, key),
         }
 
-    plan = Plan(create, lambda examples, key: (), step, measure, steps, every)
-    return train_measured(plan, {"key": keys}, (), name=f"linear_{name}", progress=progress, saving=saving)
+    def kernels(layers):
+        return {f"Dense_{i}": {"kernel": layer["kernel"]} for i, layer in enumerate(layers)}
+
+    def parameters(state, key):
+        layers, data = state
+        gradient = jax.grad(loss_fn)(layers, *data, key)
+        return kernels(layers), kernels(gradient)
+
+    plan = Plan(create, lambda examples, key: (), step, measure, steps, every, parameters=parameters)
+    further = {"progress": progress, "saving": saving, "histograms": histograms}
+    return train_measured(plan, {"key": keys}, (), name=f"linear_{name}", **further)

@@ -22,7 +22,7 @@ from bnjax.studies.experiment import (
     recording,
 )
 from bnjax.studies.saving import Saving
-from bnjax.train import Metrics, TrainState
+from bnjax.train import Metrics
 
 _CALLS = 20  # compiled calls that a training is divided into at least, where it is measured as often
 
@@ -43,6 +43,8 @@ class Plan:
       every: steps between two measurements, which divides them; the first is before the first step.
       together: whether all settings are trained at once by vmap, rather than one after the other.
       keep: what of the state is kept, some twenty times, such as the parameters for a trajectory.
+      parameters: `(state, *batch, key) -> (weights, gradients)`, two trees of dicts, for histograms; None for those of
+        a `TrainState`.
       compiler_options: of XLA, such as `COMPILER_OPTIONS` for networks that take longer to compile than to train.
     """
 
@@ -54,6 +56,7 @@ class Plan:
     every: int
     together: bool = True
     keep: Callable[[Any], Any] = lambda state: ()
+    parameters: Callable[..., tuple[Any, Any]] | None = None
     compiler_options: Mapping[str, Any] | None = None
 
 
@@ -103,7 +106,7 @@ def train_measured(
       name: of the training, for its checkpoints.
       progress: is told the number of steps done (as a mean over settings) and the latest mean accuracy and loss.
       saving: where checkpoints are, if anywhere, from which to continue.
-      histograms: whether to count weights and gradients some twenty times, where the states are `TrainState`s.
+      histograms: whether to count weights and gradients some twenty times.
 
     Raises:
       ValueError: if the measurements do not divide the steps.
@@ -125,7 +128,10 @@ def train_measured(
     @jax.jit
     def leaves_of_first(state, setting, examples, number):
         state, setting = jax.tree.map(lambda v: v[0], (state, setting)) if plan.together else (state, setting)
-        recorded, _ = plan.step(recording(state), *_inputs(plan, setting["key"], examples, number))
+        inputs = _inputs(plan, setting["key"], examples, number)
+        if plan.parameters is not None:
+            return dict(zip(("weight", "gradient"), plan.parameters(state, *inputs), strict=True))
+        recorded, _ = plan.step(recording(state), *inputs)
         return {"weight": state.params, "gradient": recorded.opt_state}
 
     options: Any = {"compiler_options": plan.compiler_options}
@@ -137,9 +143,10 @@ def train_measured(
     found, counted = [], {}
     for number, setting in enumerate(groups):
         state, done = create(setting), 0
-        is_counted = histograms and number == 0 and isinstance(state, TrainState)
+        is_counted = histograms and number == 0
         if is_counted:
-            counted = empty_histograms(state.params, plan.steps // size)
+            leaves = jax.eval_shape(leaves_of_first, state, setting, examples, 0)
+            counted = empty_histograms(leaves["weight"], plan.steps // size)
         # Metrics and measurements of all calls: their axis of steps comes after that of settings.
         parts = jax.tree.map(lambda v: _empty(v, plan.steps // size, axis), shapes)
         configuration = {"group": number, "settings": digest, "steps": plan.steps, "every": plan.every}

@@ -191,7 +191,7 @@ def run(options: Options, report: Report):
     linear, vgg, ends = {}, {}, {}
     for variant in (name for name in chosen if name in deep_linear.NORMALIZERS):
         tell = report.task(_variant(f"linear_{variant}", f"deep linear, {LABELS[variant]}", linear_steps))
-        options_of = {"progress": tell, "saving": options.saving}
+        options_of = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
         linear[variant] = deep_linear.train_network(variant, keys, linear_steps, linear_every, **options_of)
         _add(results, f"linear_{variant}", f"deep linear, {LABELS[variant]}", linear[variant], {})
     for variant in chosen:
