@@ -76,8 +76,10 @@ def ledger_page(studies: dict[str, Saved]) -> str:
         )
     return f"""# Ledger of claims
 
-{len(judgements)} statements of the sources: {ledger.summary()}. `make_results.py` in this directory makes this page
-from the runs below, and `bnjax claims` such a table from runs of one's own.
+**{len(judgements)} statements of the sources: {ledger.summary()}.**
+
+`make_results.py` in this directory makes this page from the runs below, and `bnjax claims` such a table from runs of
+one's own.
 
 A claim's rule was fixed before its run (but for those marked with an asterisk): which quantity of which networks
 decides, and the range in which the 95 % confidence interval of its mean over seeds (Student's t) has to lie. It is
@@ -115,14 +117,9 @@ def machine_of(machine: Mapping[str, Any]) -> str:
 
 def size_of(settings: Mapping[str, Any]) -> str:
     """The settings that say how large and long a training was."""
-    names = ("dataset", "network", "filters", "width", "epochs", "steps_per_epoch", "deep_epochs", "steps", "examples")
-    shown = {name: settings[name] for name in names if name in settings}
-    if "network" in shown:
-        shown.pop("width", None)
-    return ", ".join(
-        value if isinstance(value, str) else f"{name.replace('_', ' ')} {text_of(value)}"
-        for name, value in shown.items()
-    )
+    names = ("dataset", "network", "filters", "epochs", "steps_per_epoch", "deep_epochs", "steps", "examples")
+    shown = [(name.replace("_", " "), settings[name]) for name in names if name in settings]
+    return ", ".join(value if isinstance(value, str) else f"{text_of(value)} {name}" for name, value in shown)
 
 
 def text_of(value: Any) -> str:

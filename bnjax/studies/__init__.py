@@ -127,6 +127,7 @@ STUDIES = {
             datasets=("mnist", "fashion_mnist"),
             steps="750 of 32 examples, as many examples at other batch sizes",
             fast={"seeds": 6, "steps": 90, "variants": ("deep_none", "deep_bn")},
+            source_size="statements only",
         ),
         Study(
             "accelerating",
@@ -147,6 +148,7 @@ STUDIES = {
             datasets=("mnist", "fashion_mnist"),
             steps="1000",
             fast={"seeds": 3},
+            source_size="statements only",
         ),
         Study(
             "cifar",

@@ -101,7 +101,7 @@ CLAIMS = (
         "the first layer's gradient over the last's, at the start, is above 0.1 with it and below 0.01 without",
         (
             Condition("with", "first_to_last_gradient", "sigmoid_bn", low=0.1),
-            Condition("without", "first_to_last_gradient", "sigmoid_none", high=0.01, digits=9),
+            Condition("without", "first_to_last_gradient", "sigmoid_none", high=0.01, digits=None),
         ),
     ),
 )

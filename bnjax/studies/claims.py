@@ -55,7 +55,7 @@ class Condition:
       one_run: whether a single published run is to be covered by the prediction interval.
       every_seed: whether the value at every seed has to lie in the range, rather than their mean.
       is_difference: whether the metric is a paired difference already, so that it has an effect size.
-      digits: decimals in the ledger.
+      digits: decimals in the ledger; None for as many as the interval leaves.
     """
 
     label: str
@@ -68,7 +68,7 @@ class Condition:
     every_seed: bool = False
     is_difference: bool = False
     exact: bool = False
-    digits: int = 4
+    digits: int | None = 4
 
     def judge(self, record: Record) -> "Outcome":
         """What was measured of it."""
@@ -120,6 +120,8 @@ class Outcome:
         if condition.one_run:
             low, high = self.measured.low, self.measured.high
             return f"{condition.label} {self.measured.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        if condition.exact:
+            return f"{condition.label} {Interval(self.measured.mean, math.nan, self.measured.n).text(digits)}"
         effect = f" (d {self.effect:+.1f})" if math.isfinite(self.effect) else ""
         return f"{condition.label} {self.measured.text(digits)}{effect}"
 
