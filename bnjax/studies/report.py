@@ -59,6 +59,7 @@ def _template() -> jinja2.Template:
         loader=jinja2.PackageLoader("bnjax.studies"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["slug"] = lambda text: text.replace(" ", "-")
+    environment.filters["together"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0").replace("(d ", "(d\u00a0")
     return environment.get_template("report.html")
 
 
