@@ -199,7 +199,9 @@ def test_checkpoints_of_other_options_do_not_stop_the_ledger(tmp_path, monkeypat
     monkeypatch.setattr(console, "run_study", run_study)
     console.print_ledger(["circles"], 2, False, tmp_path, None, False)
     assert resumed == [True, False]
-    assert "of another configuration. Starting afresh." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of another configuration. Starting afresh." in printed
+    assert "- * S1.11: added after" in printed
 
 
 def test_the_command_that_makes_a_run_again():

@@ -148,6 +148,8 @@ def print_ledger(
 
     found = ledger.make_ledger(names, options_of, out, run, tell)
     _print_table(console, "claims", *found.rows())
+    if notes := found.footnotes():
+        console.print(f"Changed after results had been seen:{notes}", markup=False)
     console.print(found.summary())
     found.save(out)
     return found
