@@ -68,6 +68,8 @@ def test_verdicts():
     assert claim(yes, needs={"epochs": 7}).judge(RECORD).verdict == "reproduced"
     other = claim(yes, needs={"epochs": 8, "dataset": "mnist"}).judge(RECORD)
     assert other.verdict == "undecided" and other.measured == "needs epochs 8, dataset mnist"
+    flags = claim(yes, needs={"full_length": True, "augmented": False}).judge(RECORD)
+    assert flags.measured == "needs full length, not augmented"
     assert claim(yes, needs={"epochs": AtLeast(7)}).judge(RECORD).verdict == "reproduced"
     longer = claim(yes, needs={"epochs": AtLeast(8), "steps": AtLeast(1000)}).judge(RECORD)
     assert longer.measured == "needs epochs of at least 8, steps of at least 1,000"

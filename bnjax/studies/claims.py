@@ -156,7 +156,7 @@ class Claim:
         """The verdict on a study's results."""
         differing = [key for key, value in self.needs.items() if not _meets(record.settings.get(key), value)]
         if differing:
-            reason = "needs " + ", ".join(f"{key.replace('_', ' ')} {self.needs[key]}" for key in differing)
+            reason = "needs " + ", ".join(_setting(key, self.needs[key]) for key in differing)
             return Judgement(self, (), reason)
         return Judgement(self, tuple(condition.judge(record) for condition in self.conditions), "")
 
@@ -206,6 +206,11 @@ class Judgement:
             for o in self.outcomes
         ]
         return {**texts, "conditions": conditions, "measured": self.measured, "verdict": self.verdict}
+
+
+def _setting(key: str, value: Any) -> str:
+    text = key.replace("_", " ")
+    return text if value is True else f"not {text}" if value is False else f"{text} {value}"
 
 
 def _meets(value: Any, wanted: Any) -> bool:
