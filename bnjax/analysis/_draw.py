@@ -30,6 +30,11 @@ SANTURKAR = ("loss", "gradient_distance", "smoothness")  # the panels of their F
 SHIFT = {"distance": ("shift ‖G − G′‖₂", True), "cosine": ("cosine of G and G′", False)}
 
 
+def line_style(i: int) -> dict[str, Any]:
+    """Colour and line style of the i-th of up to 64 lines that are told apart."""
+    return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[(i + i // len(COLORS)) % len(STYLES)]}
+
+
 def checked(name: str, value: Any, *shapes: str) -> np.ndarray:
     """The value as float64, checked to be of one of the shapes, such as 'seeds, steps'."""
     array = np.asarray(value, float)
@@ -92,16 +97,16 @@ def draw_bands(
 
 def draw_band(ax: Axes, i: int, label: str, x: Any, line: Any, low: Any, high: Any, color: Any = None) -> Line2D:
     """The i-th line of an axes with its band, gaps where it is not finite, and crosses above them."""
-    style: dict[str, Any] = {"color": color or COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
+    chosen = line_style(i) | ({"color": color} if color else {})
     finite = np.isfinite(line) & np.isfinite(low) & np.isfinite(high)
     line, low, high = (np.where(finite, v, np.nan) for v in (line, low, high))
     few = len(x) < 25 or not finite.all()  # markers show single points too
-    (drawn,) = ax.plot(x, line, label=label, linewidth=1.5, marker="." if few else None, **style)
+    (drawn,) = ax.plot(x, line, label=label, linewidth=1.5, marker="." if few else None, **chosen)
     if (low < high).any():
-        ax.fill_between(x, low, high, alpha=0.22, **style)
+        ax.fill_between(x, low, high, alpha=0.22, **chosen)
     if not finite.all():
         y = np.full((~finite).sum(), 0.97 - 0.04 * (i % len(COLORS)))
-        ax.plot(x[~finite], y, "x", color=style["color"], transform=ax.get_xaxis_transform())
+        ax.plot(x[~finite], y, "x", color=chosen["color"], transform=ax.get_xaxis_transform())
     return drawn
 
 

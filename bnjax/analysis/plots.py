@@ -37,7 +37,7 @@ from bnjax.analysis import (
     TrajectoryPlane,
     _draw,
 )
-from bnjax.analysis._draw import COLOR_MAP, COLORS, STYLES, Lines  # noqa: F401
+from bnjax.analysis._draw import COLOR_MAP, COLORS, STYLES, Lines, line_style  # noqa: F401
 
 
 def legend(figure: Figure) -> Legend | None:

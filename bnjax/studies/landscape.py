@@ -21,6 +21,10 @@ EXAMPLES = 256  # of the batch on which all is measured
 PARTS = 16  # of a batch, whose gradients are compared
 GRID = np.linspace(-1, 1, 13)  # of the surface along filter-normalised directions
 PATH_POINTS = 13
+SHOWN = {  # networks whose landscapes along the gradient are drawn beside each other
+    "interventions": ("bn", "noisy", "l1", "l2", "linf"),
+    "normalisers": ("bn", "renorm", "layer", "group", "weight"),
+}
 # Compiling these programs, which run once or for a few seeds, takes longer than running them.
 _jit_once = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
@@ -185,15 +189,22 @@ def figures(
         found["linear_shift.png"] = _shift(linear, labels, "Deep linear network: internal covariate shift")
     for net, seen in (("vgg", vgg), ("linear", linear)):
         compared = [name for name in seen if name in ("none", "bn")]
-        for suffix, names in (("", compared), ("_interventions", [n for n in seen if n != "none"])):
+        for suffix, names in (
+            ("", compared),
+            *((f"_{key}", [n for n in of if n in seen]) for key, of in SHOWN.items()),
+        ):
             probes = {labels[n]: seen[n].measurements["probe"] for n in names}
-            if probes:
+            if len(probes) > 1:
                 times = seen[names[0]].measured_at
                 quantities = ("loss", "gradient_distance", "smoothness", "gradient_cosine")
                 first = list(seen).index(names[0])
-                found[f"{net}_landscape{suffix}.png"] = drawing.probe_figure(
-                    probes, times, quantities=quantities, first_style=first
-                )
+                figure = drawing.probe_figure(probes, times, quantities=quantities, first_style=first)
+                what = {
+                    "vgg": f"VGG, along the gradient ({title})",
+                    "linear": "Deep linear network, along the gradient",
+                }
+                figure.suptitle(what[net], fontsize=10)
+                found[f"{net}_landscape{suffix}.png"] = figure
     shown = {labels[name]: end.around for name, end in ends.items() if end.around is not None}
     if shown:
         found["surfaces.png"] = _surfaces(shown, title)

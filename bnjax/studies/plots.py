@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from bnjax.analysis.plots import COLORS, STYLES
+from bnjax.analysis.plots import line_style
 from bnjax.data import Split
 from bnjax.studies.experiment import COMPILER_OPTIONS, Trained
 from bnjax.studies.statistics import half_width, interval
@@ -37,9 +37,9 @@ def learning_curves(
             values = one.curves[curve]
             mean, half = values.mean(0), half_width(values.std(0, ddof=1), len(values)) if len(values) > 1 else 0
             epochs = np.arange(1, len(mean) + 1)
-            style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
-            axis.plot(epochs, mean, label=one.variant.label, linewidth=1.4, **style)
-            axis.fill_between(epochs, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
+            chosen = line_style(i)
+            axis.plot(epochs, mean, label=one.variant.label, linewidth=1.4, **chosen)
+            axis.fill_between(epochs, mean - half, mean + half, color=chosen["color"], alpha=0.2, linewidth=0)
         if marks and curve in marks:
             axis.axhline(marks[curve], color="#666666", linewidth=0.8)
         axis.set(xlabel="epoch", ylabel=label)
@@ -170,7 +170,7 @@ def sweep(
     for i, (name, found) in enumerate(series.items()):
         measured = [interval(v) for v in found]
         means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
-        axis.errorbar(values, means, halves, label=name, color=COLORS[i], linestyle=STYLES[i], marker="o", capsize=4)
+        axis.errorbar(values, means, halves, label=name, marker="o", capsize=4, **line_style(i))
     shown = {value: number for value, number in (published or {}).items() if value in values}
     if shown:
         axis.plot(list(shown), list(shown.values()), "kx", label="published (without, one run)")
