@@ -102,7 +102,7 @@ Changed after results had been seen:
 {JPEG}
 
 Every number above is computed from the values at each seed in these files. Times are those of machines that did other
-work as well.
+work as well, and of runs that were continued from checkpoints they are those of the last part.
 
 {markdown_table(["study", "seeds", "time", "machine", "versions"], machines)}
 
