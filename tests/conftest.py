@@ -26,6 +26,14 @@ install_import_hook("bnjax", "typecheck.check")
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data" / "tfds"
 
 
+# Files whose tests take long: begun first, lest one process end long after the others.
+LONG = ("notebooks", "further_studies", "measured", "studies", "train", "network", "parallel", "resume", "compile")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture
 def x64():
     """float64 for one test."""
