@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from bnjax.studies import STUDIES
-from bnjax.studies.ledger import Ledger, Saved, claims_of
+from bnjax.studies.ledger import Ledger, Saved, claims_of, judge
 from bnjax.studies.results import claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parent
@@ -56,7 +56,7 @@ def published(name: str) -> Saved | None:
 
 def ledger_page(studies: dict[str, Saved]) -> str:
     """All claims with their verdicts, and the runs that they come from."""
-    judgements = [claim.judge(saved) for name, saved in studies.items() for claim in claims_of(STUDIES[name])]
+    judgements = [judgement for name, saved in studies.items() for judgement in judge(STUDIES[name], [saved])]
     ledger = Ledger(judgements, {name: len(saved.seeds) for name, saved in studies.items()})
     runs, machines = [], []
     for name, saved in studies.items():
@@ -136,7 +136,7 @@ def results_page(text: str, studies: dict[str, Saved]) -> str:
             return match[0]
         saved = studies[name]
         tables = [markdown_table(*table) for table in metric_tables(saved, COLUMNS)]
-        tables.append(markdown_table(*claim_rows([claim.judge(saved) for claim in claims_of(STUDIES[name])])))
+        tables.append(markdown_table(*claim_rows(judge(STUDIES[name], [saved]))))
         figures = [f"![{text}](figures/{name}_{file})" for file, text in saved.document["figures"].items()]
         return match[1] + "\n" + "\n\n".join([*tables, *figures]) + "\n\n" + match[3]
 

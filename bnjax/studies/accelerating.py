@@ -14,9 +14,10 @@ from bnjax.linen import BatchNorm
 from bnjax.models import VGG
 from bnjax.studies import Options
 from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import Report, Variant, seed_keys
+from bnjax.studies.experiment import Report, Variant, divisor_from, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.results import Results
+from bnjax.studies.statistics import seeds_in_words
 
 SOURCE = "original paper notes, 'Accelerating BN networks'"
 BATCH_SIZE, LEARNING_RATE, STEPS, WIDTH, PARTS = 128, 0.1, 500, 8, 10
@@ -64,7 +65,7 @@ def run(options: Options, report: Report):
       The results, and the figures by file name.
     """
     name, steps, width = options.dataset or "cifar10", options.steps or STEPS, options.width or WIDTH
-    every = next(n for n in range(max(1, steps // PARTS), steps + 1) if steps % n == 0)
+    every = divisor_from(steps // PARTS, steps)
     images = data.images(name, options.data_dir, report.reading)
     mean, deviation = (float(f(images.train.x)) for f in (np.mean, np.std))
     settings = {"network": f"VGG-11 of width {width}", "optimizer": "SGD", "learning_rate": LEARNING_RATE}
@@ -107,7 +108,7 @@ def run(options: Options, report: Report):
     results.judge(CLAIMS)
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     drawing.curves(figure.subplots(), curves, every * np.arange(steps // every), ylabel="training loss")
-    figure.suptitle(f"{name}, {options.seeds} seed{'s' * (options.seeds > 1)}", fontsize=10)
+    figure.suptitle(f"{name}, {seeds_in_words(options.seeds)}", fontsize=10)
     drawing.legend(figure)
     return results, {"training.png": figure}
 

@@ -16,10 +16,10 @@ from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Options
 from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import Report, Variant, seed_keys
+from bnjax.studies.experiment import Report, Variant, divisor_from, seed_keys
 from bnjax.studies.measured import Measured, Plan, random_batch, train_measured
 from bnjax.studies.results import Results
-from bnjax.studies.statistics import interval
+from bnjax.studies.statistics import interval, seeds_in_words
 
 SOURCE = "original paper notes; Ioffe & Szegedy 2015, section 4.1"
 HIDDEN = (100, 100, 100)
@@ -149,7 +149,7 @@ def run(options: Options, report: Report):
     steps = options.steps or STEPS[jax.default_backend()]
     images = data.images(name, options.data_dir, report.reading)
     training, test = (data.Split(_binary(split.x), split.y) for split in (images.train, images.test))
-    every = next(n for n in range(max(1, steps // 100), steps + 1) if steps % n == 0)
+    every = divisor_from(steps // 100, steps)
     settings = {
         "hidden": list(HIDDEN),
         "dataset": f"{name}, pixels above 127",
@@ -184,7 +184,7 @@ def run(options: Options, report: Report):
     }
     _add_pairs(results, ranges)
     results.judge(CLAIMS)
-    return results, _figures(seen, ranges, f"{name}, {options.seeds} seed{'s' * (options.seeds > 1)}")
+    return results, _figures(seen, ranges, f"{name}, {seeds_in_words(options.seeds)}")
 
 
 class _Network:
@@ -286,7 +286,7 @@ def _add_grid(results, name, label, network: _Network, training, keys, steps: in
         "learning_rate": jnp.repeat(jnp.array([rate for rate, _ in cells]), count),
         "deviation": jnp.repeat(jnp.array([deviation for _, deviation in cells]), count),
     }
-    every = next(n for n in range(max(1, steps // 2), steps + 1) if steps % n == 0)
+    every = divisor_from(steps // 2, steps)
     tell = report.task(_variant(name, f"{label}, grid", network.model, steps))
     seen = train_measured(network.plan(steps, every, only_accuracy=True), settings, training, progress=tell)
     final = jax.jit(jax.vmap(lambda state: train.evaluate(state, *network.test, objective=train.cross_entropy)))
@@ -386,7 +386,3 @@ def _binary(images: np.ndarray) -> np.ndarray:
 
 def _variant(name: str, label: str, model: Any, steps: int) -> Variant:
     return Variant(name, label, model, optax.sgd(LEARNING_RATE), train.cross_entropy, BATCH_SIZE, steps)
-
-
-def _values(values: np.ndarray) -> str:
-    return ", ".join(f"{value:g}" for value in np.unique(values))

@@ -16,6 +16,7 @@ from bnjax.studies.claims import Claim, Condition
 from bnjax.studies.experiment import Report, Variant
 from bnjax.studies.network import Data, make_mesh, train_network
 from bnjax.studies.results import Results
+from bnjax.studies.statistics import seeds_in_words
 
 SOURCE = "CIFAR-100 article"
 BATCH_SIZE = 80
@@ -169,14 +170,8 @@ def run(options: Options, report: Report):
         activation, _, place = variant.name.partition("_")
         results.add(trained, {"activation": activation, "batch_norm": place == "bn"}, metrics)
     results.judge(CLAIMS)
-    panels = {
-        "train_accuracy": "training accuracy (during the epoch)",
-        "test_accuracy": "test accuracy",
-        "train_loss": "training loss (during the epoch)",
-        "test_loss": "test loss",
-    }
-    title = f"{name}, batch {batch_size}, {steps} steps an epoch, {options.seeds} seed{'s' * (options.seeds > 1)}"
-    return results, {"learning_curves.png": plots.learning_curves(all_trained, panels, title)}
+    title = f"{name}, batch {batch_size}, {steps} steps an epoch, {seeds_in_words(options.seeds)}"
+    return results, {"learning_curves.png": plots.learning_curves(all_trained, plots.PANELS, title)}
 
 
 def _normalized_in_the_article() -> np.ndarray:

@@ -161,26 +161,20 @@ def run(options: Options, report: Report):
     results.set_metric("after", "epochs_beyond_half", results.metric("after", "epochs_to_80_percent") - half)
     results.judge(CLAIMS)
     main = all_trained[:3]
-    panels = {
-        "train_accuracy": "training accuracy (during the epoch)",
-        "test_accuracy": "test accuracy",
-        "train_loss": "training loss (during the epoch)",
-        "test_loss": "test loss",
-    }
     marks = {"train_accuracy": THRESHOLD, "test_accuracy": THRESHOLD}
     title = f"Two circles, {options.seeds} seeds: mean and 95 % interval"
     figures = {
         "histograms.png": plots.histograms(main, "First seed: values over training, darker where there are more"),
-        "learning_curves.png": plots.learning_curves(main, panels, title, marks),
+        "learning_curves.png": plots.learning_curves(main, plots.PANELS, title, marks),
         "extensions.png": plots.learning_curves(
             [all_trained[1], *all_trained[3:6]],
-            panels,
+            plots.PANELS,
             f"Extensions, {options.seeds} seeds: mean and 95 % interval",
             marks,
         ),
         "normalisers.png": plots.learning_curves(
             [all_trained[1], *all_trained[6:]],
-            panels,
+            plots.PANELS,
             f"Normalisers, {options.seeds} seeds: mean and 95 % interval",
             marks,
         ),

@@ -21,6 +21,7 @@ from bnjax.studies import Options, Study, ledger
 from bnjax.studies.logs import Logs, open_logs
 from bnjax.studies.results import Results, claim_rows, metric_tables, save
 from bnjax.studies.saving import Saving
+from bnjax.studies.statistics import seeds_in_words
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
 _COLUMNS = 5  # of numbers in a table
@@ -185,8 +186,7 @@ def compile_step(name: str, topology: str, parallel: str, batch_size: int | None
 
 def print_tables(results: Results, console: Console) -> None:
     """Prints the metrics of the variants, what a study has beside them, and the claims."""
-    count = len(results.seeds)
-    title = f"{results.study}, {count} seed{'s' * (count > 1)}: mean ± 95 % interval"
+    title = f"{results.study}, {seeds_in_words(len(results.seeds))}: mean ± 95 % interval"
     for header, rows in metric_tables(results, _COLUMNS):
         _print_table(console, title, header, rows)
     for title, text in results.texts:

@@ -242,7 +242,7 @@ def train_variant(
     start = 0
     if saved and (restored := saved.restore((states, curves, histograms))):
         start, (states, curves, histograms) = restored
-    count = next(n for n in range(max(1, variant.epochs // _CALLS), 0, -1) if variant.epochs % n == 0)
+    count = divisor_up_to(variant.epochs // _CALLS, variant.epochs)
     for epoch in range(start, variant.epochs, count):
         states, (metrics, leaves) = run(states, keys, ((x, y), held_out), epoch, count)
         done = slice(epoch, epoch + count)
@@ -263,6 +263,16 @@ def train_variant(
 def seed_keys(seeds: Sequence[int]) -> jax.Array:
     """The random key of each seed."""
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def divisor_from(least: int, number: int) -> int:
+    """The smallest divisor of a number that is at least so large."""
+    return next(n for n in range(max(1, least), number + 1) if number % n == 0)
+
+
+def divisor_up_to(most: int, number: int) -> int:
+    """The largest divisor of a number that is at most so large (or 1)."""
+    return next(n for n in range(max(1, most), 0, -1) if number % n == 0)
 
 
 def _cores() -> int:

@@ -12,9 +12,7 @@ import numpy as np
 from bnjax.data import DataError, atomic_file
 from bnjax.studies import STUDIES, Options, Study
 from bnjax.studies.claims import VERDICTS, Claim, Judgement
-from bnjax.studies.results import command, json_text, markdown_table
-
-_HEADER = ("claim", "statement", "published", "measured", "verdict")
+from bnjax.studies.results import claim_rows, command, json_text, markdown_table
 
 
 class Saved:
@@ -90,13 +88,11 @@ class Ledger:
     seeds: Mapping[str, int]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of its table."""
-        rows = []
-        for judgement in self.judgements:
-            claim = judgement.claim
-            verdict = judgement.verdict + "*" * bool(claim.amended)
-            rows.append([claim.id, claim.statement, claim.published, judgement.measured, verdict])
-        return list(_HEADER), rows
+        """Header and rows of its table, with a mark at amended claims."""
+        header, rows = claim_rows(self.judgements)
+        for row, judgement in zip(rows, self.judgements, strict=True):
+            row[-1] += "*" * bool(judgement.claim.amended)
+        return header, rows
 
     def counts(self) -> dict[str, int]:
         """How many claims have each verdict."""

@@ -17,6 +17,7 @@ from bnjax.studies.experiment import (
     Trained,
     Variant,
     count_values,
+    divisor_up_to,
     empty_histograms,
     parameter_shapes,
     recording,
@@ -115,7 +116,7 @@ def train_measured(
         raise ValueError(f"the steps must be a multiple of those between measurements, {plan.every}, got {plan.steps}.")
     examples = jax.tree.map(jnp.asarray, examples)
     blocks = plan.steps // plan.every
-    size = plan.every * next(n for n in range(max(1, blocks // _CALLS), 0, -1) if blocks % n == 0)
+    size = plan.every * divisor_up_to(blocks // _CALLS, blocks)
     count = len(jax.tree.leaves(settings)[0])
     groups = [settings] if plan.together else [jax.tree.map(lambda v, i=i: v[i], settings) for i in range(count)]
 

@@ -15,6 +15,14 @@ from bnjax.studies.experiment import COMPILER_OPTIONS, Trained
 from bnjax.studies.statistics import half_width, interval
 from bnjax.train import TrainState
 
+PANELS = {
+    "train_accuracy": "training accuracy (during the epoch)",
+    "test_accuracy": "test accuracy",
+    "train_loss": "training loss (during the epoch)",
+    "test_loss": "test loss",
+}
+"""Curves and their labels, of studies with training and test examples."""
+
 
 def learning_curves(
     trained: Sequence[Trained], panels: Mapping[str, str], title: str, marks: Mapping[str, float] | None = None

@@ -14,10 +14,11 @@ from bnjax.linen import BatchNorm
 from bnjax.models import RecurrentNetwork
 from bnjax.studies import Options
 from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant, seed_keys
+from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant, divisor_from, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.perceptrons import pixels
 from bnjax.studies.results import Results
+from bnjax.studies.statistics import seeds_in_words
 
 BATCH_SIZE, HIDDEN, STEPS, MEASURED = 64, 64, 1000, 10
 POPULATION_BATCH = 5000
@@ -85,7 +86,7 @@ def run(options: Options, report: Report):
       The results, and the figures by file name.
     """
     name, steps = options.dataset or "mnist", options.steps or STEPS
-    every = next(n for n in range(max(1, steps // MEASURED), steps + 1) if steps % n == 0)
+    every = divisor_from(steps // MEASURED, steps)
     images = data.images(name, options.data_dir, report.reading)
     training, test = (
         data.Split(pixels(split.x).reshape(split.x.shape[:3]), split.y) for split in (images.train, images.test)
@@ -130,7 +131,7 @@ def run(options: Options, report: Report):
     figure = Figure(figsize=(6, 4), layout="constrained")
     times = np.append(np.arange(0, steps, every), steps)
     drawing.curves(figure.subplots(), curves, times, ylabel="test accuracy")
-    figure.suptitle(f"{name}, row by row, {options.seeds} seed{'s' * (options.seeds > 1)}", fontsize=10)
+    figure.suptitle(f"{name}, row by row, {seeds_in_words(options.seeds)}", fontsize=10)
     drawing.legend(figure)
     return results, {"test_accuracy.png": figure}
 

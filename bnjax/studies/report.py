@@ -14,6 +14,7 @@ from bnjax.studies import STUDIES
 from bnjax.studies.claims import Judgement
 from bnjax.studies.ledger import Ledger, Saved, judge, saved_runs
 from bnjax.studies.results import metric_rows
+from bnjax.studies.statistics import seeds_in_words
 
 _MARKS = {"reproduced": "✓", "not reproduced": "✗", "undecided": "?", "wrong in the source": "!"}
 
@@ -67,8 +68,7 @@ def _study(path: Path, saved: Saved, is_one_of_several: bool) -> dict[str, Any]:
     document = saved.document
     study = STUDIES[saved.study]
     header, rows = metric_rows(saved)
-    count = len(saved.seeds)
-    tables = [{"title": f"Measured, {count} seed{'s' * (count > 1)}", "header": header, "rows": rows}]
+    tables = [{"title": f"Measured, {seeds_in_words(len(saved.seeds))}", "header": header, "rows": rows}]
     if sizes := _sizes(document):
         tables.append({"title": "Parameters", "header": ["variant", "trainable", "batch statistics"], "rows": sizes})
     return {

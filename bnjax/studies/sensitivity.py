@@ -26,6 +26,7 @@ from bnjax.studies.perceptrons import (
     pixels,
 )
 from bnjax.studies.results import Results
+from bnjax.studies.statistics import seeds_in_words
 
 NOTES, CIRCLES, MNIST = "original paper notes", "circles case study", "MNIST assignment"
 EXAMPLES = 24_000  # that a training sees
@@ -281,7 +282,7 @@ def run(options: Options, report: Report):
     compared = [network for network in ("none", "bn") if network in results.variants]
     _compare(results, compared)
     results.judge(CLAIMS)
-    return results, _figures(results, compared, f"{name}, {options.seeds} seed{'s' * (options.seeds > 1)}")
+    return results, _figures(results, compared, f"{name}, {seeds_in_words(options.seeds)}")
 
 
 def _train(results: Results, case: Case, label: str, training, test, steps: int, tell, options: Options) -> None:

@@ -11,9 +11,10 @@ import optax
 from bnjax import analysis, data, train
 from bnjax.studies import Options, deep_linear, landscape
 from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Report, Variant, seed_keys
+from bnjax.studies.experiment import Report, Variant, divisor_up_to, seed_keys
 from bnjax.studies.measured import Measured, Plan, overhead, train_measured
 from bnjax.studies.results import Results
+from bnjax.studies.statistics import seeds_in_words
 from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED, RATES, Network
 
 SOURCE = "Santurkar et al. 2018"
@@ -167,7 +168,7 @@ def run(options: Options, report: Report):
     chosen = _chosen(options.variants)
     images = data.images(name, options.data_dir, report.reading)
     linear_steps = min(scale["linear_steps"], 20 * steps)
-    linear_every = next(n for n in range(min(LINEAR_EVERY, linear_steps // 10), 0, -1) if linear_steps % n == 0)
+    linear_every = divisor_up_to(min(LINEAR_EVERY, linear_steps // 10), linear_steps)
     settings = {
         "dataset": name,
         "network": f"VGG-11 of width {width}",
@@ -216,7 +217,7 @@ def run(options: Options, report: Report):
             _note_overhead(results, plan, network, keys, examples)
     _add_comparisons(results, chosen, float(np.log(images.num_classes)))
     results.judge(CLAIMS)
-    title = f"{name}, {options.seeds} seed{'s' * (options.seeds > 1)}"
+    title = f"{name}, {seeds_in_words(options.seeds)}"
     return results, landscape.figures(vgg, linear, ends, LABELS, title)
 
 

@@ -38,23 +38,27 @@ class Interval(NamedTuple):
         """
         if self.n == 0:
             return "–"
-        if digits is None:
-            has_half = math.isfinite(self.half) and self.half > 0
-            size = (
-                math.floor(math.log10(self.half if has_half else abs(self.mean) / 10)) if has_half or self.mean else 1
-            )
-            digits = max(0, 1 - size)
-            if digits > 5 or abs(self.mean) >= 1e6:
-                shown = (
-                    f"{self.mean:.2e}" if not has_half or abs(self.mean) < self.half else _scientific(self.mean, size)
-                )
-                return shown + (f" ± {self.half:.1e}" if math.isfinite(self.half) else "")
-        return f"{self.mean:.{digits}f}" + (f" ± {self.half:.{digits}f}" if math.isfinite(self.half) else "")
+        formats = self._formats() if digits is None else (f".{digits}f",) * 2
+        half = f" ± {self.half:{formats[1]}}" if math.isfinite(self.half) else ""
+        return f"{self.mean:{formats[0]}}{half}"
+
+    def _formats(self) -> tuple[str, str]:
+        """Of mean and half width, by powers of ten where these would be long."""
+        known = self.half if math.isfinite(self.half) and self.half > 0 else abs(self.mean) / 10
+        decimals = max(0, 1 - _power(known)) if known else 0
+        if decimals <= 5 and abs(self.mean) < 1e6:
+            return f".{decimals}f", f".{decimals}f"
+        return f".{_power(self.mean) - _power(known) + 1 if abs(self.mean) >= known else 2}e", ".1e"
 
 
-def _scientific(mean: float, size: int) -> str:
-    """With as many digits as an uncertainty of this power of ten leaves, and one more."""
-    return f"{mean:.{max(0, math.floor(math.log10(abs(mean))) - size + 1)}e}"
+def _power(value: float) -> int:
+    """Of ten."""
+    return math.floor(math.log10(abs(value)))
+
+
+def seeds_in_words(count: int) -> str:
+    """'1 seed', '2 seeds', …"""
+    return f"{count} seed{'s' * (count > 1)}"
 
 
 def interval(values: np.ndarray) -> Interval:
