@@ -12,7 +12,15 @@ from jaxtyping import ArrayLike
 from bnjax import _checks
 from bnjax.moments import Moments
 from bnjax.norm import batch_norm_and_moments
-from bnjax.variants import batch_renorm, lp_batch_norm, noisy_batch_norm
+from bnjax.variants import (
+    batch_renorm,
+    frozen_batch_norm,
+    ghost_batch_norm,
+    lp_batch_norm,
+    moving_batch_norm,
+    noisy_batch_norm,
+    split_batch_norm,
+)
 
 
 class _Normalizer(nn.BatchNorm):
@@ -23,6 +31,7 @@ class _Normalizer(nn.BatchNorm):
 
     axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
     axis_name: str | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    momentum: Any = 0.99
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
@@ -36,12 +45,17 @@ class _Normalizer(nn.BatchNorm):
         Returns:
           An array of the shape of `x`.
         """
+        return self._call(x, use_running_average, mask)
+
+    @nn.nowrap
+    def _call(self, x, use_running_average, mask, kinds: tuple[int, ...] = (), **call_options):
+        """The call, with statistics of the shape `kinds` before the features', and further options of the function."""
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = jnp.asarray(x)
         features = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.ndim))
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, kinds + features, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, kinds + features, stats_dtype)
         params = {}
         if self.use_scale:
             params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
@@ -60,6 +74,7 @@ class _Normalizer(nn.BatchNorm):
             axis_name=None if self.is_initializing() else self.axis_name,
             axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
             dtype=dtype,
+            **call_options,
         )
         if self.is_mutable_collection("moments") and m is not None and not self.is_initializing():
             self.sow("moments", "batch", m)
@@ -84,7 +99,7 @@ class BatchNorm(_Normalizer):
     Attributes:
       use_running_average: whether to normalise by the running statistics and leave them as they are.
       axis: feature axis or axes of the input.
-      momentum: weight of the old running value.
+      momentum: weight of the old running value; may be traced.
       epsilon: number added to the variance.
       dtype: dtype of the result; inferred from the input and the parameters by default.
       param_dtype: dtype of the parameters.
@@ -204,3 +219,110 @@ class BatchRenorm(_Normalizer):
     def _normalized(self, *arrays, **options):
         options |= {"bessel_correction": self.bessel_correction, "r_max": self.r_max, "d_max": self.d_max}
         return *batch_renorm(*arrays, **options), None
+
+
+class GhostBatchNorm(_Normalizer, kw_only=True):
+    """`bnjax.variants.ghost_batch_norm` as a layer: `BatchNorm` of each `ghost_size` examples by themselves.
+
+    Arguments, variables and names are those of `BatchNorm`, and the size; `axis_name` averages running statistics only.
+
+    Attributes:
+      ghost_size: examples in a ghost batch.
+      bessel_correction: whether the running variance takes each ghost batch's times n / (n − 1).
+
+    >>> import flax.linen as nn
+    >>> from bnjax.linen import GhostBatchNorm
+    >>> model = nn.Sequential([nn.Dense(4), GhostBatchNorm(ghost_size=2, use_running_average=False), nn.relu])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((8, 3)))
+    >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
+    """
+
+    ghost_size: int
+    bessel_correction: bool = False
+
+    @nn.nowrap
+    def _normalized(self, *arrays, **options):
+        options |= {"bessel_correction": self.bessel_correction, "ghost_size": self.ghost_size}
+        return *ghost_batch_norm(*arrays, **options), None
+
+
+class MovingBatchNorm(_Normalizer):
+    """`bnjax.variants.moving_batch_norm` as a layer: `BatchNorm` by the running statistics in training too.
+
+    Arguments, variables and names are those of `BatchNorm`. Where the batch's statistics would be used the running ones
+    move before they are.
+
+    Attributes:
+      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+
+    >>> import flax.linen as nn
+    >>> from bnjax.linen import MovingBatchNorm
+    >>> model = nn.Sequential([nn.Dense(4), MovingBatchNorm(use_running_average=False), nn.relu])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((8, 3)))
+    >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
+    """
+
+    bessel_correction: bool = False
+
+    @nn.nowrap
+    def _normalized(self, *arrays, **options):
+        return *moving_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options), None
+
+
+class FrozenBatchNorm(_Normalizer):
+    """`bnjax.variants.frozen_batch_norm` as a layer: `BatchNorm` by running statistics that never move.
+
+    Arguments, variables and names are those of `BatchNorm`, so that its variables can be loaded; scale and bias get no
+    gradient.
+
+    >>> import flax.linen as nn
+    >>> from bnjax.linen import FrozenBatchNorm
+    >>> model = nn.Sequential([nn.Dense(4), FrozenBatchNorm(use_running_average=False), nn.relu])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((8, 3)))
+    >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
+    """
+
+    @nn.nowrap
+    def _normalized(self, *arrays, **options):
+        return *frozen_batch_norm(*arrays, **options), None
+
+
+class SplitBatchNorm(_Normalizer, kw_only=True):
+    """`bnjax.variants.split_batch_norm` as a layer: `BatchNorm` with statistics for each of several kinds of batches.
+
+    Arguments and names are those of `BatchNorm`; 'mean' and 'var' have a leading axis of kinds, and the call says which
+    of them the batch is of. Scale and bias are common to all.
+
+    Attributes:
+      num_splits: how many kinds of batches there are.
+      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+
+    >>> from bnjax.linen import SplitBatchNorm
+    >>> layer = SplitBatchNorm(num_splits=2, use_running_average=False)
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((8, 3)), split=0)
+    >>> y, updates = layer.apply(variables, jnp.ones((8, 3)), split=1, mutable=['batch_stats'])
+    >>> updates['batch_stats']['mean'].shape
+    (2, 3)
+    """
+
+    num_splits: int
+    bessel_correction: bool = False
+
+    @nn.compact
+    def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
+        """Normalises `x`, and moves the running statistics of its kind where the batch's are used.
+
+        Args:
+          x: the input, all of it of one kind.
+          use_running_average: whether to use the running statistics; here or in the constructor.
+          split: which kind, from 0; may be traced.
+          mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        return self._call(x, use_running_average, mask, (self.num_splits,), split=split)
+
+    @nn.nowrap
+    def _normalized(self, *arrays, **options):
+        return *split_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options), None

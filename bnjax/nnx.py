@@ -1,18 +1,92 @@
-"""Batch norm as a Flax nnx layer: a drop-in replacement for `flax.nnx.BatchNorm`."""
+"""Batch norm and its variants as Flax nnx layers: drop-in replacements for `flax.nnx.BatchNorm`."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import rnglib
 from flax.nnx.nn import dtypes
 from jaxtyping import ArrayLike
 
 from bnjax import _checks
 from bnjax.norm import batch_norm
+from bnjax.variants import (
+    batch_renorm,
+    frozen_batch_norm,
+    ghost_batch_norm,
+    init_split_batch_norm,
+    lp_batch_norm,
+    moving_batch_norm,
+    noisy_batch_norm,
+    split_batch_norm,
+)
 
 
-class BatchNorm(nnx.BatchNorm):
+class _Normalizer(nnx.BatchNorm):
+    """What the layers share: arguments, variables and call; each has a function of its own."""
+
+    def __init__(self, num_features: int, **kwargs: Any):
+        super().__init__(num_features, **kwargs)
+
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
+        """Normalises `x`, and moves the running statistics where the batch's are used.
+
+        Args:
+          x: the input.
+          use_running_average: whether to use the running statistics; takes precedence over the constructor's.
+          mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        return self._call(x, use_running_average, mask)
+
+    def _call(self, x, use_running_average, mask, **call_options):
+        """The call, with further options of the function."""
+        use_running_average = nnx.module.first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg=f"use_running_average must be given to {type(self).__name__}'s constructor, to its call, or by "
+            "nnx.view.",
+        )
+        x = jnp.asarray(x)
+        scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
+        values = (x, self.mean[...], self.var[...], scale, bias)
+        promoted = self.promote_dtype(values, dtype=self.dtype)
+        dtype = promoted[0].dtype
+        if self.promote_dtype is not dtypes.promote_dtype:
+            values = (promoted[0], *values[1:3], *promoted[3:])  # the running statistics move unrounded, as in Flax
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
+            values = (x.astype(dtype), *values[1:])
+        x, mean, var, scale, bias = values
+        y, batch_stats = self._normalized(
+            x,
+            {k: v for k, v in (("scale", scale), ("bias", bias)) if v is not None},
+            {"mean": mean, "var": var},
+            training=not use_running_average,
+            axis=self.axis,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            mask=_checks.flax_mask(mask, x.shape),
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            dtype=dtype,
+            **call_options,
+        )
+        if not use_running_average:
+            # Variables that are mutable array references can't hold values that are being differentiated.
+            is_reference = getattr(self.mean, "_can_update", False) or getattr(self.var, "_can_update", False)
+            keep = jax.lax.stop_gradient if is_reference else lambda value: value
+            self.mean[...], self.var[...] = keep(batch_stats["mean"]), keep(batch_stats["var"])
+        return y
+
+    def _normalized(self, *arrays, **options) -> tuple[Any, Any]:
+        """The output and the running statistics."""
+        raise NotImplementedError
+
+
+class BatchNorm(_Normalizer):
     """`flax.nnx.BatchNorm` computed by `bnjax.batch_norm`: same constructor, variables and names.
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
@@ -35,49 +109,183 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(num_features, **kwargs)
         self.bessel_correction = bessel_correction
 
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Normalises `x`, and moves the running statistics where the batch's are used.
+    def _normalized(self, *arrays, **options):
+        return batch_norm(*arrays, bessel_correction=self.bessel_correction, **options)
+
+
+class NoisyBatchNorm(BatchNorm):
+    """`bnjax.variants.noisy_batch_norm` as a layer: `BatchNorm`, then noise where the batch's statistics are used.
+
+    Each call draws a new key from the stream 'noise' of the constructor's `rngs` (or 'default'), as `nnx.Dropout` does
+    from 'dropout'.
+
+    Args:
+      num_features: size of the feature axis.
+      unit_shift: half-width of the uniform distribution about 0 of each unit's mean shift.
+      unit_scale: upper end of the uniform distribution from 1 of each unit's mean scale.
+      sample_shift: half-width of the uniform distribution of a sample's shift about its unit's.
+      sample_scale: standard deviation of the normal distribution of a sample's scale about its unit's.
+      rngs: random streams.
+      **kwargs: every other argument of `BatchNorm`.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import NoisyBatchNorm
+    >>> layer = NoisyBatchNorm(3, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.ones((8, 3)))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        unit_shift: Any = 0.5,
+        unit_scale: Any = 1.25,
+        sample_shift: Any = 0.1,
+        sample_scale: Any = 0.1,
+        rngs: rnglib.Rngs,
+        **kwargs: Any,
+    ):
+        super().__init__(num_features, rngs=rngs, **kwargs)
+        self.unit_shift, self.unit_scale = unit_shift, unit_scale
+        self.sample_shift, self.sample_scale = sample_shift, sample_scale
+        self.rngs = rngs["noise"].fork()
+
+    def _normalized(self, *arrays, training, **options):
+        strengths = {name: getattr(self, name) for name in ("unit_shift", "unit_scale", "sample_shift", "sample_scale")}
+        options |= {"training": training, "key": self.rngs() if training else None, **strengths}
+        return noisy_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options)
+
+
+class LpBatchNorm(_Normalizer):
+    """`bnjax.variants.lp_batch_norm` as a layer: `BatchNorm` with an l_p norm in place of the standard deviation.
+
+    Args:
+      num_features: size of the feature axis.
+      p: 1, 2 or `math.inf`.
+      **kwargs: every other argument of `flax.nnx.BatchNorm`.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import LpBatchNorm
+    >>> layer = LpBatchNorm(3, p=1, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.ones((8, 3)))
+    """
+
+    def __init__(self, num_features: int, *, p: float, **kwargs: Any):
+        super().__init__(num_features, **kwargs)
+        self.p = p
+
+    def _normalized(self, *arrays, **options):
+        return lp_batch_norm(*arrays, p=self.p, **options)
+
+
+class BatchRenorm(BatchNorm):
+    """`bnjax.variants.batch_renorm` as a layer: `BatchNorm`, in training moved towards what inference gives.
+
+    Args:
+      num_features: size of the feature axis.
+      r_max: limit of the correction of the deviation, at least 1.
+      d_max: limit of the correction of the mean, in running deviations. Set both before a step for a schedule.
+      **kwargs: every other argument of `BatchNorm`.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import BatchRenorm
+    >>> layer = BatchRenorm(3, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.ones((8, 3)))
+    """
+
+    def __init__(self, num_features: int, *, r_max: Any = 3.0, d_max: Any = 5.0, **kwargs: Any):
+        super().__init__(num_features, **kwargs)
+        self.r_max, self.d_max = r_max, d_max
+
+    def _normalized(self, *arrays, **options):
+        options |= {"bessel_correction": self.bessel_correction, "r_max": self.r_max, "d_max": self.d_max}
+        return batch_renorm(*arrays, **options)
+
+
+class GhostBatchNorm(BatchNorm):
+    """`bnjax.variants.ghost_batch_norm` as a layer: `BatchNorm` of each `ghost_size` examples by themselves.
+
+    Args:
+      num_features: size of the feature axis.
+      ghost_size: examples in a ghost batch.
+      **kwargs: every other argument of `BatchNorm`; `axis_name` averages running statistics only.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import GhostBatchNorm
+    >>> layer = GhostBatchNorm(3, ghost_size=2, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.ones((8, 3)))
+    """
+
+    def __init__(self, num_features: int, *, ghost_size: int, **kwargs: Any):
+        super().__init__(num_features, **kwargs)
+        self.ghost_size = ghost_size
+
+    def _normalized(self, *arrays, **options):
+        options |= {"bessel_correction": self.bessel_correction, "ghost_size": self.ghost_size}
+        return ghost_batch_norm(*arrays, **options)
+
+
+class MovingBatchNorm(BatchNorm):
+    """`bnjax.variants.moving_batch_norm` as a layer: `BatchNorm` by the running statistics in training too.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import MovingBatchNorm
+    >>> layer = MovingBatchNorm(3, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.ones((8, 3)))
+    """
+
+    def _normalized(self, *arrays, **options):
+        return moving_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options)
+
+
+class FrozenBatchNorm(_Normalizer):
+    """`bnjax.variants.frozen_batch_norm` as a layer: `BatchNorm` by running statistics that never move.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import FrozenBatchNorm
+    >>> layer = FrozenBatchNorm(3, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.ones((8, 3)))
+    """
+
+    def _normalized(self, *arrays, **options):
+        return frozen_batch_norm(*arrays, **options)
+
+
+class SplitBatchNorm(BatchNorm):
+    """`bnjax.variants.split_batch_norm` as a layer: `BatchNorm` with statistics for each of several kinds of batches.
+
+    Args:
+      num_features: size of the feature axis.
+      num_splits: how many kinds of batches there are; `mean` and `var` have a leading axis of them.
+      **kwargs: every other argument of `BatchNorm`.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import SplitBatchNorm
+    >>> layer = SplitBatchNorm(3, num_splits=2, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.ones((8, 3)), split=1)
+    >>> layer.mean[...].shape
+    (2, 3)
+    """
+
+    def __init__(self, num_features: int, *, num_splits: int, **kwargs: Any):
+        super().__init__(num_features, **kwargs)
+        _, batch_stats = init_split_batch_norm(num_features, num_splits)
+        self.num_splits = num_splits
+        self.mean, self.var = nnx.BatchStat(batch_stats["mean"]), nnx.BatchStat(batch_stats["var"])
+
+    def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
+        """Normalises `x`, and moves the running statistics of its kind where the batch's are used.
 
         Args:
-          x: the input.
+          x: the input, all of it of one kind.
           use_running_average: whether to use the running statistics; takes precedence over the constructor's.
+          split: which kind, from 0; may be traced.
           mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
 
         Returns:
           An array of the shape of `x`.
         """
-        use_running_average = nnx.module.first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg="use_running_average must be given to BatchNorm's constructor, to its call, or by nnx.view.",
-        )
-        x = jnp.asarray(x)
-        scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
-        values = (x, self.mean[...], self.var[...], scale, bias)
-        promoted = self.promote_dtype(values, dtype=self.dtype)
-        dtype = promoted[0].dtype
-        if self.promote_dtype is not dtypes.promote_dtype:
-            values = (promoted[0], *values[1:3], *promoted[3:])  # the running statistics move unrounded, as in Flax
-        elif not jnp.issubdtype(x.dtype, jnp.floating):
-            values = (x.astype(dtype), *values[1:])
-        x, mean, var, scale, bias = values
-        y, batch_stats = batch_norm(
-            x,
-            {k: v for k, v in (("scale", scale), ("bias", bias)) if v is not None},
-            {"mean": mean, "var": var},
-            training=not use_running_average,
-            axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            mask=_checks.flax_mask(mask, x.shape),
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=dtype,
-            bessel_correction=self.bessel_correction,
-        )
-        if not use_running_average:
-            # Variables that are mutable array references can't hold values that are being differentiated.
-            is_reference = getattr(self.mean, "_can_update", False) or getattr(self.var, "_can_update", False)
-            keep = jax.lax.stop_gradient if is_reference else lambda value: value
-            self.mean[...], self.var[...] = keep(batch_stats["mean"]), keep(batch_stats["var"])
-        return y
+        return self._call(x, use_running_average, mask, split=split)
+
+    def _normalized(self, *arrays, **options):
+        return split_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options)

@@ -153,10 +153,12 @@ def batch_norm_and_moments(
     bessel_correction: bool,
     moments_of: Callable[..., Moments] = checked_moments,
     params_of: Callable[[Params, Array, Array], Params] | None = None,
+    is_moving: bool = False,
 ) -> tuple[Array, Any, Moments | None]:
     """`batch_norm`, with the batch's moments too in training, or what `moments_of` gives in their place.
 
-    In training, `params_of` may replace the parameters by some that depend on the batch's mean and variance.
+    In training, `params_of` may replace the parameters by some that depend on the batch's mean and variance, and
+    `is_moving` normalises by the running statistics that have moved.
     """
     x = _checks.check_input(x)
     axes = _checks.feature_axes(axis, x.ndim)
@@ -175,8 +177,11 @@ def batch_norm_and_moments(
         groups = _checks.check_axis_name(axis_name, axis_index_groups)
         m = moments_of(x, weights, axes, axis_name, groups)
         new_stats = update_batch_stats(batch_stats, m, momentum=momentum, bessel_correction=bessel_correction)
-        mean = jnp.where(m.count > 0, m.mean, mean.astype(m.mean.dtype))
-        var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))
+        if is_moving:
+            mean, var = (jnp.asarray(new_stats[name]).astype(m.mean.dtype) for name in ("mean", "var"))
+        else:
+            mean = jnp.where(m.count > 0, m.mean, mean.astype(m.mean.dtype))
+            var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))
         if axis_name is not None:
             mean, var = vary_like(jnp.stack([mean, var]), x)  # as one: a single sum serves both in the derivative
         params = params if params_of is None else params_of(params, mean, var)

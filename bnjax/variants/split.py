@@ -1,0 +1,138 @@
+"""Split batch norm: one scale and bias, and statistics for each of several kinds of batches."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+
+from bnjax import _checks
+from bnjax._checks import Axes
+from bnjax._collectives import AxisName
+from bnjax.norm import BatchStats, Params, batch_norm, init_batch_norm
+
+
+def init_split_batch_norm(
+    num_features: int | tuple[int, ...], num_splits: int, **options: Any
+) -> tuple[dict[str, Float[Array, "*features"]], dict[str, Float[Array, "..."]]]:
+    """Initial parameters and `num_splits` sets of running statistics, with a leading axis of these.
+
+    Args:
+      num_features: size of the feature axis, or axes.
+      num_splits: how many kinds of batches there are, at least 1.
+      **options: of `bnjax.init_batch_norm`.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.init_batch_norm`, and for a `num_splits` that is no positive int.
+
+    >>> params, batch_stats = init_split_batch_norm(3, 2)
+    >>> print(params['scale'].shape, batch_stats['mean'].shape)
+    (3,) (2, 3)
+    """
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int | np.integer) or num_splits < 1:
+        raise ValueError(f"num_splits must be a positive int, got {num_splits!r}. Pass 2, for two kinds of batches.")
+    params, batch_stats = init_batch_norm(num_features, **options)
+    return params, jax.tree.map(lambda v: jnp.broadcast_to(v, (num_splits, *v.shape)), batch_stats)
+
+
+def split_batch_norm(
+    x: Shaped[ArrayLike, "..."],
+    params: Params,
+    batch_stats: BatchStats,
+    *,
+    training: bool,
+    split: Any,
+    axis: Axes = -1,
+    momentum: Any = 0.99,
+    epsilon: Any = 1e-5,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: object = None,
+    dtype: DTypeLike | None = None,
+    bessel_correction: bool = False,
+) -> tuple[Float[Array, "..."], BatchStats]:
+    """Batch norm with the running statistics of one of several kinds of batches, such as clean and adversarial ones.
+
+    `batch_norm` with `batch_stats` of the kind `split`; those of the others stay. (For a scale and bias of each kind as
+    well, as AdvProp has, choose among several `params` by the same index.)
+
+    Args:
+      x: real floating-point array of any shape, empty included; all of it of one kind.
+      params: 'scale' and 'bias' of the shape of the feature axes, common to all kinds; either may be absent.
+      batch_stats: running 'mean' and 'var' with a leading axis of kinds before that shape.
+      training: whether to use the batch's statistics and to move the running ones; static.
+      split: which kind, from 0; may be traced, and then counts as the nearest one where it is out of range.
+      axis: feature axis or axes, static; this and the following as in `batch_norm`.
+      momentum: weight of the old running value.
+      epsilon: number added to the variance.
+      mask: boolean, or sample weights, of the statistics.
+      axis_name: mapped axis over which the moments are merged; `split` has to be the same for all its members.
+      axis_index_groups: groups of indices of that axis that are normalised separately.
+      dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
+      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+
+    Returns:
+      `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
+
+    Raises:
+      TypeError, ValueError, NameError: at trace time, as `batch_norm`; also for statistics without that axis, or a
+        `split` that is no integer or out of range (where known).
+
+    References:
+      Xie et al. 2020 (arXiv 1911.09665), section 4.1 (auxiliary batch norm); Li et al. 2016 (arXiv 1603.04779) and
+      Chang et al. 2019 (arXiv 1906.03950) for domains.
+
+    >>> params, batch_stats = init_split_batch_norm(1, 2)
+    >>> x = jnp.array([[1.], [3.]])
+    >>> y, batch_stats = split_batch_norm(x, params, batch_stats, training=True, split=1, momentum=0.5)
+    >>> print(batch_stats['mean'].ravel())
+    [0. 1.]
+    """
+    num_splits = _num_splits(batch_stats)
+    split = _checked_split(split, num_splits)
+    own = {name: jax.lax.dynamic_index_in_dim(value, split, keepdims=False) for name, value in batch_stats.items()}
+    y, moved = batch_norm(
+        x,
+        params,
+        own,
+        training=training,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        bessel_correction=bessel_correction,
+    )
+    if not training:
+        return y, batch_stats
+    new = {n: jax.lax.dynamic_update_index_in_dim(v, moved[n], split, 0) for n, v in batch_stats.items()}
+    return y, type(batch_stats)(new)  # pyright: ignore[reportCallIssue]
+
+
+def _num_splits(batch_stats: Any) -> int:
+    _checks.check_batch_stats(batch_stats)
+    shapes = {name: jnp.shape(batch_stats[name]) for name in ("mean", "var")}
+    if not all(shapes.values()) or not shapes["mean"][0]:
+        raise ValueError(
+            f"batch_stats must have a leading axis of kinds of batches, got shapes {shapes}. "
+            "Make them with bnjax.variants.init_split_batch_norm."
+        )
+    return shapes["mean"][0]
+
+
+def _checked_split(split: Any, count: int) -> Array:
+    array = isinstance(split, jax.Array | np.ndarray | np.generic)
+    is_integer = (
+        jnp.issubdtype(split.dtype, jnp.integer) if array else isinstance(split, int) and not isinstance(split, bool)
+    )
+    if not is_integer or np.shape(split):
+        raise TypeError(
+            f"split must be an integer scalar, which of {count} kinds of batches, got {split!r}. Pass 0, say."
+        )
+    if not isinstance(split, Tracer) and not 0 <= int(split) < count:
+        raise ValueError(f"split must lie in [0, {count}), the kinds of batches of batch_stats, got {int(split)}.")
+    return jnp.clip(jnp.asarray(split), 0, count - 1)
