@@ -1,0 +1,250 @@
+"""What the batch norms of a model are like, and the usual mistakes with them."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from bnjax.inference import _calls
+from bnjax.inference.reestimate import moments_seen
+
+_DEAD, _EXPLODING = 1e-3, 1e3  # beside the layer's median
+_NEAR = 10.0  # epsilons, up to which a variance is near epsilon
+_FAR_MEAN, _FAR_VAR = 3.0, 10.0  # running deviations between means, and the ratio of variances, of half the features
+
+_SHOWN = 5  # batch norms with the same mistake
+
+Spread = tuple[float, float, float]
+
+
+class Mistake(NamedTuple):
+    """What is likely to be one.
+
+    Attributes:
+      text: what it is, and what to do.
+      measured: what was found here.
+    """
+
+    text: str
+    measured: str = ""
+
+
+class Description(NamedTuple):
+    """One batch norm.
+
+    Attributes:
+      path: of its variables, joined by slashes.
+      features: how many.
+      multiplier: least, median and largest effective scale, |scale| / sqrt(var + epsilon).
+      deviation: least, median and largest running deviation, sqrt(var).
+      dead: features whose output hardly varies: |scale| · sqrt(var / (var + epsilon)) is below 1e-3 of its median.
+      exploding: features whose effective scale is above 1e3 times its median.
+      mistakes: what is likely to be one.
+    """
+
+    path: str
+    features: int
+    multiplier: Spread
+    deviation: Spread
+    dead: tuple[int, ...]
+    exploding: tuple[int, ...]
+    mistakes: tuple[Mistake, ...]
+
+
+class _Settings(NamedTuple):
+    """Of one batch norm, as far as known."""
+
+    epsilon: float = 1e-5
+    momentum: Any = None
+    is_inference: bool = False
+
+
+def examine(
+    variables: Any, model: nn.Module | None = None, *args: Any, epsilon: float = 1e-5, **options: Any
+) -> list[Description]:
+    """Looks at each batch norm of a model; `describe` prints the same.
+
+    Args:
+      variables: collections 'params' and 'batch_stats', or an nnx module.
+      model: linen module; it tells the epsilon and the momentum of each batch norm.
+      *args: of its call: a batch, whose statistics are compared with the running ones.
+      epsilon: of the batch norms, where neither a model nor an nnx module tells it.
+      **options: of the call, such as `training=False`.
+
+    Returns:
+      A description of each batch norm, in the order of the variables (of the calls, with a model).
+
+    Raises:
+      ValueError: where there is no batch norm.
+
+    >>> from bnjax.linen import BatchNorm
+    >>> model = BatchNorm(use_running_average=True, momentum=0.1)
+    >>> variables = model.init(jax.random.key(0), jnp.ones((8, 3)))
+    >>> (one,) = examine(variables, model, jnp.ones((8, 3)))
+    >>> [mistake.measured for mistake in one.mistakes]
+    ['mean 0, variance 1', 'momentum 0.1', 'means 1 deviations away, variances 1e-05 times (medians)']
+    """
+    if isinstance(variables, nnx.Module):
+        norms, settings, seen = *_of_nnx(variables), {}
+    else:
+        norms = _of_variables(variables)
+        settings = {path: _Settings(epsilon) for path in norms}
+        seen = {}
+        if model is not None:
+            settings = _settings(model, variables, args, options)
+            norms = {path: norms[path] for path in settings if path in norms}
+            seen = moments_seen(model.apply, frozenset(norms), True, options, variables, args)
+            seen = {"/".join(path): jax.device_get(m) for path, m in seen.items()}
+    if not norms:
+        raise ValueError(
+            "variables must hold a batch norm ('mean' and 'var' in the collection 'batch_stats'), got none."
+        )
+    return [_described(path, norm, settings[path], seen.get(path)) for path, norm in norms.items()]
+
+
+def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon: float = 1e-5, **options: Any) -> None:
+    """Prints each batch norm's effective scale, running deviation, dead and exploding features, and likely mistakes.
+
+    It warns of running statistics that have never moved, of variances near epsilon, below zero or not finite; with a
+    model, of a momentum in PyTorch's convention; and with a batch, of running statistics far from the batch's.
+
+    Args:
+      variables: collections 'params' and 'batch_stats', or an nnx module.
+      model: linen module; it tells the epsilon and the momentum of each batch norm.
+      *args: of its call: a batch, whose statistics are compared with the running ones.
+      epsilon: of the batch norms, where neither a model nor an nnx module tells it.
+      **options: of the call, such as `training=False`.
+
+    Raises:
+      ValueError: where there is no batch norm.
+
+    >>> import bnjax
+    >>> params, batch_stats = bnjax.init_batch_norm(3)
+    >>> describe({'params': {'norm': params}, 'batch_stats': {'norm': batch_stats}})  # doctest: +ELLIPSIS
+                            Batch norms...
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    found = examine(variables, model, *args, epsilon=epsilon, **options)
+    table = Table(title="Batch norms: least, median and largest of the features", title_justify="left")
+    for name in ("batch norm", "features", "|scale| / √(var + ε)", "√var", "dead", "exploding"):
+        table.add_column(name, justify="left" if name == "batch norm" else "right", no_wrap=True)
+    mistakes: dict[str, list[str]] = {}
+    for one in found:
+        spreads = ("  ".join(f"{value:.3g}" for value in spread) for spread in (one.multiplier, one.deviation))
+        table.add_row(one.path, str(one.features), *spreads, str(len(one.dead)), str(len(one.exploding)))
+        for text, measured in one.mistakes:
+            mistakes.setdefault(text, []).append(f"  {one.path}: {measured}")
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    for text, places in mistakes.items():
+        more = [f"  and {len(places) - _SHOWN} more"] * (len(places) > _SHOWN)
+        console.print("\n".join([text, *places[:_SHOWN], *more]), soft_wrap=True)
+
+
+def _of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Arrays of each batch norm, by path."""
+    stats: Any = flatten_dict(nn.meta.unbox(dict(variables.get("batch_stats", {}))))
+    params: Any = flatten_dict(nn.meta.unbox(dict(variables.get("params", {}))))
+    paths = [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
+    found = {}
+    for path in sorted(paths, key=_natural):
+        arrays = {name: stats[*path, name] for name in ("mean", "var")}
+        arrays |= {name: params[*path, name] for name in ("scale", "bias") if (*path, name) in params}
+        found["/".join(path)] = {name: np.asarray(value, np.float64) for name, value in arrays.items()}
+    return found
+
+
+def _natural(path: tuple[str, ...]) -> list[Any]:
+    """To sort by: numbers by their value."""
+    return [(int(part) if part.isdigit() else 0, part) for name in path for part in re.split(r"(\d+)", name)]
+
+
+def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, _Settings]]:
+    """Arrays and settings of each batch norm of an nnx module, by path."""
+    norms, settings = {}, {}
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.BatchNorm):
+            name = "/".join(map(str, path))
+            arrays = {n: getattr(part, n) for n in ("mean", "var", "scale", "bias")}
+            norms[name] = {n: np.asarray(v[...], np.float64) for n, v in arrays.items() if v is not None}
+            settings[name] = _Settings(part.epsilon, part.momentum, bool(part.use_running_average))
+    return norms, settings
+
+
+def _settings(model: nn.Module, variables: Any, args: Any, options: Any) -> dict[str, _Settings]:
+    """Those of each batch norm that a linen model calls."""
+    found = {}
+
+    def note(module, call, x, given):
+        running = given.get("use_running_average", module.use_running_average)
+        found["/".join(module.path)] = _Settings(module.epsilon, module.momentum, bool(running))
+        return call(x, **given)
+
+    def run(variables, *args):
+        with _calls.intercept((nn.BatchNorm,), note):
+            return model.apply(variables, *args, **options, mutable=["batch_stats"])
+
+    jax.eval_shape(run, variables, *args)
+    return found
+
+
+def _described(path: str, arrays: Mapping[str, np.ndarray], settings: _Settings, seen: Any) -> Description:
+    mean, var = arrays["mean"], arrays["var"]
+    scale = np.abs(arrays.get("scale", np.ones(())))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        multiplier = scale / np.sqrt(var + settings.epsilon)
+        varies = multiplier * np.sqrt(var)
+        dead = np.flatnonzero(varies <= _DEAD * np.median(varies))
+        exploding = np.flatnonzero(multiplier > _EXPLODING * np.median(multiplier))
+        deviation = np.sqrt(var)
+    return Description(
+        path,
+        mean.shape[-1] if mean.ndim else 1,
+        _spread(multiplier),
+        _spread(deviation),
+        tuple(dead.tolist()),
+        tuple(exploding.tolist()),
+        tuple(_mistakes(mean, var, settings, seen)),
+    )
+
+
+def _spread(values: np.ndarray) -> Spread:
+    if np.isnan(values).all():
+        return np.nan, np.nan, np.nan
+    return float(np.nanmin(values)), float(np.nanmedian(values)), float(np.nanmax(values))
+
+
+def _mistakes(mean: np.ndarray, var: np.ndarray, settings: _Settings, seen: Any) -> Iterator[Mistake]:
+    epsilon = settings.epsilon
+    if broken := (~np.isfinite(mean) | ~np.isfinite(var)).sum():
+        text = "Running statistics are not finite: a batch held NaN or infinity, or its variance was taken in one pass."
+        yield Mistake(text, f"{broken} of {var.size} features")
+    if negative := (var < 0).sum():
+        text = "Running variances are negative: they were taken as E[x²] − E[x]² of large means."
+        yield Mistake(text, f"{negative} of {var.size} features")
+    if (mean == 0).all() and (var == 1).all():
+        text = "Running statistics have never moved: put what training returns in 'batch_stats' back into the variables"
+        here = ", as inference here does not normalise." if settings.is_inference else " before inference."
+        yield Mistake(text + here, "mean 0, variance 1")
+    if near := ((var >= 0) & (var < _NEAR * epsilon)).sum():
+        text = f"Running variances are below {_NEAR:g} times epsilon, which decides the output then: the features are "
+        text += "nearly constant, or need a smaller epsilon."
+        yield Mistake(text, f"{near} of {var.size} features, epsilon {epsilon:g}")
+    if isinstance(settings.momentum, int | float) and settings.momentum < 0.5:
+        text = "momentum weighs the old value, as in Flax and Keras: where it comes from PyTorch, pass 1 minus it."
+        yield Mistake(text, f"momentum {settings.momentum:g}")
+    if seen is not None and var.size and np.all(seen.count > 1):
+        with np.errstate(invalid="ignore"):
+            distance = np.median(np.abs(seen.mean - mean) / np.sqrt(np.maximum(var, 0) + epsilon))
+            ratio = np.median((seen.var + epsilon) / (np.maximum(var, 0) + epsilon))
+        if distance > _FAR_MEAN or not 1 / _FAR_VAR < ratio < _FAR_VAR:
+            text = "Running statistics are far from the batch's: train for longer, lower the momentum, or re-estimate "
+            text += "them with bnjax.inference.reestimate_batch_stats."
+            yield Mistake(text, f"means {distance:.3g} deviations away, variances {ratio:.3g} times (medians)")

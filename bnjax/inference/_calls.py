@@ -1,0 +1,75 @@
+"""Which of a model's layers feed which: calls that are marked in the traced program."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+Call = Callable[..., Any]
+_IN, _OUT = "bnjax: into ", "bnjax: out of "
+_INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+
+
+def intercept(kinds: tuple[type[nn.Module], ...], replace: Callable[[Any, Call, Any, dict[str, Any]], Any]):
+    """A context in which `replace(module, call, x, options)` stands for the calls of modules of some kinds."""
+
+    def interceptor(next_function, arguments, options, context):
+        if context.method_name != "__call__" or not isinstance(context.module, kinds):
+            return next_function(*arguments, **options)
+        given = dict(zip(("x", "use_running_average"), arguments, strict=False)) | options
+        name = "inputs" if "inputs" in given else "x"
+        x = given.pop(name)
+        return replace(context.module, lambda x, **options: next_function(x, **options), x, given)
+
+    return nn.intercept_methods(interceptor)
+
+
+def marked(module: nn.Module, call: Call, x: Any, options: dict[str, Any]) -> Any:
+    """The output of a call, with marks at its input and at its output."""
+    name = "/".join(module.path)
+    return checkpoint_name(call(checkpoint_name(x, _IN + name), **options), _OUT + name)
+
+
+def followers(jaxpr: Any) -> Iterator[tuple[str, str]]:
+    """Names of marked calls, and of those that take their outputs as they are and as the only ones."""
+    uses = Counter(id(v) for eqn in jaxpr.eqns for v in eqn.invars) + Counter(map(id, jaxpr.outvars))
+    made = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "name":
+            name, (variable,) = eqn.params["name"], eqn.invars
+            if name.startswith(_OUT):
+                made[id(eqn.outvars[0])] = name.removeprefix(_OUT)
+            elif name.startswith(_IN) and id(variable) in made and uses[id(variable)] == 1:
+                yield made[id(variable)], name.removeprefix(_IN)
+        elif eqn.primitive.name in _INLINED:
+            for inner in _inner(eqn):
+                yield from followers(inner)
+
+
+def depths(jaxpr: Any, start: int = 0) -> tuple[dict[str, int], int]:
+    """How many marked calls the input of each depends on, along the longest way, and alike for the outputs."""
+    found: dict[str, int] = {}
+    depth: dict[int, int] = {}
+    for eqn in jaxpr.eqns:
+        here = max([start, *(depth.get(id(v), 0) for v in eqn.invars)])
+        name = eqn.params["name"] if eqn.primitive.name == "name" else ""
+        if name.startswith(_IN):
+            found[name.removeprefix(_IN)] = max(here, found.get(name.removeprefix(_IN), 0))
+        here += name.startswith(_OUT)
+        for inner in _inner(eqn):
+            below, after = depths(inner, here)
+            found |= below
+            here = max(here, after)
+        depth |= {id(v): here for v in eqn.outvars}
+    return found, max([start, *(depth.get(id(v), 0) for v in jaxpr.outvars)])
+
+
+def _inner(eqn: Any) -> Iterator[Any]:
+    """Programs within an operation."""
+    for value in eqn.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                yield part

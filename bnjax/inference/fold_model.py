@@ -1,0 +1,172 @@
+"""The batch norms of a whole Flax model folded into its linear layers."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax import _checks, layers
+from bnjax.inference import _calls
+from bnjax.inference.folding import fold, fold_before
+
+Path = tuple[str, ...]
+
+_LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose, layers.Conv)
+
+
+class _Norm(NamedTuple):
+    """A batch norm at inference."""
+
+    path: Path
+    epsilon: Any
+
+
+class _Linear(NamedTuple):
+    """A linear layer: the axis of its kernel's outputs, its groups, and whether it takes constants to constants."""
+
+    path: Path
+    axis: int
+    groups: int
+    passes_constants: bool
+
+
+def foldable_pairs(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
+    """Paths of the linear layers and batch norms that `fold_model` folds: ('block/Conv_0', 'block/BatchNorm_0'), ….
+
+    Args:
+      model: linen module.
+      variables: its collections.
+      *args: of its call; shapes suffice (`jax.ShapeDtypeStruct`).
+      **kwargs: of its call, such as `training=False`.
+    """
+    return [("/".join(layer.path), "/".join(norm.path)) for layer, norm, _ in _pairs(model, variables, args, kwargs)]
+
+
+def fold_model(
+    model: nn.Module, variables: Mapping[str, Any], *args: Any, pairs: Sequence[tuple[str, str]] | None = None, **kwargs
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A model at inference without the batch norms that follow (or precede) a linear layer.
+
+    The model is run abstractly to find them: batch norms over the last axis whose input is the output of a `Dense`,
+    `Conv` or `ConvTranspose` that nothing else uses, and those whose output, used by nothing else, is the input of a
+    `Dense` or of a `Conv` that pads nothing. Layers inside Flax's scan and vmap, and those that are called several
+    times, stay as they are.
+
+    Args:
+      model: linen module.
+      variables: its collections.
+      *args: of its call; shapes suffice (`jax.ShapeDtypeStruct`).
+      pairs: those to fold, of `foldable_pairs`; all of them by default.
+      **kwargs: of its call, such as `training=False`.
+
+    Returns:
+      `(apply, variables)`: a function like `model.apply`, for inference, and variables for it: without those of the
+      folded batch norms, and with a bias for each layer that they were folded into. Partitioning metadata is left out.
+
+    Raises:
+      ValueError: for a pair that can't be folded, with those that can.
+
+    >>> from bnjax.linen import BatchNorm
+    >>> model = nn.Sequential([nn.Dense(4), BatchNorm(use_running_average=True), nn.relu])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((8, 3)))
+    >>> apply, folded = fold_model(model, variables, jnp.ones((8, 3)))
+    >>> list(folded['params']), list(folded)
+    (['layers_0'], ['params'])
+    """
+    variables = nn.meta.unbox(variables)
+    found = {
+        ("/".join(layer.path), "/".join(norm.path)): (layer, norm, is_before)
+        for layer, norm, is_before in _pairs(model, variables, args, kwargs)
+    }
+    pairs = [*found] if pairs is None else [(layer, norm) for layer, norm in pairs]
+    if wrong := [pair for pair in pairs if pair not in found]:
+        raise ValueError(f"pairs must be of those that can be folded, {list(found)}, got {wrong}.")
+    flat: Any = flatten_dict(dict(variables))
+    for layer, norm, is_before in (found[pair] for pair in pairs):
+        params, batch_stats = (_taken(flat, collection, norm.path) for collection in ("params", "batch_stats"))
+        kernel, bias = (flat.get(("params", *layer.path, name)) for name in ("kernel", "bias"))
+        if is_before:
+            folded = fold_before(kernel, bias, params, batch_stats, epsilon=norm.epsilon, groups=layer.groups)
+        else:
+            folded = fold(kernel, bias, params, batch_stats, epsilon=norm.epsilon, axis=layer.axis)
+        flat |= {("params", *layer.path, name): value for name, value in zip(("kernel", "bias"), folded, strict=True)}
+    folded_layers, folded_norms = ({pair[i] for pair in pairs} for i in (0, 1))
+
+    def without_folded(module, call, x, options):
+        name = "/".join(module.path)
+        if name in folded_norms:
+            return x
+        y = call(x, **options)
+        if name in folded_layers and not module.use_bias:
+            bias = module.get_variable("params", "bias").astype(y.dtype)
+            y += bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
+
+    def apply(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with _calls.intercept((*_LINEAR, nn.BatchNorm), without_folded):
+            return model.apply(variables, *args, **kwargs)
+
+    return apply, unflatten_dict(flat)
+
+
+def _taken(flat: Any, collection: str, path: Path) -> dict[str, Any]:
+    """A module's variables of a collection, which are removed."""
+    return {key[-1]: flat.pop(key) for key in list(flat) if key[:-1] == (collection, *path)}
+
+
+def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tuple[_Linear, _Norm, bool]]:
+    """Layers and the batch norms to fold into them, and whether these come before."""
+    found: dict[str, _Linear | _Norm | None] = {}
+    calls: Counter[str] = Counter()
+
+    def note(module, call, x, options):
+        name = "/".join(module.path)
+        calls[name] += 1
+        found[name] = _norm(module, x, options) if isinstance(module, nn.BatchNorm) else _linear(module)
+        return _calls.marked(module, call, x, options)
+
+    def run(variables, *args):
+        with _calls.intercept((*_LINEAR, nn.BatchNorm), note):
+            return model.apply(variables, *args, **kwargs, mutable=["batch_stats"])
+
+    stats: Any = flatten_dict(dict(variables.get("batch_stats", {})))
+    pairs, taken = [], set()
+    for before, after in _calls.followers(jax.make_jaxpr(run)(variables, *args).jaxpr):
+        first, second = found[before], found[after]
+        if {calls[before], calls[after]} != {1} or {before, after} & taken:
+            continue
+        if any(isinstance(part, _Norm) and np.ndim(stats[*part.path, "mean"]) != 1 for part in (first, second)):
+            continue  # Flax's vmap has given it several
+        if isinstance(first, _Linear) and isinstance(second, _Norm):
+            pairs.append((first, second, False))
+            taken.add(after)  # another batch norm before the layer can be folded as well
+        elif isinstance(first, _Norm) and isinstance(second, _Linear) and second.passes_constants:
+            pairs.append((second, first, True))
+            taken.add(before)
+    return pairs
+
+
+def _norm(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> _Norm | None:
+    given = options.get("use_running_average")
+    is_running = module.use_running_average if given is None else given
+    is_last = _checks.feature_axes(module.axis, np.ndim(x)) == (np.ndim(x) - 1,)
+    one_each = np.shape(module.variables["batch_stats"]["mean"]) == np.shape(x)[-1:]
+    return _Norm(module.path, module.epsilon) if is_running and is_last and one_each else None
+
+
+def _linear(module: nn.Module) -> _Linear:
+    options = vars(module)
+    window = options.get("kernel_size") or ()
+    sizes = (window,) if isinstance(window, int) else tuple(window)
+    padding = options.get("padding", "VALID")
+    pads = np.any(padding) if not isinstance(padding, str) else padding != "VALID" and any(size > 1 for size in sizes)
+    return _Linear(
+        module.path,
+        -2 if options.get("transpose_kernel") else -1,
+        options.get("feature_group_count", 1),
+        not pads and options.get("mask") is None and not isinstance(module, nn.ConvTranspose),
+    )

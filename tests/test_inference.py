@@ -1,0 +1,348 @@
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bnjax import batch_norm, models
+from bnjax.inference import adapt_batch_stats, fold, fold_before, fold_model, foldable_pairs, reestimate_batch_stats
+from bnjax.linen import BatchNorm, NoisyBatchNorm, SplitBatchNorm
+
+KEY = jax.random.key(0)
+
+
+def away_from_start(variables, seed=0):
+    """Parameters and statistics moved away from their initial values."""
+    rng = np.random.default_rng(seed)
+
+    def moved(path, value):
+        name = path[-1].key
+        if name == "var":
+            return jnp.asarray(rng.uniform(0.3, 2, value.shape), value.dtype)
+        if name == "scale":
+            return jnp.asarray(rng.uniform(0.5, 1.5, value.shape) * rng.choice([-1, 1], value.shape), value.dtype)
+        return value if name == "kernel" else jnp.asarray(rng.normal(0, 0.3, value.shape), value.dtype)
+
+    return jax.tree_util.tree_map_with_path(moved, variables)
+
+
+def norm_of(features, dtype=jnp.float64):
+    rng = np.random.default_rng(1)
+    params = {"scale": rng.normal(size=features), "bias": rng.normal(size=features)}
+    stats = {"mean": rng.normal(size=features), "var": rng.uniform(0.3, 2, features)}
+    return jax.tree.map(lambda v: jnp.asarray(v, dtype), (params, stats))
+
+
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+LINEAR = {
+    "dense": (nn.Dense(6, param_dtype=jnp.float64), (4, 5), {}),
+    "convolution": (nn.Conv(6, (3, 3), strides=2, param_dtype=jnp.float64), (2, 7, 7, 4), {}),
+    "grouped": (nn.Conv(6, (3, 3), feature_group_count=2, padding="VALID", param_dtype=jnp.float64), (2, 7, 7, 4), {}),
+    "depthwise": (
+        nn.Conv(8, (3, 3), feature_group_count=4, padding="VALID", param_dtype=jnp.float64),
+        (2, 5, 5, 4),
+        {},
+    ),
+    "one-dimensional": (nn.Conv(6, (3,), use_bias=False, padding="VALID", param_dtype=jnp.float64), (2, 7, 4), {}),
+    "transposed": (nn.ConvTranspose(6, (3, 3), strides=(2, 2), param_dtype=jnp.float64), (2, 5, 5, 4), {}),
+    "transposed kernel": (
+        nn.ConvTranspose(6, (3, 3), strides=(2, 2), transpose_kernel=True, param_dtype=jnp.float64),
+        (2, 5, 5, 4),
+        {"axis": -2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_folding_after_a_layer_is_exact(case, x64):
+    layer, shape, options = LINEAR[case]
+    x = jax.random.normal(KEY, shape, jnp.float64)
+    params = away_from_start(layer.init(KEY, x)["params"])
+    y = layer.apply({"params": params}, x)
+    norm = norm_of(y.shape[-1])
+    expected, _ = batch_norm(y, *norm, training=False, epsilon=1e-3)
+    kernel, bias = fold(params["kernel"], params.get("bias"), *norm, epsilon=1e-3, **options)
+    assert (kernel.shape, bias.shape) == (params["kernel"].shape, (y.shape[-1],))
+    folded = layer.clone(use_bias=True).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    np.testing.assert_allclose(folded, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["dense", "grouped", "depthwise", "one-dimensional"])
+def test_folding_before_a_layer_is_exact(case, x64):
+    layer, shape, _ = LINEAR[case]
+    x = jax.random.normal(KEY, shape, jnp.float64)
+    params = away_from_start(layer.init(KEY, x)["params"])
+    norm = norm_of(shape[-1])
+    expected = layer.apply({"params": params}, batch_norm(x, *norm, training=False, epsilon=1e-3)[0])
+    groups = getattr(layer, "feature_group_count", 1)
+    kernel, bias = fold_before(params["kernel"], params.get("bias"), *norm, epsilon=1e-3, groups=groups)
+    folded = layer.clone(use_bias=True).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    np.testing.assert_allclose(folded, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_folding_keeps_the_kernels_dtype_and_needs_neither_scale_nor_bias():
+    stats = {"mean": jnp.array([1.0, 2.0]), "var": jnp.array([4.0, 1.0])}
+    kernel, bias = fold(jnp.ones((3, 2), jnp.bfloat16), None, {}, stats, epsilon=0.0)
+    assert kernel.dtype == bias.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.float32(kernel[0]), [0.5, 1.0])
+    np.testing.assert_array_equal(np.float32(bias), [-0.5, -2.0])
+
+
+def test_folding_arrays_that_do_not_fit_is_a_clear_error():
+    params, stats = norm_of(3, jnp.float32)
+    with pytest.raises(ValueError, match=r"params\['\w+'\] must have the shape \(4,\)"):
+        fold(jnp.ones((5, 4)), None, params, stats)
+    with pytest.raises(ValueError, match=r"params\['\w+'\] must have the shape \(5,\)"):
+        fold_before(jnp.ones((5, 4)), None, params, stats)
+    with pytest.raises(ValueError, match="axis must lie in"):
+        fold(jnp.ones((5, 3)), None, params, stats, axis=2)
+
+
+# --- a whole model ----------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "ResNet": (functools.partial(models.resnet18, 10, BatchNorm, stem="cifar"), (2, 32, 32, 3)),
+    "perceptron, batch norm before": (lambda: models.Perceptron((8, 8), 3, BatchNorm, "before"), (4, 5)),
+    "perceptron, batch norm after": (lambda: models.Perceptron((8, 8), 3, BatchNorm, "after"), (4, 5)),
+    "Flax's layers": (lambda: models.Perceptron((8, 8), 3, nn.BatchNorm, "before"), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_without_its_batch_norms_predicts_the_same_by_fewer_operations(name):
+    make, shape = MODELS[name]
+    model, x = make(), jax.random.normal(KEY, shape)
+    variables = away_from_start(jax.jit(functools.partial(model.init, training=False))(KEY, x))
+    apply, folded = fold_model(model, variables, x, training=False)
+    assert "batch_stats" not in folded
+    assert (
+        len(foldable_pairs(model, variables, x, training=False)) == len(jax.tree.leaves(variables["batch_stats"])) / 2
+    )
+
+    def compiled(apply, variables):
+        program = jax.jit(lambda v, x: apply(v, x, training=False)).lower(variables, x).compile()
+        return program(variables, x), program
+
+    expected, before = compiled(model.apply, variables)
+    y, after = compiled(apply, folded)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert " rsqrt(" in before.as_text()
+    assert " rsqrt(" not in after.as_text()
+    assert after.cost_analysis()["flops"] < before.cost_analysis()["flops"]
+
+
+class Branching(nn.Module):
+    """Batch norms that can't be folded, beside one that can."""
+
+    running: bool = True
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        norm = functools.partial(BatchNorm, use_running_average=self.running and not training)
+        y = nn.Dense(4, name="used_twice")(x)
+        y = norm(name="of_used_twice")(y) + y
+        y = nn.relu(nn.Dense(4, name="apart")(y))
+        y = norm(name="after_relu")(y)[:, None]
+        y = norm(axis=1, name="another_axis")(nn.Dense(4, name="turned")(y))
+        y = nn.Conv(4, (3,), name="pads")(norm(name="before_padding")(nn.relu(y)))
+        shared = nn.Dense(4, name="shared")
+        y = norm(name="of_shared")(shared(nn.relu(shared(nn.relu(y)))))
+        y = SplitBatchNorm(num_splits=2, use_running_average=True, name="kinds")(nn.Dense(4, name="split")(y), split=1)
+        y = norm(name="foldable")(nn.Dense(4, name="linear")(nn.relu(y)))
+        return norm(name="twice")(y).sum(1)
+
+
+def test_only_what_is_exact_is_folded():
+    x, model = jax.random.normal(KEY, (3, 5)), Branching()
+    variables = away_from_start(model.init(KEY, x))
+    assert foldable_pairs(model, variables, x) == [("split", "of_shared"), ("linear", "foldable")]
+    assert foldable_pairs(model, variables, x, training=True) == []
+    apply, folded = fold_model(model, variables, x)
+    assert set(variables["params"]) - set(folded["params"]) == {"foldable", "of_shared"}
+    np.testing.assert_allclose(apply(folded, x), model.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_may_be_chosen():
+    x, model = jax.random.normal(KEY, (4, 5)), models.Perceptron((8, 8), 3, BatchNorm, "before")
+    variables = away_from_start(model.init(KEY, x, training=False))
+    pairs = foldable_pairs(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), training=False)
+    apply, folded = fold_model(model, variables, x, pairs=pairs[1:], training=False)
+    assert list(folded["batch_stats"]) == [pairs[0][1]]
+    y, expected = (f(v, x, training=False) for f, v in ((apply, folded), (model.apply, variables)))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"pairs must be of those that can be folded, \[.*got \[\('a', 'b'\)\]"):
+        fold_model(model, variables, x, pairs=[("a", "b")], training=False)
+
+
+def test_layers_of_flax_vmap_stay_and_those_of_remat_and_jit_go():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            class Pair(nn.Module):
+                @nn.compact
+                def __call__(self, x):
+                    return BatchNorm(use_running_average=True)(nn.Dense(3)(x))
+
+            x = nn.jit(nn.remat(Pair))(name="pair")(x)
+            axes = {"params": 0, "batch_stats": 0}
+            return nn.vmap(Pair, variable_axes=axes, split_rngs={"params": True})(name="pairs")(x)
+
+    x = jax.random.normal(KEY, (4, 3))
+    variables = away_from_start(Net().init(KEY, x))
+    assert foldable_pairs(Net(), variables, x) == [("pair/Dense_0", "pair/BatchNorm_0")]
+    apply, folded = fold_model(Net(), variables, x)
+    np.testing.assert_allclose(apply(folded, x), Net().apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+# --- re-estimation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A perceptron, its variables and data whose statistics are not the running ones."""
+    x = jax.random.normal(KEY, (60, 5)) * 3 + 1
+    model = models.Perceptron((8, 8, 8), 3, BatchNorm, "before")
+    return model, away_from_start(model.init(KEY, x, training=False)), x
+
+
+def close(a, b, rtol=1e-5):
+    chex.assert_trees_all_close(a, b, rtol=rtol, atol=1e-6)
+
+
+def test_exact_statistics_do_not_depend_on_the_batches(deep):
+    model, variables, x = deep
+    cuts = [[x], [x[:20], x[20:]], lambda: (x[i : i + 15] for i in range(0, 60, 15))]
+    whole, *others = [
+        reestimate_batch_stats(model.apply, variables, batches, exactly=True, training=True) for batches in cuts
+    ]
+    for other in others:
+        close(other, whole)
+    # They are what inference normalises by: each layer's output has the mean and variance of scale and bias.
+    _, seen = model.apply(
+        {**variables, "batch_stats": whole}, x, training=False, capture_intermediates=True, mutable=["intermediates"]
+    )
+    for name, params in variables["params"].items():
+        if name.startswith("BatchNorm"):
+            (y,) = seen["intermediates"][name]["__call__"]
+            np.testing.assert_allclose(y.mean(0), params["bias"], atol=1e-5)
+            var = whole[name]["var"]
+            np.testing.assert_allclose(y.var(0), params["scale"] ** 2 * var / (var + 1e-5), rtol=1e-4)
+
+
+def test_one_pass_merges_what_training_sees(deep):
+    model, variables, x = deep
+    batches = [x[:40], x[40:]]
+    found = reestimate_batch_stats(model.apply, variables, batches, training=True)
+    means = []
+    for batch in batches:  # momentum 0: the batch's own statistics, of Flax's update
+        model_0 = models.Perceptron((8, 8, 8), 3, functools.partial(BatchNorm, momentum=0.0), "before")
+        means.append(model_0.apply(variables, batch, training=True, mutable=["batch_stats"])[1]["batch_stats"])
+    first = jax.tree.map(lambda a, b: (2 * a + b) / 3, *means)
+    for name, stats in found.items():
+        (m_1, m_2), merged = (one[name]["mean"] for one in means), first[name]
+        np.testing.assert_allclose(stats["mean"], merged["mean"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(stats["var"], merged["var"] + 2 / 9 * (m_1 - m_2) ** 2, rtol=1e-4)
+    corrected = reestimate_batch_stats(model.apply, variables, batches, training=True, bessel_correction=True)
+    close(jax.tree.map(lambda v: v * 60 / 59, found["BatchNorm_0"]["var"]), corrected["BatchNorm_0"]["var"])
+
+
+def test_passes_are_as_many_as_batch_norms_in_a_row():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, training=True):
+            norm = functools.partial(BatchNorm, use_running_average=not training)
+            left = norm(name="b")(nn.relu(norm(name="a")(nn.Dense(3)(x))))
+            right = norm(name="c")(nn.Dense(3)(x))
+            return norm(name="d")(left + right)
+
+    x, passes = jax.random.normal(KEY, (12, 3)), []
+    variables = Net().init(KEY, x)
+    found = reestimate_batch_stats(Net().apply, variables, lambda: passes.append(1) or [x[:4], x[4:]], exactly=True)
+    assert len(passes) == 1 + 3
+    close(found, reestimate_batch_stats(Net().apply, variables, [x], exactly=True))
+    (y, _) = Net().apply({**variables, "batch_stats": found}, x, training=False, mutable=["batch_stats"])
+    np.testing.assert_allclose(y.mean(0), np.zeros(3), atol=1e-5)
+    np.testing.assert_allclose(y.std(0), np.ones(3), rtol=1e-4)
+
+
+def test_on_a_mesh_and_in_shard_map(deep):
+    model, variables, x = deep
+    expected = reestimate_batch_stats(model.apply, variables, [x[:24], x[24:56]], exactly=True, training=True)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    sharded = [jax.device_put(part, NamedSharding(mesh, P("batch"))) for part in (x[:24], x[24:56])]
+    replicated = jax.device_put(variables, NamedSharding(mesh, P()))
+    close(reestimate_batch_stats(model.apply, replicated, sharded, exactly=True, training=True), expected)
+
+
+def test_after_weights_were_averaged(deep):
+    model, variables, x = deep
+    other = away_from_start(variables, seed=1)
+    average = optax.incremental_update(other["params"], variables["params"], 0.5)
+    stale = {"params": average, "batch_stats": variables["batch_stats"]}
+    fresh = {**stale, "batch_stats": reestimate_batch_stats(model.apply, stale, [x], exactly=True, training=True)}
+    by_batch, _ = model.apply(stale, x, training=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(model.apply(fresh, x, training=False), by_batch, rtol=1e-4, atol=1e-4)
+    assert np.abs(model.apply(stale, x, training=False) - by_batch).max() > 0.1
+
+
+def test_masks_flax_layers_and_several_arguments():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask, training):
+            return nn.BatchNorm(use_running_average=not training)(x, mask=mask)
+
+    x, mask = jax.random.normal(KEY, (12, 3)), (jnp.arange(12) % 3 > 0)[:, None]
+    variables = Net().init(KEY, x, mask, True)
+    found = reestimate_batch_stats(Net().apply, variables, [(x[:5], mask[:5]), (x[5:], mask[5:])], training=True)
+    kept = np.asarray(x)[np.asarray(mask)[:, 0]]
+    close(found["BatchNorm_0"], {"mean": kept.mean(0), "var": kept.var(0)})
+
+
+def test_errors_of_reestimation(deep):
+    model, variables, x = deep
+    f = functools.partial(reestimate_batch_stats, model.apply, variables, training=True)
+    with pytest.raises(TypeError, match=r"more than once; got an iterator. Pass list\(batches\)"):
+        f(iter([x]))
+    with pytest.raises(ValueError, match="batches must hold one at least"):
+        f([])
+    plain = models.Perceptron((8,), 3)
+    with pytest.raises(ValueError, match="apply_fn must call batch norms"):
+        reestimate_batch_stats(plain.apply, plain.init(KEY, x, training=False), [x], training=True)
+
+
+# --- adaptation -------------------------------------------------------------------------------------------------------
+
+
+def test_adaptation_is_between_inference_and_training(deep):
+    model, variables, x = deep
+    adapt = functools.partial(adapt_batch_stats, model.apply, variables, training=False)
+    y, stats = adapt(x, prior=float("inf"))
+    close((y, stats), (model.apply(variables, x, training=False), variables["batch_stats"]))
+    y, stats = adapt(x, prior=0.0)
+    close(y, model.apply(variables, x, training=True, mutable=["batch_stats"])[0], rtol=1e-4)
+    y, stats = jax.jit(adapt)(x, prior=20.0)
+    close(y, model.apply({**variables, "batch_stats": stats}, x, training=False), rtol=1e-4)
+    dense = variables["params"]["Dense_0"]
+    inputs = x @ dense["kernel"] + dense["bias"][None]
+    old = variables["batch_stats"]["BatchNorm_0"]
+    mixed = {"mean": (20 * old["mean"] + 60 * inputs.mean(0)) / 80, "var": (20 * old["var"] + 60 * inputs.var(0)) / 80}
+    close(stats["BatchNorm_0"], mixed)
+    with pytest.raises(ValueError, match="prior must be a real scalar"):
+        adapt(x, prior=-1.0)
+
+
+def test_the_model_itself_is_not_touched(deep):
+    model = nn.Sequential([nn.Dense(4, use_bias=False), NoisyBatchNorm(use_running_average=True), nn.relu])
+    x = jax.random.normal(KEY, (6, 3))
+    variables = model.init(KEY, x)
+    fold_model(model, variables, x)
+    reestimate_batch_stats(model.apply, variables, [x], exactly=True)
+    adapt_batch_stats(model.apply, variables, x, prior=1.0)
+    assert (model.layers[0].use_bias, model.layers[1].use_running_average) == (False, True)
