@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.util
+import os
 import pkgutil
 from pathlib import Path
 
@@ -15,11 +16,15 @@ import bnjax
 
 ROOT = Path(__file__).parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(bnjax.__path__, "bnjax.") if not m.name.endswith("__main__")]
+PEERS = {f"bnjax.convert.{peer}": peer for peer in ("equinox", "keras")}  # whose examples use what may be missing
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 @pytest.mark.parametrize("name", ["bnjax", *MODULES])
 def test_docstrings(name):
+    if name in PEERS:
+        os.environ["KERAS_BACKEND"] = "jax"
+        pytest.importorskip(PEERS[name])
     module = importlib.import_module(name)
     given = {"jax": jax, "jnp": jnp, "np": np}
     assert doctest.testmod(module, extraglobs=given, optionflags=FLAGS).failed == 0
@@ -51,7 +56,7 @@ def test_every_public_module_has_its_place_in_the_reference():
         if line.startswith(":::")
     ]
     assert len(shown) == len(set(shown))
-    packages = {"bnjax.analysis", "bnjax.variants"}  # whose modules are shown
+    packages = {"bnjax.analysis", "bnjax.convert", "bnjax.inference", "bnjax.variants"}  # whose modules are shown
     studies = {name for name in MODULES if name.startswith("bnjax.studies.")}  # of which the pieces are shown
     private = {name for name in MODULES if any(part.startswith("_") for part in name.split("."))}
     assert set(MODULES) - packages - studies - private <= set(shown) <= set(MODULES)

@@ -1,0 +1,104 @@
+"""Reading and writing named arrays: mappings and safetensors files, never pickles."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def read_arrays(source: Any) -> dict[str, np.ndarray]:
+    """Named arrays in NumPy, of a mapping, a PyTorch module or a safetensors file, without importing PyTorch.
+
+    The result is a dict, from which what is not wanted can be left out, and which `|` merges with that of another file.
+
+    Args:
+      source: a mapping of names to tensors or arrays, such as a state dict; an object with a `state_dict`; or the path
+        of a '.safetensors' file, which needs the extra `safetensors`.
+
+    Returns:
+      A dict of NumPy arrays of the same dtypes, bfloat16 included.
+
+    Raises:
+      ValueError: for any other file: a pickle, such as a '.pt' or '.pth' file, can run code and is never loaded.
+      TypeError: for a source of another kind.
+      ImportError: where safetensors is not installed.
+
+    References:
+      The format: https://github.com/huggingface/safetensors
+
+    >>> read_arrays({'weight': jnp.ones(2, jnp.bfloat16)})
+    {'weight': array([1, 1], dtype=bfloat16)}
+    """
+    if isinstance(source, str | os.PathLike):
+        path, files = _checked_path("source", source), _safetensors()
+        try:
+            return dict(files.numpy.load_file(path))
+        except files.SafetensorError as error:
+            raise ValueError(f"source must be a safetensors file, but {path.name} is not one: {error}.") from error
+    if hasattr(source, "state_dict"):
+        source = source.state_dict()
+    if not isinstance(source, Mapping):
+        raise TypeError(
+            f"source must be a mapping of names to arrays or the path of a .safetensors file, got "
+            f"{type(source).__name__}. Pass a model's state_dict()."
+        )
+    return {name: as_numpy(value) for name, value in source.items()}
+
+
+def save_safetensors(arrays: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Writes named arrays to a safetensors file, which PyTorch users read with `safetensors.torch.load_file`.
+
+    Args:
+      arrays: arrays by name, such as `variables_to_torch` gives.
+      path: ends in '.safetensors'.
+
+    Returns:
+      Nothing.
+
+    Raises:
+      ValueError: for a path of another ending.
+      ImportError: where safetensors is not installed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_safetensors({'weight': np.ones(2)}, f'{folder}/model.safetensors')
+    ...     read_arrays(f'{folder}/model.safetensors')
+    {'weight': array([1., 1.])}
+    """
+    path = _checked_path("path", path)
+    # Each has to be contiguous, as its memory is written as it lies.
+    _safetensors().numpy.save_file(
+        {name: np.require(as_numpy(v), requirements="C") for name, v in arrays.items()}, path
+    )
+
+
+def as_numpy(value: Any) -> np.ndarray:
+    """An array, or a tensor of PyTorch on any device, in NumPy."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    tensor = value.detach().cpu()
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name == "bfloat16" or name.startswith("float8"):  # dtypes that PyTorch can't hand to NumPy; float32 holds them
+        return tensor.float().numpy().astype(jnp.dtype(name))
+    return tensor.numpy()
+
+
+def _checked_path(argument: str, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{argument} must be the path of a .safetensors file, got {path.name}. Pickles can run code and are never "
+            "loaded: where the model is trusted, write it with safetensors.torch.save_file(model.state_dict(), path)."
+        )
+    return path
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("safetensors is not installed: pip install 'bnjax[safetensors]'.") from error
+    return safetensors
