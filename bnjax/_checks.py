@@ -12,12 +12,12 @@ from jax.core import Tracer
 Axes = int | Sequence[int]
 
 
-def check_input(x: Any) -> jax.Array:
-    """Returns `x` as an array, or raises `TypeError` unless its dtype is real floating point."""
+def check_input(x: Any, *, or_complex: bool = False) -> jax.Array:
+    """Returns `x` as an array, or raises `TypeError` unless its dtype is floating point, real or maybe complex."""
     x = _as_array("x", x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.inexact if or_complex else jnp.floating):
         raise TypeError(
-            f"x must have a real floating-point dtype, got {x.dtype}{list(x.shape)}. "
+            f"x must have a {'' if or_complex else 'real '}floating-point dtype, got {x.dtype}{list(x.shape)}. "
             "Convert it first, for example with x.astype(jnp.float32)."
         )
     return x
@@ -88,10 +88,27 @@ def _as_array(name: str, value: Any) -> jax.Array:
         raise TypeError(message) from error
 
 
-def check_dtype(dtype: Any) -> None:
-    """Raises `TypeError` unless `dtype` is real floating point."""
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise TypeError(f"dtype must be a real floating-point dtype, got {jnp.dtype(dtype)}. Pass jnp.float32, say.")
+def check_dtype(dtype: Any, *, or_complex: bool = False) -> None:
+    """Raises `TypeError` unless `dtype` is floating point, real or maybe complex."""
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact if or_complex else jnp.floating):
+        kind = "floating-point" if or_complex else "real floating-point"
+        raise TypeError(f"dtype must be a {kind} dtype, got {jnp.dtype(dtype)}. Pass jnp.float32, say.")
+
+
+def check_complex(x: jax.Array, params: Any, batch_stats: Any, dtype: Any) -> None:
+    """Raises `TypeError` where the dtypes do not fit a complex `x`, or something else is complex and it is not."""
+    found = {"batch_stats['mean']": batch_stats["mean"].dtype, "dtype": x.dtype if dtype is None else jnp.dtype(dtype)}
+    found = {name: jnp.issubdtype(kind, jnp.complexfloating) for name, kind in found.items()}
+    if jnp.iscomplexobj(x):
+        if wrong := [name for name, is_complex in found.items() if not is_complex]:
+            raise TypeError(
+                f"{wrong[0]} must be complex, as x is, {x.dtype}; it is real. "
+                "Make the statistics with bnjax.init_batch_norm(…, dtype=jnp.complex64)."
+            )
+        return
+    found |= {f"params[{name!r}]": jnp.iscomplexobj(value) for name, value in params.items()}
+    if wrong := [name for name, is_complex in found.items() if is_complex]:
+        raise TypeError(f"{wrong[0]} must be real, as x is, {x.dtype}; it is complex. Convert one of them.")
 
 
 def flax_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
@@ -141,10 +158,10 @@ def _check_shapes(name: str, arrays: Mapping[str, Any], feature_shape: tuple[int
                 f"{name}[{key!r}] must be an array of shape {feature_shape}, got {type(value).__name__}. "
                 "Make one with bnjax.init_batch_norm."
             )
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(
-                f"{name}[{key!r}] must have a real floating-point dtype, got {value.dtype}. Convert it with astype."
-            )
+        kind = jnp.floating if key == "var" else jnp.inexact
+        if not jnp.issubdtype(value.dtype, kind):
+            expected = "real floating-point" if key == "var" else "floating-point"
+            raise TypeError(f"{name}[{key!r}] must have a {expected} dtype, got {value.dtype}. Convert it with astype.")
         if tuple(value.shape) != feature_shape:
             raise ValueError(
                 f"{name}[{key!r}] must have the shape {feature_shape} of x's feature axes {axes}, "

@@ -54,7 +54,8 @@ class _Normalizer(nn.BatchNorm):
         x = jnp.asarray(x)
         features = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.ndim))
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, kinds + features, stats_dtype)
+        mean_dtype = jnp.promote_types(stats_dtype, x.dtype) if jnp.iscomplexobj(x) else stats_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, kinds + features, mean_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, kinds + features, stats_dtype)
         params = {}
         if self.use_scale:
@@ -63,9 +64,9 @@ class _Normalizer(nn.BatchNorm):
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
         y, batch_stats, m = self._normalized(
-            x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype),
+            x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
             params,
-            {"mean": mean.value, "var": var.value},
+            {"mean": mean.value.astype(mean_dtype) if jnp.iscomplexobj(x) else mean.value, "var": var.value},
             training=not use_running_average,
             axis=self.axis,
             momentum=self.momentum,
@@ -93,8 +94,9 @@ class BatchNorm(_Normalizer):
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
     and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
-    batch leaves the running statistics alone, and these keep their dtype. Complex inputs are not supported. Where the
-    collection 'moments' is mutable, the batch's `Moments` are sown into it as 'batch' and the running statistics stay.
+    batch leaves the running statistics alone, and these keep their dtype (for complex inputs the mean is complex from
+    the start). Where the collection 'moments' is mutable, the batch's `Moments` are sown into it as 'batch' and the
+    running statistics stay.
 
     Attributes:
       use_running_average: whether to normalise by the running statistics and leave them as they are.

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, Inexact, Shaped
 
-from bnjax import _checks
+from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
 from bnjax._collectives import (
     AxisName,
@@ -37,12 +37,13 @@ class Moments(NamedTuple):
     """Mean and biased variance of each feature, and the count (total weight) they were taken over.
 
     Attributes:
-      mean: `Σ w x / n`, of the shape of the feature axes; float32, or float64 for float64 input. Zero where n = 0.
-      var: `Σ w (x − mean)² / n`, alike.
+      mean: `Σ w x / n`, of the shape of the feature axes; float32, or float64 for float64 input; complex for complex
+        input. Zero where n = 0.
+      var: `Σ w |x − mean|² / n`, alike, and real.
       count: `n = Σ w`, a scalar; of the features' shape where the mask differs between features.
     """
 
-    mean: Float[Array, "*features"]
+    mean: Inexact[Array, "*features"]
     var: Float[Array, "*features"]
     count: Float[Array, "..."]
 
@@ -59,14 +60,14 @@ def moments(
 
     With weights w (all 1 without a mask) and sums over the reduced axes and, with `axis_name`, over its members:
 
-        n = Σ w        mean = Σ w x / n        var = Σ w (x − mean)² / n
+        n = Σ w        mean = Σ w x / n        var = Σ w |x − mean|² / n
 
     The variance is computed in one read of `x` about a provisional mean s, that of up to 256 evenly spaced elements:
     `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs. (A second read follows
     where a mask leaves too few of those elements.)
 
     Args:
-      x: real floating-point array of any shape, empty included.
+      x: floating-point array of any shape, empty included; real or complex.
       axis: feature axis or axes, static; the others are reduced.
       mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
         What `x` holds where the mask is zero has no influence, even NaN. Weights may be differentiated.
@@ -74,7 +75,8 @@ def moments(
       axis_index_groups: groups of indices of that axis that merge separately, all of one size.
 
     Returns:
-      `Moments(mean, var, count)` in float32, or in float64 for float64 input; all zero for an empty batch.
+      `Moments(mean, var, count)` in float32, or in float64 for float64 input (the mean of complex input is complex);
+      all zero for an empty batch.
 
     Raises:
       TypeError, ValueError: for a non-floating `x`, an invalid `axis`, a mask that does not broadcast, invalid groups.
@@ -88,7 +90,7 @@ def moments(
     >>> print(m.mean, m.var, m.count)
     [ 2. 20.] [  1. 100.] 2.0
     """
-    x = _checks.check_input(x)
+    x = _checks.check_input(x, or_complex=True)
     axes = _checks.feature_axes(axis, x.ndim)
     weights = _checks.sample_weights(mask, x.shape, axes)
     groups = _checks.check_axis_name(axis_name, axis_index_groups)
@@ -99,7 +101,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """Moments of two batches together, from the moments of each.
 
         n = n_a + n_b        δ = mean_b − mean_a        t = n_b / n
-        mean = mean_a + δ t        var = (1 − t) var_a + t var_b + t (1 − t) δ²
+        mean = mean_a + δ t        var = (1 − t) var_a + t var_b + t (1 − t) |δ|²
 
     Args:
       a: moments over n_a elements; an empty batch (count zero) leaves the other unchanged.
@@ -128,7 +130,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     t = b.count / jnp.where(count > 0, count, 1)
     delta = b.mean - a.mean
     mean = a.mean + delta * t
-    var = a.var * (1 - t) + b.var * t + jnp.square(delta) * (t * (1 - t))
+    square = jnp.square(delta.real) + jnp.square(delta.imag) if jnp.iscomplexobj(delta) else jnp.square(delta)
+    var = a.var * (1 - t) + b.var * t + square * (t * (1 - t))
     return Moments(mean, var, count)
 
 
@@ -137,23 +140,35 @@ def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
     return features if features.ndim == 0 else jnp.expand_dims(features, tuple(a for a in range(ndim) if a not in axes))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def checked_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
     """`moments` of arguments that have been checked."""
+    if not jnp.iscomplexobj(x):
+        return _real_moments(x, weights, axes, axis_name, groups)
+    # |x − mean|² is the sum of the squares of both parts: they are moments of two features each.
+    parts, weights = jnp.stack([x.real, x.imag], -1), None if weights is None else weights[..., None]
+    m = _real_moments(parts, weights, (*axes, x.ndim), axis_name, groups)
+    count = m.count if m.count.ndim == 0 else m.count[..., 0]
+    return Moments(lax.complex(m.mean[..., 0], m.mean[..., 1]), m.var.sum(-1), count)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _real_moments(
+    x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
+) -> Moments:
     local = _moments_of_shards(x, weights, axes)
     return local if axis_name is None else _synchronised(local, axis_name, groups, counts_differ=weights is not None)
 
 
-@functools.partial(checked_moments.defjvp, symbolic_zeros=True)
+@functools.partial(_real_moments.defjvp, symbolic_zeros=True)
 def _moments_jvp(axes, axis_name, groups, primals, tangents):
     """The hand-made rule.
 
     ∂mean = (Σ w ∂x + Σ ∂w (x − mean)) / n        ∂var = (2 Σ w (x − mean) ∂x + Σ ∂w ((x − mean)² − var)) / n
     """
     (x, weights), (dx, dweights) = primals, tangents
-    m = checked_moments(x, weights, axes, axis_name, groups)
+    m = _real_moments(x, weights, axes, axis_name, groups)
 
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass.
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
@@ -213,7 +228,7 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
 
 def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapped: bool = False) -> Moments:
     """Moments of the local batch in one read of `x` about a provisional mean, that of some sampled elements."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = _dtypes.wide(x.dtype)
     steps = _sampling(x, axes)
     sampled = _thin(x, steps).astype(dtype)
     if weights is None:

@@ -57,9 +57,12 @@ class _Normalizer(nnx.BatchNorm):
         dtype = promoted[0].dtype
         if self.promote_dtype is not dtypes.promote_dtype:
             values = (promoted[0], *values[1:3], *promoted[3:])  # the running statistics move unrounded, as in Flax
-        elif not jnp.issubdtype(x.dtype, jnp.floating):
+        elif not jnp.issubdtype(x.dtype, jnp.inexact):
             values = (x.astype(dtype), *values[1:])
         x, mean, var, scale, bias = values
+        if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
+            mean = mean.astype(jnp.promote_types(mean.dtype, x.dtype))
+            self.mean.set_value(mean)
         y, batch_stats = self._normalized(
             x,
             {k: v for k, v in (("scale", scale), ("bias", bias)) if v is not None},
@@ -92,7 +95,7 @@ class BatchNorm(_Normalizer):
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
     and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
     batch leaves the running statistics alone, and inputs are not rounded to `dtype` before use (a `promote_dtype` of
-    one's own is applied to input, scale and bias as in Flax). Complex inputs are not supported.
+    one's own is applied to input, scale and bias as in Flax). For complex inputs the mean becomes complex.
 
     Args:
       num_features: size of the feature axis.

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
-from bnjax import _checks
+from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName, vary_like
 from bnjax.moments import Moments, checked_moments, expand, without_masked_extremes
@@ -26,20 +26,21 @@ def init_batch_norm(
     use_scale: bool = True,
     use_bias: bool = True,
     dtype: DTypeLike = jnp.float32,
-) -> tuple[dict[str, Float[Array, "*features"]], dict[str, Float[Array, "*features"]]]:
+) -> tuple[dict[str, Inexact[Array, "*features"]], dict[str, Inexact[Array, "*features"]]]:
     """Initial parameters and running statistics of a batch norm: scale 1, bias 0, mean 0, variance 1.
 
     Args:
       num_features: size of the feature axis; a tuple for several, in the order of the input's axes.
       use_scale: whether `params` holds 'scale' (γ).
       use_bias: whether `params` holds 'bias' (β).
-      dtype: dtype of the parameters. The statistics are float32, or float64 where `dtype` is.
+      dtype: dtype of the parameters. The statistics are float32, or float64 where `dtype` is; of a complex one the mean
+        is complex.
 
     Returns:
       `params`, a dict with 'scale' and 'bias', and `batch_stats`, a dict with 'mean' and 'var'.
 
     Raises:
-      TypeError, ValueError: if `num_features` is not made of non-negative ints, or `dtype` is not real floating.
+      TypeError, ValueError: if `num_features` is not made of non-negative ints, or `dtype` is not floating.
 
     References:
       The names and initial values of Flax's `params` and `batch_stats` collections.
@@ -53,14 +54,14 @@ def init_batch_norm(
         raise ValueError(
             f"num_features must be a non-negative int or a tuple of them, got {num_features!r}. Pass x.shape[-1]."
         )
-    _checks.check_dtype(dtype)
+    _checks.check_dtype(dtype, or_complex=True)
     params = {}
     if use_scale:
         params["scale"] = jnp.ones(shape, dtype)
     if use_bias:
         params["bias"] = jnp.zeros(shape, dtype)
-    stats_dtype = jnp.promote_types(dtype, jnp.float32)
-    return params, {"mean": jnp.zeros(shape, stats_dtype), "var": jnp.ones(shape, stats_dtype)}
+    stats_dtype = _dtypes.wide(dtype)
+    return params, {"mean": jnp.zeros(shape, stats_dtype), "var": jnp.ones(shape, _dtypes.real(stats_dtype))}
 
 
 def batch_norm(
@@ -77,7 +78,7 @@ def batch_norm(
     axis_index_groups: object = None,
     dtype: DTypeLike | None = None,
     bessel_correction: bool = False,
-) -> tuple[Float[Array, "..."], BatchStats]:
+) -> tuple[Inexact[Array, "..."], BatchStats]:
     """Normalises each feature by the moments of the batch (training) or by the running ones (inference).
 
         y = scale · (x − mean) / sqrt(var + epsilon) + bias
@@ -88,7 +89,8 @@ def batch_norm(
     but `x`; every order and mode is supported (grad, jvp, jacfwd, jacrev, hessian, vmap, scan, remat).
 
     Args:
-      x: real floating-point array of any shape, empty included.
+      x: floating-point array of any shape, empty included. Of a complex one the variance is that of |x − mean|, and
+        the running 'mean' is complex.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
       batch_stats: running 'mean' and 'var' of that shape.
       training: whether to use the batch's statistics and to move the running ones; static.
@@ -98,7 +100,8 @@ def batch_norm(
       epsilon: non-negative number added to the variance; may be traced.
       mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
         What `x` holds where the mask is zero changes neither outputs elsewhere, statistics nor gradients, even NaN.
-        With a total weight of zero the running statistics normalise, and stay.
+        With a total weight of zero the running statistics normalise, and stay. (They also stay where the batch's are
+        not finite.)
       axis_name: mapped axis (of vmap, pmap or shard_map) over which the moments are merged by their counts.
       axis_index_groups: groups of indices of that axis that are normalised separately, all of one size; not with
         shard_map's replication checking, where a mesh of two axes does the same.
@@ -160,7 +163,7 @@ def batch_norm_and_moments(
     In training, `params_of` may replace the parameters by some that depend on the batch's mean and variance, and
     `is_moving` normalises by the running statistics that have moved.
     """
-    x = _checks.check_input(x)
+    x = _checks.check_input(x, or_complex=params_of is None and moments_of is checked_moments)
     axes = _checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
     weights = _checks.sample_weights(mask, x.shape, axes)
@@ -170,7 +173,8 @@ def batch_norm_and_moments(
     _checks.check_in_range("epsilon", epsilon, 0, float("inf"))
     _checks.check_in_range("momentum", momentum, 0, 1)
     if dtype is not None:
-        _checks.check_dtype(dtype)
+        _checks.check_dtype(dtype, or_complex=True)
+    _checks.check_complex(x, params, batch_stats, dtype)
     mean, var = jnp.asarray(batch_stats["mean"]), jnp.asarray(batch_stats["var"])
     m = None
     if training:
@@ -183,7 +187,8 @@ def batch_norm_and_moments(
             mean = jnp.where(m.count > 0, m.mean, mean.astype(m.mean.dtype))
             var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))
         if axis_name is not None:
-            mean, var = vary_like(jnp.stack([mean, var]), x)  # as one: a single sum serves both in the derivative
+            # As one: a single sum serves both in the derivative.
+            mean, var = vary_like((mean, var) if jnp.iscomplexobj(x) else jnp.stack([mean, var]), x)
         params = params if params_of is None else params_of(params, mean, var)
     else:
         new_stats = batch_stats
@@ -197,7 +202,8 @@ def update_batch_stats(
 
     Args:
       batch_stats: running 'mean' and 'var'.
-      m: moments of the batch; a count of zero leaves the running statistics as they are.
+      m: moments of the batch; a count of zero leaves the running statistics as they are, and so do, feature by feature,
+        moments that are not finite, of NaN or of values whose squares overflow (beyond about 1e19 in float32).
       momentum: weight of the old running value, in [0, 1]; may be traced.
       bessel_correction: whether to take `n / (n − 1)` times the batch's variance, n being its count, as PyTorch does;
         the variance itself where n ≤ 1.
@@ -229,13 +235,14 @@ def update_batch_stats(
         var = var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
 
     def move(running, batch):
-        running = jnp.asarray(running)
-        dtype = jnp.promote_types(running.dtype, batch.dtype)
+        dtype = _dtypes.wide(running.dtype, batch.dtype)
         rho = jnp.asarray(momentum, dtype)
-        moved = rho * running.astype(dtype) + (1 - rho) * batch.astype(dtype)
-        return jnp.where(m.count > 0, moved.astype(running.dtype), running)
+        return (rho * running.astype(dtype) + (1 - rho) * batch.astype(dtype)).astype(running.dtype)
 
-    moved = {"mean": move(batch_stats["mean"], m.mean), "var": move(batch_stats["var"], var)}
+    running = {name: jnp.asarray(batch_stats[name]) for name in ("mean", "var")}
+    moved = {"mean": move(running["mean"], m.mean), "var": move(running["var"], var)}
+    usable = (m.count > 0) & jnp.isfinite(moved["mean"]) & jnp.isfinite(moved["var"])
+    moved = {name: jnp.where(usable, value, running[name]) for name, value in moved.items()}
     if isinstance(batch_stats, MutableMapping):
         new = copy.copy(batch_stats)
         new.update(moved)
@@ -256,10 +263,11 @@ def normalize(
 ) -> Array:
     """`scale · (x − mean) / sqrt(var + epsilon) + bias`, per-feature values lying along the axes `axes` of `x`."""
     dtype = x.dtype if dtype is None else dtype
-    compute = functools.reduce(jnp.promote_types, (x.dtype, jnp.float32, dtype))
-    multiplier = lax.rsqrt(var.astype(compute) + jnp.asarray(epsilon, compute))
+    compute = _dtypes.wide(x.dtype, dtype)
+    real = _dtypes.real(compute)
+    multiplier = lax.rsqrt(var.astype(real) + jnp.asarray(epsilon, real))
     if "scale" in params:
-        multiplier *= params["scale"].astype(compute)
+        multiplier *= params["scale"].astype(compute if jnp.iscomplexobj(params["scale"]) else real)
     bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
     per_feature = [expand(v, x.ndim, axes) for v in (mean.astype(compute), multiplier, bias)]
     return _scale_and_shift(x, weights, *per_feature, dtype)

@@ -11,6 +11,7 @@ PACKAGE = Path(bnjax.__file__).parent
 # Each module may import those before it.
 ORDER = [
     "_checks",
+    "_dtypes",
     "_collectives",
     "_hlo",
     "compile",

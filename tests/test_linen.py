@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
+import bnjax.nnx
 from bnjax.linen import BatchNorm
 
 KEY = jax.random.key(0)
@@ -26,7 +28,8 @@ CONFIGURATIONS = {
 
 def assert_close(got, expected, tolerance):
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
-    as_float32 = functools.partial(jax.tree.map, lambda v: np.asarray(v, np.float32))
+    wide = lambda v: np.asarray(v, np.complex64 if jnp.iscomplexobj(v) else np.float32)
+    as_float32 = functools.partial(jax.tree.map, wide)
     chex.assert_trees_all_close(as_float32(got), as_float32(expected), rtol=tolerance, atol=tolerance)
 
 
@@ -180,3 +183,23 @@ def test_robust_where_flax_is_not():
 def test_missing_use_running_average_is_an_error():
     with pytest.raises(ValueError, match="use_running_average"):
         BatchNorm().init(KEY, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_complex_input_as_in_flax(masked):
+    x = jax.random.normal(KEY, (16, 4, 3), jnp.complex64) * 2 + (3 - 1j)
+    mask = (jnp.arange(16) % 3 > 0)[:, None, None] if masked else None
+    theirs, ours = (layer(use_running_average=False, momentum=0.9) for layer in (nn.BatchNorm, BatchNorm))
+    variables = {layer: layer.init(KEY, x) for layer in (theirs, ours)}
+    assert variables[ours]["batch_stats"]["mean"].dtype == jnp.complex64
+    started = variables[theirs]  # with a real mean, as Flax begins
+    for variables_of in (variables, dict.fromkeys(variables, started)):
+        (expected, moved), (y, new) = (
+            layer.apply(variables_of[layer], x, mask=mask, mutable=["batch_stats"]) for layer in (theirs, ours)
+        )
+        assert_close((y, new), (expected, moved), 1e-5)
+    loss = lambda layer: jax.grad(lambda x: jnp.abs(layer.apply(started, x, mutable=["batch_stats"])[0][:2]).sum())
+    assert_close(loss(ours)(x), loss(theirs)(x), 1e-4)
+    layer = bnjax.nnx.BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0))  # Flax's own keeps the real part of the mean
+    assert_close(layer(x, mask=mask), y, 1e-6)
+    assert_close({"mean": layer.mean[...], "var": layer.var[...]}, new["batch_stats"], 1e-6)

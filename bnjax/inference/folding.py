@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from bnjax import _checks
+from bnjax import _checks, _dtypes
 from bnjax.norm import BatchStats, Params
 
 
@@ -109,7 +109,7 @@ def _affine(params: Params, batch_stats: BatchStats, features: tuple[int, ...], 
     _checks.check_params(params, features, ())
     _checks.check_batch_stats(batch_stats, features, ())
     _checks.check_in_range("epsilon", epsilon, 0, float("inf"))
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = _dtypes.wide(dtype)
     mean, var = (jnp.asarray(batch_stats[name], dtype) for name in ("mean", "var"))
     multiplier = lax.rsqrt(var + jnp.asarray(epsilon, dtype)) * jnp.asarray(params.get("scale", 1), dtype)
     return multiplier, jnp.asarray(params.get("bias", 0), dtype) - mean * multiplier

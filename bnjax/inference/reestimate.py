@@ -53,7 +53,7 @@ def reestimate_batch_stats(
       New statistics in the structure and dtypes of `variables['batch_stats']`.
 
     Raises:
-      ValueError: if there is no batch, or no batch norm.
+      ValueError: if there is no batch, no batch norm, or if the data's statistics are not finite.
       TypeError: for an iterator, which can't be read twice.
 
     References:
@@ -141,7 +141,7 @@ def _called(module: nn.BatchNorm, call: _calls.Call, x: Any, options: Mapping[st
 def _seen_by(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> Moments:
     x = jnp.asarray(x)
     return moments(
-        x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32),
+        x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32),
         axis=module.axis,
         mask=_checks.flax_mask(options.get("mask"), x.shape),
         axis_name=module.axis_name,
@@ -152,6 +152,8 @@ def _seen_by(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> Moment
 def _replaced(batch_stats: Any, found: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:
     flat: Any = flatten_dict(batch_stats)
     for path, m in found.items():
+        if not (jnp.isfinite(m.mean).all() and jnp.isfinite(m.var).all()):
+            raise ValueError(f"batches must give finite statistics, got NaN or infinity at {'/'.join(path)}.")
         old = {name: flat[*path, name] for name in ("mean", "var")}
         new = update_batch_stats(old, m, momentum=0.0, bessel_correction=bessel_correction)
         flat |= {(*path, name): value for name, value in new.items()}

@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
@@ -25,7 +25,7 @@ def frozen_batch_norm(
     axis_index_groups: object = None,
     dtype: DTypeLike | None = None,
     bessel_correction: bool = False,
-) -> tuple[Float[Array, "..."], BatchStats]:
+) -> tuple[Inexact[Array, "..."], BatchStats]:
     """Batch norm by the running statistics, in training too, with neither these nor the parameters moving.
 
         y = scale · (x − mean) / sqrt(var + epsilon) + bias
@@ -34,7 +34,7 @@ def frozen_batch_norm(
     `batch_stats`; mind that weight decay needs none to move a scale.
 
     Args:
-      x: real floating-point array of any shape, empty included.
+      x: floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
       batch_stats: running 'mean' and 'var' of that shape.
       training: accepted, without effect; static.

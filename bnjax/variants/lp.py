@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
 
+from bnjax import _dtypes
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName, Groups, broadcast_explicitly, psum
 from bnjax.moments import Moments, checked_moments, expand, without_masked_extremes
@@ -114,7 +115,7 @@ def _mean_and_squared_norm(
 @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=2)
 def _moments_of_magnitude(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Moments of |x|, local, keeping only x for the backward pass."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(_dtypes.wide(x.dtype))
     if weights is not None:
         x = without_masked_extremes(x, weights)  # NaN's sign is NaN, even times a derivative of zero
     return checked_moments(x * jnp.sign(x), weights, axes, None, None)  # jnp.abs has the derivative 1 at 0
@@ -158,5 +159,5 @@ def _largest_magnitude_jvp(axes, axis_name, groups, primals, tangents):
 
 def _without_masked(x: Array, weights: Array | None) -> Array:
     """`x` in float32 at least, with zero where the weight is zero."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(_dtypes.wide(x.dtype))
     return x if weights is None else jnp.where(broadcast_explicitly(weights, x) > 0, x, 0)

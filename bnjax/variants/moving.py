@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName
@@ -23,7 +23,7 @@ def moving_batch_norm(
     axis_index_groups: object = None,
     dtype: DTypeLike | None = None,
     bessel_correction: bool = False,
-) -> tuple[Float[Array, "..."], BatchStats]:
+) -> tuple[Inexact[Array, "..."], BatchStats]:
     """Batch norm that normalises by the running statistics in training as well, after these have moved.
 
         running ← momentum · running + (1 − momentum) · batch
@@ -34,7 +34,7 @@ def moving_batch_norm(
     normalisation, steps against it can add up until training diverges. With a momentum of 0 it is batch norm.
 
     Args:
-      x: real floating-point array of any shape, empty included.
+      x: floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
       batch_stats: running 'mean' and 'var' of that shape.
       training: whether to move the running statistics before they are used; static.

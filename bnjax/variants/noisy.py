@@ -1,6 +1,5 @@
 """Noisy batch norm: batch norm, then noise that shifts the distribution of each unit at every call."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Key, Shaped, UInt32
 
-from bnjax import _checks
+from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName
 from bnjax.norm import BatchStats, Params, batch_norm
@@ -104,7 +103,7 @@ def noisy_batch_norm(
         mask=mask,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
-        dtype=functools.reduce(jnp.promote_types, (x.dtype, jnp.float32, dtype)) if training else dtype,
+        dtype=_dtypes.wide(x.dtype, dtype) if training else dtype,
         bessel_correction=bessel_correction,
     )
     if not training:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
@@ -16,7 +16,7 @@ from bnjax.norm import BatchStats, Params, batch_norm, init_batch_norm
 
 def init_split_batch_norm(
     num_features: int | tuple[int, ...], num_splits: int, **options: Any
-) -> tuple[dict[str, Float[Array, "*features"]], dict[str, Float[Array, "..."]]]:
+) -> tuple[dict[str, Inexact[Array, "*features"]], dict[str, Inexact[Array, "..."]]]:
     """Initial parameters and `num_splits` sets of running statistics, with a leading axis of these.
 
     Args:
@@ -52,14 +52,14 @@ def split_batch_norm(
     axis_index_groups: object = None,
     dtype: DTypeLike | None = None,
     bessel_correction: bool = False,
-) -> tuple[Float[Array, "..."], BatchStats]:
+) -> tuple[Inexact[Array, "..."], BatchStats]:
     """Batch norm with the running statistics of one of several kinds of batches, such as clean and adversarial ones.
 
     `batch_norm` with `batch_stats` of the kind `split`; those of the others stay. (For a scale and bias of each kind as
     well, as AdvProp has, choose among several `params` by the same index.)
 
     Args:
-      x: real floating-point array of any shape, empty included; all of it of one kind.
+      x: floating-point array of any shape, empty included; all of it of one kind.
       params: 'scale' and 'bias' of the shape of the feature axes, common to all kinds; either may be absent.
       batch_stats: running 'mean' and 'var' with a leading axis of kinds before that shape.
       training: whether to use the batch's statistics and to move the running ones; static.
