@@ -14,7 +14,7 @@ AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
 
-def _is_mesh_axis(axis_name: AxisName) -> bool:
+def is_mesh_axis(axis_name: AxisName) -> bool:
     """Whether devices (pmap, shard_map) stand behind the axis, or all of several, rather than vmap."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
@@ -31,7 +31,7 @@ def psum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax
         return x
     if groups is None:
         return lax.psum(x, axis_name)
-    if not _is_mesh_axis(axis_name):
+    if not is_mesh_axis(axis_name):
         return _vmapped_group_sum(x, axis_name, groups)
     try:
         return lax.psum(x, axis_name, axis_index_groups=groups)

@@ -20,6 +20,7 @@ from bnjax._collectives import (
     broadcast_explicitly,
     explicitly_sharded,
     group_size,
+    is_mesh_axis,
     num_shards,
     psum,
     shard_like,
@@ -144,13 +145,15 @@ def checked_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
     """`moments` of arguments that have been checked."""
-    if not jnp.iscomplexobj(x):
+    if jnp.iscomplexobj(x):  # |x − mean|² is the sum of the squares of both parts: they are two features
+        parts, weights = jnp.stack([x.real, x.imag], -1), None if weights is None else weights[..., None]
+        m = checked_moments(parts, weights, (*axes, x.ndim), axis_name, groups)
+        count = m.count if m.count.ndim == 0 else m.count[..., 0]
+        return Moments(lax.complex(m.mean[..., 0], m.mean[..., 1]), m.var.sum(-1), count)
+    if axis_name is None or is_mesh_axis(axis_name):
         return _real_moments(x, weights, axes, axis_name, groups)
-    # |x − mean|² is the sum of the squares of both parts: they are moments of two features each.
-    parts, weights = jnp.stack([x.real, x.imag], -1), None if weights is None else weights[..., None]
-    m = _real_moments(parts, weights, (*axes, x.ndim), axis_name, groups)
-    count = m.count if m.count.ndim == 0 else m.count[..., 0]
-    return Moments(lax.complex(m.mean[..., 0], m.mean[..., 1]), m.var.sum(-1), count)
+    local = _real_moments(x, weights, axes, None, None)
+    return _joined(local, axis_name, groups, counts_differ=weights is not None)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -292,6 +295,18 @@ def _synchronised(local: Moments, axis_name: AxisName, groups: Groups | None, *,
 
     zeros = vary_like(zeros, local.mean, but=axis_name)
     return _merged(total, zeros, size, None if counts_differ else local.count)
+
+
+def _joined(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
+    """Merges the moments of all members of the group of a vmapped axis, where sums cost no communication.
+
+    JAX may trace a derivative rule when such an axis is no longer bound, so that none may hold its sums.
+    """
+    count = psum(local.count, axis_name, groups) if counts_differ else local.count * group_size(axis_name, groups)
+    share = local.count / _nonzero(count)
+    mean = psum(share * local.mean, axis_name, groups)
+    var = psum(share * (local.var + jnp.square(local.mean - mean)), axis_name, groups)
+    return Moments(mean, var, count)
 
 
 def _merged(total: Callable[[Array], Array], zeros: Moments, size: int, count: Array | None) -> Moments:

@@ -16,12 +16,18 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("bnjax", "typecheck.check")
+
+# `pytest tests/test_fuzz.py --hypothesis-profile=fuzz --dist load` generates many thousands of cases.
+settings.register_profile("fuzz", max_examples=4000, deadline=None)
+settings.register_profile("few", max_examples=50, deadline=None, derandomize=True)
+settings.load_profile("few")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data" / "tfds"
 

@@ -531,6 +531,33 @@ def test_second_derivatives_through_a_synchronisation(x64):
     chex.assert_trees_all_close(jax.hessian(synchronised)(x), jax.hessian(joint)(x), rtol=1e-9, atol=1e-11)
 
 
+STAGED = {
+    "jit": jax.jit,
+    "scan": lambda f: lambda x: jax.lax.scan(lambda carry, x: (carry, f(x)), 0, x[None])[1][0],
+    "remat": jax.checkpoint,
+}
+
+
+@pytest.mark.parametrize("staged", STAGED)
+@pytest.mark.parametrize("mapping", ["vmap", "vmap in groups", "shard_map"])
+def test_differentiated_after_it_was_staged(mapping, staged, x64):
+    x, params, stats = example((8, 2, 3))
+    mask = jnp.asarray(np.random.default_rng(1).uniform(size=(8, 2)) > 0.3)
+    groups = GROUPS if mapping == "vmap in groups" else None
+
+    def one(x, mask):
+        return batch_norm(x, params, stats, training=True, mask=mask, axis_name="i", axis_index_groups=groups)[0]
+
+    def mapped(x):
+        if mapping != "shard_map":
+            return jax.vmap(one, axis_name="i")(x, mask)
+        mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+        return jax.shard_map(one, mesh=mesh, in_specs=(P("i"), P("i")), out_specs=P("i"))(x, mask)
+
+    loss = lambda f: jax.jit(jax.value_and_grad(lambda x: jnp.sin(f(x)).sum()))
+    chex.assert_trees_all_close(loss(STAGED[staged](mapped))(x), loss(mapped)(x), rtol=1e-10, atol=1e-12)
+
+
 def test_one_collective_forward_and_one_backward():
     params, stats = init_batch_norm(3)
 

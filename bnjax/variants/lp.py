@@ -121,40 +121,36 @@ def _moments_of_magnitude(x: Array, weights: Array | None, axes: tuple[int, ...]
     return checked_moments(x * jnp.sign(x), weights, axes, None, None)  # jnp.abs has the derivative 1 at 0
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _largest_magnitude(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Array:
-    """The largest |x| of each feature where the weight is positive, over all members; zero without any."""
+    """The largest |x| of each feature where the weight is positive, over all members; zero without any.
+
+    Its derivative, the mean of `sign(x) ∂x` over the largest elements of all members, is that of their mean magnitude.
+    """
     reduced = tuple(a for a in range(x.ndim) if a not in axes)
-    largest = jnp.abs(_without_masked(x, weights)).max(reduced, initial=0)
-    if axis_name is None:
-        return largest
+    largest = jnp.abs(lax.stop_gradient(_without_masked(x, weights))).max(reduced, initial=0)
+    if axis_name is not None:
+        largest = _largest_of_members(largest, axis_name, groups)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def magnitudes(x, weights, largest):
+        x = _without_masked(x, weights)
+        is_largest = (jnp.abs(x) == expand(largest, x.ndim, axes)) & (x != 0)
+        x = jnp.where(is_largest, x, 0)
+        return (lax.stop_gradient(jnp.sign(x)) * x).sum(reduced), is_largest.sum(reduced, dtype=x.dtype)
+
+    total, count = (psum(v, axis_name, groups) for v in magnitudes(x, weights, largest))
+    mean = total / jnp.where(count > 0, count, 1)
+    return largest + jnp.where(jnp.isfinite(mean), mean - lax.stop_gradient(mean), 0)
+
+
+def _largest_of_members(largest: Array, axis_name: AxisName, groups: Groups | None) -> Array:
     if groups is None:
         return lax.pmax(largest, axis_name)
     own = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
     placed = jnp.where(own.reshape((-1,) + (1,) * largest.ndim), largest[None], 0)  # gathered by their sum
     return psum(placed, axis_name, groups).max(0)
-
-
-@_largest_magnitude.defjvp
-def _largest_magnitude_jvp(axes, axis_name, groups, primals, tangents):
-    """The hand-made rule: `∂ max |x|` is the mean of `sign(x) ∂x` over the largest elements, of all members."""
-    (x, weights), (dx, _) = primals, tangents
-    largest = _largest_magnitude(x, weights, axes, axis_name, groups)
-    reduced = tuple(a for a in range(x.ndim) if a not in axes)
-
-    def signs_of_largest(x, weights, largest):
-        x = _without_masked(x, weights)
-        return jnp.where(jnp.abs(x) == expand(largest, x.ndim, axes), jnp.sign(x), 0)
-
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    def total(x, weights, largest, dx):
-        signs = signs_of_largest(x, weights, largest)
-        return jnp.where(signs == 0, 0, signs * dx.astype(signs.dtype)).sum(reduced)
-
-    count = psum(jnp.abs(signs_of_largest(x, weights, largest)).sum(reduced), axis_name, groups)
-    return largest, psum(total(x, weights, largest, dx), axis_name, groups) / jnp.where(count > 0, count, 1)
 
 
 def _without_masked(x: Array, weights: Array | None) -> Array:
