@@ -136,6 +136,24 @@ def test_torch_one_layer():
         convert.batch_norm_from_torch(torch.nn.BatchNorm1d(4, track_running_stats=False))
 
 
+@pytest.mark.parametrize("of_numpy", [False, True], ids=["module", "arrays"])
+def test_converted_arrays_stay_when_the_source_is_trained_further(of_numpy):
+    if of_numpy:
+        source = {f"bn.{name}": np.ones(64, np.float32) for name in ("weight", "bias", "running_mean", "running_var")}
+        arrays = source
+    else:
+        torch = pytest.importorskip("torch")
+        source = torch.nn.Sequential()
+        source.add_module("bn", torch.nn.BatchNorm1d(64))
+        arrays = {name: value.detach() for name, value in source.state_dict().items()}
+    like = jax.eval_shape(lambda: BatchNorm(use_running_average=True).init(jax.random.key(0), np.ones((2, 64))))
+    converted = convert.variables_from_torch(source, like, {"": "bn"}), convert.batch_norm_from_torch(source, "bn")[:2]
+    before = jax.tree.map(np.array, converted)
+    for value in arrays.values():
+        value += 1  # in place, as their optimisers do
+    chex.assert_trees_all_equal(converted, before)
+
+
 # Keras
 
 

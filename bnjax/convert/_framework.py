@@ -89,7 +89,7 @@ def variables_from(framework: Framework, theirs: Arrays, like: Any, names: Names
     values = []
     for key, leaf in leaves.items():
         value = framework.kernel_to_ours(found[key], leaf.is_transposed) if leaf.is_kernel else found[key]
-        values.append(jnp.asarray(value, leaf.value.dtype))
+        values.append(jnp.array(value, leaf.value.dtype))  # a copy, as theirs may be changed in place
     return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
@@ -124,7 +124,7 @@ def batch_norm_from(framework: Framework, theirs: Arrays, name: str = "") -> tup
             f"{framework.title}'s batch norm {name!r} must have {' and '.join(missing)}, got the arrays "
             f"{', '.join(near[:20]) or 'of none'}. Pass the name of a batch norm that keeps running statistics."
         )
-    found = {leaf: jnp.asarray(_stripped(as_numpy(theirs[key]))) for leaf, key in keys.items() if key in theirs}
+    found = {leaf: jnp.array(_stripped(as_numpy(theirs[key]))) for leaf, key in keys.items() if key in theirs}
     shapes = {keys[leaf]: value.shape for leaf, value in found.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"{framework.title}'s batch norm {name!r} must have arrays of one shape, got {shapes}.")
