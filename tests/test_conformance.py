@@ -75,14 +75,18 @@ def haiku():
     return pytest.importorskip("haiku")
 
 
-@pytest.fixture
-def keras():
+def import_keras():
     os.environ["KERAS_BACKEND"] = "jax"
     keras = pytest.importorskip("keras")
     if keras.backend.backend() != "jax":
         pytest.skip("Keras has begun with another backend than JAX")
+    return keras
+
+
+@pytest.fixture
+def keras():
     with jax.numpy_rank_promotion("allow"):
-        yield keras
+        yield import_keras()
 
 
 def equinox_layer(equinox, features=3, **options):
@@ -129,12 +133,14 @@ def haiku_average(state):
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
+@jax.jit
 def flax_trained(x):
     layer = nn.BatchNorm(use_running_average=False, momentum=0.0)
     y, updates = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
     return y, updates["batch_stats"]
 
 
+@jax.jit
 def nnx_trained(x):
     layer = nnx.BatchNorm(x.shape[-1], momentum=0.0, rngs=nnx.Rngs(0))
     return layer(x, use_running_average=False), {"mean": layer.mean[...], "var": layer.var[...]}
@@ -154,8 +160,7 @@ def equinox_trained(x):
 
 
 def keras_trained(x):
-    os.environ["KERAS_BACKEND"] = "jax"
-    layer = pytest.importorskip("keras").layers.BatchNormalization(momentum=0.0, epsilon=1e-5)
+    layer = import_keras().layers.BatchNormalization(momentum=0.0, epsilon=1e-5)
     with jax.numpy_rank_promotion("allow"):
         y = keras_step(layer, x)
     return y, keras_stats(layer)
@@ -189,8 +194,8 @@ def test_variance_far_from_zero(peer):
     close(y, normalized(FAR, mean, var), rtol=1e-4, atol=2e-3)
     theirs_y, theirs = TRAINED[peer](FAR)
     if peer in ("flax linen", "flax nnx", "haiku"):
-        assert np.abs(theirs["var"] - var) > 0.9  # Flax, which clips it, 0; Haiku −8
-        assert not np.abs(np.asarray(theirs_y)).max() < 100  # Flax up to 1229; Haiku NaN
+        assert np.abs(theirs["var"] - var) > 0.5  # Flax, which clips it, 0; Haiku −8
+        assert not np.abs(np.asarray(theirs_y)).max() < 100  # Flax up to 1228; Haiku NaN
     else:
         np.testing.assert_allclose(theirs["var"], var, rtol=1e-3)
         np.testing.assert_allclose(theirs_y, y, rtol=1e-3, atol=0.05)
@@ -309,10 +314,10 @@ def test_inference_before_any_training_with_haiku(haiku):
     close(ours, X / np.sqrt(1 + 1e-5))
     infer = haiku_norm(haiku, is_training=False)
     with pytest.raises(ValueError, match="No value for 'average'"):
-        infer.init(None, jnp.asarray(X))
+        compiled(infer.init)(None, X)
     # Initialised with a dummy batch, as is usual, its average variance is the dummy's, zero: 316 times the input.
-    params, state = haiku_norm(haiku).init(None, jnp.zeros((8, 3)))
-    close(infer.apply(params, state, None, jnp.asarray(X))[0], X * np.sqrt(1e5), rtol=1e-4)
+    _, state = compiled(haiku_norm(haiku).init)(None, np.zeros((8, 3), np.float32))
+    close(compiled(infer.apply)({}, state, None, X)[0], X * np.sqrt(1e5), rtol=1e-4)
 
 
 GROUPS = [[0, 3, 5, 6], [1, 2, 4, 7]]
@@ -373,7 +378,7 @@ def test_a_fully_masked_input_decays_keras_state_and_leaves_ours(keras, fill):
         y, new = norm(x, {}, stats, training=True, momentum=0.9, mask=np.zeros(8, bool))
         return y.sum() + new["var"].sum(), (y, new)
 
-    gradient, (y, new) = jax.grad(loss, has_aux=True)(jnp.asarray(x))
+    gradient, (y, new) = jax.jit(jax.grad(loss, has_aux=True))(x)
     chex.assert_trees_all_equal(new, stats)
     chex.assert_tree_all_finite((y, gradient))
     close(y, normalized(np.nan_to_num(x), stats["mean"], stats["var"]), rtol=1e-4, atol=1e-5)
@@ -395,7 +400,7 @@ def test_keras_partial_masks(keras, shape):
     close(keras_stats(layer), stats)
     # Of a single feature Keras drops all axes.
     with pytest.raises(IndexError):
-        keras.layers.BatchNormalization()(x[..., :1], training=True, mask=mask)
+        keras_step(keras.layers.BatchNormalization(), x[..., :1], mask=mask)
     one, _ = norm(x[..., :1], {}, start(1), training=True, epsilon=1e-3, mask=mask)
     close(one, y[..., :1], rtol=1e-4, atol=1e-5)
 
@@ -410,7 +415,8 @@ def test_keras_layer_that_is_not_trainable_is_frozen_batch_norm(keras):
     layer.trainable = False
     theirs = keras_step(layer, X)
     close(keras_stats(layer), {"mean": mean, "var": var})
-    y, stats = frozen_batch_norm(X, {"scale": PARAMS["scale"]}, stats_of(mean, var), training=True)
+    frozen = jax.jit(frozen_batch_norm, static_argnames=STATIC)
+    y, stats = frozen(X, {"scale": PARAMS["scale"]}, stats_of(mean, var), training=True)
     close(y, normalized(X, mean, var) * SCALE, rtol=1e-4, atol=1e-5)
     close(theirs, y, rtol=1e-4, atol=1e-5)
     close(stats, {"mean": mean, "var": var})
@@ -508,7 +514,7 @@ def test_one_value_per_channel_is_torchs_error_and_our_bias(torch):
             y, new = norm(x, params, start(), training=True, bessel_correction=bessel_correction)
             return (y * COTANGENT[:1]).sum() + new["var"].sum(), (y, new)
 
-        gradients, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(jnp.asarray(X[:1]), PARAMS)
+        gradients, (y, new) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(X[:1], PARAMS)
         np.testing.assert_array_equal(y, BIAS[None])
         close(new, {"mean": 0.01 * X[0], "var": np.full(3, 0.99)})
         close(gradients, (np.zeros((1, 3)), {"scale": np.zeros(3), "bias": COTANGENT[0]}))
@@ -614,8 +620,8 @@ def test_torch_without_running_statistics_or_parameters(torch):
     mean, var = exact(X)
     y, _ = norm(X, PARAMS, start(), training=True)
     close(y, normalized(X, mean, var) * SCALE + BIAS, rtol=1e-4, atol=1e-5)
-    for layer_now in (layer, layer.eval()):
-        close(layer_now(leaf).detach().numpy(), y, rtol=1e-4, atol=1e-5)
+    for is_training in (True, False):
+        close(layer.train(is_training)(leaf).detach().numpy(), y, rtol=1e-4, atol=1e-5)
     assert layer.running_mean is None
     close(plain(leaf).numpy(), norm(X, {}, start(), training=True)[0], rtol=1e-4, atol=1e-5)
 
@@ -734,10 +740,14 @@ def test_a_fully_masked_batch_makes_flax_statistics_nan_and_leaves_ours():
     mask = np.zeros((8, 1), bool)
     stats = stats_of(*exact(BATCHES[1]))
     variables = {"params": PARAMS, "batch_stats": stats}
-    linen = nn.BatchNorm(use_running_average=False).apply(variables, X, mask=mask, mutable=["batch_stats"])
-    layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-    theirs = (*linen, layer(X, use_running_average=False, mask=mask), layer.mean[...], layer.var[...])
-    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(theirs))
+
+    @jax.jit
+    def theirs(x):
+        linen = nn.BatchNorm(use_running_average=False).apply(variables, x, mask=mask, mutable=["batch_stats"])
+        layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        return linen, layer(x, use_running_average=False, mask=mask), layer.mean[...], layer.var[...]
+
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(theirs(X)))
     y, new = norm(X, PARAMS, stats, training=True, mask=mask)
     chex.assert_trees_all_equal(new, stats)
     close(y, normalized(X, *exact(BATCHES[1])) * SCALE + BIAS, rtol=1e-4, atol=1e-5)
