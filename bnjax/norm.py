@@ -203,7 +203,7 @@ def update_batch_stats(
     Args:
       batch_stats: running 'mean' and 'var'.
       m: moments of the batch; a count of zero leaves the running statistics as they are, and so do, feature by feature,
-        moments that are not finite, of NaN or of values whose squares overflow (beyond about 1e19 in float32).
+        moments that are not finite in their dtype: of NaN, or of values whose squares overflow.
       momentum: weight of the old running value, in [0, 1]; may be traced.
       bessel_correction: whether to take `n / (n − 1)` times the batch's variance, n being its count, as PyTorch does;
         the variance itself where n ≤ 1.

@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("bnjax", "typecheck.check")
 
 # `pytest tests/test_fuzz.py --hypothesis-profile=fuzz --dist load` generates many thousands of cases.
-settings.register_profile("fuzz", max_examples=4000, deadline=None)
+settings.register_profile("fuzz", max_examples=6000, deadline=None)
 settings.register_profile("few", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("few")
 
