@@ -108,7 +108,7 @@ def test_folding_arrays_that_do_not_fit_is_a_clear_error():
 # --- a whole model ----------------------------------------------------------------------------------------------------
 
 MODELS = {
-    "ResNet": (functools.partial(models.resnet18, 10, BatchNorm, stem="cifar"), (2, 32, 32, 3)),
+    "ResNet": (functools.partial(models.resnet18, 10, BatchNorm, stem="cifar", width=16), (2, 16, 16, 3)),
     "perceptron, batch norm before": (lambda: models.Perceptron((8, 8), 3, BatchNorm, "before"), (4, 5)),
     "perceptron, batch norm after": (lambda: models.Perceptron((8, 8), 3, BatchNorm, "after"), (4, 5)),
     "Flax's layers": (lambda: models.Perceptron((8, 8), 3, nn.BatchNorm, "before"), (4, 5)),

@@ -152,6 +152,7 @@ def test_blobs_prints_the_stored_numbers_beside_the_calculation():
 def test_mnist_sweeps_batch_sizes(monkeypatch):
     found = small_studies.images((28, 28, 1), (500, 100), name="mnist")
     monkeypatch.setattr(data, "images", lambda *arguments: found)
+    monkeypatch.setattr(mnist, "NORMALISERS", mnist.NORMALISERS[:1])
     measured, figures = mnist.run(Options(2, 2, "mnist", None, (64, 100)), small_studies.Silent(by="name"))
     assert list(measured.variants) == [
         *("none_64", "before_64", "none_100", "before_100"),
