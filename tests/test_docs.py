@@ -48,6 +48,16 @@ def test_pages(page):
     assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
 
 
+def test_the_migration_guide_of_equinox():
+    pytest.importorskip("equinox")
+    source = (ROOT / "docs" / "guides" / "migrate.md").read_text()
+    first, block = (source.split(fence)[1].split("```")[0] for fence in ("```python\n", "```py\n"))
+    code = f"{first}\n>>> from bnjax import convert\n\n{block}"
+    test = doctest.DocTestParser().get_doctest(code, {}, "migrate.md", None, 0)
+    assert len(test.examples) > 12
+    assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
+
+
 def test_every_public_module_has_its_place_in_the_reference():
     shown = [
         line.removeprefix("::: ").strip()

@@ -227,6 +227,76 @@ def test_values_derivatives_and_state(case):
         assert_within(narrow, expected_y, bound["y"] + rounding, "output in the input's dtype")
 
 
+COMPLEX = [program._replace(stats_dtype="float32") for program in PROGRAMS[: 100 if MANY else 5]]
+
+
+@functools.cache
+def compiled_complex(program):
+    """Training, its derivative by the input, and inference, of a complex input."""
+    options = {"axis": program.axis, "bessel_correction": program.bessel_correction}
+
+    @jax.jit
+    def run(x, params, stats, weights, g, momentum, epsilon):
+        def train(x):
+            y, new = batch_norm(
+                x, params, stats, training=True, momentum=momentum, epsilon=epsilon, mask=weights, **options
+            )
+            return (g * y).real.sum(), (y, new)
+
+        dx, (y, new) = jax.grad(train, has_aux=True)(x)
+        return y, new, dx, batch_norm(x, params, new, training=False, epsilon=epsilon, **options)[0]
+
+    return run
+
+
+@given(cases(COMPLEX))
+def test_complex_input(case):
+    """As real input with both parts as elements of their own would be, but for the counts and the two means."""
+    p, rng = case.program, np.random.default_rng(case.seed)
+    reduced = tuple(a for a in range(len(p.shape)) if a not in p.axis)
+    with jax.enable_x64(True):
+        _, params, stats, weights, _ = arrays(case._replace(program=p._replace(dtype="float32")))
+        draw = lambda: rng.normal(size=p.shape) + 1j * rng.normal(size=p.shape)
+        x, g = case.location * (1 - 0.5j) + case.spread * draw(), draw()
+        stats = {"mean": np.complex128(stats["mean"]) * (1 + 1j), "var": np.float64(stats["var"])}
+        got = compiled_complex(p)(x, params, stats, weights, g, case.momentum, case.epsilon)
+        y, new, dx, inference = jax.device_get(got)
+    total = lambda v: v.sum(reduced, keepdims=True)
+    w = np.ones(x.shape) if weights is None else np.broadcast_to(np.float64(weights), x.shape)
+    n = total(w)
+    some = np.where(n > 0, n, 1)
+    mean = np.where(n > 0, total(w * x) / some, expanded(stats["mean"], p))
+    var = np.where(n > 0, total(w * np.abs(x - mean) ** 2) / some, expanded(stats["var"], p))
+    scale, bias = (
+        expanded(np.float64(params[name]), p) if name in params else default
+        for name, default in (("scale", 1.0), ("bias", 0.0))
+    )
+    r = 1 / np.sqrt(var + case.epsilon)
+    size = 1e-11 * (1 + (np.abs(mean) + np.abs(x).max(initial=0)) * r) * np.abs(scale)
+    expected = scale * (x - mean) * r + bias
+    assert_near(y, expected, size * (1 + np.abs(expected)) + 1e-13, "output")
+    rho = np.where(n > 0, case.momentum, 1.0)
+    unbiased = var * np.where(n > 1, n / np.where(n > 1, n - 1, 1), 1) if p.bessel_correction else var
+    for name, value in (("mean", mean), ("var", unbiased)):
+        value = rho * expanded(stats[name], p) + (1 - rho) * value
+        assert new[name].dtype == stats[name].dtype
+        assert_near(expanded(new[name], p), value, 1e-9 * (np.abs(value) + np.abs(mean) ** 2 * 1e-3 + 1e-3), name)
+    # In JAX's convention the derivative of a real function holds ∂/∂Re − i ∂/∂Im.
+    hat = (x - mean) * r
+    along = total((g * hat).real)
+    share = np.where(n > 0, w / some, 0)
+    expected = scale * r * (g - share * total(g) - share * along * hat.conj())
+    bound = size * r * (1 + np.abs(hat) ** 2) * (np.abs(g) + share * total(np.abs(g) * (1 + np.abs(hat)))) + 1e-13
+    assert_near(dx, expected, bound, "derivative of the input")
+    running = scale * (x - expanded(new["mean"], p)) / np.sqrt(expanded(new["var"], p) + case.epsilon) + bias
+    np.testing.assert_allclose(inference, running, rtol=1e-7, atol=1e-7 * (1 + np.abs(running).max(initial=0)))
+
+
+def assert_near(got, expected, bound, what):
+    assert np.isfinite(got).all(), what
+    assert (np.abs(got - expected) <= bound).all(), what
+
+
 SPECIAL = (0.0, -0.0, 1e-45, -1e-38, 1.0, 65504.0, 1e15, -1e18, 1e19, -1e30, 3.4e38, -3.4e38)
 
 
