@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from bnjax.inference import _calls
 from bnjax.inference.reestimate import moments_seen
+from bnjax.linen import LpBatchNorm, SplitBatchNorm
 
 _DEAD, _EXPLODING = 1e-3, 1e3  # beside the layer's median
 _NEAR = 10.0  # epsilons, up to which a variance is near epsilon
@@ -38,7 +39,7 @@ class Description(NamedTuple):
     """One batch norm.
 
     Attributes:
-      path: of its variables, joined by slashes.
+      path: of its variables, joined by slashes; with the kind of batches where there are several: 'norm[1]'.
       features: how many.
       multiplier: least, median and largest effective scale, |scale| / sqrt(var + epsilon).
       deviation: least, median and largest running deviation, sqrt(var).
@@ -62,6 +63,7 @@ class _Settings(NamedTuple):
     epsilon: float = 1e-5
     momentum: Any = None
     is_inference: bool = False
+    is_comparable: bool = True
 
 
 def examine(
@@ -97,14 +99,16 @@ def examine(
         seen = {}
         if model is not None:
             settings = _settings(model, variables, args, options)
-            norms = {path: norms[path] for path in settings if path in norms}
-            seen = moments_seen(model.apply, frozenset(norms), True, options, variables, args)
+            norms = {name: norms[name] for path in settings for name in norms if name.split("[")[0] == path}
+            compared = frozenset(path for path, one in settings.items() if path in norms and one.is_comparable)
+            seen = moments_seen(model.apply, compared, True, options, variables, args)
             seen = {"/".join(path): jax.device_get(m) for path, m in seen.items()}
     if not norms:
         raise ValueError(
             "variables must hold a batch norm ('mean' and 'var' in the collection 'batch_stats'), got none."
         )
-    return [_described(path, norm, settings[path], seen.get(path)) for path, norm in norms.items()]
+    settings = {name: settings.get(name) or settings[name.split("[")[0]] for name in norms}
+    return [_described(name, norm, settings[name], seen.get(name)) for name, norm in norms.items()]
 
 
 def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon: float = 1e-5, **options: Any) -> None:
@@ -157,8 +161,18 @@ def _of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, np.ndarra
     for path in sorted(paths, key=_natural):
         arrays = {name: stats[*path, name] for name in ("mean", "var")}
         arrays |= {name: params[*path, name] for name in ("scale", "bias") if (*path, name) in params}
-        found["/".join(path)] = {name: np.asarray(value, np.float64) for name, value in arrays.items()}
+        found |= _by_kind("/".join(path), arrays)
     return found
+
+
+def _by_kind(path: str, arrays: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Arrays of a batch norm, or of each kind of batches of one that has several (`SplitBatchNorm`)."""
+    wide = {name: np.asarray(v, complex if np.iscomplexobj(v) else float) for name, v in arrays.items()}
+    kinds = len(wide["mean"]) if wide.get("scale", wide.get("bias", wide["mean"])).ndim < wide["mean"].ndim else None
+    if kinds is None:
+        return {path: wide}
+    own = {name: value for name, value in wide.items() if name not in ("mean", "var")}
+    return {f"{path}[{i}]": {**own, "mean": wide["mean"][i], "var": wide["var"][i]} for i in range(kinds)}
 
 
 def _natural(path: tuple[str, ...]) -> list[Any]:
@@ -173,8 +187,10 @@ def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[
         if isinstance(part, nnx.BatchNorm):
             name = "/".join(map(str, path))
             arrays = {n: getattr(part, n) for n in ("mean", "var", "scale", "bias")}
-            norms[name] = {n: np.asarray(v[...], np.float64) for n, v in arrays.items() if v is not None}
-            settings[name] = _Settings(part.epsilon, part.momentum, bool(part.use_running_average))
+            kinds = _by_kind(name, {n: v[...] for n, v in arrays.items() if v is not None})
+            norms |= kinds
+            one = _Settings(part.epsilon, part.momentum, bool(part.use_running_average))
+            settings |= dict.fromkeys(kinds, one)
     return norms, settings
 
 
@@ -184,7 +200,8 @@ def _settings(model: nn.Module, variables: Any, args: Any, options: Any) -> dict
 
     def note(module, call, x, given):
         running = given.get("use_running_average", module.use_running_average)
-        found["/".join(module.path)] = _Settings(module.epsilon, module.momentum, bool(running))
+        comparable = not isinstance(module, LpBatchNorm | SplitBatchNorm)
+        found["/".join(module.path)] = _Settings(module.epsilon, module.momentum, bool(running), comparable)
         return call(x, **given)
 
     def run(variables, *args):

@@ -7,12 +7,15 @@ from pathlib import Path
 # What XLA_FLAGS says already wins.
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-        "--xla_cpu_collective_timeout_seconds=600",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=200",
+        "--xla_cpu_collective_timeout_seconds=200",
         "--xla_backend_optimization_level=0",
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
+
+# Programs run where they are called, not beside the caller.
+os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 
 import jax
 import pytest

@@ -7,7 +7,7 @@ from flax import nnx
 
 from bnjax import init_batch_norm, models
 from bnjax.describe import describe, examine
-from bnjax.linen import BatchNorm
+from bnjax.linen import BatchNorm, SplitBatchNorm
 
 KEY = jax.random.key(0)
 
@@ -109,3 +109,17 @@ def test_what_is_printed(capsys, monkeypatch):
 def test_no_batch_norm_is_a_clear_error():
     with pytest.raises(ValueError, match=r"variables must hold a batch norm.*got none"):
         describe({"params": {}})
+
+
+def test_kinds_of_batches_are_described_apart_and_complex_means_whole():
+    x = jnp.ones((4, 3)) * jnp.arange(1.0, 4)[None]
+    layer = SplitBatchNorm(num_splits=2, use_running_average=False)
+    variables = layer.init(KEY, x, split=0)
+    _, updates = layer.apply(variables, x, split=0, mutable=["batch_stats"])
+    for model in (None, layer):
+        call = () if model is None else (model, x)
+        found = examine({**variables, **updates}, *call, **({"split": 0} if model else {}))
+        assert [(one.path, one.features, len(one.mistakes)) for one in found] == [("[0]", 3, 0), ("[1]", 3, 1)]
+    stats = {"mean": jnp.array([1j, 0]), "var": jnp.ones(2)}
+    (one,) = examine({"batch_stats": {"norm": stats}})
+    assert one.mistakes == ()

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from bnjax import batch_norm, models
 from bnjax.inference import adapt_batch_stats, fold, fold_before, fold_model, foldable_pairs, reestimate_batch_stats
-from bnjax.linen import BatchNorm, NoisyBatchNorm, SplitBatchNorm
+from bnjax.linen import BatchNorm, LpBatchNorm, NoisyBatchNorm, SplitBatchNorm
 
 KEY = jax.random.key(0)
 
@@ -346,3 +346,92 @@ def test_the_model_itself_is_not_touched(deep):
     reestimate_batch_stats(model.apply, variables, [x], exactly=True)
     adapt_batch_stats(model.apply, variables, x, prior=1.0)
     assert (model.layers[0].use_bias, model.layers[1].use_running_average) == (False, True)
+
+
+# --- what can't be folded or seen, and compiled parts -----------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x, training=False):
+        return nn.relu(BatchNorm(use_running_average=not training, momentum=0.9)(nn.Dense(3, use_bias=False)(x)))
+
+
+Compiled = nn.jit(Pair, static_argnums=2)
+
+
+class Twice(nn.Module):
+    part: object = Compiled
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        return self.part(name="b")(self.part(name="a")(x, training), training)
+
+
+def test_compiled_parts_are_traced_anew_and_nothing_stays_behind_in_them():
+    x = 3 + 2 * jax.random.normal(KEY, (12, 3))
+    variables = away_from_start(Twice().init(KEY, x))
+    train = lambda part: Twice(part).apply(variables, x, True, mutable=["batch_stats"])
+    plain, expected = Twice(Pair), train(Compiled)
+    for _ in range(2):
+        assert ("a/Dense_0", "a/BatchNorm_0") in foldable_pairs(Twice(), variables, x)
+        apply, folded = fold_model(Twice(), variables, x)
+        np.testing.assert_allclose(apply(folded, x), plain.apply(variables, x), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match=r"alike modules of Flax's jit; what b/BatchNorm_0 is shown"):
+            reestimate_batch_stats(Twice().apply, variables, [x], exactly=True, training=True)
+        close(*(adapt_batch_stats(model.apply, variables, x, prior=0.0) for model in (Twice(), plain)))
+        chex.assert_trees_all_equal(train(Compiled), expected)
+
+
+class Standardised(nn.Dense):
+    @nn.compact
+    def __call__(self, inputs):
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        return inputs @ ((kernel - kernel.mean(0)[None]) / kernel.std(0)[None]) + bias[None]
+
+
+class Unfoldable(nn.Module):
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(3)
+        if self.kind == "weight norm":
+            y = nn.WeightNorm(dense)(x)
+        elif self.kind == "spectral norm":
+            y = nn.SpectralNorm(dense)(x, update_stats=False)
+        elif self.kind == "subclass":
+            y = Standardised(3)(x)
+        elif self.kind == "tied":
+            y = dense(x)
+            x = x @ dense.variables["params"]["kernel"]
+        else:
+            x = BatchNorm(use_running_average=True)(x[..., None])
+            return nn.Conv(3, (2,), padding=0, input_dilation=2)(x)
+        return BatchNorm(use_running_average=True)(y) + x
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "spectral norm", "subclass", "tied", "dilated"])
+def test_a_kernel_that_is_not_used_as_it_is_stays(kind):
+    x, model = jax.random.normal(KEY, (4, 3)), Unfoldable(kind)
+    assert foldable_pairs(model, model.init(KEY, x), x) == []
+
+
+def test_batch_norms_that_cannot_be_seen_are_errors():
+    x = jax.random.normal(KEY, (4, 3))
+    axes = {"params": 0, "batch_stats": 0}
+    stacked = nn.vmap(BatchNorm, variable_axes=axes, split_rngs={"params": True})(use_running_average=False)
+    variables = stacked.init(KEY, x[None])
+    with pytest.raises(ValueError, match=r"none of them inside Flax's scan or vmap.* is shown can't be seen"):
+        reestimate_batch_stats(stacked.apply, variables, [x[None]])
+    for layer in (LpBatchNorm(p=1, use_running_average=False), SplitBatchNorm(num_splits=2, use_running_average=False)):
+        call = {"split": 0} if isinstance(layer, SplitBatchNorm) else {}
+        with pytest.raises(ValueError, match=r"one mean and one variance, got (Lp|Split)BatchNorm"):
+            adapt_batch_stats(layer.apply, layer.init(KEY, x, **call), x, prior=1.0, **call)
+
+
+def test_data_that_is_not_finite_is_an_error(deep):
+    model, variables, x = deep
+    with pytest.raises(ValueError, match="batches must give finite statistics, got NaN or infinity at BatchNorm_0"):
+        reestimate_batch_stats(model.apply, variables, [x.at[0, 0].set(jnp.nan)], training=True)

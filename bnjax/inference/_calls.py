@@ -1,14 +1,20 @@
 """Which of a model's layers feed which: calls that are marked in the traced program."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 Call = Callable[..., Any]
 _IN, _OUT = "bnjax: into ", "bnjax: out of "
+# Compiled parts of a model (Flax's jit) keep what was traced first. Within a context of its own each call is traced
+# anew, so that nothing intercepted stays behind in them, and nothing that they kept is taken for what is intercepted.
+_own_trace = jax.make_user_context()
+_number = itertools.count(1)
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 
@@ -16,6 +22,10 @@ def intercept(kinds: tuple[type[nn.Module], ...], replace: Callable[[Any, Call, 
     """A context in which `replace(module, call, x, options)` stands for the calls of modules of some kinds."""
 
     def interceptor(next_function, arguments, options, context):
+        with _own_trace(next(_number)):
+            return intercepted(next_function, arguments, options, context)
+
+    def intercepted(next_function, arguments, options, context):
         if context.method_name != "__call__" or not isinstance(context.module, kinds):
             return next_function(*arguments, **options)
         given = dict(zip(("x", "use_running_average"), arguments, strict=False)) | options
@@ -46,6 +56,17 @@ def followers(jaxpr: Any) -> Iterator[tuple[str, str]]:
         elif eqn.primitive.name in _INLINED:
             for inner in _inner(eqn):
                 yield from followers(inner)
+
+
+def uses(jaxpr: Any) -> list[int]:
+    """How often each input of a program is used in it."""
+    counts = Counter(map(id, jaxpr.outvars))
+    for eqn in jaxpr.eqns:
+        inner = list(_inner(eqn)) if eqn.primitive.name in _INLINED else []
+        each = uses(inner[0]) if len(inner) == 1 else [1] * len(eqn.invars)
+        for variable, count in zip(eqn.invars, each, strict=True):
+            counts[id(variable)] += count
+    return [counts[id(variable)] for variable in jaxpr.invars]
 
 
 def depths(jaxpr: Any, start: int = 0) -> tuple[dict[str, int], int]:

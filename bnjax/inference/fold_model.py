@@ -1,7 +1,7 @@
 """The batch norms of a whole Flax model folded into its linear layers."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +53,8 @@ def fold_model(
 
     The model is run abstractly to find them: batch norms over the last axis whose input is the output of a `Dense`,
     `Conv` or `ConvTranspose` that nothing else uses, and those whose output, used by nothing else, is the input of a
-    `Dense` or of a `Conv` that pads nothing. Layers inside Flax's scan and vmap, and those that are called several
-    times, stay as they are.
+    `Dense` or of a `Conv` that pads nothing. Layers inside Flax's scan and vmap, those that are called several times,
+    and those whose variables are used elsewhere too, or transformed first (tied weights, WeightNorm), stay as they are.
 
     Args:
       model: linen module.
@@ -134,10 +134,12 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
             return model.apply(variables, *args, **kwargs, mutable=["batch_stats"])
 
     stats: Any = flatten_dict(dict(variables.get("batch_stats", {})))
+    jaxpr = jax.make_jaxpr(run)(variables, *args).jaxpr
+    reused = set(_used_again(variables, jaxpr))
     pairs, taken = [], set()
-    for before, after in _calls.followers(jax.make_jaxpr(run)(variables, *args).jaxpr):
+    for before, after in _calls.followers(jaxpr):
         first, second = found[before], found[after]
-        if {calls[before], calls[after]} != {1} or {before, after} & taken:
+        if {calls[before], calls[after]} != {1} or {before, after} & (taken | reused):
             continue
         if any(isinstance(part, _Norm) and np.ndim(stats[*part.path, "mean"]) != 1 for part in (first, second)):
             continue  # Flax's vmap has given it several
@@ -150,6 +152,14 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
     return pairs
 
 
+def _used_again(variables: Any, jaxpr: Any) -> Iterator[str]:
+    """Paths of the modules with variables that are used elsewhere too, or transformed first, as by WeightNorm."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    for path, count in zip(paths, _calls.uses(jaxpr), strict=False):  # the variables are the first inputs
+        if count > 1 and path[0].key == "params":
+            yield "/".join(entry.key for entry in path[1:-1])
+
+
 def _norm(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> _Norm | None:
     given = options.get("use_running_average")
     is_running = module.use_running_average if given is None else given
@@ -158,7 +168,9 @@ def _norm(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> _Norm | N
     return _Norm(module.path, module.epsilon) if is_running and is_last and one_each else None
 
 
-def _linear(module: nn.Module) -> _Linear:
+def _linear(module: nn.Module) -> _Linear | None:
+    if type(module) not in _LINEAR:  # what a subclass does with its kernel is not known
+        return None
     options = vars(module)
     window = options.get("kernel_size") or ()
     sizes = (window,) if isinstance(window, int) else tuple(window)
@@ -168,5 +180,8 @@ def _linear(module: nn.Module) -> _Linear:
         module.path,
         -2 if options.get("transpose_kernel") else -1,
         options.get("feature_group_count", 1),
-        not pads and options.get("mask") is None and not isinstance(module, nn.ConvTranspose),
+        not pads
+        and options.get("mask") is None
+        and bool(np.all(np.equal(options.get("input_dilation") or 1, 1)))
+        and not isinstance(module, nn.ConvTranspose),
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import _checks
+from bnjax import _checks, linen
 from bnjax.inference import _calls
 from bnjax.moments import Moments, merge_moments, moments
 from bnjax.norm import update_batch_stats
@@ -53,7 +53,9 @@ def reestimate_batch_stats(
       New statistics in the structure and dtypes of `variables['batch_stats']`.
 
     Raises:
-      ValueError: if there is no batch, no batch norm, or if the data's statistics are not finite.
+      ValueError: if there is no batch or no batch norm; for batch norms inside Flax's scan or vmap or inside several
+        alike modules of its jit, of several kinds of batches (`SplitBatchNorm`) or of another norm (`LpBatchNorm`); and
+        if the data's statistics are not finite.
       TypeError: for an iterator, which can't be read twice.
 
     References:
@@ -66,6 +68,7 @@ def reestimate_batch_stats(
         found: Any = None
         for batch in _read(batches):
             new = moments_of(variables, batch)
+            _check_seen(set(batch_norms) - {"/".join(path) for path in new})
             found = new if found is None else _merged(found, new)
         variables["batch_stats"] = _replaced(variables["batch_stats"], found, bessel_correction)
     return variables["batch_stats"]
@@ -104,6 +107,8 @@ def _in_order(apply_fn: Apply, variables: Any, batch: Any, options: Any, exactly
             "apply_fn must call batch norms, whose statistics are to be re-estimated; it calls none. Pass model.apply "
             "itself, not a compiled function, and the option that asks for training, if the model has one."
         )
+    stats: Any = flatten_dict(dict(variables["batch_stats"]))
+    _check_seen({"/".join(path[:-1]) for path in stats if path[-1] == "var"} - found.keys())
     passes = sorted(set(found.values())) if exactly else [None]
     return [[path for path, depth in found.items() if number in (None, depth)] for number in passes]
 
@@ -121,7 +126,7 @@ def moments_seen(
     with _calls.intercept((nn.BatchNorm,), look):
         _, updates = apply_fn(variables, *_arguments(batch), **options, mutable=["batch_stats", _COLLECTION])
     is_leaf = lambda _, value: not isinstance(value, Mapping)  # noqa: E731
-    flat: Any = flatten_dict(updates[_COLLECTION], is_leaf=is_leaf)
+    flat: Any = flatten_dict(updates.get(_COLLECTION, {}), is_leaf=is_leaf)
     return {path[:-1]: functools.reduce(merge_moments, seen) for path, seen in flat.items()}
 
 
@@ -129,6 +134,14 @@ def moments_seen(
 def _merged(found: Any, new: Any) -> Any:
     """Moments of two parts of the data together, of each batch norm."""
     return {path: merge_moments(found[path], new[path]) for path in new}
+
+
+def _check_seen(missed: Set[str]) -> None:
+    if missed:
+        raise ValueError(
+            "apply_fn must call all batch norms of the variables, none of them inside Flax's scan or vmap, or inside "
+            f"one of several alike modules of Flax's jit; what {', '.join(sorted(missed))} is shown can't be seen."
+        )
 
 
 def _called(module: nn.BatchNorm, call: _calls.Call, x: Any, options: Mapping[str, Any], is_running: bool) -> Any:
@@ -139,6 +152,11 @@ def _called(module: nn.BatchNorm, call: _calls.Call, x: Any, options: Mapping[st
 
 
 def _seen_by(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> Moments:
+    if isinstance(module, linen.LpBatchNorm | linen.SplitBatchNorm):
+        raise ValueError(
+            f"The model must have batch norms whose statistics are one mean and one variance, got "
+            f"{type(module).__name__} at {'/'.join(module.path)}."
+        )
     x = jnp.asarray(x)
     return moments(
         x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32),

@@ -54,8 +54,8 @@ def frozen_batch_norm(
       TypeError, ValueError: at trace time, as `batch_norm`.
 
     References:
-      He et al. 2016 (arXiv 1512.03385), appendix A, which fixes batch norms in detection networks; Wu et al. 2021
-      (arXiv 2105.07576), section 3.4.
+      He et al. 2016 (arXiv 1512.03385), appendix A, which fixes batch norms in detection networks; Wu & Johnson
+      2021 (arXiv 2105.07576).
 
     >>> params, batch_stats = {'scale': jnp.array([2.])}, {'mean': jnp.array([1.]), 'var': jnp.array([4.])}
     >>> y, _ = frozen_batch_norm(jnp.array([[1.], [3.]]), params, batch_stats, training=True, epsilon=0.)

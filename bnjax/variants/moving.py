@@ -56,7 +56,7 @@ def moving_batch_norm(
 
     References:
       Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalisation does;
-      Ioffe 2017 (arXiv 1702.03275), section 3, which reports that it does not work; Yan et al. 2020 (arXiv 2001.06838).
+      Ioffe 2017 (arXiv 1702.03275), which reports that it does not work; Yan et al. 2020 (arXiv 2001.06838).
 
     >>> import bnjax
     >>> params, batch_stats = bnjax.init_batch_norm(1)

@@ -81,7 +81,7 @@ def split_batch_norm(
         `split` that is no integer or out of range (where known).
 
     References:
-      Xie et al. 2020 (arXiv 1911.09665), section 4.1 (auxiliary batch norm); Li et al. 2016 (arXiv 1603.04779) and
+      Xie et al. 2020 (arXiv 1911.09665), section 4.2 (auxiliary batch norm); Li et al. 2016 (arXiv 1603.04779) and
       Chang et al. 2019 (arXiv 1906.03950) for domains.
 
     >>> params, batch_stats = init_split_batch_norm(1, 2)
@@ -135,4 +135,4 @@ def _checked_split(split: Any, count: int) -> Array:
         )
     if not isinstance(split, Tracer) and not 0 <= int(split) < count:
         raise ValueError(f"split must lie in [0, {count}), the kinds of batches of batch_stats, got {int(split)}.")
-    return jnp.clip(jnp.asarray(split), 0, count - 1)
+    return jnp.clip(jnp.asarray(split).astype(jnp.int32), 0, count - 1)
