@@ -16,8 +16,3 @@ def wide(*dtypes: Any) -> np.dtype:
 def real(dtype: Any) -> np.dtype:
     """The dtype of the parts of a complex dtype; a real one itself."""
     return jnp.finfo(dtype).dtype
-
-
-def is_complex(dtype: Any) -> bool:
-    """Whether it is a complex floating-point dtype."""
-    return jnp.issubdtype(dtype, jnp.complexfloating)

@@ -230,9 +230,7 @@ def update_batch_stats(
             f"m must hold a var of the shape of its mean, {jnp.shape(m.mean)}, got {jnp.shape(m.var)}. "
             "Make it with bnjax.moments."
         )
-    var = m.var
-    if bessel_correction:
-        var = var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
+    var = unbiased_var(m) if bessel_correction else m.var
 
     def move(running, batch):
         dtype = _dtypes.wide(running.dtype, batch.dtype)
@@ -248,6 +246,11 @@ def update_batch_stats(
         new.update(moved)
         return new
     return type(batch_stats)({**batch_stats, **moved})  # pyright: ignore[reportCallIssue]
+
+
+def unbiased_var(m: Moments) -> Array:
+    """Bessel's correction of the variance, `n / (n − 1) · var`; the variance itself where n ≤ 1."""
+    return m.var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
 
 
 def normalize(

@@ -11,7 +11,7 @@ from bnjax import _checks
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName, psum, split_axis
 from bnjax.moments import Moments
-from bnjax.norm import BatchStats, Params, batch_norm, batch_norm_and_moments, update_batch_stats
+from bnjax.norm import BatchStats, Params, batch_norm, batch_norm_and_moments, unbiased_var, update_batch_stats
 
 
 def ghost_batch_norm(
@@ -130,9 +130,7 @@ def _cut(values: Any, axis: int, start: int, end: int) -> Array:
 
 def _mean_over(m: Moments, bessel_correction: bool, axis_name: Any, groups: Any) -> Moments:
     """Moments `[ghost batches, *features]` averaged by their counts."""
-    var = m.var
-    if bessel_correction:
-        var = var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
+    var = unbiased_var(m) if bessel_correction else m.var
     sums = jnp.stack([m.count * m.mean, m.count * var, m.count]).sum(1)
     mean, var, count = psum(sums, axis_name, groups)
     some = jnp.where(count > 0, count, 1)
