@@ -254,7 +254,7 @@ def _mistakes(mean: np.ndarray, var: np.ndarray, settings: _Settings, seen: Any)
         text = f"Running variances are below {_NEAR:g} times epsilon, which decides the output then: the features are "
         text += "nearly constant, or need a smaller epsilon."
         yield Mistake(text, f"{near} of {var.size} features, epsilon {epsilon:g}")
-    if isinstance(settings.momentum, int | float) and settings.momentum < 0.5:
+    if isinstance(settings.momentum, int | float | np.number) and settings.momentum < 0.5:
         text = "momentum weighs the old value, as in Flax and Keras: where it comes from PyTorch, pass 1 minus it."
         yield Mistake(text, f"momentum {settings.momentum:g}")
     if seen is not None and var.size and np.all(seen.count > 1):

@@ -402,6 +402,31 @@ def test_transposed_keras(keras):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_depthwise_keras(keras):
+    layer = keras.layers.DepthwiseConv2D((3, 2), depth_multiplier=2)
+    x = RNG.standard_normal((2, 6, 6, 3)).astype(np.float32)
+    expected = np.asarray(layer(x))
+    ours = nn.Conv(6, (3, 2), feature_group_count=3, padding="VALID")
+    like = jax.eval_shape(ours.init, jax.random.key(0), x)
+    variables = convert.variables_from_keras(layer, like)
+    np.testing.assert_allclose(ours.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+    again = keras.layers.DepthwiseConv2D((3, 2), depth_multiplier=2)
+    again.build(x.shape)
+    convert.variables_to_keras(variables, again)
+    np.testing.assert_array_equal(again.kernel, layer.kernel)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_renorm_keras(keras):
+    layer = keras.layers.BatchNormalization(renorm=True)
+    x = RNG.standard_normal((8, 3)).astype(np.float32)
+    layer(x, training=True)
+    ours = BatchNorm(use_running_average=True, epsilon=1e-3)
+    variables = convert.variables_from_keras(layer, ours.init(jax.random.key(0), x))
+    np.testing.assert_allclose(ours.apply(variables, x), layer(x, training=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_transposed_haiku():
     hk = pytest.importorskip("haiku")
     net = hk.without_apply_rng(hk.transform(lambda x: hk.Conv2DTranspose(3, (3, 2), 2, padding="VALID")(x)))
@@ -540,6 +565,14 @@ assert convert.batch_norm_from_torch(sys.argv[1], "6").steps == 7
 assert [name for name in frameworks if name in sys.modules] == ["safetensors"]
 """
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float64", "uint8", "bool"])
+def test_safetensors_of_any_dtype(tmp_path, dtype):
+    pytest.importorskip("safetensors")
+    arrays = {"a": np.arange(6).reshape(2, 3).astype(jnp.dtype(dtype)), "b": np.ones((), jnp.dtype(dtype))}
+    convert.save_safetensors(arrays, tmp_path / "x.safetensors")
+    chex.assert_trees_all_equal(convert.read_arrays(tmp_path / "x.safetensors"), arrays)
 
 
 def test_safetensors_of_torch(tmp_path):

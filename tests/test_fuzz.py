@@ -443,6 +443,15 @@ def test_merged_moments_are_those_of_the_whole(sizes, is_complex, seed, location
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 
+def averaged(parts, stats, momentum):
+    """Running statistics after the moments of ghost batches, averaged by their counts."""
+    count = sum(m.count for m in parts)
+    share = [m.count / jnp.where(count > 0, count, 1) for m in parts]
+    batch = {part: sum(s * getattr(m, part) for s, m in zip(share, parts, strict=True)) for part in ("mean", "var")}
+    moved = {part: momentum * stats[part] + (1 - momentum) * value for part, value in batch.items()}
+    return {part: jnp.where(count > 0, value, stats[part]) for part, value in moved.items()}
+
+
 @functools.cache
 def variant(name, axis, ghost_size):
     function = {
@@ -450,6 +459,7 @@ def variant(name, axis, ghost_size):
         "renorm": functools.partial(variants.batch_renorm, r_max=1.0, d_max=0.0),
         "moving": variants.moving_batch_norm,
         "frozen": variants.frozen_batch_norm,
+        "split": batch_norm,
     }[name]
     f = lambda f, *args, **options: f(*args, training=True, axis=axis, **options)
 
@@ -467,17 +477,25 @@ def variant(name, axis, ghost_size):
                 if v.shape[first] == 1
                 else jax.lax.slice_in_dim(v, i, min(i + ghost_size, x.shape[first]), axis=first)
             )
-            parts = [
-                f(batch_norm, cut(x, i), params, stats, mask=cut(weights, i), momentum=momentum)[0]
-                for i in range(0, x.shape[first], ghost_size)
-            ]
-            plain = jnp.concatenate(parts, first), ours[1]
+            cuts = [(cut(x, i), cut(weights, i)) for i in range(0, x.shape[first], ghost_size)]
+            parts = [f(batch_norm, x, params, stats, mask=w, momentum=momentum)[0] for x, w in cuts]
+            plain = (
+                jnp.concatenate(parts, first),
+                averaged([moments(x, axis=axis, mask=w) for x, w in cuts], stats, momentum),
+            )
+        if name == "split":  # of the second kind of two
+            apart = {part: jnp.stack([value + 1, value]) for part, value in stats.items()}
+            y, new = f(variants.split_batch_norm, x, params, apart, split=jnp.int8(1), mask=weights, momentum=momentum)
+            ours = (
+                y,
+                {part: jnp.where((value[0] == apart[part][0]).all(), value[1], jnp.nan) for part, value in new.items()},
+            )
         return ours, plain
 
     return jax.jit(run)
 
 
-VARIANTS = list(itertools.product(("ghost", "renorm", "moving", "frozen"), ((1,), (0,), (0, 2)), (1, 2, 4)))
+VARIANTS = list(itertools.product(("ghost", "renorm", "moving", "frozen", "split"), ((1,), (0,), (0, 2)), (1, 2, 4)))
 
 
 @given(

@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import chex
 import flax.linen as nn
@@ -425,13 +426,57 @@ def test_batch_norms_that_cannot_be_seen_are_errors():
     variables = stacked.init(KEY, x[None])
     with pytest.raises(ValueError, match=r"none of them inside Flax's scan or vmap.* is shown can't be seen"):
         reestimate_batch_stats(stacked.apply, variables, [x[None]])
-    for layer in (LpBatchNorm(p=1, use_running_average=False), SplitBatchNorm(num_splits=2, use_running_average=False)):
-        call = {"split": 0} if isinstance(layer, SplitBatchNorm) else {}
-        with pytest.raises(ValueError, match=r"one mean and one variance, got (Lp|Split)BatchNorm"):
-            adapt_batch_stats(layer.apply, layer.init(KEY, x, **call), x, prior=1.0, **call)
+    layer = LpBatchNorm(p=1, use_running_average=False)
+    with pytest.raises(ValueError, match="whose 'var' is a variance, got LpBatchNorm"):
+        adapt_batch_stats(layer.apply, layer.init(KEY, x), x, prior=1.0)
+
+
+def test_each_kind_of_batches_is_reestimated_and_adapted_by_itself():
+    x, layer = jax.random.normal(KEY, (12, 3)), SplitBatchNorm(num_splits=3, use_running_average=False)
+    variables = layer.init(KEY, x, split=0)
+    apply = lambda variables, x, split, **options: layer.apply(variables, x, split=split, **options)
+    batches = [(x[:5], 2), (10 * x, 0), (x[5:], 2)]
+    for exactly in (False, True):
+        found = reestimate_batch_stats(apply, variables, batches, exactly=exactly)
+        mean, var = x.mean(0), x.var(0)
+        close(found, {"mean": jnp.stack([10 * mean, 0 * mean, mean]), "var": jnp.stack([100 * var, 0 * var + 1, var])})
+    y, stats = adapt_batch_stats(apply, {**variables, "batch_stats": found}, (x + 1, 2), prior=12.0)
+    close(stats["mean"], found["mean"].at[2].add(0.5))
+    running = {"mean": stats["mean"][2], "var": stats["var"][2]}
+    close(y, batch_norm(x + 1, variables["params"], running, training=False)[0])
 
 
 def test_data_that_is_not_finite_is_an_error(deep):
     model, variables, x = deep
     with pytest.raises(ValueError, match="batches must give finite statistics, got NaN or infinity at BatchNorm_0"):
         reestimate_batch_stats(model.apply, variables, [x.at[0, 0].set(jnp.nan)], training=True)
+
+
+@pytest.mark.parametrize(
+    ("dense", "norm", "folds"),
+    [
+        ({}, {}, True),
+        ({"dtype": jnp.bfloat16}, {"dtype": jnp.bfloat16}, True),
+        ({"dtype": jnp.bfloat16}, {"dtype": jnp.float32}, False),
+        ({"dtype": jnp.float16}, {}, False),
+        ({"param_dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}, False),
+    ],
+)
+def test_dtypes_that_differ_are_not_folded(dense, norm, folds):
+    x = jax.random.normal(KEY, (4, 3))
+    model = nn.Sequential([nn.Dense(3, **dense), BatchNorm(use_running_average=True, **norm)])
+    variables = model.init(KEY, x)
+    assert len(foldable_pairs(model, variables, x)) == folds
+    apply, folded = fold_model(model, variables, x)
+    expected = model.apply(variables, x)
+    assert apply(folded, x).dtype == expected.dtype
+    tolerance = 3e-2 if jnp.bfloat16 in dense.values() else 1e-5
+    np.testing.assert_allclose(*(np.float32(y) for y in (apply(folded, x), expected)), rtol=tolerance, atol=tolerance)
+
+
+def test_arrays_that_can_not_be_folded_are_clear_errors():
+    params, stats = norm_of(4, jnp.float32)
+    with pytest.raises(ValueError, match="kernel must be floating point"):
+        inspect.unwrap(fold)(jnp.ones((5, 4), int), None, params, stats)
+    with pytest.raises(ValueError, match="groups must divide the 4 output features"):
+        fold_before(jnp.ones((3, 2, 4)), None, params, stats, groups=3)

@@ -1,5 +1,6 @@
 """What a framework calls its arrays and how it lays out kernels; the exchange of variables by that."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class Framework(NamedTuple):
       out_first: whether kernels are [out, in, *window].
       transposed_swaps: whether 'in' and 'out' change places in the kernels of transposed convolutions.
       transposed_flips: whether these kernels' windows are reversed.
+      depthwise_apart: whether depthwise kernels are [*window, in, multiplier], ours [*window, 1, in · multiplier].
     """
 
     title: str
@@ -34,6 +36,7 @@ class Framework(NamedTuple):
     out_first: bool = False
     transposed_swaps: bool = False
     transposed_flips: bool = False
+    depthwise_apart: bool = False
 
     def key(self, module: str, leaf: str) -> str:
         """Their full name of an array."""
@@ -48,6 +51,19 @@ class Framework(NamedTuple):
         """A kernel in their layout."""
         kernel = self._transposed(kernel) if transposed else kernel
         return np.moveaxis(kernel, (-1, -2), (0, 1)) if self.out_first else kernel
+
+    def fits(self, shape: tuple[int, ...], expected: tuple[int, ...], is_kernel: bool) -> bool:
+        """Whether a shape is as expected, up to axes of size one in vectors, and in depthwise kernels."""
+        if not is_kernel:
+            return _sizes(shape) == _sizes(expected)
+        pair = {shape[-2:], expected[-2:]}
+        is_depthwise = (
+            self.depthwise_apart
+            and len(shape) > 2
+            and len(pair) == 2
+            and math.prod(shape[-2:]) == math.prod(expected[-2:])
+        )
+        return shape == expected or (is_depthwise and shape[:-2] == expected[:-2] and 1 in (shape[-2], expected[-2]))
 
     def _transposed(self, kernel: np.ndarray) -> np.ndarray:
         kernel = np.swapaxes(kernel, -1, -2) if self.transposed_swaps else kernel
@@ -178,8 +194,7 @@ def _matched(
     found = {}
     for key in expected.keys() & arrays.keys():
         value, shape = as_numpy(arrays[key]), np.shape(expected[key])
-        same = value.shape == shape if leaves[key].is_kernel else _sizes(value.shape) == _sizes(shape)
-        if same:
+        if framework.fits(value.shape, shape, leaves[key].is_kernel):
             found[key] = value.reshape(shape)
         else:
             problems.add("wrong shapes", [f"{key} is {value.shape}, expected {shape} ({leaves[key].path})"])

@@ -35,7 +35,7 @@ def read_arrays(source: Any) -> dict[str, np.ndarray]:
     if isinstance(source, str | os.PathLike):
         path, files = _checked_path("source", source), _safetensors()
         try:
-            return dict(files.numpy.load_file(path))
+            return {name: _stored(entry) for name, entry in files.deserialize(path.read_bytes())}
         except files.SafetensorError as error:
             raise ValueError(f"source must be a safetensors file, but {path.name} is not one: {error}.") from error
     if hasattr(source, "state_dict"):
@@ -84,6 +84,21 @@ def as_numpy(value: Any) -> np.ndarray:
     if name == "bfloat16" or name.startswith("float8"):  # dtypes that PyTorch can't hand to NumPy; float32 holds them
         return tensor.float().numpy().astype(jnp.dtype(name))
     return tensor.numpy()
+
+
+def _stored(entry: Mapping[str, Any]) -> np.ndarray:
+    """An array of a safetensors file, also of the dtypes that NumPy has by ml_dtypes only."""
+    name = entry["dtype"].lower()
+    special = {
+        "bf16": "bfloat16",
+        "f8_e4m3": "float8_e4m3fn",
+        "f8_e5m2": "float8_e5m2",
+        "bool": "bool",
+        "c64": "complex64",
+    }
+    kinds = {"f": "float", "i": "int", "u": "uint"}
+    dtype = special.get(name) or kinds.get(name[0], name[0]) + name[1:]
+    return np.frombuffer(entry["data"], jnp.dtype(dtype)).reshape(entry["shape"])
 
 
 def _checked_path(argument: str, path: str | os.PathLike) -> Path:

@@ -14,8 +14,10 @@ KERAS = Framework(
         **{"kernel": "kernel", "linear bias": "bias", "embedding": "embeddings"},
         **{"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
     },
+    ignored=("moving_stddev", "renorm_mean", "renorm_stddev"),  # what renorm moves besides
     transposed_swaps=True,
     transposed_flips=True,
+    depthwise_apart=True,
 )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -19,10 +20,11 @@ _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose, layers.Conv)
 
 
 class _Norm(NamedTuple):
-    """A batch norm at inference."""
+    """A batch norm at inference, of input and output of one dtype."""
 
     path: Path
     epsilon: Any
+    dtype: Any
 
 
 class _Linear(NamedTuple):
@@ -54,7 +56,8 @@ def fold_model(
     The model is run abstractly to find them: batch norms over the last axis whose input is the output of a `Dense`,
     `Conv` or `ConvTranspose` that nothing else uses, and those whose output, used by nothing else, is the input of a
     `Dense` or of a `Conv` that pads nothing. Layers inside Flax's scan and vmap, those that are called several times,
-    and those whose variables are used elsewhere too, or transformed first (tied weights, WeightNorm), stay as they are.
+    those whose variables are used elsewhere too, or transformed first (tied weights, WeightNorm), and those whose
+    dtypes differ stay as they are.
 
     Args:
       model: linen module.
@@ -126,14 +129,15 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
     def note(module, call, x, options):
         name = "/".join(module.path)
         calls[name] += 1
-        found[name] = _norm(module, x, options) if isinstance(module, nn.BatchNorm) else _linear(module)
-        return _calls.marked(module, call, x, options)
+        y = _calls.marked(module, call, x, options)
+        found[name] = _norm(module, x, y, options) if isinstance(module, nn.BatchNorm) else _linear(module)
+        return y
 
     def run(variables, *args):
         with _calls.intercept((*_LINEAR, nn.BatchNorm), note):
             return model.apply(variables, *args, **kwargs, mutable=["batch_stats"])
 
-    stats: Any = flatten_dict(dict(variables.get("batch_stats", {})))
+    flat: Any = flatten_dict(dict(variables))
     jaxpr = jax.make_jaxpr(run)(variables, *args).jaxpr
     reused = set(_used_again(variables, jaxpr))
     pairs, taken = [], set()
@@ -141,8 +145,8 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
         first, second = found[before], found[after]
         if {calls[before], calls[after]} != {1} or {before, after} & (taken | reused):
             continue
-        if any(isinstance(part, _Norm) and np.ndim(stats[*part.path, "mean"]) != 1 for part in (first, second)):
-            continue  # Flax's vmap has given it several
+        if not _fit(first, second, flat):
+            continue
         if isinstance(first, _Linear) and isinstance(second, _Norm):
             pairs.append((first, second, False))
             taken.add(after)  # another batch norm before the layer can be folded as well
@@ -150,6 +154,16 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
             pairs.append((second, first, True))
             taken.add(before)
     return pairs
+
+
+def _fit(first: Any, second: Any, flat: Any) -> bool:
+    """Whether they are a batch norm with one vector of statistics and a linear layer whose kernel is no narrower."""
+    norm, linear = (first, second) if isinstance(first, _Norm) else (second, first)
+    if not isinstance(norm, _Norm) or not isinstance(linear, _Linear):
+        return False
+    kernel = flat["params", *linear.path, "kernel"].dtype
+    is_single = np.ndim(flat["batch_stats", *norm.path, "mean"]) == 1  # Flax's vmap would have given it several
+    return is_single and jnp.promote_types(kernel, norm.dtype) == kernel
 
 
 def _used_again(variables: Any, jaxpr: Any) -> Iterator[str]:
@@ -160,12 +174,13 @@ def _used_again(variables: Any, jaxpr: Any) -> Iterator[str]:
             yield "/".join(entry.key for entry in path[1:-1])
 
 
-def _norm(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> _Norm | None:
+def _norm(module: nn.BatchNorm, x: Any, y: Any, options: Mapping[str, Any]) -> _Norm | None:
     given = options.get("use_running_average")
     is_running = module.use_running_average if given is None else given
     is_last = _checks.feature_axes(module.axis, np.ndim(x)) == (np.ndim(x) - 1,)
     one_each = np.shape(module.variables["batch_stats"]["mean"]) == np.shape(x)[-1:]
-    return _Norm(module.path, module.epsilon) if is_running and is_last and one_each else None
+    alike = is_running and is_last and one_each and x.dtype == y.dtype
+    return _Norm(module.path, module.epsilon, y.dtype) if alike else None
 
 
 def _linear(module: nn.Module) -> _Linear | None:

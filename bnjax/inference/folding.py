@@ -47,7 +47,10 @@ def fold(
     >>> print(kernel.ravel(), bias)
     [3. 6.] [-1.5]
     """
-    (axis,) = _checks.feature_axes(axis, kernel.ndim)
+    axes = _checks.feature_axes(axis, kernel.ndim)
+    if len(axes) > 1 or not jnp.issubdtype(kernel.dtype, jnp.inexact):
+        raise ValueError(f"kernel must be floating point with one axis of features, got {kernel.dtype}, axis={axis}.")
+    axis = axes[0]
     multiplier, offset = _affine(params, batch_stats, (kernel.shape[axis],), epsilon, kernel.dtype)
     shape = tuple(size if a == axis else 1 for a, size in enumerate(kernel.shape))
     folded = kernel.astype(multiplier.dtype) * multiplier.reshape(shape)
@@ -94,6 +97,10 @@ def fold_before(
     [3. 6.] [-3. -6.]
     """
     *window, inputs, outputs = kernel.shape
+    if groups < 1 or outputs % groups:
+        raise ValueError(
+            f"groups must divide the {outputs} output features of the kernel {kernel.shape}, got {groups}."
+        )
     a, c = _affine(params, batch_stats, (groups * inputs,), epsilon, kernel.dtype)
     of_group = kernel.astype(a.dtype).reshape((*window, inputs, groups, outputs // groups))
     a, c = (v.reshape((groups, inputs)).T.reshape((*(1 for _ in window), inputs, groups, 1)) for v in (a, c))

@@ -54,8 +54,7 @@ def reestimate_batch_stats(
 
     Raises:
       ValueError: if there is no batch or no batch norm; for batch norms inside Flax's scan or vmap or inside several
-        alike modules of its jit, of several kinds of batches (`SplitBatchNorm`) or of another norm (`LpBatchNorm`); and
-        if the data's statistics are not finite.
+        alike modules of its jit, or of another norm (`LpBatchNorm`); and if the data's statistics are not finite.
       TypeError: for an iterator, which can't be read twice.
 
     References:
@@ -152,19 +151,23 @@ def _called(module: nn.BatchNorm, call: _calls.Call, x: Any, options: Mapping[st
 
 
 def _seen_by(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> Moments:
-    if isinstance(module, linen.LpBatchNorm | linen.SplitBatchNorm):
+    """Moments of what a batch norm is shown; with a leading axis of kinds where it has several."""
+    if isinstance(module, linen.LpBatchNorm):
         raise ValueError(
-            f"The model must have batch norms whose statistics are one mean and one variance, got "
-            f"{type(module).__name__} at {'/'.join(module.path)}."
+            f"The model must have batch norms whose 'var' is a variance, got LpBatchNorm at {'/'.join(module.path)}."
         )
     x = jnp.asarray(x)
-    return moments(
+    m = moments(
         x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32),
         axis=module.axis,
         mask=_checks.flax_mask(options.get("mask"), x.shape),
         axis_name=module.axis_name,
         axis_index_groups=module.axis_index_groups,
     )
+    if not isinstance(module, linen.SplitBatchNorm):
+        return m
+    m = m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
+    return jax.tree.map(lambda v: jnp.zeros((module.num_splits, *v.shape), v.dtype).at[options["split"]].set(v), m)
 
 
 def _replaced(batch_stats: Any, found: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:
@@ -202,7 +205,7 @@ def adapt_batch_stats(
       Schneider et al. 2020 (arXiv 2006.16971), section 2, eq. (3); Nado et al. 2020 (arXiv 2006.10963) for N = 0.
     """
     _checks.check_in_range("prior", prior, 0, float("inf"), "Pass 16, say: as if of 16 examples.")
-    count = jnp.shape(_arguments(batch)[0])[0]
+    count = jnp.shape(jax.tree.leaves(batch)[0])[0]
     prior = jnp.asarray(prior, jnp.float32)
     momentum = jnp.where(jnp.isinf(prior), 1.0, prior / (prior + count))
 

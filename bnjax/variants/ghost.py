@@ -39,8 +39,8 @@ def ghost_batch_norm(
         mean = Σ n_g mean_g / Σ n_g        var = Σ n_g var_g / Σ n_g
 
     That is what devices give that hold a ghost batch each, normalise it without synchronisation, and average their
-    running statistics. (The paper moves them once for each ghost batch, one after the other; with a momentum ρ for all
-    of G that is nearly ρ^(1/G) for each.) Inference is that of `batch_norm`.
+    running statistics by their weights. (The paper moves them once for each ghost batch, one after the other; with a
+    momentum ρ for all of G that is nearly ρ^(1/G) for each.) Inference is that of `batch_norm`.
 
     Args:
       x: real floating-point array of any shape, empty included.
