@@ -56,14 +56,10 @@ class Framework(NamedTuple):
         """Whether a shape is as expected, up to axes of size one in vectors, and in depthwise kernels."""
         if not is_kernel:
             return _sizes(shape) == _sizes(expected)
-        pair = {shape[-2:], expected[-2:]}
-        is_depthwise = (
-            self.depthwise_apart
-            and len(shape) > 2
-            and len(pair) == 2
-            and math.prod(shape[-2:]) == math.prod(expected[-2:])
-        )
-        return shape == expected or (is_depthwise and shape[:-2] == expected[:-2] and 1 in (shape[-2], expected[-2]))
+        if shape == expected or not self.depthwise_apart or len(shape) < 3:
+            return shape == expected
+        pairs = (shape[-2:], expected[-2:])
+        return shape[:-2] == expected[:-2] and math.prod(pairs[0]) == math.prod(pairs[1]) and 1 in (p[0] for p in pairs)
 
     def _transposed(self, kernel: np.ndarray) -> np.ndarray:
         kernel = np.swapaxes(kernel, -1, -2) if self.transposed_swaps else kernel

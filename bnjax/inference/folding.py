@@ -47,10 +47,11 @@ def fold(
     >>> print(kernel.ravel(), bias)
     [3. 6.] [-1.5]
     """
-    axes = _checks.feature_axes(axis, kernel.ndim)
-    if len(axes) > 1 or not jnp.issubdtype(kernel.dtype, jnp.inexact):
-        raise ValueError(f"kernel must be floating point with one axis of features, got {kernel.dtype}, axis={axis}.")
-    axis = axes[0]
+    axis, *more = _checks.feature_axes(axis, kernel.ndim)
+    if more or not jnp.issubdtype(kernel.dtype, jnp.inexact):
+        raise ValueError(
+            f"kernel must be floating point with one axis of features, got {kernel.dtype}, and axis={(axis, *more)}."
+        )
     multiplier, offset = _affine(params, batch_stats, (kernel.shape[axis],), epsilon, kernel.dtype)
     shape = tuple(size if a == axis else 1 for a, size in enumerate(kernel.shape))
     folded = kernel.astype(multiplier.dtype) * multiplier.reshape(shape)
