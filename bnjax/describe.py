@@ -11,7 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from bnjax.inference import _calls
-from bnjax.inference.reestimate import moments_seen
+from bnjax.inference.reestimate import moments_seen, none_seen
 from bnjax.linen import LpBatchNorm, SplitBatchNorm
 
 _DEAD, _EXPLODING = 1e-3, 1e3  # beside the layer's median
@@ -82,6 +82,7 @@ def examine(
       A description of each batch norm, in the order of the variables (of the calls, with a model).
 
     Raises:
+      TypeError: for a model without a batch, or beside an nnx module.
       ValueError: where there is no batch norm.
 
     >>> from bnjax.linen import BatchNorm
@@ -91,6 +92,12 @@ def examine(
     >>> [mistake.measured for mistake in one.mistakes]
     ['mean 0, variance 1', 'momentum 0.1', 'means 1 deviations away, variances 1e-05 times (medians)']
     """
+    if model is not None and not args and not options:
+        raise TypeError(
+            "A model must come with what it is called with: describe(variables, model, batch, training=False)."
+        )
+    if isinstance(variables, nnx.Module) and model is not None:
+        raise TypeError("An nnx module is looked at by itself, got a model as well. Pass describe(module).")
     if isinstance(variables, nnx.Module):
         norms, settings, seen = *_of_nnx(variables), {}
     else:
@@ -100,12 +107,14 @@ def examine(
         if model is not None:
             settings = _settings(model, variables, args, options)
             norms = {name: norms[name] for path in settings for name in norms if name.split("[")[0] == path}
-            compared = frozenset(path for path, one in settings.items() if path in norms and one.is_comparable)
-            seen = moments_seen(model.apply, compared, True, options, variables, args)
+            compared = [path for path, one in settings.items() if path in norms and one.is_comparable]
+            start = {tuple(filter(None, path.split("/"))): none_seen(norms[path]["mean"]) for path in compared}
+            seen = moments_seen(model.apply, True, options, variables, start, args)
             seen = {"/".join(path): jax.device_get(m) for path, m in seen.items()}
     if not norms:
         raise ValueError(
-            "variables must hold a batch norm ('mean' and 'var' in the collection 'batch_stats'), got none."
+            "variables must be an nnx module, or collections with a batch norm ('mean' and 'var' in 'batch_stats'), "
+            f"got {type(variables).__name__} without one."
         )
     settings = {name: settings.get(name) or settings[name.split("[")[0]] for name in norms}
     return [_described(name, norm, settings[name], seen.get(name)) for name, norm in norms.items()]
@@ -125,6 +134,7 @@ def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon
       **options: of the call, such as `training=False`.
 
     Raises:
+      TypeError: for a model without a batch, or beside an nnx module.
       ValueError: where there is no batch norm.
 
     >>> import bnjax

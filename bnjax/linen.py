@@ -115,6 +115,9 @@ class BatchNorm(_Normalizer):
       force_float32_reductions: if false, the running statistics have `param_dtype`; they are computed in float32 still.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1), as PyTorch's does.
 
+    References:
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2.
+
     >>> import flax.linen as nn
     >>> from bnjax.linen import BatchNorm
     >>> model = nn.Sequential([nn.Dense(4), BatchNorm(use_running_average=False), nn.relu])
@@ -141,6 +144,9 @@ class NoisyBatchNorm(_Normalizer):
       unit_scale: upper end of the uniform distribution from 1 of each unit's mean scale.
       sample_shift: half-width of the uniform distribution of a sample's shift about its unit's.
       sample_scale: standard deviation of the normal distribution of a sample's scale about its unit's.
+
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), Algorithm 1.
 
     >>> import flax.linen as nn
     >>> from bnjax.linen import NoisyBatchNorm
@@ -181,6 +187,9 @@ class LpBatchNorm(_Normalizer, kw_only=True):
     Attributes:
       p: 1, 2 or `math.inf`.
 
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), section 3.3.
+
     >>> import flax.linen as nn
     >>> from bnjax.linen import LpBatchNorm
     >>> model = nn.Sequential([nn.Dense(4), LpBatchNorm(p=1, use_running_average=False), nn.relu])
@@ -205,6 +214,9 @@ class BatchRenorm(_Normalizer):
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
       r_max: limit of the correction of the deviation, at least 1.
       d_max: limit of the correction of the mean, in running deviations.
+
+    References:
+      Ioffe 2017 (arXiv 1702.03275), Algorithm 1; section 4 for the schedules.
 
     >>> import flax.linen as nn
     >>> from bnjax.linen import BatchRenorm
@@ -232,6 +244,9 @@ class GhostBatchNorm(_Normalizer, kw_only=True):
       ghost_size: examples in a ghost batch.
       bessel_correction: whether the running variance takes each ghost batch's times n / (n − 1).
 
+    References:
+      Hoffer, Hubara & Soudry 2017 (arXiv 1705.08741), Algorithm 1.
+
     >>> import flax.linen as nn
     >>> from bnjax.linen import GhostBatchNorm
     >>> model = nn.Sequential([nn.Dense(4), GhostBatchNorm(ghost_size=2, use_running_average=False), nn.relu])
@@ -257,6 +272,10 @@ class MovingBatchNorm(_Normalizer):
     Attributes:
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
 
+    References:
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalisation does;
+      Ioffe 2017 (arXiv 1702.03275), which reports that it does not work; Yan et al. 2020 (arXiv 2001.06838).
+
     >>> import flax.linen as nn
     >>> from bnjax.linen import MovingBatchNorm
     >>> model = nn.Sequential([nn.Dense(4), MovingBatchNorm(use_running_average=False), nn.relu])
@@ -276,6 +295,10 @@ class FrozenBatchNorm(_Normalizer):
 
     Arguments, variables and names are those of `BatchNorm`, so that its variables can be loaded; scale and bias get no
     gradient.
+
+    References:
+      He et al. 2016 (arXiv 1512.03385), appendix A, which fixes batch norms in detection networks; Wu & Johnson
+      2021 (arXiv 2105.07576).
 
     >>> import flax.linen as nn
     >>> from bnjax.linen import FrozenBatchNorm
@@ -298,6 +321,10 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
     Attributes:
       num_splits: how many kinds of batches there are.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+
+    References:
+      Xie et al. 2020 (arXiv 1911.09665), section 4.2 (auxiliary batch norm); Li et al. 2016 (arXiv 1603.04779) and
+      Chang et al. 2019 (arXiv 1906.03950) for domains.
 
     >>> from bnjax.linen import SplitBatchNorm
     >>> layer = SplitBatchNorm(num_splits=2, use_running_average=False)

@@ -1,5 +1,6 @@
 """The studies' networks in Flax linen, parametrised by their normaliser, and a perceptron's by its place too."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -85,7 +86,7 @@ class Perceptron(nn.Module):
         def normalize(place: str, x):
             return _normalize(self.norm if self.place == place else None, x, training, mask)
 
-        x = normalize("input", x.reshape((x.shape[0], -1)))
+        x = normalize("input", x.reshape((x.shape[0], math.prod(x.shape[1:]))))
         for size in self.hidden:
             dense = nn.Dense(size, use_bias=self.use_hidden_bias, kernel_init=self.hidden_init)
             x = nn.WeightNorm(dense)(x) if self.weight_norm else dense(x)
@@ -216,7 +217,7 @@ class CifarNetwork(nn.Module):
                 x = self.activation(_normalize(self.norm, x, training, mask))
             if block < 4:
                 x = Dropout(self.dropout_rate)(max_pool(x, 2, 2), keys if training else None)
-        x = x.reshape((x.shape[0], -1))
+        x = x.reshape((x.shape[0], math.prod(x.shape[1:])))
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.glorot_uniform())(x)
 
 
@@ -278,7 +279,7 @@ class VGG(nn.Module):
                 x = nn.relu(_normalize(self.norm, x, training, mask))
             x = local_response_norm(x) if self.local_response_norm and stage < 2 else x
             x = max_pool(x, 2, 2)
-        x = x.reshape((x.shape[0], -1))
+        x = x.reshape((x.shape[0], math.prod(x.shape[1:])))
         for _ in range(2):
             x = nn.relu(nn.Dense(8 * self.width, kernel_init=init, dtype=self.dtype)(x))
         return nn.Dense(self.num_classes, kernel_init=init)(x)

@@ -102,6 +102,9 @@ class BatchNorm(_Normalizer):
       bessel_correction: whether the running variance takes the batch's times n / (n − 1), as PyTorch's does.
       **kwargs: every other argument of `flax.nnx.BatchNorm`.
 
+    References:
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2.
+
     >>> from flax import nnx
     >>> from bnjax.nnx import BatchNorm
     >>> layer = BatchNorm(3, rngs=nnx.Rngs(0))
@@ -130,6 +133,9 @@ class NoisyBatchNorm(BatchNorm):
       sample_scale: standard deviation of the normal distribution of a sample's scale about its unit's.
       rngs: random streams.
       **kwargs: every other argument of `BatchNorm`.
+
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), Algorithm 1.
 
     >>> from flax import nnx
     >>> from bnjax.nnx import NoisyBatchNorm
@@ -167,6 +173,9 @@ class LpBatchNorm(_Normalizer):
       p: 1, 2 or `math.inf`.
       **kwargs: every other argument of `flax.nnx.BatchNorm`.
 
+    References:
+      Santurkar et al. 2018 (arXiv 1805.11604), section 3.3.
+
     >>> from flax import nnx
     >>> from bnjax.nnx import LpBatchNorm
     >>> layer = LpBatchNorm(3, p=1, rngs=nnx.Rngs(0))
@@ -189,6 +198,9 @@ class BatchRenorm(BatchNorm):
       r_max: limit of the correction of the deviation, at least 1.
       d_max: limit of the correction of the mean, in running deviations. Set both before a step for a schedule.
       **kwargs: every other argument of `BatchNorm`.
+
+    References:
+      Ioffe 2017 (arXiv 1702.03275), Algorithm 1; section 4 for the schedules.
 
     >>> from flax import nnx
     >>> from bnjax.nnx import BatchRenorm
@@ -213,6 +225,9 @@ class GhostBatchNorm(BatchNorm):
       ghost_size: examples in a ghost batch.
       **kwargs: every other argument of `BatchNorm`; `axis_name` averages running statistics only.
 
+    References:
+      Hoffer, Hubara & Soudry 2017 (arXiv 1705.08741), Algorithm 1.
+
     >>> from flax import nnx
     >>> from bnjax.nnx import GhostBatchNorm
     >>> layer = GhostBatchNorm(3, ghost_size=2, rngs=nnx.Rngs(0))
@@ -231,6 +246,10 @@ class GhostBatchNorm(BatchNorm):
 class MovingBatchNorm(BatchNorm):
     """`bnjax.variants.moving_batch_norm` as a layer: `BatchNorm` by the running statistics in training too.
 
+    References:
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalisation does;
+      Ioffe 2017 (arXiv 1702.03275), which reports that it does not work; Yan et al. 2020 (arXiv 2001.06838).
+
     >>> from flax import nnx
     >>> from bnjax.nnx import MovingBatchNorm
     >>> layer = MovingBatchNorm(3, rngs=nnx.Rngs(0))
@@ -243,6 +262,10 @@ class MovingBatchNorm(BatchNorm):
 
 class FrozenBatchNorm(_Normalizer):
     """`bnjax.variants.frozen_batch_norm` as a layer: `BatchNorm` by running statistics that never move.
+
+    References:
+      He et al. 2016 (arXiv 1512.03385), appendix A, which fixes batch norms in detection networks; Wu & Johnson
+      2021 (arXiv 2105.07576).
 
     >>> from flax import nnx
     >>> from bnjax.nnx import FrozenBatchNorm
@@ -261,6 +284,10 @@ class SplitBatchNorm(BatchNorm):
       num_features: size of the feature axis.
       num_splits: how many kinds of batches there are; `mean` and `var` have a leading axis of them.
       **kwargs: every other argument of `BatchNorm`.
+
+    References:
+      Xie et al. 2020 (arXiv 1911.09665), section 4.2 (auxiliary batch norm); Li et al. 2016 (arXiv 1603.04779) and
+      Chang et al. 2019 (arXiv 1906.03950) for domains.
 
     >>> from flax import nnx
     >>> from bnjax.nnx import SplitBatchNorm

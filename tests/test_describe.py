@@ -107,8 +107,12 @@ def test_what_is_printed(capsys, monkeypatch):
 
 
 def test_no_batch_norm_is_a_clear_error():
-    with pytest.raises(ValueError, match=r"variables must hold a batch norm.*got none"):
+    with pytest.raises(
+        ValueError, match=r"must be an nnx module, or collections with a batch norm .* got dict without"
+    ):
         describe({"params": {}})
+    with pytest.raises(ValueError, match="got State without one"):
+        describe(nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0))))
 
 
 def test_kinds_of_batches_are_described_apart_and_complex_means_whole():

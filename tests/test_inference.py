@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -313,9 +314,16 @@ def test_errors_of_reestimation(deep):
         f(iter([x]))
     with pytest.raises(ValueError, match="batches must hold one at least"):
         f([])
+    with pytest.raises(ValueError, match=r"it showed none to BatchNorm_0, BatchNorm_1, BatchNorm_2\. Pass model"):
+        f([x[:0], x[:0]])
     plain = models.Perceptron((8,), 3)
-    with pytest.raises(ValueError, match="apply_fn must call batch norms"):
-        reestimate_batch_stats(plain.apply, plain.init(KEY, x, training=False), [x], training=True)
+    variables = plain.init(KEY, x, training=False)
+    for find in (
+        functools.partial(reestimate_batch_stats, batches=[x]),
+        lambda *a: adapt_batch_stats(*a, x, prior=1.0),
+    ):
+        with pytest.raises(ValueError, match="variables must hold the collection 'batch_stats'"):
+            find(plain.apply, variables)
 
 
 # --- adaptation -------------------------------------------------------------------------------------------------------
@@ -378,8 +386,8 @@ def test_compiled_parts_are_traced_anew_and_nothing_stays_behind_in_them():
         assert ("a/Dense_0", "a/BatchNorm_0") in foldable_pairs(Twice(), variables, x)
         apply, folded = fold_model(Twice(), variables, x)
         np.testing.assert_allclose(apply(folded, x), plain.apply(variables, x), rtol=1e-5, atol=1e-5)
-        with pytest.raises(ValueError, match=r"alike modules of Flax's jit; what b/BatchNorm_0 is shown"):
-            reestimate_batch_stats(Twice().apply, variables, [x], exactly=True, training=True)
+        found = [reestimate_batch_stats(m.apply, variables, [x], exactly=True, training=True) for m in (Twice(), plain)]
+        close(*found)
         close(*(adapt_batch_stats(model.apply, variables, x, prior=0.0) for model in (Twice(), plain)))
         chex.assert_trees_all_equal(train(Compiled), expected)
 
@@ -419,13 +427,80 @@ def test_a_kernel_that_is_not_used_as_it_is_stays(kind):
     assert foldable_pairs(model, model.init(KEY, x), x) == []
 
 
+class Stacked(nn.Module):
+    """Pairs of a layer and a batch norm in a row, by Flax's scan."""
+
+    length: int
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        axes = {"params": 0, "batch_stats": 0}
+        call = lambda pair, x, _: (pair(x, training), None)
+        in_a_row = nn.scan(call, variable_axes=axes, split_rngs={"params": True}, length=self.length)
+        return in_a_row(nn.remat(Pair, static_argnums=2)(name="pairs"), x, None)[0]
+
+
+class InARow(nn.Module):
+    length: int
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        for i in range(self.length):
+            x = Pair(name=str(i))(x, training)
+        return x
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+def test_batch_norms_inside_scan(exactly):
+    x = 1 + jax.random.normal(KEY, (40, 3))
+    scanned, plain = Stacked(3), InARow(3)
+    variables = scanned.init(KEY, x)
+    by_layer = {
+        c: {str(i): jax.tree.map(lambda v, i=i: v[i], variables[c]["pairs"]) for i in range(3)} for c in variables
+    }
+    find = functools.partial(reestimate_batch_stats, batches=[x[:10], x[10:]], exactly=exactly, training=True)
+    expected = find(plain.apply, by_layer)
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *(expected[str(i)] for i in range(3)))
+    close(find(scanned.apply, variables), {"pairs": stacked})
+
+
+def test_batch_norms_inside_vmap_and_compiled_models():
+    x = jax.random.normal(KEY, (2, 6, 3)) * jnp.array([1.0, 3.0])[:, None, None]
+    axes = {"params": 0, "batch_stats": 0}
+    layer = nn.vmap(BatchNorm, variable_axes=axes, split_rngs={"params": True})(use_running_average=False)
+    variables = layer.init(KEY, x)
+    apply = jax.jit(layer.apply, static_argnames="mutable")
+    apply(variables, x, mutable=("batch_stats",))  # what is compiled by now must not stand for what is looked at
+    for found in (reestimate_batch_stats(f, variables, [x[:, :2], x[:, 2:]]) for f in (layer.apply, apply)):
+        close(found, {"mean": x.mean(1), "var": x.var(1)})
+
+
+def test_boxed_and_frozen_variables_stay_so(deep):
+    model, variables, x = deep
+    expected = reestimate_batch_stats(model.apply, variables, [x], training=True)
+    box = lambda v: nn.Partitioned(v, (None,) * v.ndim)
+    boxed = {**variables, "batch_stats": jax.tree.map(box, variables["batch_stats"])}
+    for given, same in ((boxed, jax.tree.map(box, expected)), (freeze(variables), freeze(expected))):
+        found = reestimate_batch_stats(model.apply, given, [x], training=True)
+        chex.assert_trees_all_equal_structs(found, same)
+        close(found, same)
+
+
+def test_a_model_inside_shard_map(deep):
+    model, variables, x = deep
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    synced = models.Perceptron((8, 8, 8), 3, functools.partial(BatchNorm, axis_name="batch"), "before")
+
+    def apply(variables, x, mutable):
+        local = lambda variables, x: synced.apply(variables, x, training=True, mutable=mutable)
+        return jax.shard_map(local, mesh=mesh, in_specs=(P(), P("batch")), out_specs=(P("batch"), P()))(variables, x)
+
+    expected = reestimate_batch_stats(model.apply, variables, [x[:24], x[24:56]], exactly=True, training=True)
+    close(reestimate_batch_stats(apply, variables, [x[:24], x[24:56]], exactly=True), expected)
+
+
 def test_batch_norms_that_cannot_be_seen_are_errors():
     x = jax.random.normal(KEY, (4, 3))
-    axes = {"params": 0, "batch_stats": 0}
-    stacked = nn.vmap(BatchNorm, variable_axes=axes, split_rngs={"params": True})(use_running_average=False)
-    variables = stacked.init(KEY, x[None])
-    with pytest.raises(ValueError, match=r"none of them inside Flax's scan or vmap.* is shown can't be seen"):
-        reestimate_batch_stats(stacked.apply, variables, [x[None]])
     layer = LpBatchNorm(p=1, use_running_average=False)
     with pytest.raises(ValueError, match="whose 'var' is a variance, got LpBatchNorm"):
         adapt_batch_stats(layer.apply, layer.init(KEY, x), x, prior=1.0)
@@ -478,5 +553,8 @@ def test_arrays_that_can_not_be_folded_are_clear_errors():
     params, stats = norm_of(4, jnp.float32)
     with pytest.raises(ValueError, match="kernel must be floating point"):
         inspect.unwrap(fold)(jnp.ones((5, 4), int), None, params, stats)
+    for f in (fold, fold_before):
+        with pytest.raises(ValueError, match=r"bias must have the shape \(4,\), of the kernel's outputs, got \(1,\)"):
+            f(jnp.ones((4, 4)), jnp.ones(1), params, stats)
     with pytest.raises(ValueError, match="groups must divide the 4 output features"):
         fold_before(jnp.ones((3, 2, 4)), None, params, stats, groups=3)

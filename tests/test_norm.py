@@ -294,7 +294,7 @@ def test_derivatives_are_those_of_the_definition(transform, masking, x64):
         y, mean, var = oracle.batch_norm(jnp.where(valid, x, 0), params, (1,), weights=weights)
         return loss(y, mean, var)
 
-    got, expected = (TRANSFORMS[transform](f)(x, params) for f in (ours, reference))
+    got, expected = (jax.jit(TRANSFORMS[transform](f))(x, params) for f in (ours, reference))
     chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -309,7 +309,7 @@ def test_derivatives_at_inference(transform, x64):
     def reference(x, params):
         return jnp.sum(jnp.sin(oracle.batch_norm(x, params, (1,), statistics=running)[0]))
 
-    got, expected = (TRANSFORMS[transform](f)(x, params) for f in (ours, reference))
+    got, expected = (jax.jit(TRANSFORMS[transform](f))(x, params) for f in (ours, reference))
     chex.assert_trees_all_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -326,7 +326,8 @@ def test_sample_weights_are_differentiable(x64):
         return jnp.sum(jnp.sin(y)) + jnp.sum(mean * var)
 
     for transform in (jax.grad, jax.jacfwd, jax.hessian):
-        chex.assert_trees_all_close(transform(ours)(weights), transform(reference)(weights), rtol=1e-9, atol=1e-10)
+        got, expected = (jax.jit(transform(f))(weights) for f in (ours, reference))
+        chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -362,7 +363,8 @@ def test_derivatives_under_a_mask_that_differs_between_features(x64):
         return jnp.sum(jnp.where(mask, jnp.sin(y), 0)) + jnp.sum(var)
 
     for transform in (jax.grad, jax.hessian):
-        chex.assert_trees_all_close(transform(ours)(x), transform(reference)(x), rtol=1e-9, atol=1e-11)
+        got, expected = (jax.jit(transform(f))(x) for f in (ours, reference))
+        chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_derivatives_of_momentum_epsilon_and_statistics(x64):
@@ -377,7 +379,7 @@ def test_derivatives_of_momentum_epsilon_and_statistics(x64):
         new = [momentum * stats[key] + (1 - momentum) * value for key, value in (("mean", mean), ("var", var))]
         return jnp.sum(jnp.sin(y)) + jnp.sum(new[0] * new[1])
 
-    got, expected = (jax.hessian(f, (0, 1, 2))(0.9, 0.1, stats) for f in (ours, reference))
+    got, expected = (jax.jit(jax.hessian(f, (0, 1, 2)))(0.9, 0.1, stats) for f in (ours, reference))
     chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -528,7 +530,8 @@ def test_second_derivatives_through_a_synchronisation(x64):
     def joint(x):
         return jnp.sum(jnp.sin(oracle.batch_norm(x.reshape((-1, 2)), {}, (1,))[0]))
 
-    chex.assert_trees_all_close(jax.hessian(synchronised)(x), jax.hessian(joint)(x), rtol=1e-9, atol=1e-11)
+    got, expected = (jax.jit(jax.hessian(f))(x) for f in (synchronised, joint))
+    chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 STAGED = {

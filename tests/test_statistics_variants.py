@@ -171,6 +171,10 @@ def test_a_narrow_index_of_many_kinds():
 def test_statistics_without_kinds_are_a_clear_error():
     with pytest.raises(ValueError, match=r"leading axis of kinds.*init_split_batch_norm"):
         split_batch_norm(jnp.ones(4), {}, {"mean": jnp.zeros(()), "var": jnp.ones(())}, training=True, split=0)
+    _, stats = init_split_batch_norm(3, 2)
+    for wrong in ({"var": stats["var"][:1]}, {"steps": jnp.zeros(())}):
+        with pytest.raises(ValueError, match="must have a leading axis of kinds"):
+            split_batch_norm(jnp.ones((4, 3)), {}, {**stats, **wrong}, training=True, split=1)
     with pytest.raises(ValueError, match="num_splits must be a positive int"):
         init_split_batch_norm(3, 0)
 

@@ -1,5 +1,6 @@
 """Which of a model's layers feed which: calls that are marked in the traced program."""
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ _number = itertools.count(1)
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 
+@contextlib.contextmanager
 def intercept(kinds: tuple[type[nn.Module], ...], replace: Callable[[Any, Call, Any, dict[str, Any]], Any]):
     """A context in which `replace(module, call, x, options)` stands for the calls of modules of some kinds."""
 
@@ -33,7 +35,8 @@ def intercept(kinds: tuple[type[nn.Module], ...], replace: Callable[[Any, Call, 
         x = given.pop(name)
         return replace(context.module, lambda x, **options: next_function(x, **options), x, given)
 
-    return nn.intercept_methods(interceptor)
+    with _own_trace(next(_number)), nn.intercept_methods(interceptor):
+        yield
 
 
 def marked(module: nn.Module, call: Call, x: Any, options: dict[str, Any]) -> Any:
@@ -69,22 +72,28 @@ def uses(jaxpr: Any) -> list[int]:
     return [counts[id(variable)] for variable in jaxpr.invars]
 
 
-def depths(jaxpr: Any, start: int = 0) -> tuple[dict[str, int], int]:
-    """How many marked calls the input of each depends on, along the longest way, and alike for the outputs."""
-    found: dict[str, int] = {}
-    depth: dict[int, int] = {}
+def depth(jaxpr: Any) -> int:
+    """The largest number of marked calls that the input of another depends on, along the longest way."""
+    return _depths(jaxpr, 0)[0]
+
+
+def _depths(jaxpr: Any, start: int) -> tuple[int, int]:
+    """The same, and alike for the program's outputs; `start` for its inputs."""
+    largest, known = 0, {}
     for eqn in jaxpr.eqns:
-        here = max([start, *(depth.get(id(v), 0) for v in eqn.invars)])
+        here = max([start, *(known.get(id(v), 0) for v in eqn.invars)])
         name = eqn.params["name"] if eqn.primitive.name == "name" else ""
         if name.startswith(_IN):
-            found[name.removeprefix(_IN)] = max(here, found.get(name.removeprefix(_IN), 0))
+            largest = max(largest, here)
         here += name.startswith(_OUT)
         for inner in _inner(eqn):
-            below, after = depths(inner, here)
-            found |= below
-            here = max(here, after)
-        depth |= {id(v): here for v in eqn.outvars}
-    return found, max([start, *(depth.get(id(v), 0) for v in jaxpr.outvars)])
+            for _ in range(eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1):
+                below, after = _depths(inner, here)
+                largest, here, before = max(largest, below), max(here, after), here
+                if here == before:
+                    break
+        known |= {id(v): here for v in eqn.outvars}
+    return largest, max([start, *(known.get(id(v), 0) for v in jaxpr.outvars)])
 
 
 def _inner(eqn: Any) -> Iterator[Any]:

@@ -52,6 +52,7 @@ def fold(
         raise ValueError(
             f"kernel must be floating point with one axis of features, got {kernel.dtype}, and axis={(axis, *more)}."
         )
+    _check_bias(bias, kernel.shape[axis])
     multiplier, offset = _affine(params, batch_stats, (kernel.shape[axis],), epsilon, kernel.dtype)
     shape = tuple(size if a == axis else 1 for a, size in enumerate(kernel.shape))
     folded = kernel.astype(multiplier.dtype) * multiplier.reshape(shape)
@@ -102,6 +103,7 @@ def fold_before(
         raise ValueError(
             f"groups must divide the {outputs} output features of the kernel {kernel.shape}, got {groups}."
         )
+    _check_bias(bias, outputs)
     a, c = _affine(params, batch_stats, (groups * inputs,), epsilon, kernel.dtype)
     of_group = kernel.astype(a.dtype).reshape((*window, inputs, groups, outputs // groups))
     a, c = (v.reshape((groups, inputs)).T.reshape((*(1 for _ in window), inputs, groups, 1)) for v in (a, c))
@@ -110,6 +112,11 @@ def fold_before(
     if bias is not None:
         offset = offset + bias.astype(a.dtype)
     return folded.astype(kernel.dtype), offset.astype(kernel.dtype)
+
+
+def _check_bias(bias: Any, outputs: int) -> None:
+    if bias is not None and jnp.shape(bias) != (outputs,):
+        raise ValueError(f"bias must have the shape ({outputs},), of the kernel's outputs, got {jnp.shape(bias)}.")
 
 
 def _affine(params: Params, batch_stats: BatchStats, features: tuple[int, ...], epsilon: Any, dtype: Any):

@@ -1,12 +1,13 @@
 """Statistics of a data set, or of the batch at hand, in place of running averages."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import _checks, linen
@@ -14,7 +15,7 @@ from bnjax.inference import _calls
 from bnjax.moments import Moments, merge_moments, moments
 from bnjax.norm import update_batch_stats
 
-_COLLECTION = "moments of the data"
+_SEEN = "moments of the data"
 Apply = Callable[..., Any]
 
 
@@ -34,8 +35,9 @@ def reestimate_batch_stats(
 
     - by their batch's statistics, in one pass over the data: what training sees. The first layer's statistics are the
       data's, the deeper ones' depend on the batches' size;
-    - with `exactly`, by the data's: what inference sees, in a pass for all batch norms with as many before them on the
-      longest way. The result does not depend on how the data are cut into batches.
+    - with `exactly`, by the data's: what inference sees. It takes as many passes as there are batch norms in a row, on
+      the longest way: each pass settles those whose predecessors are settled. The result does not depend on how the
+      data are cut into batches.
 
     Use it after weights have been averaged (SWA, EMA), whose running averages are of other weights; where running
     averages lag behind or are of too small batches; and to move a model to other data.
@@ -45,7 +47,7 @@ def reestimate_batch_stats(
       variables: its collections.
       batches: inputs of the model, each an array or a tuple of arguments; a list, or a function that returns an
         iterator, which is called for each pass and once before. They may be sharded over a mesh.
-      exactly: whether to take a pass for each depth of batch norms.
+      exactly: whether to normalise by the data's statistics, in a pass for each depth of batch norms.
       bessel_correction: whether to store the variance times n / (n − 1), as PyTorch's `update_bn` does.
       **options: of each call, such as `training=True` where that is how the model's training phase is chosen.
 
@@ -53,24 +55,45 @@ def reestimate_batch_stats(
       New statistics in the structure and dtypes of `variables['batch_stats']`.
 
     Raises:
-      ValueError: if there is no batch or no batch norm; for batch norms inside Flax's scan or vmap or inside several
-        alike modules of its jit, or of another norm (`LpBatchNorm`); and if the data's statistics are not finite.
+      ValueError: if there is no batch or no batch norm; for a batch norm that is shown nothing, or of another norm
+        (`LpBatchNorm`); and if the data's statistics are not finite.
       TypeError: for an iterator, which can't be read twice.
 
     References:
       Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, lines 8 to 12; Wu & Johnson 2021 (arXiv 2105.07576),
       section 3 ("precise" batch norm); Izmailov et al. 2018 (arXiv 1803.05407), section 3.2.
     """
-    variables = dict(variables)
-    for batch_norms in _in_order(apply_fn, variables, _first(batches), options, exactly):
-        moments_of = jax.jit(functools.partial(moments_seen, apply_fn, frozenset(batch_norms), exactly, options))
-        found: Any = None
+    given, variables = variables, dict(nn.meta.unbox(variables))
+    norms = _norms(variables)
+    first = _first(batches)
+    passes = 1 + _depth(apply_fn, variables, first, options) if exactly else 1
+    moments_of = jax.jit(functools.partial(moments_seen, apply_fn, exactly, options))
+    for _ in range(passes):
+        found = {path: none_seen(norm["mean"]) for path, norm in norms.items()}
         for batch in _read(batches):
-            new = moments_of(variables, batch)
-            _check_seen(set(batch_norms) - {"/".join(path) for path in new})
-            found = new if found is None else _merged(found, new)
+            found = moments_of(variables, found, batch)
         variables["batch_stats"] = _replaced(variables["batch_stats"], found, bessel_correction)
-    return variables["batch_stats"]
+    return nn.meta.replace_boxed(given["batch_stats"], variables["batch_stats"])
+
+
+def _norms(variables: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Running statistics of each batch norm, by path."""
+    flat: Any = flatten_dict(dict(variables.get("batch_stats", {})))
+    found = {
+        path[:-1]: {name: flat[*path[:-1], name] for name in ("mean", "var")} for path in flat if path[-1] == "var"
+    }
+    if not found:
+        raise ValueError(
+            "variables must hold the collection 'batch_stats' of batch norms, with 'mean' and 'var', got the "
+            f"collections {list(variables)}."
+        )
+    return found
+
+
+def none_seen(mean: Any) -> Moments:
+    """Moments of nothing, of the shape of a batch norm's mean."""
+    zeros = jnp.zeros(jnp.shape(mean), float)
+    return Moments(zeros.astype(jnp.result_type(zeros, mean)), zeros, zeros)
 
 
 def _first(batches: Any) -> Any:
@@ -93,54 +116,35 @@ def _arguments(batch: Any) -> tuple:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def _in_order(apply_fn: Apply, variables: Any, batch: Any, options: Any, exactly: bool) -> list[list[str]]:
-    """Paths of the model's batch norms, all together or by the number of those before them."""
+def _depth(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> int:
+    """The largest number of batch norms before another."""
 
     def run(variables, *arguments):
         with _calls.intercept((nn.BatchNorm,), _calls.marked):
-            return apply_fn(variables, *arguments, **options, mutable=["batch_stats"])
+            return apply_fn(variables, *arguments, **options, mutable=("batch_stats",))
 
-    found, _ = _calls.depths(jax.make_jaxpr(run)(variables, *_arguments(batch)).jaxpr)
-    if not found:
-        raise ValueError(
-            "apply_fn must call batch norms, whose statistics are to be re-estimated; it calls none. Pass model.apply "
-            "itself, not a compiled function, and the option that asks for training, if the model has one."
-        )
-    stats: Any = flatten_dict(dict(variables["batch_stats"]))
-    _check_seen({"/".join(path[:-1]) for path in stats if path[-1] == "var"} - found.keys())
-    passes = sorted(set(found.values())) if exactly else [None]
-    return [[path for path, depth in found.items() if number in (None, depth)] for number in passes]
+    return _calls.depth(jax.make_jaxpr(run)(variables, *_arguments(batch)).jaxpr)
 
 
-def moments_seen(
-    apply_fn: Apply, batch_norms: Set[str], exactly: bool, options: Any, variables: Any, batch: Any
-) -> Any:
-    """Moments of what some batch norms are shown, all normalising by running statistics if `exactly`, by path."""
+def moments_seen(apply_fn: Apply, exactly: bool, options: Any, variables: Any, found: Any, batch: Any) -> Any:
+    """Moments of what batch norms have been shown so far (by path), merged with those of a batch.
+
+    They are a variable of each batch norm in 'batch_stats', so that Flax's transforms treat them as its statistics.
+    """
 
     def look(module, call, x, options):
-        if "/".join(module.path) in batch_norms:
-            module.sow(_COLLECTION, "seen", _seen_by(module, x, options))
+        if module.has_variable("batch_stats", _SEEN):
+            so_far, new = module.get_variable("batch_stats", _SEEN), _seen_by(module, x, options)
+            module.put_variable("batch_stats", _SEEN, merge_moments(so_far, new))
         return _called(module, call, x, options, exactly)
 
+    flat: Any = flatten_dict(dict(variables["batch_stats"]))
+    places = unflatten_dict(flat | {(*path, _SEEN): m for path, m in found.items()})
     with _calls.intercept((nn.BatchNorm,), look):
-        _, updates = apply_fn(variables, *_arguments(batch), **options, mutable=["batch_stats", _COLLECTION])
-    is_leaf = lambda _, value: not isinstance(value, Mapping)  # noqa: E731
-    flat: Any = flatten_dict(updates.get(_COLLECTION, {}), is_leaf=is_leaf)
-    return {path[:-1]: functools.reduce(merge_moments, seen) for path, seen in flat.items()}
-
-
-@jax.jit
-def _merged(found: Any, new: Any) -> Any:
-    """Moments of two parts of the data together, of each batch norm."""
-    return {path: merge_moments(found[path], new[path]) for path in new}
-
-
-def _check_seen(missed: Set[str]) -> None:
-    if missed:
-        raise ValueError(
-            "apply_fn must call all batch norms of the variables, none of them inside Flax's scan or vmap, or inside "
-            f"one of several alike modules of Flax's jit; what {', '.join(sorted(missed))} is shown can't be seen."
-        )
+        given = {**variables, "batch_stats": places}
+        _, updates = apply_fn(given, *_arguments(batch), **options, mutable=("batch_stats",))
+    flat = flatten_dict(dict(updates["batch_stats"]))
+    return {path: flat[*path, _SEEN] for path in found}
 
 
 def _called(module: nn.BatchNorm, call: _calls.Call, x: Any, options: Mapping[str, Any], is_running: bool) -> Any:
@@ -164,21 +168,27 @@ def _seen_by(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> Moment
         axis_name=module.axis_name,
         axis_index_groups=module.axis_index_groups,
     )
+    m = m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
     if not isinstance(module, linen.SplitBatchNorm):
         return m
-    m = m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
     return jax.tree.map(lambda v: jnp.zeros((module.num_splits, *v.shape), v.dtype).at[options["split"]].set(v), m)
 
 
 def _replaced(batch_stats: Any, found: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:
-    flat: Any = flatten_dict(batch_stats)
+    flat: Any = flatten_dict(dict(batch_stats))
+    if missed := ["/".join(path) for path, m in found.items() if not jnp.any(m.count > 0)]:
+        raise ValueError(
+            "apply_fn must show examples to every batch norm of the variables; it showed none to "
+            f"{', '.join(missed)}. Pass model.apply, and the option that asks for training, if the model has one."
+        )
     for path, m in found.items():
         if not (jnp.isfinite(m.mean).all() and jnp.isfinite(m.var).all()):
             raise ValueError(f"batches must give finite statistics, got NaN or infinity at {'/'.join(path)}.")
         old = {name: flat[*path, name] for name in ("mean", "var")}
         new = update_batch_stats(old, m, momentum=0.0, bessel_correction=bessel_correction)
         flat |= {(*path, name): value for name, value in new.items()}
-    return unflatten_dict(flat)
+    new = unflatten_dict(flat)
+    return freeze(new) if isinstance(batch_stats, FrozenDict) else new
 
 
 def adapt_batch_stats(
@@ -205,6 +215,10 @@ def adapt_batch_stats(
       Schneider et al. 2020 (arXiv 2006.16971), section 2, eq. (3); Nado et al. 2020 (arXiv 2006.10963) for N = 0.
     """
     _checks.check_in_range("prior", prior, 0, float("inf"), "Pass 16, say: as if of 16 examples.")
+    if "batch_stats" not in variables:
+        raise ValueError(
+            f"variables must hold the collection 'batch_stats' of batch norms, got the collections {list(variables)}."
+        )
     count = jnp.shape(jax.tree.leaves(batch)[0])[0]
     prior = jnp.asarray(prior, jnp.float32)
     momentum = jnp.where(jnp.isinf(prior), 1.0, prior / (prior + count))
@@ -216,5 +230,5 @@ def adapt_batch_stats(
         return _called(module, call, x, options, True)
 
     with _calls.intercept((nn.BatchNorm,), mixed):
-        outputs, updates = apply_fn(variables, *_arguments(batch), **options, mutable=["batch_stats"])
+        outputs, updates = apply_fn(variables, *_arguments(batch), **options, mutable=("batch_stats",))
     return outputs, updates["batch_stats"]

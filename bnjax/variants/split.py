@@ -115,13 +115,14 @@ def split_batch_norm(
 
 def _num_splits(batch_stats: Any) -> int:
     _checks.check_batch_stats(batch_stats)
-    shapes = {name: jnp.shape(batch_stats[name]) for name in ("mean", "var")}
-    if not all(shapes.values()) or not shapes["mean"][0]:
+    shapes = {name: jnp.shape(value) for name, value in batch_stats.items()}
+    kinds = {shape[0] if shape else 0 for shape in shapes.values()}
+    if len(kinds) > 1 or not min(kinds):
         raise ValueError(
             f"batch_stats must have a leading axis of kinds of batches, got shapes {shapes}. "
             "Make them with bnjax.variants.init_split_batch_norm."
         )
-    return shapes["mean"][0]
+    return kinds.pop()
 
 
 def _checked_split(split: Any, count: int) -> Array:
