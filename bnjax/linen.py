@@ -10,7 +10,7 @@ from flax.linen import dtypes
 from jaxtyping import ArrayLike
 
 from bnjax import _checks
-from bnjax.moments import Moments
+from bnjax._moments import Moments
 from bnjax.norm import batch_norm_and_moments
 from bnjax.variants import (
     batch_renorm,

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
 from bnjax import parallel
+from bnjax._moments import Moments, merge_moments
 from bnjax.linen import LpBatchNorm
-from bnjax.moments import Moments, merge_moments
 from bnjax.parallel import SYNC_AXIS
 
 

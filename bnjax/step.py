@@ -13,8 +13,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax._collectives import AxisName, vary_like
+from bnjax._moments import Moments, merge_moments
 from bnjax.linen import BatchNorm
-from bnjax.moments import Moments, merge_moments
 from bnjax.norm import update_batch_stats
 from bnjax.state import TrainState
 

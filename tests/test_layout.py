@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bnjax
 
 PACKAGE = Path(bnjax.__file__).parent
@@ -14,8 +16,9 @@ ORDER = [
     "_dtypes",
     "_collectives",
     "_hlo",
+    "host",
     "compile",
-    "moments",
+    "_moments",
     "norm",
     "variants",
     "linen",
@@ -120,6 +123,31 @@ print([name for name in {heavy} if name in set(sys.modules) - before])
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_help_and_lists_do_without_jax():
+    for arguments in (["--help"], ["run", "circles", "--help"], ["list"], ["--version"]):
+        code = f"""
+import sys
+from bnjax.__main__ import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+print([name for name in ("jax", "numpy", "flax") if name in sys.modules])
+"""
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert out.splitlines()[-1] == "[]", arguments
+
+
+def test_public_names_are_there_whatever_was_imported_first():
+    for module in ("bnjax", "bnjax.norm", "bnjax._moments", "bnjax.linen"):
+        code = f"import {module}, bnjax; print(all(getattr(bnjax, name).__name__ == name for name in bnjax.__all__))"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert out.strip() == "True", module
+    assert set(bnjax.__all__) <= set(dir(bnjax))
+    with pytest.raises(AttributeError, match="'bnjax' has no attribute 'batchnorm'"):
+        bnjax.batchnorm  # noqa: B018
 
 
 def test_public_names_are_documented():

@@ -210,7 +210,7 @@ def test_complex_input(masked, x64):
     y, _ = batch_norm(x, params, new, training=False)
     running = (x - new["mean"][None, None]) / jnp.sqrt(new["var"] + 1e-5)[None, None]
     np.testing.assert_allclose(y, running * params["scale"][None, None] + params["bias"][None, None], rtol=1e-12)
-    loss = lambda f: jax.grad(lambda *args: (jnp.abs(f(*args)) ** 3).sum() + f(*args)[0, 0, 0].imag, (0, 1))
+    loss = lambda f: jax.jit(jax.grad(lambda *args: (jnp.abs(f(*args)) ** 3).sum() + f(*args)[0, 0, 0].imag, (0, 1)))
     ours = lambda x, params: batch_norm(x, params, stats, training=True, mask=weights)[0]
     theirs = lambda x, params: definition(x, params)[0]
     chex.assert_trees_all_close(loss(ours)(x, params), loss(theirs)(x, params), rtol=1e-9, atol=1e-9)

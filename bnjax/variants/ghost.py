@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
 from bnjax import _checks
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName, psum, split_axis
-from bnjax.moments import Moments
+from bnjax._moments import Moments
 from bnjax.norm import BatchStats, Params, batch_norm, batch_norm_and_moments, unbiased_var, update_batch_stats
 
 

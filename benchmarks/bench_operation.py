@@ -1,0 +1,258 @@
+"""Batch norm in training, forward and forward + backward, against Flax, Haiku, Equinox, Keras and PyTorch.
+
+All contestants take turns in one process, each with the input in the layout it asks for, and give the output, the
+moved running statistics and, with backward, the gradients of input, scale and bias. Beside each time stands the error
+against float64, of the input that is timed and of one whose mean is 1000 deviations from zero. The limit is the time
+that the same arrays take to be summed and copied as often as batch norm must read and write them:
+
+    forward      2 reads, 1 write  = sum(x) + copy(x)
+    backward     4 reads, 1 write  = sum(x) + 2 sum(x) + copy(x)
+
+    python benchmarks/bench_operation.py --json operation.json [--keep-memory]
+"""
+
+import argparse
+import functools
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from common import device, save, table, take_turns
+
+SHAPES = ("64x56x56x64", "128x28x28x128", "32x112x112x64", "256x7x7x2048", "4096x1024", "65536x256")
+EPSILON = 1e-5
+
+
+def reference(x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Output and gradient of the input in float64, with scale 1 and bias 0."""
+    x, g = (np.asarray(v, np.float64).reshape(-1, v.shape[-1]) for v in (x, g))
+    x = x - x.mean(0)
+    rsigma = 1 / np.sqrt((x**2).mean(0) + EPSILON)
+    x *= rsigma
+    return x, rsigma * (g - g.mean(0) - x * (g * x).mean(0))
+
+
+def jax_contestants(features: int, ndim: int) -> dict[str, tuple[Callable, bool]]:
+    """Functions `(x, params) -> (y, state)`, and whether their features come second."""
+    import equinox as eqx
+    import haiku as hk
+    import jax
+    import jax.numpy as jnp
+    import keras
+    from flax import linen as nn
+    from flax import nnx
+
+    import bnjax
+
+    _, stats = bnjax.init_batch_norm(features)
+
+    def linen(x, params, **options):
+        layer = nn.BatchNorm(use_running_average=False, dtype=x.dtype, **options)
+        return layer.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+
+    def of_nnx(x, params):
+        layer = nnx.BatchNorm(features, dtype=x.dtype, rngs=nnx.Rngs(0))
+        layer.scale[...], layer.bias[...] = params["scale"], params["bias"]
+        return layer(x), (layer.mean[...], layer.var[...])
+
+    def haiku(x, params):
+        f = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.99)(x, is_training=True))
+        _, state = f.init(None, jnp.zeros((1,) * (ndim - 1) + (features,)))
+        return f.apply({"batch_norm": {"scale": params["scale"], "offset": params["bias"]}}, state, None, x)
+
+    def equinox(x, params):
+        layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(features, "batch", mode="batch")
+        layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (params["scale"], params["bias"]))
+        y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+        return y.astype(x.dtype), jax.tree.leaves(state)
+
+    keras_layer = keras.layers.BatchNormalization(epsilon=EPSILON)
+    keras_layer.build((1,) * (ndim - 1) + (features,))
+
+    def of_keras(x, params):
+        moving = [v.value for v in keras_layer.non_trainable_variables]
+        y, moving = keras_layer.stateless_call([params["scale"], params["bias"]], moving, x, training=True)
+        return y.astype(x.dtype), moving
+
+    return {
+        "bnjax": (lambda x, params: bnjax.batch_norm(x, params, stats, training=True), False),
+        "flax linen": (linen, False),
+        "flax linen, two-pass": (functools.partial(linen, use_fast_variance=False), False),
+        "flax nnx": (of_nnx, False),
+        "haiku": (haiku, False),
+        "equinox": (equinox, True),
+        "keras": (of_keras, False),
+    }
+
+
+def of_jax(f: Callable, x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, second: bool) -> Callable:
+    """A call without arguments, that returns `(y, dx)` or `(y,)` with features last when asked for `result`."""
+    import jax
+    import jax.numpy as jnp
+
+    params = {"scale": jnp.ones(x.shape[-1]), "bias": jnp.zeros(x.shape[-1])}
+    x, g = (jnp.asarray(np.moveaxis(v, -1, 1) if second else v).astype(dtype) for v in (x, g))
+
+    def run(x, params, g):
+        if not backward:
+            return f(x, params)
+        y, vjp, state = jax.vjp(f, x, params, has_aux=True)
+        return y, state, vjp(g)
+
+    compiled = jax.jit(run).lower(x, params, g).compile()
+
+    def call(result: bool = False):
+        out = jax.block_until_ready(compiled(x, params, g))
+        if result:
+            arrays = [out[0], *([out[2][0]] if backward else [])]
+            return [np.moveaxis(np.asarray(v, np.float32), 1 if second else -1, -1) for v in arrays]
+
+    return call
+
+
+def of_torch(x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, channels_last: bool) -> Callable:
+    """As `of_jax`, PyTorch's own batch norm, on its accelerator where it has one."""
+    import torch
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    wait = torch.cuda.synchronize if place == "cuda" else (lambda: None)
+    layout = torch.channels_last if channels_last and x.ndim == 4 else torch.contiguous_format
+    x, g = (
+        torch.from_numpy(np.moveaxis(v, -1, 1).copy()).to(place, getattr(torch, dtype)).contiguous(memory_format=layout)
+        for v in (x, g)
+    )
+    weight, bias, var = torch.ones(x.shape[1]), torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    weight, bias, mean, var = (v.to(place) for v in (weight, bias, torch.zeros(x.shape[1]), var))
+    inputs = [x, weight, bias]
+    for v in inputs:
+        v.requires_grad_(backward)
+
+    def call(result: bool = False):
+        y = torch.nn.functional.batch_norm(*(x, mean, var, weight, bias), training=True, momentum=0.01, eps=EPSILON)
+        grads = torch.autograd.grad(y, inputs, g) if backward else []
+        wait()
+        if result:
+            arrays = [y.detach(), *grads[:1]]
+            return [np.moveaxis(v.float().cpu().numpy(), 1, -1) for v in arrays]
+
+    return call
+
+
+def limits(x: np.ndarray, dtype: str) -> dict[str, Callable]:
+    """Calls that sum and copy an array, by XLA and by PyTorch."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    wait = torch.cuda.synchronize if place == "cuda" else (lambda: None)
+    of_torch = torch.from_numpy(x).to(place, getattr(torch, dtype))
+    of_jax = jnp.asarray(x).astype(dtype)
+    total, twice = jax.jit(lambda x: x.sum(dtype=jnp.float32)), jax.jit(lambda x: x * 2)
+    return {
+        "sum, XLA": lambda: total(of_jax).block_until_ready(),
+        "copy, XLA": lambda: twice(of_jax).block_until_ready(),
+        "sum, PyTorch": lambda: (of_torch.sum(dtype=torch.float32), wait()),
+        "copy, PyTorch": lambda: (of_torch * 2, wait()),
+    }
+
+
+def measure(shape: tuple[int, ...], dtype: str, backward: bool, rounds: int) -> dict[str, Any]:
+    """Times and errors of all contestants at one shape."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(1, 2, shape).astype(np.float32)
+    g = rng.normal(size=shape).astype(np.float32)
+    if dtype != "float32":
+        import ml_dtypes
+
+        x, g = (v.astype(ml_dtypes.bfloat16).astype(np.float32) for v in (x, g))
+    shifted = x + 2000
+
+    def contestants(x):
+        jax_ones = jax_contestants(shape[-1], len(shape))
+        calls = {name: of_jax(f, x, g, dtype, backward, second) for name, (f, second) in jax_ones.items()}
+        calls["torch"] = of_torch(x, g, dtype, backward, False)
+        if len(shape) == 4:
+            calls["torch, channels last"] = of_torch(x, g, dtype, backward, True)
+        return calls
+
+    def errors(calls, x):
+        """Largest error of the output and of the input's gradient, beside the largest value of each."""
+        exact = reference(x, g)
+        found = {}
+        for name, call in calls.items():
+            pairs = zip(call(result=True), exact, strict=False)
+            found[name] = [float(np.abs(a.reshape(b.shape) - b).max() / np.abs(b).max()) for a, b in pairs]
+        return found
+
+    found = {"shape": shape, "dtype": dtype, "backward": backward}
+    if dtype == "float32":
+        found["hard errors"] = errors(contestants(shifted), shifted)
+    calls = contestants(x)
+    found["errors"] = errors(calls, x)
+    found["seconds"] = take_turns({**calls, **limits(x, dtype)}, rounds)
+    medians = {name: statistics.median(times) for name, times in found["seconds"].items()}
+    total, copy = (min(v for name, v in medians.items() if name.startswith(kind)) for kind in ("sum", "copy"))
+    found["limit"] = 4 * total + 2 * copy if backward else total + copy
+    return found
+
+
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    """Of the printed table."""
+    ours = found["seconds"]["bnjax"]
+    lines = []
+    for name, times in found["seconds"].items():
+        if name.startswith(("sum", "copy")):
+            continue
+        ratios = [a / b for a, b in zip(ours, times, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        lines.append(
+            [
+                name,
+                f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})" if name != "bnjax" else "1",
+                f"{statistics.median(times) / found['limit']:.2f}",
+                " / ".join(f"{e:.0e}" for e in found["errors"][name]),
+                " / ".join(f"{e:.0e}" for e in found["hard errors"][name]) if "hard errors" in found else "",
+            ]
+        )
+    return lines
+
+
+HEAD = ["", "bnjax's time to its", "to the limit", "error of y / dx", "of a large mean"]
+
+
+def title(found: dict[str, Any]) -> str:
+    """Of one measurement."""
+    what = "forward + backward" if found["backward"] else "forward"
+    return f"{'×'.join(map(str, found['shape']))}, {found['dtype']}, {what}"
+
+
+def main() -> None:
+    """Prints the tables; with --json saves them too."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="default %(default)s")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (default %(default)s)")
+    parser.add_argument("--keep-memory", action="store_true", help="see bnjax.host.keep_freed_memory")
+    parser.add_argument("--json", metavar="FILE", help="save the numbers")
+    options = parser.parse_args()
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads must not keep the others' processors busy
+    if options.keep_memory:
+        from bnjax.host import keep_freed_memory
+
+        keep_freed_memory()
+    measured = []
+    for dtype in options.dtypes.split(","):
+        for shape in options.shapes.split(","):
+            for backward in (False, True):
+                found = measure(tuple(map(int, shape.split("x"))), dtype, backward, options.rounds)
+                measured.append(found)
+                print(f"\n{title(found)}\n\n{table(HEAD, rows(found))}", flush=True)
+    save(options.json, {"device": device(), "keeps memory": options.keep_memory, "measured": measured})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What the benchmarks share: taking turns, naming the machine, tables and JSON."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+LIBRARIES = ("jax", "flax", "dm-haiku", "equinox", "keras", "torch", "optax")
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call, of `rounds` rounds in which each has its turn; a call returns when its result is there."""
+    for call in calls.values():
+        for _ in range(warm_up):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody always follows the same one
+            start = time.perf_counter()
+            calls[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def device() -> dict[str, Any]:
+    """The processor or accelerator, and the versions."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"kind": kind, "machine": platform.machine(), "python": platform.python_version(), "versions": versions}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def save(path: str | None, found: Any) -> None:
+    """As JSON, where a path is given."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(found, file, indent=1)
+            file.write("\n")
