@@ -60,7 +60,10 @@ def jax_contestants(features: int, ndim: int) -> dict[str, tuple[Callable, bool]
     def haiku(x, params):
         f = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.99)(x, is_training=True))
         _, state = f.init(None, jnp.zeros((1,) * (ndim - 1) + (features,)))
-        return f.apply({"batch_norm": {"scale": params["scale"], "offset": params["bias"]}}, state, None, x)
+        scale, offset = (
+            params[name].astype(x.dtype).reshape((1,) * (ndim - 1) + (features,)) for name in ("scale", "bias")
+        )
+        return f.apply({"batch_norm": {"scale": scale, "offset": offset}}, state, None, x)
 
     def equinox(x, params):
         layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(features, "batch", mode="batch")

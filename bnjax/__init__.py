@@ -5,15 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnjax._moments import Moments, merge_moments, moments
+    from bnjax._remat import save_batch_norm_inputs
     from bnjax.norm import batch_norm, init_batch_norm, update_batch_stats
 
 __version__ = "0.1.0"
 
-__all__ = ["Moments", "batch_norm", "init_batch_norm", "merge_moments", "moments", "update_batch_stats"]
+__all__ = [
+    "Moments",
+    "batch_norm",
+    "init_batch_norm",
+    "merge_moments",
+    "moments",
+    "save_batch_norm_inputs",
+    "update_batch_stats",
+]
 
-_HOMES = {
-    name: "bnjax._moments" if name in ("Moments", "merge_moments", "moments") else "bnjax.norm" for name in __all__
-}
+_HOMES = dict.fromkeys(__all__, "bnjax.norm")
+_HOMES |= dict.fromkeys(("Moments", "merge_moments", "moments"), "bnjax._moments")
+_HOMES["save_batch_norm_inputs"] = "bnjax._remat"
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ from bnjax._collectives import (
     vary_like,
     without_explicit_sharding,
 )
+from bnjax._remat import keeping_arguments
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
@@ -174,7 +175,7 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
     m = _real_moments(x, weights, axes, axis_name, groups)
 
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    @keeping_arguments
     def from_x(x, weights, mean, dx):
         weighted = _weigh(dx.astype(mean.dtype), weights)
         centred = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
@@ -182,7 +183,7 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
             centred = jnp.where(weights > 0, centred, 0)  # where NaN times a zero cotangent would be NaN
         return _sum(weighted, axes), 2 * _sum(centred * weighted, axes)
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    @keeping_arguments
     def from_weights(x, weights, mean, var, dweights):
         centred = without_masked_extremes(x.astype(mean.dtype), weights) - expand(mean, x.ndim, axes)
         dweights = dweights.astype(mean.dtype)

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName, vary_like
 from bnjax._moments import Moments, checked_moments, expand, without_masked_extremes
+from bnjax._remat import keeping_arguments, named_input
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
 BatchStats = Mapping[str, Any]
@@ -175,6 +177,7 @@ def batch_norm_and_moments(
     if dtype is not None:
         _checks.check_dtype(dtype, or_complex=True)
     _checks.check_complex(x, params, batch_stats, dtype)
+    x = named_input(x)
     mean, var = jnp.asarray(batch_stats["mean"]), jnp.asarray(batch_stats["var"])
     m = None
     if training:
@@ -276,15 +279,45 @@ def normalize(
     return _scale_and_shift(x, weights, *per_feature, dtype)
 
 
-@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=5)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _scale_and_shift(
     x: Array, weights: Array | None, mean: Array, multiplier: Array, bias: Array, dtype: DTypeLike
 ) -> Array:
-    """`(x − mean) · multiplier + bias`, which keeps only its arguments, not x − mean, for the backward pass.
-
-    The result is rounded in here, lest a cotangent of higher precision than `dtype` be written out.
-    """
+    """`(x − mean) · multiplier + bias`, per-feature values having `x`'s number of axes."""
     x = x.astype(mean.dtype)
     if weights is not None:
         x = without_masked_extremes(x, weights)
     return ((x - mean) * multiplier + bias).astype(dtype)
+
+
+@functools.partial(_scale_and_shift.defjvp, symbolic_zeros=True)
+def _scale_and_shift_jvp(dtype, primals, tangents):
+    """The hand-made rule, whose transpose takes two sums for each feature: of the cotangent, and of it times x − mean.
+
+    ∂y = multiplier · ∂x + (x − mean) · ∂multiplier + (∂bias − multiplier · ∂mean)
+    """
+    x, weights, mean, multiplier, bias = primals
+    dx, _, dmean, dmultiplier, dbias = (None if isinstance(t, SymbolicZero) else t for t in tangents)
+    shift = jnp.zeros_like(bias) if dbias is None else dbias
+    if dmean is not None:
+        shift = shift - multiplier * dmean
+
+    # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass. The result is
+    # rounded in here, lest a cotangent of higher precision than `dtype` be written out.
+    @keeping_arguments
+    def from_x(x, weights, mean, multiplier, dx, dmultiplier, shift):
+        def clean(x):
+            x = x.astype(mean.dtype)
+            return x if weights is None else without_masked_extremes(x, weights)
+
+        dy = jnp.broadcast_to(vary_like(shift, x), x.shape)
+        if dmultiplier is not None:
+            # The same mean, opaque to XLA: its CPU backend would write out a difference that the output shares.
+            dy = dy + (clean(x) - lax.optimization_barrier(mean)) * dmultiplier
+        if dx is not None:
+            dy = dy + jax.jvp(clean, (x,), (dx,))[1] * multiplier
+        return dy.astype(dtype)
+
+    return _scale_and_shift(x, weights, mean, multiplier, bias, dtype), from_x(
+        x, weights, mean, multiplier, dx, dmultiplier, shift
+    )

@@ -16,6 +16,7 @@ ORDER = [
     "_dtypes",
     "_collectives",
     "_hlo",
+    "_remat",
     "host",
     "compile",
     "_moments",

@@ -4,7 +4,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -14,6 +13,7 @@ from bnjax import _dtypes
 from bnjax._checks import Axes
 from bnjax._collectives import AxisName, Groups, broadcast_explicitly, psum
 from bnjax._moments import Moments, checked_moments, expand, without_masked_extremes
+from bnjax._remat import keeping_arguments
 from bnjax.norm import BatchStats, Params, batch_norm_and_moments
 
 
@@ -112,7 +112,7 @@ def _mean_and_squared_norm(
     return m._replace(var=jnp.square(norm))
 
 
-@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=2)
+@functools.partial(keeping_arguments, static_argnums=2)
 def _moments_of_magnitude(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Moments of |x|, local, keeping only x for the backward pass."""
     x = x.astype(_dtypes.wide(x.dtype))
@@ -133,7 +133,7 @@ def _largest_magnitude(
     if axis_name is not None:
         largest = _largest_of_members(largest, axis_name, groups)
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    @keeping_arguments
     def magnitudes(x, weights, largest):
         x = _without_masked(x, weights)
         is_largest = (jnp.abs(x) == expand(largest, x.ndim, axes)) & (x != 0)

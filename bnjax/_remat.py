@@ -1,0 +1,52 @@
+"""What is kept for the backward pass, and what is computed anew in it."""
+
+import functools
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+_INPUT = "batch_norm_input"
+_saves_inputs = jax.checkpoint_policies.save_only_these_names(_INPUT)
+
+# Keeps nothing for the backward pass but its arguments. Within one compiled program XLA may share what would be
+# computed anew: barriers against that cost reads and writes of the input (`benchmarks/count_tpu.py`).
+keeping_arguments = functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
+)
+
+
+def named_input(x: jax.Array) -> jax.Array:
+    """`x`, by the name that `save_batch_norm_inputs` keeps."""
+    return checkpoint_name(x, _INPUT)
+
+
+def save_batch_norm_inputs(prim: Any, *args: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint` and Flax's `remat`: keeps batch norms' inputs for the backward pass, nothing else.
+
+    What follows a batch norm up to the next linear layer is computed anew in the backward pass, without that layer:
+    its output is the next batch norm's input, and is kept. In training that takes the memory of one activation for each
+    batch norm (and its ReLU), where else up to four are kept.
+
+    Args:
+      prim: JAX's primitive; `jax.checkpoint` passes it.
+      *args: its abstract inputs.
+      **params: its parameters.
+
+    Returns:
+      Whether the primitive's outputs are kept.
+
+    Raises:
+      Nothing.
+
+    References:
+      Chen et al. 2016 (arXiv 1604.06174); Rota Bulò et al. 2018 (arXiv 1712.02616), who invert the output instead.
+
+    >>> import bnjax
+    >>> params, batch_stats = bnjax.init_batch_norm(3)
+    >>> layer = lambda x: jax.nn.relu(bnjax.batch_norm(x, params, batch_stats, training=True)[0])
+    >>> layers = jax.checkpoint(lambda x: layer(layer(x) @ jnp.eye(3)), policy=bnjax.save_batch_norm_inputs)
+    >>> print(jax.grad(lambda x: layers(x).sum())(jnp.ones((2, 3))).shape)
+    (2, 3)
+    """
+    return _saves_inputs(prim, *args, **params)

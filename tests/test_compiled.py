@@ -1,0 +1,146 @@
+"""What the compiled programs of the key functions hold: a guard against losing speed that needs no timer.
+
+Counted in the programs that XLA makes for the CPU: arrays of the input's size that are written, collectives, temporary
+memory, traces and transfers. What TPU's compiler makes is counted in tests/test_compile.py, where it is installed.
+"""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from bnjax import _hlo, batch_norm, init_batch_norm, models, save_batch_norm_inputs, train
+from bnjax.compile import collectives
+from bnjax.linen import BatchNorm
+
+SHAPE = (64, 8, 8, 32)
+SIZE = int(np.prod(SHAPE))
+X = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+PARAMS, STATS = jax.eval_shape(functools.partial(init_batch_norm, SHAPE[-1]))
+MASK = jax.ShapeDtypeStruct((SHAPE[0], 1, 1), bool)
+
+
+def forward(x, params, stats, mask=None, **options):
+    return batch_norm(x, params, stats, training=True, mask=mask, **options)
+
+
+def forward_and_backward(x, params, stats, g, mask=None, **options):
+    f = lambda x, params: forward(x, params, stats, mask, **options)
+    y, vjp, stats = jax.vjp(f, x, params, has_aux=True)
+    return y, stats, vjp(g)
+
+
+def written(compiled) -> int:
+    """Arrays of the input's size that a program writes, those within loops and branches too."""
+    program = _hlo.parse(compiled.as_text())
+    inside_fusions = {name for c in program.computations.values() for i in c.values() for name in i.called("calls")}
+    arrays = 0
+    for name, computation in program.computations.items():
+        if name not in inside_fusions:
+            for one in computation.values():
+                if one.opcode not in ("parameter", "bitcast", "tuple", "get-tuple-element"):
+                    arrays += sum(np.prod(shape.dims, dtype=int) >= SIZE for shape in one.outputs)
+    return arrays
+
+
+@pytest.mark.parametrize(("f", "arrays"), [(forward, 1), (forward_and_backward, 2)])
+def test_nothing_of_the_inputs_size_is_written_but_the_results(f, arrays):
+    compiled = jax.jit(f).lower(X, PARAMS, STATS, *(X,) * (arrays - 1)).compile()
+    assert written(compiled) == arrays
+    assert compiled.memory_analysis().temp_size_in_bytes < SIZE
+
+
+@pytest.mark.parametrize(("f", "arrays"), [(forward, 1), (forward_and_backward, 2)])
+def test_what_is_written_under_a_mask(f, arrays):
+    """XLA's sums on CPU read arrays only: what a mask selects is written for each, and once more in a branch."""
+    compiled = jax.jit(f).lower(X, PARAMS, STATS, *(X,) * (arrays - 1), MASK).compile()
+    assert written(compiled) <= arrays + 4 + (arrays == 2)
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4.1 * SIZE
+
+
+def test_inference_is_one_pass_without_any_sum():
+    compiled = jax.jit(lambda *args: batch_norm(*args, training=False)[0]).lower(X, PARAMS, STATS).compile()
+    assert written(compiled) == 1
+    assert not re.search(r"\breduce\(", compiled.as_text())
+
+
+@pytest.mark.parametrize(("f", "sums"), [(forward, 1), (forward_and_backward, 2)])
+def test_one_collective_in_each_direction(f, sums):
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    specs = (P("batch"), P(), P()) + (P("batch"),) * (f is forward_and_backward)
+    out = (P("batch"), P()) + ((P("batch"), P()),) * (f is forward_and_backward)
+    if f is forward_and_backward:  # parameters' gradients are summed with what each device has of them
+        f = lambda x, params, stats, g: forward_and_backward(
+            x, jax.lax.pcast(params, "batch", to="varying"), stats, g, axis_name="batch"
+        )[:2]
+        out = out[:2]
+    else:
+        f = functools.partial(f, axis_name="batch")
+    mapped = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out))
+    found = collectives(mapped.lower(X, PARAMS, STATS, *(X,) * (len(specs) - 3)).compile().as_text())
+    assert len(found) <= sums
+    assert {c.kind for c in found} == {"all-reduce"}
+
+
+def test_a_training_step_is_traced_once_and_moves_nothing_between_host_and_device():
+    model = models.Perceptron((8, 8), 3, BatchNorm, "before")
+    state = train.create_train_state(model, optax.adam(1e-2), jax.random.key(0), jnp.ones((1, 4)))
+
+    def one_step(state, x, y):
+        return train.train_step(state, x, y, objective=train.cross_entropy)
+
+    step = jax.jit(chex.assert_max_traces(one_step, n=1))
+    x, y = jax.random.normal(jax.random.key(1), (16, 4)), jnp.arange(16) % 3
+    state, _ = step(state, x, y)
+    with jax.transfer_guard("disallow"):
+        for _ in range(3):
+            state, metrics = step(state, x, y)
+    assert np.isfinite(metrics.loss).all()
+
+
+# --- what is kept for the backward pass -------------------------------------------------------------------------------
+
+
+def kept(f, *args) -> dict[bytes, tuple[tuple[int, ...], str]]:
+    """Large arrays that the backward pass takes from the forward pass: shapes and dtypes, by content."""
+    forward = jax.jit(lambda *args: jax.vjp(f, *args)[1])
+    large = [leaf for leaf in jax.tree.leaves(forward(*args)) if leaf.size >= SIZE // 2]
+    return {np.asarray(leaf).tobytes(): (leaf.shape, str(leaf.dtype)) for leaf in large}
+
+
+class Network(nn.Module):
+    norm: type[nn.Module] = BatchNorm
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.Dense(32, use_bias=False, dtype=x.dtype)(x)
+            x = nn.relu(self.norm(use_running_average=False, dtype=x.dtype)(x))
+        return x
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_policy_keeps_the_inputs_of_batch_norms_and_nothing_else(dtype):
+    x = jax.random.normal(jax.random.key(0), (SIZE // 32, 32)).astype(dtype)
+    network = Network()
+    variables = network.init(jax.random.key(1), x)
+
+    def apply(params, x):
+        return network.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
+
+    args = (variables["params"], x)
+    by_policy = jax.checkpoint(apply, policy=save_batch_norm_inputs)
+    found = kept(by_policy, *args)
+    assert [*found.values()] == [(x.shape, dtype)] * 4  # the network's input, and those of its batch norms
+    assert np.asarray(x).tobytes() in found
+    assert len(kept(apply, *args)) > 4
+    gradient = lambda f: jax.grad(lambda *args: jnp.square(f(*args).astype(jnp.float32)).sum())(*args)
+    chex.assert_trees_all_close(gradient(by_policy), gradient(apply), rtol=1e-3, atol=1e-2 * SIZE**0.5)
