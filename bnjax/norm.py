@@ -310,13 +310,11 @@ def _scale_and_shift_jvp(dtype, primals, tangents):
             x = x.astype(mean.dtype)
             return x if weights is None else without_masked_extremes(x, weights)
 
-        dy = jnp.broadcast_to(vary_like(shift, x), x.shape)
+        dy = jnp.zeros_like(x, mean.dtype) if dx is None else jax.jvp(clean, (x,), (dx,))[1] * multiplier
         if dmultiplier is not None:
             # The same mean, opaque to XLA: its CPU backend would write out a difference that the output shares.
             dy = dy + (clean(x) - lax.optimization_barrier(mean)) * dmultiplier
-        if dx is not None:
-            dy = dy + jax.jvp(clean, (x,), (dx,))[1] * multiplier
-        return dy.astype(dtype)
+        return (dy + shift).astype(dtype)
 
     return _scale_and_shift(x, weights, mean, multiplier, bias, dtype), from_x(
         x, weights, mean, multiplier, dx, dmultiplier, shift

@@ -1,0 +1,174 @@
+"""What TPU's own compiler makes of batch norm, read from its programs: no TPU is needed, and nothing is timed.
+
+Passes over the input (bytes read and written in HBM, by the input's bytes), forward, both directions in one program and
+backward alone, and what the backward pass is given; then whole training steps: bytes in HBM, and memory on a chip, of
+the same network with bnjax's batch norm, with Flax's and with none.
+
+    pip install -e ".[tpu]"
+    python benchmarks/count_tpu.py --json tpu.json
+"""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from common import save, table
+
+SHAPE = (256, 56, 56, 128)
+TOPOLOGY = "v5e:1x1"
+
+
+def functions(norm: str) -> Callable:
+    """`(x, params, mask) -> (y, batch_stats)` in training."""
+    from flax import linen as nn
+
+    import bnjax
+
+    _, stats = bnjax.init_batch_norm(SHAPE[-1])
+
+    def ours(x, params, mask):
+        return bnjax.batch_norm(x, params, stats, training=True, mask=mask)
+
+    def flax(x, params, mask, **options):
+        layer = nn.BatchNorm(use_running_average=False, dtype=x.dtype, **options)
+        y, updates = layer.apply({"params": params, "batch_stats": stats}, x, mask=mask, mutable=["batch_stats"])
+        return y, updates["batch_stats"]
+
+    return {
+        "bnjax": ours,
+        "flax": flax,
+        "flax, two-pass": lambda *arrays: flax(*arrays, use_fast_variance=False),
+    }[norm]
+
+
+def passes(norm: str, dtype: Any, masked: bool) -> dict[str, float]:
+    """Of one layer."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding
+
+    import bnjax
+    from bnjax.compile import compile_report, topology_devices
+
+    place = NamedSharding(Mesh(np.array(topology_devices(TOPOLOGY)).reshape(-1), ("batch",)), jax.P())
+
+    def shapes(tree):
+        return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place), tree)
+
+    params = shapes(jax.eval_shape(lambda: bnjax.init_batch_norm(SHAPE[-1])[0]))
+    x = shapes(jax.ShapeDtypeStruct(SHAPE, dtype))
+    mask = shapes(jax.ShapeDtypeStruct((SHAPE[0], 1, 1, 1), jnp.bool_)) if masked else None
+    f = functions(norm)
+
+    def both(x, params, mask, g):
+        y, vjp, stats = jax.vjp(lambda x, params: f(x, params, mask), x, params, has_aux=True)
+        return y, stats, vjp(g)
+
+    def pullback(x, params, mask):
+        return jax.vjp(lambda x, params: f(x, params, mask)[0], x, params)[1]
+
+    kept = shapes(jax.eval_shape(pullback, x, params, mask))
+    unit = x.size * x.dtype.itemsize
+    programs = {
+        "forward": (jax.jit(f), (x, params, mask)),
+        "both": (jax.jit(both), (x, params, mask, x)),
+        "backward": (jax.jit(lambda vjp, g: vjp(g)), (kept, x)),
+    }
+    found = {n: compile_report(g, *args, topology=TOPOLOGY).hbm_bytes / unit for n, (g, args) in programs.items()}
+    return {**found, "kept": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)) / unit}
+
+
+def step(name: str, norm: str) -> dict[str, float]:
+    """Of one training step of a network in `bnjax.studies.steps`, on one chip."""
+    from flax import linen as nn
+
+    import bnjax
+    from bnjax import linen, parallel
+    from bnjax.compile import compile_report, topology_devices
+    from bnjax.studies import steps
+
+    class Nothing(nn.Module):
+        """In the place of a batch norm."""
+
+        epsilon: float = 0.0
+        axis_name: str | None = None
+        dtype: Any = None
+        use_running_average: bool = False
+        scale_init: Any = None
+
+        def __call__(self, x, **_):
+            return x
+
+    of = steps.STEPS[name]
+    layer = {"bnjax": linen.BatchNorm, "bnjax, by the policy": linen.BatchNorm, "flax": nn.BatchNorm, "none": Nothing}
+    if norm == "bnjax, by the policy":
+
+        class Checkpointed(nn.Module):
+            """The network, of which the backward pass is given the batch norms' inputs only."""
+
+            norm: Any
+
+            @nn.compact
+            def __call__(self, x, *, training: bool, **options):
+                network = of.model(self.norm)
+                run = nn.remat(
+                    lambda network, x: network(x, training=training, **options), policy=bnjax.save_batch_norm_inputs
+                )
+                return run(network, x)
+
+        of_step = dataclasses.replace(of, model=Checkpointed)
+    else:
+        of_step = of
+    steps.BatchNorm = layer[norm]
+    mesh = parallel.make_mesh(devices=topology_devices(TOPOLOGY))
+    compiled, args = steps.abstract_step(of_step, mesh, parallel_by="jit", batch_size=None)
+    report = compile_report(compiled, *args, topology=TOPOLOGY)
+    if report.memory is None:
+        raise RuntimeError(f"{name} with {norm} does not compile: {report.error}")
+    return {"GiB": report.hbm_bytes / 2**30, "memory": report.memory.total / 2**30}
+
+
+def main() -> None:
+    """Prints the tables; with --json saves them too."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", default="cifar,resnet50", help="training steps (default %(default)s; '' for none)")
+    parser.add_argument("--json", metavar="FILE", help="save the numbers")
+    options = parser.parse_args()
+    from bnjax.compile import tpu_environment
+
+    os.environ.update(tpu_environment())
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_platforms", "cpu")
+    layers, networks = [], []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for masked in (False, True):
+            for norm in ("bnjax", "flax", "flax, two-pass"):
+                layers.append({"norm": norm, "dtype": dtype.__name__, "masked": masked, **passes(norm, dtype, masked)})
+    head = ["", "dtype", "mask", "forward", "both in one", "backward alone", "kept for it"]
+    cells = [
+        [r["norm"], r["dtype"], "yes" if r["masked"] else "no", *(f"{v:.2f}" for v in [*r.values()][3:])]
+        for r in layers
+    ]
+    print(f"passes over an input of {SHAPE}, {TOPOLOGY}\n\n{table(head, cells)}\n", flush=True)
+    for name in filter(None, options.steps.split(",")):
+        for norm in ("bnjax", "bnjax, by the policy", "flax", "none"):
+            networks.append({"step": name, "norm": norm, **step(name, norm)})
+            print(networks[-1], flush=True)
+    head = ["training step", "batch norm", "GiB read and written", "to Flax's", "GiB on the chip", "to Flax's"]
+    flax = {r["step"]: r for r in networks if r["norm"] == "flax"}
+    cells = [
+        [r["step"], r["norm"]]
+        + [text for unit in ("GiB", "memory") for text in (f"{r[unit]:.2f}", f"{r[unit] / flax[r['step']][unit]:.2f}")]
+        for r in networks
+    ]
+    print(f"\n{table(head, cells)}")
+    save(options.json, {"topology": TOPOLOGY, "shape": SHAPE, "layers": layers, "steps": networks})
+
+
+if __name__ == "__main__":
+    main()
