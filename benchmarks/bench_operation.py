@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import device, save, table, take_turns
+from common import device, save, take_turns
 
 SHAPES = ("64x56x56x64", "128x28x28x128", "32x112x112x64", "256x7x7x2048", "4096x1024", "65536x256")
 EPSILON = 1e-5
@@ -115,12 +115,18 @@ def of_jax(f: Callable, x: np.ndarray, g: np.ndarray, dtype: str, backward: bool
     return call
 
 
+def torch_place() -> tuple[str, Callable]:
+    """PyTorch's accelerator, or the processor, and what waits for it."""
+    import torch
+
+    return ("cuda", torch.cuda.synchronize) if torch.cuda.is_available() else ("cpu", lambda: None)
+
+
 def of_torch(x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, channels_last: bool) -> Callable:
     """As `of_jax`, PyTorch's own batch norm, on its accelerator where it has one."""
     import torch
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    wait = torch.cuda.synchronize if place == "cuda" else (lambda: None)
+    place, wait = torch_place()
     layout = torch.channels_last if channels_last and x.ndim == 4 else torch.contiguous_format
     x, g = (
         torch.from_numpy(np.moveaxis(v, -1, 1).copy()).to(place, getattr(torch, dtype)).contiguous(memory_format=layout)
@@ -149,8 +155,7 @@ def limits(x: np.ndarray, dtype: str) -> dict[str, Callable]:
     import jax.numpy as jnp
     import torch
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    wait = torch.cuda.synchronize if place == "cuda" else (lambda: None)
+    place, wait = torch_place()
     of_torch = torch.from_numpy(x).to(place, getattr(torch, dtype))
     of_jax = jnp.asarray(x).astype(dtype)
     total, twice = jax.jit(lambda x: x.sum(dtype=jnp.float32)), jax.jit(lambda x: x * 2)
@@ -247,13 +252,15 @@ def main() -> None:
         from bnjax.host import keep_freed_memory
 
         keep_freed_memory()
+    from bnjax.studies.results import markdown_table
+
     measured = []
     for dtype in options.dtypes.split(","):
         for shape in options.shapes.split(","):
             for backward in (False, True):
                 found = measure(tuple(map(int, shape.split("x"))), dtype, backward, options.rounds)
                 measured.append(found)
-                print(f"\n{title(found)}\n\n{table(HEAD, rows(found))}", flush=True)
+                print(f"\n{title(found)}\n\n{markdown_table(HEAD, rows(found))}", flush=True)
     save(options.json, {"device": device(), "keeps memory": options.keep_memory, "measured": measured})
 
 

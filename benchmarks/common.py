@@ -1,9 +1,9 @@
-"""What the benchmarks share: taking turns, naming the machine, tables and JSON."""
+"""What the benchmarks share: taking turns, naming the machine and JSON."""
 
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -37,12 +37,6 @@ def device() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {"kind": kind, "machine": platform.machine(), "python": platform.python_version(), "versions": versions}
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def save(path: str | None, found: Any) -> None:

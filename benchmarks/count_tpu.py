@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from common import save, table
+from common import save
 
 SHAPE = (256, 56, 56, 128)
 TOPOLOGY = "v5e:1x1"
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
     from bnjax.compile import tpu_environment
+    from bnjax.studies.results import markdown_table
 
     os.environ.update(tpu_environment())
     import jax
@@ -154,7 +155,7 @@ def main() -> None:
         [r["norm"], r["dtype"], "yes" if r["masked"] else "no", *(f"{v:.2f}" for v in [*r.values()][3:])]
         for r in layers
     ]
-    print(f"passes over an input of {SHAPE}, {TOPOLOGY}\n\n{table(head, cells)}\n", flush=True)
+    print(f"passes over an input of {SHAPE}, {TOPOLOGY}\n\n{markdown_table(head, cells)}\n", flush=True)
     for name in filter(None, options.steps.split(",")):
         for norm in ("bnjax", "bnjax, by the policy", "flax", "none"):
             networks.append({"step": name, "norm": norm, **step(name, norm)})
@@ -166,7 +167,7 @@ def main() -> None:
         + [text for unit in ("GiB", "memory") for text in (f"{r[unit]:.2f}", f"{r[unit] / flax[r['step']][unit]:.2f}")]
         for r in networks
     ]
-    print(f"\n{table(head, cells)}")
+    print(f"\n{markdown_table(head, cells)}")
     save(options.json, {"topology": TOPOLOGY, "shape": SHAPE, "layers": layers, "steps": networks})
 
 

@@ -86,7 +86,7 @@ class Perceptron(nn.Module):
         def normalize(place: str, x):
             return _normalize(self.norm if self.place == place else None, x, training, mask)
 
-        x = normalize("input", x.reshape((x.shape[0], math.prod(x.shape[1:]))))
+        x = normalize("input", _flat(x))
         for size in self.hidden:
             dense = nn.Dense(size, use_bias=self.use_hidden_bias, kernel_init=self.hidden_init)
             x = nn.WeightNorm(dense)(x) if self.weight_norm else dense(x)
@@ -217,7 +217,7 @@ class CifarNetwork(nn.Module):
                 x = self.activation(_normalize(self.norm, x, training, mask))
             if block < 4:
                 x = Dropout(self.dropout_rate)(max_pool(x, 2, 2), keys if training else None)
-        x = x.reshape((x.shape[0], math.prod(x.shape[1:])))
+        x = _flat(x)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.glorot_uniform())(x)
 
 
@@ -279,7 +279,7 @@ class VGG(nn.Module):
                 x = nn.relu(_normalize(self.norm, x, training, mask))
             x = local_response_norm(x) if self.local_response_norm and stage < 2 else x
             x = max_pool(x, 2, 2)
-        x = x.reshape((x.shape[0], math.prod(x.shape[1:])))
+        x = _flat(x)
         for _ in range(2):
             x = nn.relu(nn.Dense(8 * self.width, kernel_init=init, dtype=self.dtype)(x))
         return nn.Dense(self.num_classes, kernel_init=init)(x)
@@ -371,6 +371,11 @@ def resnet18(num_classes: int, norm: Norm | None = None, **options) -> ResNet:
 def resnet50(num_classes: int, norm: Norm | None = None, **options) -> ResNet:
     """ResNet of 50 layers, of bottleneck blocks; `options` are attributes of `ResNet`."""
     return ResNet(num_classes, norm, (3, 4, 6, 3), True, **options)
+
+
+def _flat(x: Array) -> Array:
+    """One vector for each example, of which there may be none."""
+    return x.reshape((x.shape[0], math.prod(x.shape[1:])))
 
 
 def _normalize(norm: Norm | None, x: Array, training: bool, mask: Array | None) -> Array:

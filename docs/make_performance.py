@@ -11,6 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bnjax.studies.results import markdown_table
+
 HERE = Path(__file__).parent
 BOUND = 1.2e-4  # 1000 deviations times the spacing of float32: what rounding of the input itself costs
 PEERS = (
@@ -54,8 +56,6 @@ over the shapes and directions above (two runs, one after the other, so not inte
 
 ## Goals
 
-| goal | met | |
-| --- | --- | --- |
 {goals}
 
 ## What was tried
@@ -82,16 +82,10 @@ def load(name: str) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def ratio(one: dict[str, Any], peer: str) -> float:
-    """bnjax's time to a peer's."""
+def ratios(one: dict[str, Any], peer: str) -> list[float]:
+    """bnjax's time to a peer's, round by round."""
     seconds = one["seconds"]
-    return statistics.median(a / b for a, b in zip(seconds["bnjax"], seconds[peer], strict=True))
-
-
-def quartile(one: dict[str, Any], peer: str) -> float:
-    """The lower one of bnjax's time to a peer's, over the rounds."""
-    seconds = one["seconds"]
-    return statistics.quantiles((a / b for a, b in zip(seconds["bnjax"], seconds[peer], strict=True)), n=4)[0]
+    return [a / b for a, b in zip(seconds["bnjax"], seconds[peer], strict=True)]
 
 
 def accurate(one: dict[str, Any], peer: str) -> bool:
@@ -101,61 +95,67 @@ def accurate(one: dict[str, Any], peer: str) -> bool:
 
 def operation(found: dict[str, Any], title: str) -> str:
     """A table of both directions."""
-    lines = []
+    parts = []
     for backward in (False, True):
-        what = "Forward + backward" if backward else "Forward"
-        lines += [f"{what}, {title}:", "", "| shape | " + " | ".join(PEERS) + " | to the limit |"]
-        lines.append("| --- " * (len(PEERS) + 2) + "|")
+        rows = []
         for one in found["measured"]:
-            if one["backward"] != backward:
-                continue
-            cells = []
-            for peer in PEERS:
-                if peer not in one["seconds"]:
-                    cells.append("")
-                    continue
-                text = f"{ratio(one, peer):.2f}"
-                cells.append(text if accurate(one, peer) else f"({text})")
-            limit = statistics.median(one["seconds"]["bnjax"]) / one["limit"]
-            lines.append(f"| {'×'.join(map(str, one['shape']))} | {' | '.join(cells)} | {limit:.2f} |")
-        lines.append("")
-    return "\n".join(lines)
+            if one["backward"] == backward:
+                limit = statistics.median(one["seconds"]["bnjax"]) / one["limit"]
+                cells = [cell(one, peer) if peer in one["seconds"] else "" for peer in PEERS]
+                rows.append(["×".join(map(str, one["shape"])), *cells, f"{limit:.2f}"])
+        what = "Forward + backward" if backward else "Forward"
+        parts += [f"{what}, {title}:", markdown_table(["shape", *PEERS, "to the limit"], rows)]
+    return "\n\n".join(parts)
+
+
+def cell(one: dict[str, Any], peer: str) -> str:
+    """A ratio, in parentheses where the peer is not accurate."""
+    text = f"{statistics.median(ratios(one, peer)):.2f}"
+    return text if accurate(one, peer) else f"({text})"
 
 
 def tpu(found: Any) -> str:
     """Tables of what TPU's compiler makes."""
     if found is None:
         return "## TPU\n\nNot measured."
-    lines = [
-        "## TPU, by its compiler",
-        "",
-        f"`python benchmarks/count_tpu.py`: passes over an input of {'×'.join(map(str, found['shape']))}, read from",
-        f"the program for one chip ({found['topology']}). Under a mask bnjax's forward pass holds a branch that reads",
-        "the input once more, where the mask hides most of the sample of the provisional mean; it is counted.",
-        "",
-        "| | dtype | mask | forward | both in one program | backward alone | kept for it |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+    text = f"""## TPU, by its compiler
+
+`python benchmarks/count_tpu.py`: passes over an input of {"×".join(map(str, found["shape"]))}, read from
+the program for one chip ({found["topology"]}). Under a mask bnjax's forward pass holds a branch that reads
+the input once more, where the mask hides most of the sample of the provisional mean; it is counted.
+"""
+    numbers = ("forward", "both", "backward", "kept")
+    rows = [
+        [r["norm"], r["dtype"], "yes" if r["masked"] else "no", *(f"{r[key]:.2f}" for key in numbers)]
+        for r in found["layers"]
     ]
-    for r in found["layers"]:
-        values = (f"{r[key]:.2f}" for key in ("forward", "both", "backward", "kept"))
-        lines.append(f"| {r['norm']} | {r['dtype']} | {'yes' if r['masked'] else 'no'} | {' | '.join(values)} |")
-    if not found["steps"]:
-        return "\n".join(lines)
-    lines += ["", "Whole training steps in bfloat16 (ResNet-50, 128 images) and float32 (the CIFAR network):", ""]
-    lines += ["| step | batch norm | GiB read and written | to Flax's | GiB on the chip | to Flax's |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    flax = {r["step"]: r for r in found["steps"] if r["norm"] == "flax"}
-    for r in found["steps"]:
-        texts = [t for unit in ("GiB", "memory") for t in (f"{r[unit]:.2f}", f"{r[unit] / flax[r['step']][unit]:.2f}")]
-        lines.append(f"| {r['step']} | {r['norm']} | {' | '.join(texts)} |")
-    lines += ["", "The policy is `bnjax.save_batch_norm_inputs`, with `jax.checkpoint` or Flax's `remat`."]
-    return "\n".join(lines)
+    head = ["", "dtype", "mask", "forward", "both in one program", "backward alone", "kept for it"]
+    parts = [text.rstrip(), markdown_table(head, rows)]
+    if found["steps"]:
+        flax = {r["step"]: r for r in found["steps"] if r["norm"] == "flax"}
+        rows = [
+            [r["step"], r["norm"]]
+            + [t for unit in ("GiB", "memory") for t in (f"{r[unit]:.2f}", f"{r[unit] / flax[r['step']][unit]:.2f}")]
+            for r in found["steps"]
+        ]
+        head = ["step", "batch norm", "GiB read and written", "to Flax's", "GiB on the chip", "to Flax's"]
+        parts += [
+            "Whole training steps in bfloat16 (ResNet-50, 128 images) and float32 (the CIFAR network):",
+            markdown_table(head, rows),
+            "The policy is `bnjax.save_batch_norm_inputs`, with `jax.checkpoint` or Flax's `remat`.",
+        ]
+    return "\n\n".join(parts)
 
 
 def worst(found: dict[str, Any], backward: bool) -> tuple[float, float, str, str]:
     """The ratio to a peer that is accurate with the largest lower quartile, that, the peer and the shape."""
     return max(
-        (quartile(one, peer), ratio(one, peer), peer, "×".join(map(str, one["shape"])))
+        (
+            statistics.quantiles(ratios(one, peer), n=4)[0],
+            statistics.median(ratios(one, peer)),
+            peer,
+            "×".join(map(str, one["shape"])),
+        )
         for one in found["measured"]
         for peer in PEERS
         if one["backward"] == backward and peer in one["seconds"] and accurate(one, peer)
@@ -212,10 +212,10 @@ def main() -> None:
         versions=versions,
         bound=BOUND,
         ours=max(errors),
-        operation=operation(kept, "memory kept") + "\n" + operation(default, "memory not kept"),
+        operation=operation(kept, "memory kept") + "\n\n" + operation(default, "memory not kept"),
         faults=f"{min(faults):.2f} to {max(faults):.2f}, median {statistics.median(faults):.2f}",
         tpu=tpu(on_tpu),
-        goals="\n".join(f"| {' | '.join(row)} |" for row in goals(kept, default, on_tpu)),
+        goals=markdown_table(["goal", "met", ""], goals(kept, default, on_tpu)),
     )
     (HERE / "performance.md").write_text(page)
 

@@ -72,21 +72,22 @@ def test_inference_is_one_pass_without_any_sum():
     assert not re.search(r"\breduce\(", compiled.as_text())
 
 
-@pytest.mark.parametrize(("f", "sums"), [(forward, 1), (forward_and_backward, 2)])
+def gradient(x, params, stats, g, **options):
+    """With the parameters' gradients of each device by themselves, which a step sums with all others."""
+    varying = jax.lax.pcast(params, "batch", to="varying")
+    y, stats, (dx, dparams) = forward_and_backward(x, varying, stats, g, **options)
+    return (y, dx, jax.tree.map(lambda v: v[None], dparams)), stats
+
+
+@pytest.mark.parametrize(("f", "sums"), [(forward, 1), (gradient, 2)])
 def test_one_collective_in_each_direction(f, sums):
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
-    specs = (P("batch"), P(), P()) + (P("batch"),) * (f is forward_and_backward)
-    out = (P("batch"), P()) + ((P("batch"), P()),) * (f is forward_and_backward)
-    if f is forward_and_backward:  # parameters' gradients are summed with what each device has of them
-        f = lambda x, params, stats, g: forward_and_backward(
-            x, jax.lax.pcast(params, "batch", to="varying"), stats, g, axis_name="batch"
-        )[:2]
-        out = out[:2]
-    else:
-        f = functools.partial(f, axis_name="batch")
-    mapped = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out))
-    found = collectives(mapped.lower(X, PARAMS, STATS, *(X,) * (len(specs) - 3)).compile().as_text())
-    assert len(found) <= sums
+    split, whole = P("batch"), P()
+    specs = (split, whole, whole) + (split,) * (f is gradient)
+    mapped = functools.partial(f, axis_name="batch")
+    mapped = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=(split, whole)))
+    found = collectives(mapped.lower(X, PARAMS, STATS, *(X,) * (f is gradient)).compile().as_text())
+    assert len(found) == sums
     assert {c.kind for c in found} == {"all-reduce"}
 
 

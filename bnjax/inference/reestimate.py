@@ -64,24 +64,22 @@ def reestimate_batch_stats(
       section 3 ("precise" batch norm); Izmailov et al. 2018 (arXiv 1803.05407), section 3.2.
     """
     given, variables = variables, dict(nn.meta.unbox(variables))
-    norms = _norms(variables)
+    means = _means(variables)
     first = _first(batches)
     passes = 1 + _depth(apply_fn, variables, first, options) if exactly else 1
     moments_of = jax.jit(functools.partial(moments_seen, apply_fn, exactly, options))
     for _ in range(passes):
-        found = {path: none_seen(norm["mean"]) for path, norm in norms.items()}
+        found = {path: none_seen(mean) for path, mean in means.items()}
         for batch in _read(batches):
             found = moments_of(variables, found, batch)
         variables["batch_stats"] = _replaced(variables["batch_stats"], found, bessel_correction)
     return nn.meta.replace_boxed(given["batch_stats"], variables["batch_stats"])
 
 
-def _norms(variables: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Running statistics of each batch norm, by path."""
+def _means(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Running mean of each batch norm, by path."""
     flat: Any = flatten_dict(dict(variables.get("batch_stats", {})))
-    found = {
-        path[:-1]: {name: flat[*path[:-1], name] for name in ("mean", "var")} for path in flat if path[-1] == "var"
-    }
+    found = {path[:-1]: flat[*path[:-1], "mean"] for path in flat if path[-1] == "var"}
     if not found:
         raise ValueError(
             "variables must hold the collection 'batch_stats' of batch norms, with 'mean' and 'var', got the "
