@@ -17,7 +17,8 @@ from typing import Any
 from common import save
 
 SHAPE = (256, 56, 56, 128)
-TOPOLOGY = "v5e:1x1"
+TOPOLOGY, SYNCED = "v5e:1x1", "v5e:2x2"
+NUMBERS = ("forward", "both", "backward", "kept")
 
 
 def functions(norm: str) -> Callable:
@@ -43,8 +44,8 @@ def functions(norm: str) -> Callable:
     }[norm]
 
 
-def passes(norm: str, dtype: Any, masked: bool) -> dict[str, float]:
-    """Of one layer."""
+def passes(norm: str, dtype: Any, masked: bool, topology: str) -> dict[str, float]:
+    """Of one layer, on each of the chips that share the batch and its statistics."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -53,10 +54,14 @@ def passes(norm: str, dtype: Any, masked: bool) -> dict[str, float]:
     import bnjax
     from bnjax.compile import compile_report, topology_devices
 
-    place = NamedSharding(Mesh(np.array(topology_devices(TOPOLOGY)).reshape(-1), ("batch",)), jax.P())
+    mesh = Mesh(np.array(topology_devices(topology)).reshape(-1), ("batch",))
+
+    def place(v):
+        spec = jax.P("batch") if v.ndim and v.shape[0] == SHAPE[0] else jax.P()
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, spec))
 
     def shapes(tree):
-        return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place), tree)
+        return jax.tree.map(place, tree)
 
     params = shapes(jax.eval_shape(lambda: bnjax.init_batch_norm(SHAPE[-1])[0]))
     x = shapes(jax.ShapeDtypeStruct(SHAPE, dtype))
@@ -71,14 +76,14 @@ def passes(norm: str, dtype: Any, masked: bool) -> dict[str, float]:
         return jax.vjp(lambda x, params: f(x, params, mask)[0], x, params)[1]
 
     kept = shapes(jax.eval_shape(pullback, x, params, mask))
-    unit = x.size * x.dtype.itemsize
+    unit = x.size * x.dtype.itemsize / mesh.size
     programs = {
         "forward": (jax.jit(f), (x, params, mask)),
         "both": (jax.jit(both), (x, params, mask, x)),
         "backward": (jax.jit(lambda vjp, g: vjp(g)), (kept, x)),
     }
-    found = {n: compile_report(g, *args, topology=TOPOLOGY).hbm_bytes / unit for n, (g, args) in programs.items()}
-    return {**found, "kept": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)) / unit}
+    found = {n: compile_report(g, *args, topology=topology).hbm_bytes / unit for n, (g, args) in programs.items()}
+    return {**found, "kept": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)) / unit / mesh.size}
 
 
 def step(name: str, norm: str) -> dict[str, float]:
@@ -146,16 +151,18 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     layers, networks = [], []
-    for dtype in (jnp.float32, jnp.bfloat16):
-        for masked in (False, True):
-            for norm in ("bnjax", "flax", "flax, two-pass"):
-                layers.append({"norm": norm, "dtype": dtype.__name__, "masked": masked, **passes(norm, dtype, masked)})
-    head = ["", "dtype", "mask", "forward", "both in one", "backward alone", "kept for it"]
+    for topology, norms in ((TOPOLOGY, ("bnjax", "flax", "flax, two-pass")), (SYNCED, ("bnjax", "flax"))):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            for masked in (False, True):
+                for norm in norms:
+                    settings = {"norm": norm, "dtype": dtype.__name__, "masked": masked, "topology": topology}
+                    layers.append({**settings, **passes(norm, dtype, masked, topology)})
+    head = ["", "dtype", "mask", "chips", "forward", "both in one", "backward alone", "kept for it"]
     cells = [
-        [r["norm"], r["dtype"], "yes" if r["masked"] else "no", *(f"{v:.2f}" for v in [*r.values()][3:])]
+        [r["norm"], r["dtype"], "yes" if r["masked"] else "no", r["topology"], *(f"{r[n]:.2f}" for n in NUMBERS)]
         for r in layers
     ]
-    print(f"passes over an input of {SHAPE}, {TOPOLOGY}\n\n{markdown_table(head, cells)}\n", flush=True)
+    print(f"passes over an input of {SHAPE}\n\n{markdown_table(head, cells)}\n", flush=True)
     for name in filter(None, options.steps.split(",")):
         for norm in ("bnjax", "bnjax, by the policy", "flax", "none"):
             networks.append({"step": name, "norm": norm, **step(name, norm)})

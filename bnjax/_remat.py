@@ -17,8 +17,12 @@ keeping_arguments = functools.partial(
 
 
 def named_input(x: jax.Array) -> jax.Array:
-    """`x`, by the name that `save_batch_norm_inputs` keeps."""
-    return checkpoint_name(x, _INPUT)
+    """`x`, by the name that `save_batch_norm_inputs` keeps.
+
+    The second name, which no policy keeps, is in the backward pass given again from what the first one kept: JAX then
+    hands that on to nested checkpoints, where it would keep another copy for each.
+    """
+    return checkpoint_name(checkpoint_name(x, _INPUT), f"{_INPUT}_again")
 
 
 def save_batch_norm_inputs(prim: Any, *args: Any, **params: Any) -> bool:

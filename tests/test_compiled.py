@@ -142,6 +142,8 @@ def test_the_policy_keeps_the_inputs_of_batch_norms_and_nothing_else(dtype):
     found = kept(by_policy, *args)
     assert [*found.values()] == [(x.shape, dtype)] * 4  # the network's input, and those of its batch norms
     assert np.asarray(x).tobytes() in found
+    handed_on = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(by_policy, *args)[1], *args))
+    assert sum(leaf.size >= SIZE // 2 for leaf in handed_on) == 4  # each once, also for nested checkpoints
     assert len(kept(apply, *args)) > 4
     gradient = lambda f: jax.grad(lambda *args: jnp.square(f(*args).astype(jnp.float32)).sum())(*args)
     chex.assert_trees_all_close(gradient(by_policy), gradient(apply), rtol=1e-3, atol=1e-2 * SIZE**0.5)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 
@@ -53,6 +54,25 @@ def test_a_seed_gives_the_same_in_any_company():
     for name, curve in both.curves.items():
         assert curve.shape == (2, 4)
         np.testing.assert_allclose(curve[1], alone.curves[name][0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_variant_trained_again_compiles_nothing():
+    from bnjax import train
+
+    traces = []
+
+    def objective(logits, labels):
+        traces.append(None)
+        return train.binary_cross_entropy(logits, labels)
+
+    d = data.circles()
+    variant = dataclasses.replace(small_variant(epochs=2), objective=objective)
+    first = train_variant(variant, d.train, {"test": d.test}, [3, 8])
+    count = len(traces)
+    again = train_variant(variant, d.train, {"test": d.test}, [8, 3])
+    assert len(traces) == count > 0
+    for name, curve in first.curves.items():
+        np.testing.assert_allclose(again.curves[name][::-1], curve, rtol=1e-4, atol=1e-5)
 
 
 def test_seeds_may_have_data_of_their_own():

@@ -116,6 +116,15 @@ def test_an_epoch_visits_every_example_once(count):
     assert after.step == -(-count // 8)
 
 
+def test_the_order_is_that_of_a_stable_sort():
+    bits = jnp.array([[3, 0, 2**32 - 1, 3, 2**31, 0, 3]] * 2, jnp.uint32)
+    order = jax.vmap(train._order)(bits)
+    assert order.dtype == jnp.int32
+    chex.assert_trees_all_equal(order, jnp.argsort(bits, stable=True))
+    jax.block_until_ready(jax.jit(train._order)(bits[0]) + 1)  # nothing of 64 bits is left behind
+    assert (jnp.ones(1) / 3).dtype == jnp.float32
+
+
 def test_evaluation_uses_running_statistics_and_changes_nothing():
     state = new_state()
     x, y = examples(16)

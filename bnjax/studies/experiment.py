@@ -21,9 +21,7 @@ from bnjax.studies.saving import Saving
 _CALLS = 20  # compiled calls that a training is divided into, between which progress is shown
 _BINS = 40
 # The studies' networks are so small that compiling them takes most of the time: less effort there pays.
-COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1}
-if jax.__version_info__ < (0, 11):
-    COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False  # an option that later versions lack
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 
 
 @runtime_checkable
@@ -39,9 +37,9 @@ class Report(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
-    """One network and how it is trained.
+    """One network and how it is trained. The same variant trained again, with as many seeds, compiles nothing.
 
     Attributes:
       name: key in results.
@@ -184,7 +182,6 @@ def train_variant(
       saving: where checkpoints are, if anywhere, from which to continue.
     """
     keys = seed_keys(seeds)
-    data_axis = 0 if per_seed_data else None
     x, y = jax.tree.map(jnp.asarray, tuple(training))
     ends = np.cumsum([0] + [split.y.shape[-1] for split in evaluation.values()])
     held_out = [  # all further splits as one, so that one evaluation serves
@@ -192,43 +189,9 @@ def train_variant(
         for parts in zip(*evaluation.values(), strict=True)
     ]
     example = x[0, :1] if per_seed_data else x[:1]
-    objective = variant.objective
-
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-    def initialise(keys):
-        def create(key):
-            return train.create_train_state(variant.model, variant.optimizer, jax.random.fold_in(key, 0), example)
-
-        return jax.vmap(create)(keys)
-
-    def epoch_of_seed(state, key, epoch, data):
-        (x, y), held_out = data
-        order_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
-        state, metrics = train.train_epoch(state, order_key, x, y, batch_size=variant.batch_size, objective=objective)
-        measured = {"train": metrics}
-        if held_out:
-            examples = train.evaluate(state, *held_out, objective=objective)
-            for name, start, end in zip(evaluation, ends[:-1], ends[1:], strict=True):
-                measured[name] = jax.tree.map(lambda v, start=start, end=end: v[start:end].mean(), examples)
-        return state, measured
-
-    def gradients_of_first_seed(states, data):
-        (x, y), _ = jax.tree.map(lambda v: v[0], data) if per_seed_data else data
-        state = jax.tree.map(lambda v: v[0], states)
-        size = variant.batch_size
-        grads = train.gradients(state, x[:size], y[:size], objective=objective)
-        return {"weight": state.params, "gradient": grads}
-
-    @functools.partial(jax.jit, static_argnames="count", donate_argnames="states", compiler_options=COMPILER_OPTIONS)
-    def run(states, keys, data, epoch, count):
-        def body(states, epoch):
-            vmapped = jax.vmap(epoch_of_seed, in_axes=(0, 0, None, data_axis))
-            states, metrics = vmapped(states, keys, epoch, data)
-            return states, (metrics, gradients_of_first_seed(states, data))
-
-        return lax.scan(body, states, epoch + jnp.arange(count))
-
-    states = initialise(keys)
+    splits = tuple(zip(evaluation, ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+    initialise, run = _programs(variant, splits, per_seed_data)
+    states = initialise(keys, example)
     shape = (len(seeds), variant.epochs)
     curves = {
         f"{split}_{metric}": np.full(shape, np.nan, np.float32)
@@ -258,6 +221,56 @@ def train_variant(
     if saved:
         saved.close()
     return Trained(variant, curves, jax.device_get(states), histograms, parameter_shapes(states))
+
+
+@functools.lru_cache(maxsize=32)
+def _programs(
+    variant: Variant, splits: tuple[tuple[str, int, int], ...], per_seed_data: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled parts of a variant's training, kept for its next: initial states of seeds, and some epochs.
+
+    Args:
+      variant: what is trained.
+      splits: names, first and last index of the splits in the examples that are evaluated together.
+      per_seed_data: whether every seed has its own data.
+    """
+    objective, data_axis = variant.objective, 0 if per_seed_data else None
+
+    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    def initialise(keys, example):
+        def create(key):
+            return train.create_train_state(variant.model, variant.optimizer, jax.random.fold_in(key, 0), example)
+
+        return jax.vmap(create)(keys)
+
+    def epoch_of_seed(state, key, epoch, data):
+        (x, y), held_out = data
+        order_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
+        state, metrics = train.train_epoch(state, order_key, x, y, batch_size=variant.batch_size, objective=objective)
+        measured = {"train": metrics}
+        if held_out:
+            examples = train.evaluate(state, *held_out, objective=objective)
+            for name, start, end in splits:
+                measured[name] = jax.tree.map(lambda v, start=start, end=end: v[start:end].mean(), examples)
+        return state, measured
+
+    def gradients_of_first_seed(states, data):
+        (x, y), _ = jax.tree.map(lambda v: v[0], data) if per_seed_data else data
+        state = jax.tree.map(lambda v: v[0], states)
+        size = variant.batch_size
+        grads = train.gradients(state, x[:size], y[:size], objective=objective)
+        return {"weight": state.params, "gradient": grads}
+
+    @functools.partial(jax.jit, static_argnames="count", donate_argnames="states", compiler_options=COMPILER_OPTIONS)
+    def run(states, keys, data, epoch, count):
+        def body(states, epoch):
+            vmapped = jax.vmap(epoch_of_seed, in_axes=(0, 0, None, data_axis))
+            states, metrics = vmapped(states, keys, epoch, data)
+            return states, (metrics, gradients_of_first_seed(states, data))
+
+        return lax.scan(body, states, epoch + jnp.arange(count))
+
+    return initialise, run
 
 
 def seed_keys(seeds: Sequence[int]) -> jax.Array:

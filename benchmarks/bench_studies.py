@@ -1,0 +1,229 @@
+"""The studies of circles, MNIST and blobs, per training, against programs that train the same networks in Keras.
+
+Cold is a whole command, imports and compilation included; with a cache, one whose compiled programs JAX kept from an
+earlier command (JAX_COMPILATION_CACHE_DIR); warm is the training alone, again in a process that has trained the same
+before, of the networks that Keras trains. Contestants are processes of their own that take turns. Keras trains each
+network once, on JAX and on PyTorch; bnjax's command all its variants (other normalisers among them) from many seeds:
+times are divided by the number of trainings.
+
+    pip install -e ".[bench]" && python benchmarks/bench_studies.py [--studies circles,mnist,blobs] [--json studies.json]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import device, save
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "circles": {"seeds": 32},
+    "mnist": {"seeds": 8, "batch_sizes": [32]},
+    "blobs": {"seeds": 32},
+}
+NETWORKS = {  # which Keras trains too
+    "circles": ("none", "after", "before", "no_scale_bias", "no_momentum", "input"),
+    "mnist": ("none_32", "before_32"),
+    "blobs": ("shallow_before", "deep_none", "deep_before"),
+}
+BACKENDS = ("jax", "torch")
+
+# Each prints when it has trained once, from the arrays `x`, `y` and those of validation, and how long a second time took.
+KERAS = """
+import sys, time, numpy as np, keras
+from keras import layers
+norm = layers.BatchNormalization
+
+def perceptron(inputs, hidden, place, outputs, initializer="glorot_uniform", use_bias=True, **options):
+    def normalizer(at):
+        return [norm(**options)] if place == at else []
+    parts = [keras.Input((inputs,)), *normalizer("input")]
+    for size in hidden:
+        parts += [layers.Dense(size, kernel_initializer=initializer, use_bias=use_bias), *normalizer("before"),
+                  layers.Activation("relu"), *normalizer("after")]
+    end = layers.Dense(1, activation="sigmoid") if outputs == 1 else layers.Dense(outputs, activation="softmax")
+    return keras.Sequential([*parts, end])
+
+def circles():
+    from sklearn.datasets import make_circles
+    x, y = make_circles(n_samples=1000, noise=0.1, random_state=1)
+    variants = [("none", {}), ("after", {}), ("before", {}), ("after", {"scale": False, "center": False}),
+                ("after", {"momentum": 0.0}), ("input", {})]
+    for place, options in variants:
+        model = perceptron(2, [50], place, 1, "he_uniform", **options)
+        optimizer = keras.optimizers.SGD(learning_rate=0.01, momentum=0.9)
+        model.compile(loss="binary_crossentropy", optimizer=optimizer, metrics=["accuracy"])
+        yield model, x[:500], y[:500], dict(validation_data=(x[500:], y[500:]), epochs=100, batch_size=32)
+
+def mnist():
+    with np.load(sys.argv[2]) as arrays:
+        x, y = arrays["x"].reshape(-1, 784).astype("float32") / 255, arrays["y"]
+    for place in ("none", "before"):
+        model = perceptron(784, [64, 64], place, 10)
+        model.compile(loss="sparse_categorical_crossentropy", optimizer="adam", metrics=["accuracy"])
+        yield model, x, y, dict(validation_split=0.2, epochs=10, batch_size=32)
+
+def blobs():
+    from sklearn.datasets import make_blobs
+    x, y = make_blobs(1000, centers=[(0, 0), (0.5, 0.1)], cluster_std=0.25, random_state=0)
+    for place, hidden, epochs in (("before", 1, 50), ("none", 11, 100), ("before", 11, 100)):
+        model = perceptron(2, [128] * hidden, place, 1, use_bias=False)
+        optimizer = keras.optimizers.Adam(learning_rate=0.01)
+        model.compile(loss="binary_crossentropy", optimizer=optimizer, metrics=["accuracy"])
+        yield model, x[:750], y[:750], dict(validation_data=(x[750:], y[750:]), epochs=epochs, batch_size=300)
+
+models = []
+for model, x, y, options in globals()[sys.argv[1]]():
+    model.fit(x, y, verbose=0, **options)
+    models.append((model, x, y, options))
+print(time.time())
+start = time.perf_counter()
+for model, x, y, options in models:
+    model.fit(x, y, verbose=0, **options)
+print(time.perf_counter() - start, len(models))
+"""
+
+OURS = """
+import importlib, json, sys, time
+from unittest import mock
+from bnjax.studies import Options, experiment
+
+class Silent:
+    def task(self, variant):
+        return lambda done, means: None
+    def reading(self, text, fraction):
+        pass
+
+def twice(jobs, *arguments):
+    of_keras = [job for job in jobs if job.variant.name in sys.argv[3].split(",")]
+    experiment.train_variants(of_keras, *arguments)
+    start = time.perf_counter()
+    experiment.train_variants(of_keras, *arguments)
+    print(time.perf_counter() - start, len(of_keras) * len(arguments[0]), len(jobs) * len(arguments[0]))
+    sys.exit()
+
+study = importlib.import_module("bnjax.studies." + sys.argv[1])
+with mock.patch.object(study, "train_variants", twice):
+    study.run(Options(**json.loads(sys.argv[2])), Silent())
+"""
+
+
+def run(command: list[str], **environment: str) -> tuple[float, list[str]]:
+    """When a command that must succeed was started, and what it printed."""
+    start = time.time()
+    done = subprocess.run(command, env={**os.environ, **environment}, check=True, capture_output=True, text=True)
+    return start, done.stdout.split()
+
+
+def cold(study: str, **environment: str) -> float:
+    """Seconds of bnjax's command."""
+    chosen = []
+    for name, value in CHOICES[study].items():
+        chosen += [f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "bnjax", "run", study, *chosen, "--quiet", "--out", out]
+        start, _ = run(command, **environment)
+        return time.time() - start
+
+
+def warm(study: str) -> tuple[float, int, int]:
+    """Seconds of bnjax's second training of Keras's networks, the number of trainings, and of those of the command."""
+    command = [sys.executable, "-c", OURS, study, json.dumps(CHOICES[study]), ",".join(NETWORKS[study])]
+    _, (seconds, count, all_of_them) = run(command)
+    return float(seconds), int(count), int(all_of_them)
+
+
+def keras(study: str, backend: str, data: str) -> tuple[float, float, int]:
+    """Seconds of a process with one training of each network, those of the second training, and the number of each."""
+    start, (first, second, count) = run([sys.executable, "-c", KERAS, study, data], KERAS_BACKEND=backend)
+    return float(first) - start, float(second), int(count)
+
+
+def measure(study: str, repeats: int, scratch: Path) -> dict[str, Any]:
+    """Seconds per training of all contestants, cold and warm, in turns."""
+    data = str(scratch / "mnist.npz")
+    if study == "mnist" and not Path(data).exists():
+        import numpy as np
+
+        from bnjax.data import images
+
+        split = images("mnist", CHOICES[study].get("data_dir"), lambda text, fraction: None).train
+        np.savez(data, x=split.x, y=split.y)
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    cold(study, **cache)  # fills it
+    found: dict[str, dict[str, list[float]]] = {}
+
+    def note(contestant: str, kind: str, seconds: float, trainings: int) -> None:
+        found.setdefault(contestant, {}).setdefault(kind, []).append(seconds / trainings)
+
+    trainings = 0
+    for _ in range(repeats):
+        seconds, count, trainings = warm(study)
+        note("bnjax", "warm", seconds, count)
+        note("bnjax", "cold", cold(study), trainings)
+        note("bnjax", "cached", cold(study, **cache), trainings)
+        for backend in BACKENDS:
+            first, second, networks = keras(study, backend, data)
+            note(f"keras, {backend}", "cold", first, networks)
+            note(f"keras, {backend}", "warm", second, networks)
+    return {
+        "study": study,
+        "choices": {k: v for k, v in CHOICES[study].items() if k != "data_dir"},
+        "trainings": trainings,
+        "seconds": found,
+    }
+
+
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    """Of the table: how many times faster bnjax is per training."""
+    seconds = found["seconds"]
+    lines = []
+    for backend in BACKENDS:
+        theirs = seconds[f"keras, {backend}"]
+        cells = []
+        for kind, against in (("cold", "cold"), ("cached", "cold"), ("warm", "warm")):
+            ratios = [b / a for a, b in zip(seconds["bnjax"][kind], theirs[against], strict=True)]
+            cells.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+        whole = [a * found["trainings"] / b for a, b in zip(seconds["bnjax"]["cold"], theirs["cold"], strict=True)]
+        lines.append([found["study"], f"Keras on {backend}", *cells, f"{statistics.median(whole):.1f}"])
+    return lines
+
+
+HEAD = ["study", "against", "cold", "cold, programs cached", "warm", "our whole command, in trainings of its"]
+
+
+def main() -> None:
+    """Prints the table; with --json saves the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--studies", default=",".join(CHOICES), help="default %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="turns (default %(default)s)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where MNIST is, as for bnjax's command")
+    parser.add_argument("--json", metavar="FILE", help="save the numbers")
+    options = parser.parse_args()
+    if options.data_dir:
+        CHOICES["mnist"]["data_dir"] = options.data_dir
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from bnjax.studies.results import markdown_table
+
+    measured, lines = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for study in options.studies.split(","):
+            measured.append(measure(study, options.repeats, Path(scratch)))
+            lines += rows(measured[-1])
+            print(measured[-1], flush=True)
+    print("\nhow many times less time bnjax takes for a training\n")
+    print(markdown_table(HEAD, lines))
+    save(options.json, {"device": device(), "measured": measured})
+
+
+if __name__ == "__main__":
+    main()
