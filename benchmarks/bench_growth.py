@@ -2,8 +2,8 @@
 
 The operation against batch and channels; a training step against layers, devices and seeds, and its compilation against
 layers; measurements against the number of probes and of eigenpairs, of parameters and of devices. The sizes of one
-question take turns. The exponent is fitted by least squares to the logarithms, of all sizes and of the larger half: what
-a call costs whatever its size flattens the smaller. Devices are simulated by one processor, and share one batch.
+question take turns. The exponent is fitted by least squares to the logarithms, of all sizes and of the larger half:
+what a call costs whatever its size flattens the smaller. Devices are simulated by one processor, and share one batch.
 
     python benchmarks/bench_growth.py [--questions batch,channels] [--json growth.json]
 """

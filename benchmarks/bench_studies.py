@@ -6,7 +6,8 @@ before, of the networks that Keras trains. Contestants are processes of their ow
 network once, on JAX and on PyTorch; bnjax's command all its variants (other normalisers among them) from many seeds:
 times are divided by the number of trainings.
 
-    pip install -e ".[bench]" && python benchmarks/bench_studies.py [--studies circles,mnist,blobs] [--json studies.json]
+    pip install -e ".[bench]"
+    python benchmarks/bench_studies.py [--studies circles,mnist,blobs] [--data-dir DIR] [--json studies.json]
 """
 
 import argparse
@@ -34,7 +35,7 @@ NETWORKS = {  # which Keras trains too
 }
 BACKENDS = ("jax", "torch")
 
-# Each prints when it has trained once, from the arrays `x`, `y` and those of validation, and how long a second time took.
+# Prints when it has trained once, how long a second time took, and the number of networks.
 KERAS = """
 import sys, time, numpy as np, keras
 from keras import layers
@@ -89,6 +90,7 @@ for model, x, y, options in models:
 print(time.perf_counter() - start, len(models))
 """
 
+# Prints how long a second training of Keras's networks took, the number of them, and that of all the command's.
 OURS = """
 import importlib, json, sys, time
 from unittest import mock
@@ -183,22 +185,23 @@ def measure(study: str, repeats: int, scratch: Path) -> dict[str, Any]:
     }
 
 
+def ratios(seconds: dict[str, dict[str, list[float]]], backend: str) -> dict[str, list[float]]:
+    """Keras's time for a training to bnjax's, turn by turn."""
+    ours, theirs = seconds["bnjax"], seconds[f"keras, {backend}"]
+    pairs = {"cold": ("cold", "cold"), "cached": ("cached", "cold"), "warm": ("warm", "warm")}
+    return {name: [b / a for a, b in zip(ours[i], theirs[k], strict=True)] for name, (i, k) in pairs.items()}
+
+
 def rows(found: dict[str, Any]) -> list[list[str]]:
-    """Of the table: how many times faster bnjax is per training."""
-    seconds = found["seconds"]
+    """Of the table: how many times less time bnjax takes for a training."""
     lines = []
-    for backend in BACKENDS:
-        theirs = seconds[f"keras, {backend}"]
-        cells = []
-        for kind, against in (("cold", "cold"), ("cached", "cold"), ("warm", "warm")):
-            ratios = [b / a for a, b in zip(seconds["bnjax"][kind], theirs[against], strict=True)]
-            cells.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
-        whole = [a * found["trainings"] / b for a, b in zip(seconds["bnjax"]["cold"], theirs["cold"], strict=True)]
-        lines.append([found["study"], f"Keras on {backend}", *cells, f"{statistics.median(whole):.1f}"])
+    for backend, by_kind in found["ratios"].items():
+        cells = [f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in by_kind.values()]
+        lines.append([found["study"], f"Keras on {backend}", *cells])
     return lines
 
 
-HEAD = ["study", "against", "cold", "cold, programs cached", "warm", "our whole command, in trainings of its"]
+HEAD = ["study", "against", "cold", "cold, programs cached", "warm"]
 
 
 def main() -> None:
@@ -219,7 +222,7 @@ def main() -> None:
         for study in options.studies.split(","):
             measured.append(measure(study, options.repeats, Path(scratch)))
             lines += rows(measured[-1])
-            print(measured[-1], flush=True)
+            print(markdown_table(HEAD, rows(measured[-1])), flush=True)
     print("\nhow many times less time bnjax takes for a training\n")
     print(markdown_table(HEAD, lines))
     save(options.json, {"device": device(), "measured": measured})

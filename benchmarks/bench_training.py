@@ -1,15 +1,14 @@
 """A training step of whole networks: bnjax's batch norm, Flax's, none, Flax's own layers throughout, and PyTorch.
 
-The networks are that of the CIFAR-100 study (80 images, RMSprop, dropout) and ResNet-18 for small images (32 images, SGD
-with momentum), float32. The first three contestants differ in nothing but the batch norm; "flax throughout" takes its
-convolution and its max-pool too. Beside them "the passes" sums and copies arrays of the sizes of the batch norms'
+The networks are that of the CIFAR-100 study (80 images, RMSprop, dropout) and ResNet-18 for small images (32 images,
+SGD with momentum), float32. The first three contestants differ in nothing but the batch norm; "flax throughout" takes
+its convolution and its max-pool too. Beside them "the passes" sums and copies arrays of the sizes of the batch norms'
 inputs, as often as batch norm must read and write them in a step: the least that it can cost.
 
     pip install -e ".[bench]" && python benchmarks/bench_training.py [--keep-memory] [--json training.json]
 """
 
 import argparse
-import dataclasses
 import functools
 import os
 import statistics
@@ -169,22 +168,12 @@ def of_passes(shapes: list[tuple[int, ...]]) -> Callable[[], Any]:
     return call
 
 
-@dataclasses.dataclass(frozen=True)
-class Shares:
-    """Of medians, round by round."""
-
-    seconds: dict[str, list[float]]
-
-    def to(self, peer: str) -> list[float]:
-        """bnjax's time to a peer's."""
-        return [a / b for a, b in zip(self.seconds["bnjax"], self.seconds[peer], strict=True)]
-
-    def beyond_the_passes(self) -> list[float]:
-        """bnjax's time to that of no batch norm and the passes together."""
-        seconds = self.seconds
-        return [
-            a / (b + c) for a, b, c in zip(seconds["bnjax"], seconds["no norm"], seconds["the passes"], strict=True)
-        ]
+def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """bnjax's time to others', round by round, and to that of no batch norm with the passes."""
+    both = [a + b for a, b in zip(seconds["no norm"], seconds["the passes"], strict=True)]
+    others = {name: times for name, times in seconds.items() if name not in ("bnjax", "the passes")}
+    others["no norm + the passes"] = both
+    return {name: [a / b for a, b in zip(seconds["bnjax"], times, strict=True)] for name, times in others.items()}
 
 
 def measure(network: str, rounds: int) -> dict[str, Any]:
@@ -205,7 +194,8 @@ def measure(network: str, rounds: int) -> dict[str, Any]:
     calls["torch, channels last"] = of_torch(network, True)
     calls["the passes"] = of_passes(shapes)
     seconds = take_turns(calls, rounds)
-    return {"network": network, "batch": BATCH[network], "norms": len(shapes), "seconds": seconds}
+    about = {"network": network, "batch": BATCH[network], "norms": len(shapes)}
+    return {**about, "seconds": seconds, "ratios": ratios(seconds)}
 
 
 def main() -> None:
@@ -227,11 +217,8 @@ def main() -> None:
     for network in options.networks.split(","):
         found = measure(network, options.rounds)
         measured.append(found)
-        shares = Shares(found["seconds"])
-        ratios = {name: shares.to(name) for name in found["seconds"] if name != "bnjax"}
-        ratios["no norm + the passes"] = shares.beyond_the_passes()
         rows = []
-        for name, values in ratios.items():
+        for name, values in found["ratios"].items():
             low, middle, high = statistics.quantiles(values, n=4)
             rows.append([name, f"{middle:.2f} ({low:.2f} to {high:.2f})"])
         print(f"\n{network}, {found['batch']} images\n\n{markdown_table(['', 'bnjax to it'], rows)}", flush=True)

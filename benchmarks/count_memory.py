@@ -1,8 +1,8 @@
 """What a batch norm with a ReLU keeps for the backward pass, in bytes of its input: nothing is timed.
 
-From JAX: the distinct arrays that the pullback holds. From XLA: by how much the memory of a compiled gradient grows with
-every block of matrix product, batch norm and ReLU, of which the product keeps its input too unless that is computed anew
-(the least is 1). The whole training step of ResNet-50 is in `count_tpu.py`.
+From JAX: the distinct arrays that the pullback holds. From XLA: by how much the memory of a compiled gradient grows
+with every block of matrix product, batch norm and ReLU, of which the product keeps its input too unless that is
+computed anew (the least is 1). The whole training step of ResNet-50 is in `count_tpu.py`.
 
     python benchmarks/count_memory.py [--json memory.json]
 """

@@ -76,8 +76,8 @@ of the input, {memory_shape}. Under the policy a network keeps one activation fo
 {memory}
 
 XLA's CPU backend drops the barriers that keep what is computed anew out of the forward pass: on CPU neither
-`jax.checkpoint` nor the policy lowers the peak (column "compiled on CPU": what each further block of a matrix product,
-batch norm and ReLU adds to the memory of a gradient). On TPU they do, as the steps above show.
+`jax.checkpoint` nor the policy lowers the peak (last column: what each further block of a matrix product, batch norm
+and ReLU adds to the memory of a gradient). On TPU they do, as the steps above show.
 
 ## Training
 
@@ -89,10 +89,11 @@ batch norms' inputs takes, as often as they must be read and written.
 
 ## Studies
 
-`python benchmarks/bench_studies.py`: how many times less time bnjax takes for one training than a program in Keras {keras}
-that trains the same networks. bnjax trains {trainings} networks in the command; cold is the whole command, with imports,
-compilation, figures and files; with a cache, the same with the compiled programs of an earlier one
-(`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`); warm is a second training in one process.
+`python benchmarks/bench_studies.py`: how many times less time bnjax takes for one training than a program in Keras
+{keras} that trains the same networks. bnjax trains {trainings} networks in the command; cold is the whole command, with
+imports, compilation, figures and files; with a cache, the same with the compiled programs of an earlier one
+(`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`); warm is a second training in one
+process.
 
 {studies}
 
@@ -102,8 +103,8 @@ What measurements cost beside PyTorch is on [a page of its own](measurements.md)
 
 ## Start-up
 
-`python benchmarks/bench_startup.py`: `import bnjax` adds {added:.1%} to `import jax`; `bnjax --help` takes {help:.2f} of
-the time of `import jax`, which it does without.
+`python benchmarks/bench_startup.py`: `import bnjax` adds {added:.1%} to `import jax`; `bnjax --help` takes {help:.2f}
+of the time of `import jax`, which it does without.
 
 ## Growth
 
@@ -117,8 +118,8 @@ the larger half, where what a call costs in any case counts less. 1 is linear.
 ## What guards this
 
 `tests/test_compiled.py` counts, in compiled programs, the arrays that are written, the sums over devices, traces,
-transfers to the host and what is kept for the backward pass; with the extra `tpu`, `pytest -m tpu_compiler` compiles for
-TPU and counts passes, collectives and copies. Neither is a timer. Both fail when a change costs a pass.
+transfers to the host and what is kept for the backward pass; with the extra `tpu`, `pytest -m tpu_compiler` compiles
+for TPU and counts passes, collectives and copies. Neither is a timer. Both fail when a change costs a pass.
 
 ## Goals
 
@@ -149,6 +150,9 @@ TPU and counts passes, collectives and copies. Neither is a timer. Both fail whe
   a time, one on each core; what remains of a cold command is tracing and compilation. MNIST's steps are matrix products
   and Adam's update of all seeds' parameters, both near what a core can do.
 """
+
+
+GROWTH_NOTES = """Notes."""
 
 
 def load(name: str) -> Any:
@@ -236,46 +240,19 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def training_ratios(one: dict[str, Any]) -> dict[str, list[float]]:
-    """bnjax's step to others', round by round; and to that of no batch norm with the passes."""
-    seconds = one["seconds"]
-    ours = seconds["bnjax"]
-    found = {n: [a / b for a, b in zip(ours, seconds[n], strict=True)] for n in seconds if n not in ("bnjax", PASSES)}
-    both = zip(ours, seconds["no norm"], seconds[PASSES], strict=True)
-    return {**found, "no norm + the passes": [a / (b + c) for a, b, c in both]}
-
-
-PASSES = "the passes"
-
-
 def training(found: Any) -> str:
     """A table of the networks' steps."""
-    columns = [training_ratios(one) for one in found["measured"]]
+    columns = [one["ratios"] for one in found["measured"]]
     head = ["", *(f"{one['network']}, {one['batch']} images" for one in found["measured"])]
     return markdown_table(head, [[name, *(spread(c[name]) for c in columns)] for name in columns[0]])
-
-
-KINDS = (("cold", "cold"), ("cached", "cold"), ("warm", "warm"))
-BACKENDS = ("jax", "torch")
-
-
-def study_ratios(one: dict[str, Any], backend: str) -> dict[str, list[float]]:
-    """Keras's time for a training to bnjax's, turn by turn."""
-    seconds = one["seconds"]
-    theirs = seconds[f"keras, {backend}"]
-    return {
-        kind: [b / a for a, b in zip(seconds["bnjax"][kind], theirs[against], strict=True)] for kind, against in KINDS
-    }
 
 
 def studies(found: Any) -> str:
     """A table of the studies."""
     rows = []
     for one in found["measured"]:
-        for backend in BACKENDS:
-            cells = []
-            for values in study_ratios(one, backend).values():
-                cells.append(spread(values, 1) if len(values) > 1 else f"{values[0]:.1f}")
+        for backend, by_kind in one["ratios"].items():
+            cells = [spread(values, 1) if len(values) > 1 else f"{values[0]:.1f}" for values in by_kind.values()]
             rows.append([one["study"], f"Keras on {backend}", *cells])
     return markdown_table(["study", "against", "cold", "with a cache", "warm"], rows)
 
@@ -356,7 +333,7 @@ def further_goals(of: dict[str, Any]) -> list[tuple[str, str, str]]:
         )
     ]
     for one in of["training"]["measured"]:
-        ratios = training_ratios(one)
+        ratios = one["ratios"]
         torch = max((ratios[n] for n in ratios if n.startswith("torch")), key=statistics.median)
         found += [
             (f"{one['network']}: no slower than PyTorch on CPU", verdict(statistics.median(torch) <= 1), spread(torch)),
@@ -368,7 +345,7 @@ def further_goals(of: dict[str, Any]) -> list[tuple[str, str, str]]:
         ]
     by_study = {one["study"]: one for one in of["studies"]["measured"]}
     for study, kind, goal in (("circles", "warm", 100), ("circles", "cold", 10), ("mnist", "cold", 10)):
-        medians = {b: statistics.median(study_ratios(by_study[study], b)[kind]) for b in BACKENDS}
+        medians = {b: statistics.median(of_kind[kind]) for b, of_kind in by_study[study]["ratios"].items()}
         text = ", ".join(f"{value:.1f} (Keras on {backend})" for backend, value in medians.items())
         goal_text = f"{study}: {goal} times faster per training than Keras, {kind}"
         found.append((goal_text, verdict(min(medians.values()) >= goal), text))
