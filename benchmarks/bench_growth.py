@@ -3,7 +3,8 @@
 The operation against batch and channels; a training step against layers, devices and seeds, and its compilation against
 layers; measurements against the number of probes and of eigenpairs, of parameters and of devices. The sizes of one
 question take turns. The exponent is fitted by least squares to the logarithms, of all sizes and of the larger half:
-what a call costs whatever its size flattens the smaller. Devices are simulated by one processor, and share one batch.
+what a call costs whatever its size flattens the smaller. Freed memory is kept. Devices are simulated by one processor,
+and share one batch.
 
     python benchmarks/bench_growth.py [--questions batch,channels] [--json growth.json]
 """
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding
 
 import bnjax
 from bnjax import analysis, losses, parallel, train
+from bnjax.host import keep_freed_memory
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 
@@ -222,6 +224,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 16)
+    keep_freed_memory()
     from bnjax.studies.results import markdown_table
 
     measured = []

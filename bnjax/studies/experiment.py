@@ -20,8 +20,15 @@ from bnjax.studies.saving import Saving
 
 _CALLS = 20  # compiled calls that a training is divided into, between which progress is shown
 _BINS = 40
-# The studies' networks are so small that compiling them takes most of the time: less effort there pays.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+_LONG = 5000  # steps of a training that better kernels repay
+
+
+def compiler_options(steps: int = 0) -> dict[str, Any]:
+    """XLA's, for a training of so many steps: compiling takes most of a short one, so that less effort there pays."""
+    options: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+    if steps < _LONG and jax.__version_info__ < (0, 11):  # an option that later versions lack
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options
 
 
 @runtime_checkable
@@ -190,7 +197,8 @@ def train_variant(
     ]
     example = x[0, :1] if per_seed_data else x[:1]
     splits = tuple(zip(evaluation, ends[:-1].tolist(), ends[1:].tolist(), strict=True))
-    initialise, run = _programs(variant, splits, per_seed_data)
+    steps = variant.epochs * (y.shape[-1] // variant.batch_size)
+    initialise, run = _programs(variant, steps, splits, per_seed_data)
     states = initialise(keys, example)
     shape = (len(seeds), variant.epochs)
     curves = {
@@ -225,18 +233,20 @@ def train_variant(
 
 @functools.lru_cache(maxsize=32)
 def _programs(
-    variant: Variant, splits: tuple[tuple[str, int, int], ...], per_seed_data: bool
+    variant: Variant, steps: int, splits: tuple[tuple[str, int, int], ...], per_seed_data: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The compiled parts of a variant's training, kept for its next: initial states of seeds, and some epochs.
 
     Args:
       variant: what is trained.
+      steps: how many a training has.
       splits: names, first and last index of the splits in the examples that are evaluated together.
       per_seed_data: whether every seed has its own data.
     """
     objective, data_axis = variant.objective, 0 if per_seed_data else None
+    options = compiler_options(steps)
 
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def initialise(keys, example):
         def create(key):
             return train.create_train_state(variant.model, variant.optimizer, jax.random.fold_in(key, 0), example)
@@ -261,7 +271,7 @@ def _programs(
         grads = train.gradients(state, x[:size], y[:size], objective=objective)
         return {"weight": state.params, "gradient": grads}
 
-    @functools.partial(jax.jit, static_argnames="count", donate_argnames="states", compiler_options=COMPILER_OPTIONS)
+    @functools.partial(jax.jit, static_argnames="count", donate_argnames="states", compiler_options=options)
     def run(states, keys, data, epoch, count):
         def body(states, epoch):
             vmapped = jax.vmap(epoch_of_seed, in_axes=(0, 0, None, data_axis))

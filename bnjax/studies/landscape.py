@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from bnjax import analysis
 from bnjax.analysis import plots as drawing
-from bnjax.studies.experiment import COMPILER_OPTIONS
+from bnjax.studies.experiment import compiler_options
 from bnjax.studies.measured import Measured
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
@@ -26,7 +26,7 @@ SHOWN = {  # networks whose landscapes along the gradient are drawn beside each 
     "normalisers": ("bn", "renorm", "layer", "group", "weight"),
 }
 # Compiling these programs, which run once or for a few seeds, takes longer than running them.
-_jit_once = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+_jit_once = functools.partial(jax.jit, compiler_options=compiler_options())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Plan:
       keep: what of the state is kept, some twenty times, such as the parameters for a trajectory.
       parameters: `(state, *batch, key) -> (weights, gradients)`, two trees of dicts, for histograms; None for those of
         a `TrainState`.
-      compiler_options: of XLA, such as `COMPILER_OPTIONS` for networks that take longer to compile than to train.
+      compiler_options: of XLA, such as `compiler_options()` for networks that take longer to compile than to train.
     """
 
     create: Callable[[Setting], Any]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bnjax.analysis.plots import line_style
 from bnjax.data import Split
-from bnjax.studies.experiment import COMPILER_OPTIONS, Trained
+from bnjax.studies.experiment import Trained, compiler_options
 from bnjax.studies.statistics import half_width, interval
 from bnjax.train import TrainState
 
@@ -98,7 +98,7 @@ def decision_boundaries(trained: Sequence[Trained], data: Split, title: str) -> 
     return figure
 
 
-@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+@functools.partial(jax.jit, compiler_options=compiler_options())
 def _outputs(state: TrainState, x: jax.Array) -> jax.Array:
     return state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
 

@@ -14,7 +14,7 @@ from bnjax.linen import BatchNorm
 from bnjax.models import RecurrentNetwork
 from bnjax.studies import Options
 from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant, divisor_from, seed_keys
+from bnjax.studies.experiment import Report, Variant, compiler_options, divisor_from, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.perceptrons import pixels
 from bnjax.studies.results import Results
@@ -112,7 +112,9 @@ def run(options: Options, report: Report):
             return train.create_train_state(model, optax.adam(LEARNING_RATE), key, held_out.x[:1])
 
         described = Variant(variant, label, model, optax.adam(LEARNING_RATE), train.cross_entropy, BATCH_SIZE, steps)
-        plan = Plan(create, random_batch(BATCH_SIZE), step, measure, steps, every, compiler_options=COMPILER_OPTIONS)
+        plan = Plan(
+            create, random_batch(BATCH_SIZE), step, measure, steps, every, compiler_options=compiler_options(steps)
+        )
         tell = report.task(described)
         further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
         seen = train_measured(plan, {"key": keys}, tuple(training), name=variant, **further)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from bnjax import analysis, data, losses, train
 from bnjax.studies import Options, plots
 from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import COMPILER_OPTIONS, Report, Variant, in_threads, parameter_shapes, seed_keys
+from bnjax.studies.experiment import Report, Variant, compiler_options, in_threads, parameter_shapes, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.perceptrons import (
     BATCH_SIZE,
@@ -315,12 +315,12 @@ def _train(results: Results, case: Case, label: str, training, test, steps: int,
         return {"test_accuracy": accuracy, "first_to_last_gradient": first / last, "first_gradient": first}
 
     draw = fixed_batch(case.batch_size) if case.is_fixed else random_batch(case.batch_size)
-    plan = Plan(create, draw, step, measure, steps, steps // MEASURED, compiler_options=COMPILER_OPTIONS)
+    plan = Plan(create, draw, step, measure, steps, steps // MEASURED, compiler_options=compiler_options(steps))
     further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
     seen = train_measured(plan, chosen, tuple(training), name=case.name, **further)
     evaluate = jax.jit(
         jax.vmap(lambda s, x, y: train.evaluate(s, x, y, objective=train.cross_entropy), (0, None, None)),
-        compiler_options=COMPILER_OPTIONS,
+        compiler_options=compiler_options(),
     )
     on_test, on_training = (
         jax.tree.map(lambda v: np.asarray(v.mean(1)), evaluate(seen.states, split.x[:10_000], split.y[:10_000]))
