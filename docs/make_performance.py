@@ -6,8 +6,8 @@ python benchmarks/bench_operation.py --dtypes bfloat16 --keep-memory --json docs
 python benchmarks/count_tpu.py --json docs/performance/tpu.json
 python benchmarks/count_memory.py --json docs/performance/memory.json
 python benchmarks/bench_training.py --keep-memory --json docs/performance/training.json
-python benchmarks/bench_studies.py --studies circles --repeats 2 --json docs/performance/studies_circles.json
-python benchmarks/bench_studies.py --studies mnist --repeats 1 --json docs/performance/studies_mnist.json
+python benchmarks/bench_studies.py --studies circles --repeats 1 --json docs/performance/studies_circles.json
+python benchmarks/bench_studies.py --studies mnist --backends jax --repeats 1 --json docs/performance/studies_mnist.json
 python benchmarks/bench_studies.py --studies blobs --repeats 1 --json docs/performance/studies_blobs.json
 python benchmarks/bench_startup.py --json docs/performance/startup.json
 python benchmarks/bench_growth.py --json docs/performance/growth.json
@@ -94,8 +94,8 @@ batch norms' inputs takes, as often as they must be read and written.
 `python benchmarks/bench_studies.py`: how many times less time bnjax takes for one training than a program in Keras
 {keras} that trains the same networks. bnjax trains {trainings} networks in the command; cold is the whole command, with
 imports, compilation, figures and files; with a cache, the same with the compiled programs of an earlier one
-(`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`); warm is a second training in one
-process.
+(`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`), for circles; warm is a second training
+of Keras's networks in one process. One turn each, so without a spread.
 
 {studies}
 
@@ -105,8 +105,8 @@ What measurements cost beside PyTorch is on [a page of its own](measurements.md)
 
 ## Start-up
 
-`python benchmarks/bench_startup.py`: `import bnjax` adds {added:.1%} to `import jax`; `bnjax --help` takes {help:.2f}
-of the time of `import jax`, which it does without.
+`python benchmarks/bench_startup.py`: `import bnjax` adds {added:+.1%} to `import jax` (noise);
+`bnjax --help` takes {help:.2f} of the time of `import jax`, which it does without.
 
 ## Growth
 
@@ -256,7 +256,7 @@ def studies(measured: list[dict[str, Any]]) -> str:
     rows = []
     for one in measured:
         for backend, by_kind in one["ratios"].items():
-            cells = [spread(values, 1) if len(values) > 1 else f"{values[0]:.1f}" for values in by_kind.values()]
+            cells = [spread(v, 1) if len(v) > 1 else "".join(f"{ratio:.1f}" for ratio in v) for v in by_kind.values()]
             rows.append([one["study"], f"Keras on {backend}", *cells])
     return markdown_table(["study", "against", "cold", "with a cache", "warm"], rows)
 
@@ -372,7 +372,8 @@ def main() -> None:
     """Writes the page."""
     default, kept = load("operation"), load("operation_kept")
     of = {n: load(n) for n in ("operation_bfloat16", "tpu", "memory", "training", "startup", "growth")}
-    of["studies"] = [one for name in ("circles", "mnist", "blobs") for one in load(f"studies_{name}")["measured"]]
+    runs = sorted((HERE / "performance").glob("studies_*.json"))
+    of["studies"] = [one for path in runs for one in json.loads(path.read_text())["measured"]]
     bfloat16 = of["operation_bfloat16"]
     versions = ", ".join(f"{name} {version}" for name, version in kept["device"]["versions"].items())
     pairs = zip(kept["measured"], default["measured"], strict=True)
