@@ -16,6 +16,7 @@ python docs/make_performance.py
 
 import json
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,7 @@ costs. bnjax's own largest error there is {ours:.0e}.
 
 ### bfloat16
 
-`--dtypes bfloat16 --keep-memory`. The largest errors of output and gradient against float64, over all shapes, are
-{bfloat16_errors}.
+{bfloat16_errors}
 
 {bfloat16}
 
@@ -92,10 +92,10 @@ batch norms' inputs takes, as often as they must be read and written.
 ## Studies
 
 `python benchmarks/bench_studies.py`: how many times less time bnjax takes for one training than a program in Keras
-{keras} that trains the same networks. bnjax trains {trainings} networks in the command; cold is the whole command, with
-imports, compilation, figures and files; with a cache, the same with the compiled programs of an earlier one
-(`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`), for circles; warm is a second training
-of Keras's networks in one process. One turn each, so without a spread.
+{keras} that trains the same networks. In its command bnjax trains {trainings}; cold is the
+whole command, with imports, compilation, figures and files; with a cache, the same with the compiled programs of an
+earlier one (`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`), for circles; warm is a
+second training of Keras's networks in one process. One turn each, so without a spread.
 
 {studies}
 
@@ -115,7 +115,17 @@ the larger half, where what a call costs in any case counts less. 1 is linear.
 
 {growth}
 
-{growth_notes}
+- Examples, channels, layers and probes cost in proportion, once there are enough that a call's own cost is small:
+  each is read, computed or repeated once.
+- Compilation grows more slowly than the layers, since much of it is the same for any network.
+- One program serves all seeds, so that a seed costs less the more there are, until their arrays fill the processor.
+- An eigenpair more makes Lanczos's method take more steps, and its vectors are orthogonalised against all before: that
+  part is quadratic, but small beside the Hessian's products at these sizes.
+- Measurements cost in proportion to the parameters, of which they read a few whole vectors. Of a hundred million
+  parameters the time is that of the memory.
+- Devices are simulated here and share two cores and one batch. What grows is what each does whatever its share: its
+  calls, its part in the sums, its own update of the parameters, and in measurements the norms of whole gradients. How
+  much they communicate is on [the page about devices](scaling.md).
 
 ## What guards this
 
@@ -154,9 +164,6 @@ for TPU and counts passes, collectives and copies. Neither is a timer. Both fail
   a time, one on each core; what remains of a cold command is tracing and compilation. MNIST's steps are matrix products
   and Adam's update of all seeds' parameters, both near what a core can do.
 """
-
-
-GROWTH_NOTES = """Notes."""
 
 
 def load(name: str) -> Any:
@@ -225,7 +232,8 @@ counted. Other copies of the input, or changes of its layout, there are none.
         "Whole training steps on one chip: ResNet-50 in bfloat16, 128 images of 224 × 224, and the CIFAR network in "
         "float32, 80 images:",
         markdown_table(head, rows),
-        "The policy is `bnjax.save_batch_norm_inputs`, with `jax.checkpoint` or Flax's `remat`.",
+        "The policy is `bnjax.save_batch_norm_inputs`, with `jax.checkpoint` or Flax's `remat`. The CIFAR network is\n"
+        "so small that the compiler keeps most of its arrays on the chip, beside HBM.",
     ]
     return "\n\n".join(parts)
 
@@ -363,6 +371,11 @@ def further_goals(of: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [*found, ("everything on a GPU", "not measured", text)]
 
 
+def paragraph(text: str) -> str:
+    """Wrapped, as the page's other text."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def verdict(is_met: bool) -> str:
     """In the table of goals."""
     return "yes" if is_met else "no"
@@ -383,14 +396,18 @@ def main() -> None:
         name: max(max(one["errors"].get(name, [0])) for one in bfloat16["measured"]) for name in ("bnjax", *PEERS)
     }
     summary = of["startup"]["summary"]
-    counts = ", ".join(f"{one['trainings']} ({one['study']})" for one in of["studies"])
+    counts = " and ".join(f"{one['trainings']} networks ({one['study']})" for one in of["studies"])
     page = TEXT.format(
         versions=versions,
         bound=BOUND,
         ours=max(errors),
         operation=operation(kept, "memory kept") + "\n\n" + operation(default, "memory not kept"),
         bfloat16=operation(bfloat16, "bfloat16, memory kept"),
-        bfloat16_errors=", ".join(f"{error:.0e} ({name})" for name, error in largest.items()),
+        bfloat16_errors=paragraph(
+            "`--dtypes bfloat16 --keep-memory`. The largest errors of output and gradient against float64, over all "
+            f"shapes, are {', '.join(f'{error:.0e} ({name})' for name, error in largest.items())}. In parentheses are "
+            "ratios to peers whose error is more than twice bnjax's."
+        ),
         faults=f"{min(faults):.2f} to {max(faults):.2f}, median {statistics.median(faults):.2f}",
         tpu=tpu(of["tpu"]),
         memory=memory(of["memory"]),
@@ -403,7 +420,6 @@ def main() -> None:
         added=summary["added to import jax, as a share of it"]["import jax, bnjax"],
         help=summary["bnjax --help to import jax"],
         growth=growth(of["growth"]),
-        growth_notes=GROWTH_NOTES,
         goals=markdown_table(["goal", "met", ""], goals(kept, default, bfloat16, of["tpu"]) + further_goals(of)),
     )
     (HERE / "performance.md").write_text(page)
