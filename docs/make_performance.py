@@ -92,8 +92,8 @@ batch norms' inputs takes, as often as they must be read and written.
 ## Studies
 
 `python benchmarks/bench_studies.py`: how many times less time bnjax takes for one training than a program in Keras
-{keras} that trains the same networks. In its command bnjax trains {trainings}; cold is the
-whole command, with imports, compilation, figures and files; with a cache, the same with the compiled programs of an
+{keras} that trains the same networks. In its command bnjax trains {trainings}.
+Cold is the whole command, with imports, compilation, figures and files; with a cache, the same with the compiled programs of an
 earlier one (`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`), for circles; warm is a
 second training of Keras's networks in one process. One turn each, so without a spread.
 
@@ -229,7 +229,7 @@ counted. Other copies of the input, or changes of its layout, there are none.
     ]
     head = ["step", "batch norm", "GiB read and written", "to Flax's", "GiB on the chip", "to Flax's"]
     parts += [
-        "Whole training steps on one chip: ResNet-50 in bfloat16, 128 images of 224 × 224, and the CIFAR network in "
+        "Whole training steps on one chip: ResNet-50 in bfloat16, 128 images of 224 × 224, and the CIFAR network in\n"
         "float32, 80 images:",
         markdown_table(head, rows),
         "The policy is `bnjax.save_batch_norm_inputs`, with `jax.checkpoint` or Flax's `remat`. The CIFAR network is\n"
