@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -29,6 +30,7 @@ from bnjax.compile import (
 from bnjax.studies import steps
 
 P = jax.P
+ROOT = Path(__file__).parents[1]
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
@@ -410,6 +412,36 @@ def test_passes_of_synced_batch_norm(topology):
         assert max(c.bytes for c in measured.collectives) <= 4 * 4 * 128
         assert measured.binding == "HBM"
         assert measured.memory.total < measured.chip.hbm
+
+
+@pytest.fixture
+def count_tpu(monkeypatch):
+    """The benchmark, whose numbers are in docs/performance/tpu.json."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("count_tpu")
+
+
+@tpu_compiler
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
+def test_passes_of_both_directions(count_tpu, topology, dtype, masked):
+    found = count_tpu.passes("bnjax", dtype, masked, topology)
+    branch = masked and topology == "v5e:1x1"  # it reads x again where the mask hides the provisional mean's sample
+    assert found["forward"] == pytest.approx(3 + branch, abs=0.01)
+    assert found["backward"] == pytest.approx(5, abs=0.01)
+    assert found["kept"] == pytest.approx(1, abs=0.01)
+
+
+@tpu_compiler
+@pytest.mark.parametrize("norm", ["bnjax", "bnjax, by the policy"])
+@pytest.mark.parametrize("step", ["cifar", "resnet50"])
+def test_whole_steps_need_no_more_than_was_published(count_tpu, step, norm):
+    published = json.loads((ROOT / "docs" / "performance" / "tpu.json").read_text())["steps"]
+    (expected,) = (row for row in published if (row["step"], row["norm"]) == (step, norm))
+    found = count_tpu.step(step, norm)
+    for unit in ("GiB", "memory"):
+        assert found[unit] <= 1.01 * expected[unit]
 
 
 @tpu_compiler
