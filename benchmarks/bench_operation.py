@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import device, save, take_turns
+from common import device, save, spread, take_turns, torch_place
 
 SHAPES = ("64x56x56x64", "128x28x28x128", "32x112x112x64", "256x7x7x2048", "4096x1024", "65536x256")
 EPSILON = 1e-5
@@ -115,13 +115,6 @@ def of_jax(f: Callable, x: np.ndarray, g: np.ndarray, dtype: str, backward: bool
     return call
 
 
-def torch_place() -> tuple[str, Callable]:
-    """PyTorch's accelerator, or the processor, and what waits for it."""
-    import torch
-
-    return ("cuda", torch.cuda.synchronize) if torch.cuda.is_available() else ("cpu", lambda: None)
-
-
 def of_torch(x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, channels_last: bool) -> Callable:
     """As `of_jax`, PyTorch's own batch norm, on its accelerator where it has one."""
     import torch
@@ -215,11 +208,10 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
         if name.startswith(("sum", "copy")):
             continue
         ratios = [a / b for a, b in zip(ours, times, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
         lines.append(
             [
                 name,
-                f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})" if name != "bnjax" else "1",
+                spread(ratios) if name != "bnjax" else "1",
                 f"{statistics.median(times) / found['limit']:.2f}",
                 " / ".join(f"{e:.0e}" for e in found["errors"][name]),
                 " / ".join(f"{e:.0e}" for e in found["hard errors"][name]) if "hard errors" in found else "",

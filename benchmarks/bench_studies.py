@@ -188,14 +188,19 @@ def ratios(seconds: dict[str, dict[str, list[float]]], backend: str) -> dict[str
     """Keras's time for a training to bnjax's, turn by turn."""
     ours, theirs = seconds["bnjax"], seconds[f"keras, {backend}"]
     pairs = {"cold": ("cold", "cold"), "cached": ("cached", "cold"), "warm": ("warm", "warm")}
-    return {name: [b / a for a, b in zip(ours.get(i, []), theirs[k])] for name, (i, k) in pairs.items()}  # noqa: B905
+    return {
+        name: [b / a for a, b in zip(ours[i], theirs[k], strict=True)] for name, (i, k) in pairs.items() if i in ours
+    }
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
     """Of the table: how many times less time bnjax takes for a training."""
     lines = []
     for backend, by_kind in found["ratios"].items():
-        cells = [f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" if v else "" for v in by_kind.values()]
+        cells = [
+            f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" if (v := by_kind.get(kind)) else ""
+            for kind in ("cold", "cached", "warm")
+        ]
         lines.append([found["study"], f"Keras on {backend}", *cells])
     return lines
 

@@ -11,13 +11,12 @@ inputs, as often as batch norm must read and write them in a step: the least tha
 import argparse
 import functools
 import os
-import statistics
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import numpy as np
-from common import device, save, take_turns
+from common import device, save, spread, take_turns, torch_place
 
 SIDE = 32
 NETWORKS = ("cifar", "resnet18")
@@ -28,10 +27,8 @@ CLASSES = {"cifar": 100, "resnet18": 10}
 def examples(network: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a batch."""
     rng = np.random.default_rng(0)
-    count = BATCH[network]
-    return rng.normal(size=(count, SIDE, SIDE, 3)).astype(np.float32), np.arange(count, dtype=np.int32) % CLASSES[
-        network
-    ]
+    images = rng.normal(size=(BATCH[network], SIDE, SIDE, 3)).astype(np.float32)
+    return images, np.arange(BATCH[network], dtype=np.int32) % CLASSES[network]
 
 
 def of_jax(
@@ -93,7 +90,7 @@ def of_torch(network: str, channels_last: bool) -> Callable[[], Any]:
     else:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    place = "cuda" if torch.cuda.is_available() else "cpu"
+    place, _ = torch_place()  # reading the loss waits for it
     model = model.to(place, memory_format=layout)
     x, y = examples(network)
     x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(place).contiguous(memory_format=layout)
@@ -150,14 +147,12 @@ def torch_resnet18(torch: Any) -> Any:
 
 
 def of_passes(shapes: list[tuple[int, ...]]) -> Callable[[], Any]:
-    """A call that, for every shape, sums an array six times less two and copies it twice."""
+    """A call that, for every shape, sums an array four times and copies it twice."""
     import jax
-    import jax.numpy as jnp
 
     arrays = {shape: jax.random.normal(jax.random.key(0), shape) for shape in set(shapes)}
     total, twice = jax.jit(lambda x: x.sum(tuple(range(x.ndim - 1)))), jax.jit(lambda x: x * 2)
     compiled = {s: (total.lower(x).compile(), twice.lower(x).compile()) for s, x in arrays.items()}
-    jnp.zeros(()).block_until_ready()
 
     def call():
         for shape in shapes:
@@ -217,10 +212,7 @@ def main() -> None:
     for network in options.networks.split(","):
         found = measure(network, options.rounds)
         measured.append(found)
-        rows = []
-        for name, values in found["ratios"].items():
-            low, middle, high = statistics.quantiles(values, n=4)
-            rows.append([name, f"{middle:.2f} ({low:.2f} to {high:.2f})"])
+        rows = [[name, spread(values)] for name, values in found["ratios"].items()]
         print(f"\n{network}, {found['batch']} images\n\n{markdown_table(['', 'bnjax to it'], rows)}", flush=True)
     save(options.json, {"device": device(), "keeps memory": options.keep_memory, "measured": measured})
 

@@ -1,7 +1,8 @@
-"""What the benchmarks share: taking turns, naming the machine and JSON."""
+"""What the benchmarks share: taking turns, spreads, naming the machine and JSON."""
 
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -23,6 +24,19 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 
             calls[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def torch_place() -> tuple[str, Callable[[], Any]]:
+    """PyTorch's accelerator, or the processor, and what waits for it."""
+    import torch
+
+    return ("cuda", torch.cuda.synchronize) if torch.cuda.is_available() else ("cpu", lambda: None)
 
 
 def device() -> dict[str, Any]:

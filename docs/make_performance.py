@@ -131,7 +131,8 @@ the larger half, where what a call costs in any case counts less. 1 is linear.
 
 `tests/test_compiled.py` counts, in compiled programs, the arrays that are written, the sums over devices, traces,
 transfers to the host and what is kept for the backward pass; with the extra `tpu`, `pytest -m tpu_compiler` compiles
-for TPU and counts passes, collectives and copies. Neither is a timer. Both fail when a change costs a pass.
+for TPU and checks passes, collectives, and the traffic and memory of whole steps. Neither is a timer. Both fail when
+a change costs a pass.
 
 ## Goals
 
@@ -161,8 +162,10 @@ for TPU and counts passes, collectives and copies. Neither is a timer. Both fail
 - Studies: the random order of the examples took a quarter of an epoch of circles, since XLA's CPU backend sorts pairs
   several times slower than numbers; one sort of 64-bit numbers gives the same order. What does not fill a batch is a
   smaller batch, where all batches carried a mask before. A variant trained again compiles nothing. Two trainings run at
-  a time, one on each core; what remains of a cold command is tracing and compilation. MNIST's steps are matrix products
-  and Adam's update of all seeds' parameters, both near what a core can do.
+  a time, one on each core; what remains of a cold command is tracing and compilation. Half of MNIST's step is matrix
+  products, and a quarter Adam's update of all seeds' parameters: no more was found to save there.
+- Training on CPU: the same network without batch norm is not faster than PyTorch's either. Its convolutions, as matrix
+  products and the transforms around them, are what is behind.
 """
 
 
@@ -212,7 +215,7 @@ def tpu(found: Any) -> str:
 `python benchmarks/count_tpu.py`: passes over an input of {"×".join(map(str, found["shape"]))}, read from the program
 for one chip, and for four that share the batch and its statistics. On one chip, under a mask, bnjax's forward pass
 holds a branch that reads the input once more, where the mask hides most of the sample of the provisional mean; it is
-counted. Other copies of the input, or changes of its layout, there are none.
+counted. The whole numbers of bnjax leave no room for a copy of the input or a change of its layout.
 """
     numbers = ("forward", "both", "backward", "kept")
     rows = [
@@ -264,7 +267,8 @@ def studies(measured: list[dict[str, Any]]) -> str:
     rows = []
     for one in measured:
         for backend, by_kind in one["ratios"].items():
-            cells = [spread(v, 1) if len(v) > 1 else "".join(f"{ratio:.1f}" for ratio in v) for v in by_kind.values()]
+            turns = [by_kind.get(kind, []) for kind in ("cold", "cached", "warm")]
+            cells = [spread(v, 1) if len(v) > 1 else "".join(f"{ratio:.1f}" for ratio in v) for v in turns]
             rows.append([one["study"], f"Keras on {backend}", *cells])
     return markdown_table(["study", "against", "cold", "with a cache", "warm"], rows)
 
