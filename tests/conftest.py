@@ -1,15 +1,18 @@
 """Strict settings: 8 CPU devices, rank promotion raises, and public signatures' shapes and types are checked."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
-# Where cores are few and busy, simulated devices wait long for each other; and compiling takes most of the tests' time.
-# What XLA_FLAGS says already wins.
+# Where cores are few and busy, simulated devices wait long for each other; and compiling takes most of the tests' time
+# (jax 0.11 lacks the last option). What XLA_FLAGS says already wins.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_cpu_collective_call_terminate_timeout_seconds=200",
         "--xla_cpu_collective_timeout_seconds=200",
         "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
         os.environ.get("XLA_FLAGS", ""),
     ]
 )

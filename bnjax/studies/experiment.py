@@ -24,11 +24,14 @@ _LONG = 5000  # steps of a training that better kernels repay
 
 
 def compiler_options(steps: int = 0) -> dict[str, Any]:
-    """XLA's, for a training of so many steps: compiling takes most of a short one, so that less effort there pays."""
+    """XLA's, for a training of so many steps: compiling takes most of a short one, so that less effort there pays.
+
+    What the environment variable XLA_FLAGS says wins.
+    """
     options: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
     if steps < _LONG and jax.__version_info__ < (0, 11):  # an option that later versions lack
         options["xla_cpu_use_fusion_emitters"] = False
-    return options
+    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 @runtime_checkable
