@@ -93,7 +93,8 @@ batch norms' inputs takes, as often as they must be read and written.
 
 `python benchmarks/bench_studies.py`: how many times less time bnjax takes for one training than a program in Keras
 {keras} that trains the same networks. In its command bnjax trains
-{trainings}. Cold is the whole command, with imports, compilation, figures and files; with a cache, the same with the compiled
+{trainings}.
+Cold is the whole command, with imports, compilation, figures and files; with a cache, the same with the compiled
 programs of an earlier one (`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`), for circles;
 warm is a second training of Keras's networks in one process. One turn each, so without a spread.
 
