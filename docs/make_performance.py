@@ -164,9 +164,11 @@ a change costs a pass.
   several times slower than numbers; one sort of 64-bit numbers gives the same order. What does not fill a batch is a
   smaller batch, where all batches carried a mask before. A variant trained again compiles nothing. Two trainings run at
   a time, one on each core; what remains of a cold command is tracing and compilation.
-- Circles, warm: with XLA's full effort a training takes 0.7 to 0.9 of the time, but compiling costs the command more
-  than that saves. The networks are so small that a second core makes one training no faster; a seventh of it is the
-  counting of histograms, and the rest many small operations on the arrays of all seeds.
+- Circles, warm: with XLA's full effort (`XLA_FLAGS="--xla_backend_optimization_level=3
+  --xla_llvm_disable_expensive_passes=false --xla_cpu_use_fusion_emitters=true"`) a training takes 0.7 to 0.9 of the
+  time, but compiling costs the command more than that saves: 1.4 times the time of the whole. The networks are so small
+  that a second core makes one training no faster; a seventh of it is the counting of histograms, and the rest many
+  small operations on the arrays of all seeds.
 - Half of MNIST's step is matrix products, and a quarter Adam's update of all seeds' parameters: no more was found to
   save there. The time of blobs is in its deep networks' matrix products, which Keras has too.
 - Training on CPU: the same network without batch norm is not faster than PyTorch's either. Its convolutions, as matrix

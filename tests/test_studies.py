@@ -2,6 +2,7 @@ import dataclasses
 import json
 import threading
 
+import jax
 import numpy as np
 import pytest
 import small_studies
@@ -9,7 +10,7 @@ from scipy import stats
 
 from bnjax import data
 from bnjax.studies import STUDIES, Options, blobs, circles, mnist, results
-from bnjax.studies.experiment import Job, Variant, train_variant, train_variants
+from bnjax.studies.experiment import Job, Variant, compiler_options, train_variant, train_variants
 from bnjax.studies.statistics import Interval, interval, prediction_interval, within
 
 
@@ -73,6 +74,16 @@ def test_a_variant_trained_again_compiles_nothing():
     assert len(traces) == count > 0
     for name, curve in first.curves.items():
         np.testing.assert_allclose(again.curves[name][::-1], curve, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 10**6])
+def test_xla_knows_the_compiler_options_and_its_flags_win(monkeypatch, steps):
+    monkeypatch.delenv("XLA_FLAGS")
+    options = compiler_options(steps)
+    assert options["xla_backend_optimization_level"] == 1
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert set(options) - set(compiler_options(steps)) == {"xla_backend_optimization_level"}
 
 
 def test_seeds_may_have_data_of_their_own():
