@@ -10,6 +10,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bnjax._compat import as_varying, varying_axes
+
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
@@ -109,10 +111,10 @@ def vary_like(tree: Any, x: jax.Array, but: AxisName | None = None) -> Any:
 
     For shard_map's replication checking: derivatives by such arrays are local ones.
     """
-    wanted = jax.typeof(x).manual_axis_type.varying - set(but if isinstance(but, tuple) else (but,))
+    wanted = varying_axes(x) - set(but if isinstance(but, tuple) else (but,))
 
     def vary(leaf):
-        axes = tuple(wanted - jax.typeof(leaf).manual_axis_type.varying)
-        return lax.pcast(leaf, axes, to="varying") if axes else leaf
+        axes = tuple(wanted - varying_axes(leaf))
+        return as_varying(leaf, axes) if axes else leaf
 
     return jax.tree.map(vary, tree)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+from bnjax import _compat
 from bnjax.inference import _calls
 from bnjax.inference.reestimate import moments_seen, none_seen
 from bnjax.linen import LpBatchNorm, SplitBatchNorm
@@ -193,7 +194,7 @@ def _natural(path: tuple[str, ...]) -> list[Any]:
 def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, _Settings]]:
     """Arrays and settings of each batch norm of an nnx module, by path."""
     norms, settings = {}, {}
-    for path, part in nnx.iter_modules(module):
+    for path, part in _compat.iter_modules(module):
         if isinstance(part, nnx.BatchNorm):
             name = "/".join(map(str, path))
             arrays = {n: getattr(part, n) for n in ("mean", "var", "scale", "bias")}

@@ -23,6 +23,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
+from bnjax import _compat
+
 MODES = ("batch", "running", "frozen", "reestimated")
 Objective = Callable[[Array, Any], Any]
 """Maps outputs and labels to the loss of each example `[batch]`; of a pair, as in `bnjax.train`, the first counts."""
@@ -292,7 +294,7 @@ def nnx_loss(
 
     def with_statistics_of(params: Any, x: Any) -> Any:
         copy = merged(params, others)
-        for _, module in nnx.iter_modules(copy):
+        for _, module in _compat.iter_modules(copy):
             if isinstance(module, nnx.BatchNorm):
                 module.momentum = 0.0
                 vars(module).update(dict.fromkeys({"bessel_correction"} & set(vars(module)), False))

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import rnglib
-from flax.nnx.nn import dtypes
 from jaxtyping import ArrayLike
 
-from bnjax import _checks
+from bnjax import _checks, _compat
 from bnjax.norm import batch_norm
 from bnjax.variants import (
     batch_renorm,
@@ -48,21 +47,24 @@ class _Normalizer(nnx.BatchNorm):
             use_running_average,
             self.use_running_average,
             error_msg=f"use_running_average must be given to {type(self).__name__}'s constructor, to its call, or by "
-            "nnx.view.",
+            "the model's train() or eval().",
         )
         x = jnp.asarray(x)
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
         values = (x, self.mean[...], self.var[...], scale, bias)
-        promoted = self.promote_dtype(values, dtype=self.dtype)
-        dtype = promoted[0].dtype
-        if self.promote_dtype is not dtypes.promote_dtype:
+        promote = _compat.promotion_of_ones_own(self)
+        if promote is not None:
+            promoted = promote(values, dtype=self.dtype)
+            dtype = promoted[0].dtype
             values = (promoted[0], *values[1:3], *promoted[3:])  # the running statistics move unrounded, as in Flax
-        elif not jnp.issubdtype(x.dtype, jnp.inexact):
-            values = (x.astype(dtype), *values[1:])
+        else:
+            dtype = _compat.result_dtype(self, *values)
+            if not jnp.issubdtype(x.dtype, jnp.inexact):
+                values = (x.astype(dtype), *values[1:])
         x, mean, var, scale, bias = values
         if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
             mean = mean.astype(jnp.promote_types(mean.dtype, x.dtype))
-            self.mean.set_value(mean)
+            _compat.set_value(self.mean, mean)
         y, batch_stats = self._normalized(
             x,
             {k: v for k, v in (("scale", scale), ("bias", bias)) if v is not None},
@@ -79,8 +81,8 @@ class _Normalizer(nnx.BatchNorm):
         )
         if not use_running_average:
             # Variables that are mutable array references can't hold values that are being differentiated.
-            is_reference = getattr(self.mean, "_can_update", False) or getattr(self.var, "_can_update", False)
-            keep = jax.lax.stop_gradient if is_reference else lambda value: value
+            is_mutable = _compat.is_mutable(self.mean) or _compat.is_mutable(self.var)
+            keep = jax.lax.stop_gradient if is_mutable else lambda value: value
             self.mean[...], self.var[...] = keep(batch_stats["mean"]), keep(batch_stats["var"])
         return y
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from bnjax import parallel as devices
+from bnjax._compat import enable_x64
 from bnjax.parallel import GROUP_AXIS, SYNC_AXIS
 from bnjax.state import (
     TrainState,
@@ -319,7 +320,7 @@ def _order(bits: Array) -> Array:
 
     XLA's CPU backend sorts single arrays several times faster than arrays that follow another.
     """
-    with jax.enable_x64(True):
+    with enable_x64():
         index = lax.broadcasted_iota(jnp.uint64, bits.shape, 0)
         numbers = lax.sort(lax.convert_element_type(bits, jnp.uint64) << np.uint64(32) | index, is_stable=False)
         return lax.convert_element_type(numbers & np.uint64(2**32 - 1), jnp.int32)

@@ -4,18 +4,15 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-# Where cores are few and busy, simulated devices wait long for each other; and compiling takes most of the tests' time
-# (jax 0.11 lacks the last option). What XLA_FLAGS says already wins.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_cpu_collective_call_terminate_timeout_seconds=200",
-        "--xla_cpu_collective_timeout_seconds=200",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
+# Where cores are few and busy, simulated devices wait long for each other; and compiling takes most of the tests' time.
+# What XLA_FLAGS says already wins. XLA aborts at a flag that its version does not know.
+_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+_JAXLIB = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
+if _JAXLIB >= (0, 8):
+    _FLAGS += ["--xla_cpu_collective_call_terminate_timeout_seconds=200", "--xla_cpu_collective_timeout_seconds=200"]
+if _JAXLIB < (0, 11):
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 # Programs run where they are called, not beside the caller.
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
@@ -29,6 +26,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("bnjax", "typecheck.check")
+
+from bnjax._compat import enable_x64
 
 # `pytest tests/test_fuzz.py --hypothesis-profile=fuzz --dist load` generates many thousands of cases.
 settings.register_profile("fuzz", max_examples=6000, deadline=None)
@@ -49,7 +48,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def x64():
     """float64 for one test."""
-    with jax.enable_x64(True):
+    with enable_x64():
         yield
 
 

@@ -8,6 +8,7 @@ from flax import linen as nn
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from bnjax import analysis, losses, train
+from bnjax._compat import enable_x64
 from bnjax.layers import Conv
 from bnjax.linen import BatchNorm
 
@@ -30,7 +31,7 @@ def pair():
     """What ours measures, and the loss, parameters and their names in PyTorch."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(8, 4, 4, 2)), rng.integers(0, 3, 8)
-    with jax.enable_x64(True):
+    with enable_x64():
         model = Network()
         variables = model.init(jax.random.key(0), jnp.asarray(x), training=False)
         params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)) * 0.4, variables["params"])

@@ -16,6 +16,7 @@ import numpy as np
 from hypothesis import event, given, settings
 
 from bnjax import batch_norm, init_batch_norm, merge_moments, moments, variants
+from bnjax._compat import enable_x64
 
 MANY = settings.default.max_examples > 1000
 DTYPES = ("float32", "float64", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -199,7 +200,7 @@ def assert_within(got, expected, bound, what):
 def test_values_derivatives_and_state(case):
     p = case.program
     event(f"{p.dtype}, {p.mask}")
-    with jax.enable_x64(p.dtype == "float64"), np.errstate(over="ignore"):
+    with enable_x64(p.dtype == "float64"), np.errstate(over="ignore"):
         x, params, stats, weights, g = arrays(case)
         got = compiled(p)(x, params, stats, weights, g, case.momentum, case.epsilon)
         y, new, dx, dparams, narrow, inference, same = jax.device_get(got)
@@ -254,7 +255,7 @@ def test_complex_input(case):
     """As real input with both parts as elements of their own would be, but for the counts and the two means."""
     p, rng = case.program, np.random.default_rng(case.seed)
     reduced = tuple(a for a in range(len(p.shape)) if a not in p.axis)
-    with jax.enable_x64(True):
+    with enable_x64():
         _, params, stats, weights, _ = arrays(case._replace(program=p._replace(dtype="float32")))
         draw = lambda: rng.normal(size=p.shape) + 1j * rng.normal(size=p.shape)
         x, g = case.location * (1 - 0.5j) + case.spread * draw(), draw()
@@ -387,7 +388,7 @@ def in_parts(members, size, transform):
 def test_parts_are_the_whole(program, seed, location, kept):
     members, size, _ = program
     rng = np.random.default_rng(seed)
-    with jax.enable_x64(True):
+    with enable_x64():
         x = location + rng.normal(size=(members, size, 3))
         params = {"scale": rng.normal(size=3), "bias": rng.normal(size=3)}
         stats = {"mean": rng.normal(size=3), "var": rng.uniform(0.1, 2, 3)}
@@ -426,7 +427,7 @@ def merged(sizes, shape, is_complex):
 def test_merged_moments_are_those_of_the_whole(sizes, is_complex, seed, location, kept):
     rng = np.random.default_rng(seed)
     shape = (sum(sizes), 3)
-    with jax.enable_x64(True):
+    with enable_x64():
         x = location + rng.normal(size=shape) + (1j * rng.normal(size=shape) if is_complex else 0)
         weights = rng.uniform(size=shape[:1]) * (rng.uniform(size=shape[:1]) < kept)
         got, whole = jax.device_get(merged(sizes, shape, is_complex)(x, weights))
@@ -509,7 +510,7 @@ def test_variants_are_what_they_say(program, seed, kept, momentum):
     rng = np.random.default_rng(seed)
     shape = (4, 5, 3)
     features = tuple(shape[a] for a in axis)
-    with jax.enable_x64(True):
+    with enable_x64():
         x = rng.normal(1, 2, shape)
         params = {"scale": rng.normal(size=features), "bias": rng.normal(size=features)}
         stats = {"mean": rng.normal(size=features), "var": rng.uniform(0.1, 2, features)}

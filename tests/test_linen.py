@@ -162,7 +162,8 @@ def test_masks_as_flax_reads_them():
     columns = np.array([[1], [0], [1], [1]])  # integers, and without the leading axis
     layer = BatchNorm(use_running_average=False)
     variables = layer.init(KEY, x)
-    expected = nn.BatchNorm(use_running_average=False).apply(variables, x, mask=columns, mutable=["batch_stats"])
+    flax = nn.BatchNorm(use_running_average=False)
+    expected = flax.apply(variables, x, mask=columns.astype(bool), mutable=["batch_stats"])
     chex.assert_trees_all_close(
         layer.apply(variables, x, mask=columns, mutable=["batch_stats"]), expected, rtol=1e-4, atol=1e-5
     )

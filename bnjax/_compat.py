@@ -1,0 +1,64 @@
+"""All that differs between the versions of JAX and Flax that bnjax works with; everything else is written for the newest."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which shard_map's replication checking types an array as varying."""
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # jax 0.9 and older
+
+
+def as_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Types `x` as varying over mesh axes over which it does not vary."""
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)  # jax 0.7
+
+
+def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager:
+    """64-bit types, or none, within a `with` statement."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    from jax.experimental import enable_x64 as experimental  # jax 0.7
+
+    return experimental(enabled)
+
+
+def iter_modules(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Paths and modules of an nnx model, itself included."""
+    from flax import nnx
+
+    return nnx.iter_modules(model) if hasattr(nnx, "iter_modules") else model.iter_modules()  # Flax 0.11
+
+
+def promotion_of_ones_own(layer: Any) -> Callable[..., Any] | None:
+    """The `promote_dtype` that an nnx layer was given; None for Flax's own, and in Flax 0.11, which takes none."""
+    from flax.nnx.nn import dtypes
+
+    promote = getattr(layer, "promote_dtype", dtypes.promote_dtype)
+    return None if promote is dtypes.promote_dtype else promote
+
+
+def result_dtype(layer: Any, x: Any, mean: Any, var: Any, scale: Any, bias: Any) -> Any:
+    """The dtype of an nnx batch norm's result as the installed Flax has it: since 0.12 the statistics' dtype counts."""
+    from flax.nnx.nn import dtypes
+
+    statistics = (mean, var) if hasattr(layer, "promote_dtype") else ()
+    return dtypes.canonicalize_dtype(x, *statistics, scale, bias, dtype=layer.dtype)
+
+
+def is_mutable(variable: Any) -> bool:
+    """Whether an nnx variable is updated in place, so that it can't hold a value that is being differentiated."""
+    return variable._can_update if hasattr(variable, "_can_update") else variable.has_ref  # Flax 0.11
+
+
+def set_value(variable: Any, value: Any) -> None:
+    """Gives an nnx variable a value, of any dtype."""
+    if hasattr(variable, "set_value"):
+        variable.set_value(value)
+    else:  # Flax 0.11
+        variable.value = value
