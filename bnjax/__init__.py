@@ -1,6 +1,8 @@
-"""bnjax: batch normalisation for JAX as a pure function, with Flax layers and the studies of why it works."""
+"""bnjax: batch normalization for JAX as a pure function, with Flax layers and the studies of why it works."""
 
 import importlib
+import importlib.util
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,14 +26,32 @@ _HOMES = dict.fromkeys(__all__, "bnjax.norm")
 _HOMES |= dict.fromkeys(("Moments", "merge_moments", "moments"), "bnjax._moments")
 _HOMES["save_batch_norm_inputs"] = "bnjax._remat"
 
+# Names that people look for here, and where they are.
+_ELSEWHERE = {
+    "bnjax.linen and bnjax.nnx": (
+        "BatchNorm", "BatchRenorm", "FrozenBatchNorm", "GhostBatchNorm", "LpBatchNorm", "MovingBatchNorm",
+        "NoisyBatchNorm", "SplitBatchNorm",
+    ),
+    "bnjax.variants": (
+        "batch_renorm", "frozen_batch_norm", "ghost_batch_norm", "lp_batch_norm", "moving_batch_norm",
+        "noisy_batch_norm", "split_batch_norm",
+    ),
+}  # fmt: skip
+
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used, so that `bnjax --help` does without JAX."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
-    return value
+    """Public names and modules are imported when first used, so that `bnjax --help` does without JAX."""
+    if name in _HOMES:
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    message = f"module {__name__!r} has no attribute {name!r}"
+    for modules, names in _ELSEWHERE.items():
+        if name in names:
+            message += f"; it is in {modules}: from {modules.split()[0]} import {name}"
+    raise AttributeError(message)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return sorted({*globals(), *_HOMES, *(module.name for module in pkgutil.iter_modules(__path__))})

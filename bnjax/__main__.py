@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from bnjax._extras import MissingExtraError
 from bnjax.studies import COMPILABLE, LOGS, STUDIES, Options, Study
 
 _FORMAT = argparse.RawDescriptionHelpFormatter
@@ -263,6 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_freed_memory()
     try:
         return {"compile": _compile, "run": _run, "claims": _claims, "report": _report}[options.command](options)
+    except MissingExtraError as error:
+        print(f"bnjax: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         hint = {
             "run": "; --resume continues from the last checkpoint, if there is one",

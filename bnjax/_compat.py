@@ -1,4 +1,4 @@
-"""All that differs between the versions of JAX and Flax that bnjax works with; everything else is written for the newest."""
+"""All that differs between versions of JAX and Flax; the rest of bnjax is written for the newest ones."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,6 +17,15 @@ def varying_axes(x: Any) -> frozenset[str]:
 def as_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Types `x` as varying over mesh axes over which it does not vary."""
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)  # jax 0.7
+
+
+def check_pmap() -> None:
+    """Raises `NotImplementedError` for jax 0.7, whose pmap does not serve within a jitted program over a mesh."""
+    if jax.__version_info__ < (0, 8):
+        raise NotImplementedError(
+            f"parallel='pmap' needs jax 0.8 or newer, this is {jax.__version__}. Use 'shard_map' or 'jit', which train "
+            "the same."
+        )
 
 
 def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import os
 import socket
@@ -14,6 +15,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+
+from bnjax._extras import needs
 
 _READ_CHUNK = 2000  # records per read: 0.1 to 1 s
 
@@ -58,7 +61,8 @@ def circles() -> Dataset:
     >>> circles().train.x.shape
     (500, 2)
     """
-    from sklearn.datasets import make_circles
+    with needs("data"):
+        from sklearn.datasets import make_circles
 
     x, y = make_circles(n_samples=1000, noise=0.1, random_state=1)
     x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
@@ -76,8 +80,9 @@ def blobs(seed: int = 0) -> Dataset:
     >>> blobs(seed=3).test.x.shape
     (250, 2)
     """
-    from sklearn.datasets import make_blobs
-    from sklearn.model_selection import train_test_split
+    with needs("data"):
+        from sklearn.datasets import make_blobs
+        from sklearn.model_selection import train_test_split
 
     x, y = make_blobs(n_samples=1000, centers=[[0.0, 0.0], [0.5, 0.1]], cluster_std=0.25, random_state=seed)[:2]
     train, test = train_test_split(np.arange(1000), random_state=seed)
@@ -118,8 +123,13 @@ def images(
 
 def _builder(name: str, data_dir: str | os.PathLike | None):
     """A TFDS builder whose records are on disk, downloaded where they were not."""
-    import tensorflow_datasets as tfds
-
+    with needs("data"):
+        import tensorflow_datasets as tfds
+    if importlib.util.find_spec("array_record") is None:
+        raise DataError(
+            f"{name} is read by array_record, which is not installed; it is made for Linux and for macOS on Apple "
+            "silicon: pip install 'bnjax[data]' there."
+        )
     where = os.fspath(data_dir) if data_dir is not None else os.environ.get("TFDS_DATA_DIR")
     if data_dir is not None and not Path(data_dir).is_dir():
         raise DataError(f"the data directory {where} does not exist; create it, or give another with --data-dir.")
@@ -217,8 +227,8 @@ def _records(builder, split: str, image: str) -> Iterator[tuple[int, list[dict]]
 
 
 def _decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    from PIL import Image
-
+    with needs("data"):
+        from PIL import Image
     with Image.open(io.BytesIO(encoded)) as picture:
         pixels = np.asarray(picture, np.uint8)
     if pixels.size != np.prod(shape):
@@ -229,7 +239,8 @@ def _decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 @contextlib.contextmanager
 def _encoding_without_tensorflow() -> Iterator[None]:
     """Lets TFDS builders that hand over pixels be prepared without TensorFlow, by encoding them as PNG with Pillow."""
-    from PIL import Image
+    with needs("data"):
+        from PIL import Image
     from tensorflow_datasets.core.features import image_feature
 
     def encode(self, pixels: np.ndarray) -> bytes:

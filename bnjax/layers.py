@@ -327,9 +327,9 @@ def _pair(value: int | Sequence[int]) -> Pair:
 
 def _pads(shape: Sequence[int], window: Sequence[int], strides: Pair, padding: str | Sequence[Sequence[int]]) -> Pads:
     """Numbers of rows and columns to add before and after an image."""
-    vertical, horizontal = (
-        lax.padtype_to_pads(shape[1:3], window, strides, padding) if isinstance(padding, str) else padding
-    )
+    if isinstance(padding, str):
+        padding = np.asarray(lax.padtype_to_pads(shape[1:3], window, strides, padding)).tolist()
+    vertical, horizontal = padding
     pads = _pair(vertical), _pair(horizontal)
     if any(size + sum(pad) < w for size, pad, w in zip(shape[1:3], pads, window, strict=True)):
         raise ValueError(

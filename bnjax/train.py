@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from bnjax import parallel as devices
-from bnjax._compat import enable_x64
+from bnjax._compat import check_pmap, enable_x64
 from bnjax.parallel import GROUP_AXIS, SYNC_AXIS
 from bnjax.state import (
     TrainState,
@@ -149,9 +149,9 @@ def make_train_step(
       A `ParallelStep`, called as `step(state, x, y, weights=None, key=None)`.
 
     Raises:
+      NotImplementedError: for pmap with jax 0.7.
       ValueError: for an unknown `parallel`, or pmap over several processes; when called, for a batch that does not
-        divide, a state whose statistics are kept otherwise than the mesh's groups ask for, or a model whose batch norms
-        synchronise otherwise.
+        divide, statistics kept otherwise than by the mesh's groups, or a model whose batch norms synchronise otherwise.
     """
     if parallel not in PARALLEL:
         raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}.")
@@ -256,6 +256,7 @@ def _by_shard_map(body, mesh: Mesh, groups: int):
 
 def _by_pmap(body, mesh: Mesh, groups: int):
     """Maps over the devices in the order of the mesh."""
+    check_pmap()
     stats_axis = None if groups == 1 else 0
     axes = {"in_axes": (None, stats_axis, 0), "out_axes": (None, stats_axis, None)}
     pmapped = jax.pmap(body, axis_name=SYNC_AXIS, devices=list(mesh.devices.flat), **axes)

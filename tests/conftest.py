@@ -6,13 +6,17 @@ from pathlib import Path
 
 # Where cores are few and busy, simulated devices wait long for each other; and compiling takes most of the tests' time.
 # What XLA_FLAGS says already wins. XLA aborts at a flag that its version does not know.
-_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-_JAXLIB = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
-if _JAXLIB >= (0, 8):
-    _FLAGS += ["--xla_cpu_collective_call_terminate_timeout_seconds=200", "--xla_cpu_collective_timeout_seconds=200"]
-if _JAXLIB < (0, 11):
-    _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
-os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=200 --xla_cpu_collective_timeout_seconds=200"
+        if (version := tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))) >= (0, 8)
+        else "",
+        "--xla_cpu_use_fusion_emitters=false" if version < (0, 11) else "",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 # Programs run where they are called, not beside the caller.
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
@@ -26,8 +30,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("bnjax", "typecheck.check")
-
-from bnjax._compat import enable_x64
 
 # `pytest tests/test_fuzz.py --hypothesis-profile=fuzz --dist load` generates many thousands of cases.
 settings.register_profile("fuzz", max_examples=6000, deadline=None)
@@ -48,6 +50,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def x64():
     """float64 for one test."""
+    from bnjax._compat import enable_x64  # not before the hook is installed
+
     with enable_x64():
         yield
 

@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from bnjax import _hlo, batch_norm, init_batch_norm, models, save_batch_norm_inputs, train
+from bnjax._compat import as_varying
 from bnjax.compile import collectives
 from bnjax.linen import BatchNorm
 
@@ -74,7 +75,7 @@ def test_inference_is_one_pass_without_any_sum():
 
 def gradient(x, params, stats, g, **options):
     """With the parameters' gradients of each device by themselves, which a step sums with all others."""
-    varying = jax.lax.pcast(params, "batch", to="varying")
+    varying = jax.tree.map(lambda v: as_varying(v, ("batch",)), params)
     y, stats, (dx, dparams) = forward_and_backward(x, varying, stats, g, **options)
     return (y, dx, jax.tree.map(lambda v: v[None], dparams)), stats
 

@@ -12,6 +12,8 @@ import bnjax
 PACKAGE = Path(bnjax.__file__).parent
 # Each module may import those before it.
 ORDER = [
+    "_compat",
+    "_extras",
     "_checks",
     "_dtypes",
     "_collectives",
@@ -100,7 +102,9 @@ def test_studies_import_one_way():
 def test_analysis_knows_neither_flax_nor_training():
     for path in (PACKAGE / "analysis").glob("*.py"):
         used = {name for name in imports(path) if name.startswith("bnjax") and not name.startswith("bnjax.analysis")}
-        assert used <= {"bnjax"}, path  # `from bnjax import analysis` in none but examples
+        assert used <= {"bnjax", "bnjax._extras", "bnjax._extras.needs"}, (
+            path
+        )  # `from bnjax import analysis` in none but examples
         assert not any(name.split(".")[0] in ("flax", "optax") for name in imports(path)), path
 
 
@@ -147,8 +151,26 @@ def test_public_names_are_there_whatever_was_imported_first():
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert out.strip() == "True", module
     assert set(bnjax.__all__) <= set(dir(bnjax))
-    with pytest.raises(AttributeError, match="'bnjax' has no attribute 'batchnorm'"):
+    with pytest.raises(AttributeError, match=r"'bnjax' has no attribute 'batchnorm'$"):
         bnjax.batchnorm  # noqa: B018
+
+
+def test_modules_are_attributes_and_names_that_are_elsewhere_are_told():
+    code = """
+import bnjax
+print(bnjax.linen.BatchNorm.__name__, bnjax.nnx.BatchNorm.__module__, bnjax.analysis.__name__, bnjax.studies.__name__)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["BatchNorm", "bnjax.nnx", "bnjax.analysis", "bnjax.studies"]
+    assert {"linen", "nnx", "variants", "train"} <= set(dir(bnjax))
+    where = r"no attribute 'BatchNorm'; it is in bnjax.linen and bnjax.nnx: from bnjax.linen import BatchNorm$"
+    with pytest.raises(AttributeError, match=where):
+        bnjax.BatchNorm  # noqa: B018
+    layers, functions = bnjax._ELSEWHERE.values()
+    for module in (bnjax.linen, bnjax.nnx):
+        classes = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        assert set(layers) == {name for name in classes if not name.startswith("_")}
+    assert set(functions) == {name for name in bnjax.variants.__all__ if not name.startswith("init_")}
 
 
 def test_public_names_are_documented():

@@ -14,13 +14,16 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from versions import needs_jax_0_8
 
 import bnjax
 from bnjax import parallel, train
+from bnjax._compat import as_varying
 from bnjax.linen import BatchNorm, LpBatchNorm
 from bnjax.models import Perceptron
 
-WAYS = ["jit", "shard_map", "pmap"]
+BY_PMAP = pytest.param("pmap", marks=needs_jax_0_8)
+WAYS = ["jit", "shard_map", BY_PMAP]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 KEY = jax.random.key(0)
 STEPS = 50
@@ -152,7 +155,7 @@ def one_layer(norm, x, params, stats):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("way", ["shard_map", "unchecked shard_map", "pmap"])
+@pytest.mark.parametrize("way", ["shard_map", "unchecked shard_map", BY_PMAP])
 def test_a_batch_norm_costs_one_collective_forward_and_one_backward(way, masked):
     params, stats = bnjax.init_batch_norm(16)
     x, mask = jnp.ones((64, 4, 4, 16)), jnp.arange(64) % 3 > 0
@@ -164,7 +167,7 @@ def test_a_batch_norm_costs_one_collective_forward_and_one_backward(way, masked)
 
         if not backward:
             return norm(x, params, stats)
-        own = jax.tree.map(lambda v: jax.lax.pcast(v, "batch", to="varying"), params) if way == "shard_map" else params
+        own = jax.tree.map(lambda v: as_varying(v, ("batch",)), params) if way == "shard_map" else params
         new, (gradient, _) = one_layer(norm, x, own, stats)
         return gradient, new
 
@@ -363,7 +366,7 @@ def test_states_that_do_not_fit_are_errors():
     chex.assert_trees_all_equal(merged.batch_stats, state.batch_stats)
 
 
-@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+@pytest.mark.parametrize("way", ["shard_map", BY_PMAP])
 def test_a_model_that_does_not_synchronise_is_an_error(way):
     step = train.make_train_step(train.cross_entropy, parallel=way)
     with pytest.raises(ValueError, match=r"BatchNorm_0 must be made with axis_name='batch'.*group_size=1"):
@@ -372,6 +375,13 @@ def test_a_model_that_does_not_synchronise_is_an_error(way):
     wrong = model(groups=None if way == "pmap" else parallel.index_groups(in_pairs.mesh))
     with pytest.raises(ValueError, match="axis_index_groups="):
         in_pairs(train.split_batch_stats(new_state(wrong), 4), X[0], Y[0])
+
+
+def test_pmap_with_an_old_jax_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    monkeypatch.setattr(jax, "__version__", "0.7.2")
+    with pytest.raises(NotImplementedError, match=r"pmap' needs jax 0\.8 or newer, this is 0\.7\.2\. Use 'shard_map'"):
+        train.make_train_step(train.cross_entropy, parallel="pmap")
 
 
 def test_bad_arguments_say_what_to_do():
@@ -446,7 +456,7 @@ class Centred(nn.Module):
         return nn.Dense(3)(x)
 
 
-@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+@pytest.mark.parametrize("way", ["shard_map", BY_PMAP])
 def test_statistics_that_may_differ_between_devices_are_an_error(way):
     state = train.create_train_state(Centred(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
     with pytest.raises(ValueError, match="centre belong to no batch norm" if way == "pmap" else "replicat"):

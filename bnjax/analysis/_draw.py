@@ -4,11 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from bnjax._extras import needs
+
+with needs("plots"):
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
 # Okabe & Ito's palette, and a line style beside each colour for print in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")

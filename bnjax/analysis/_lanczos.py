@@ -14,19 +14,21 @@ _LEAST_DEGREE = 20  # blocks trade polynomial degree for fewer passes over the b
 
 
 def block_lanczos(
-    product: Callable[[Any], Any], like: Any, num_steps: int, key: Array
+    product: Callable[[Any], Any], like: Any, num_steps: int, key: Array, width: int | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """Orthonormal basis `[num_steps, P]`, Ritz values and vectors in it, and the vectors' residual norms.
 
     Full reorthogonalisation reads the whole basis for each new vector, which takes longer than most Hessian products.
     Blocks of b vectors read it once for b products, by block Gram–Schmidt. The projected matrix is made of all its
-    coefficients, so that the values are Ritz values of the basis as it is.
+    coefficients, so that the values are Ritz values of the basis as it is. Without a `width` of the blocks as wide ones
+    are taken as leave enough of them.
     """
     flat_product, start = _flat(product, like, key)
     further, noise = jax.random.split(jax.random.fold_in(key, 1))
     size, dtype = start.shape[0], start.dtype
-    largest = min(_LARGEST_BLOCK, max(1, num_steps // _LEAST_DEGREE))
-    width = next(b for b in range(largest, 0, -1) if num_steps % b == 0)
+    if width is None:
+        largest = min(_LARGEST_BLOCK, max(1, num_steps // _LEAST_DEGREE))
+        width = next(b for b in range(largest, 0, -1) if num_steps % b == 0)
     identity = jnp.eye(width, dtype=dtype)
     direction = jax.random.uniform(noise, start.shape, dtype, -1, 1)
 
@@ -90,22 +92,7 @@ def block_lanczos(
 
 def quadrature(product: Callable[[Any], Any], like: Any, num_steps: int, key: Array) -> tuple[Array, Array]:
     """Ritz values of one random vector, and the squares of their vectors' components along it."""
-    from matfree import decomp
-
-    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    flat_product, start = _flat(product, like, key)
-    noise = jax.random.fold_in(key, 1)
-
-    def disturbed_product(v):
-        bits = lax.bitcast_convert_type(v.sum().astype(jnp.float32), jnp.uint32)
-        direction = jax.random.uniform(jax.random.fold_in(noise, bits), v.shape, v.dtype, -1, 1)
-        with jax.default_matmul_precision(precision):
-            return _disturbed(flat_product(v), direction)
-
-    decompose: Any = decomp.tridiag_sym(num_steps, custom_vjp=False)
-    with jax.default_matmul_precision("highest"):
-        tridiagonal = decompose(disturbed_product, start)[1]
-    values, vectors = jnp.linalg.eigh(tridiagonal)
+    _, values, vectors, _ = block_lanczos(product, like, num_steps, key, width=1)
     return values, jnp.square(vectors[0])
 
 

@@ -18,16 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.legend import Legend
-from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
-from mpl_toolkits.mplot3d import Axes3D
 
+from bnjax._extras import needs
 from bnjax.analysis import (
     CovariateShift,
     GradientProbe,
@@ -38,6 +30,17 @@ from bnjax.analysis import (
     _draw,
 )
 from bnjax.analysis._draw import COLOR_MAP, COLORS, STYLES, Lines, line_style  # noqa: F401
+
+with needs("plots"):
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.legend import Legend
+    from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import MaxNLocator
+    from mpl_toolkits.mplot3d import Axes3D
 
 
 def legend(figure: Figure) -> Legend | None:

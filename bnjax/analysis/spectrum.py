@@ -161,7 +161,7 @@ def spectral_density(
         of range.
 
     References:
-      Ghorbani, Krishnan & Xiao 2019 (arXiv 1901.10159), Algorithm 1; Golub & Meurant 2010. Lanczos by matfree.
+      Ghorbani, Krishnan & Xiao 2019 (arXiv 1901.10159), Algorithm 1; Golub & Meurant 2010.
 
     >>> from bnjax import analysis
     >>> loss = lambda w: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * w ** 2).sum()

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax._extras import needs
+
 
 def read_arrays(source: Any) -> dict[str, np.ndarray]:
     """Named arrays in NumPy, of a mapping, a PyTorch module or a safetensors file, without importing PyTorch.
@@ -24,7 +26,7 @@ def read_arrays(source: Any) -> dict[str, np.ndarray]:
     Raises:
       ValueError: for any other file: a pickle, such as a '.pt' or '.pth' file, can run code and is never loaded.
       TypeError: for a source of another kind.
-      ImportError: where safetensors is not installed.
+      MissingExtraError: where safetensors is not installed.
 
     References:
       The format: https://github.com/huggingface/safetensors
@@ -60,7 +62,7 @@ def save_safetensors(arrays: Mapping[str, Any], path: str | os.PathLike) -> None
 
     Raises:
       ValueError: for a path of another ending.
-      ImportError: where safetensors is not installed.
+      MissingExtraError: where safetensors is not installed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -112,8 +114,6 @@ def _checked_path(argument: str, path: str | os.PathLike) -> Path:
 
 
 def _safetensors() -> Any:
-    try:
+    with needs("safetensors"):
         import safetensors.numpy
-    except ImportError as error:
-        raise ImportError("safetensors is not installed: pip install 'bnjax[safetensors]'.") from error
     return safetensors

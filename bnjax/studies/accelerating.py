@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from bnjax import data, train
 from bnjax.analysis import plots as drawing
@@ -16,6 +15,7 @@ from bnjax.studies import Options
 from bnjax.studies.claims import AtLeast, Claim, Condition
 from bnjax.studies.experiment import Report, Variant, divisor_from, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
+from bnjax.studies.plots import Figure
 from bnjax.studies.results import Results
 from bnjax.studies.statistics import seeds_in_words
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from matplotlib.figure import Figure
 
 from bnjax import analysis, data, losses, train
 from bnjax.analysis import plots as drawing
@@ -18,6 +17,7 @@ from bnjax.studies import Options
 from bnjax.studies.claims import AtLeast, Claim, Condition
 from bnjax.studies.experiment import Report, Variant, divisor_from, seed_keys
 from bnjax.studies.measured import Measured, Plan, random_batch, train_measured
+from bnjax.studies.plots import Figure
 from bnjax.studies.results import Results
 from bnjax.studies.statistics import interval, seeds_in_words
 

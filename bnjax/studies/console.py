@@ -11,17 +11,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from bnjax._extras import needs
 from bnjax.data import atomic_file
 from bnjax.studies import Options, Study, ledger
 from bnjax.studies.logs import Logs, open_logs
 from bnjax.studies.results import Results, claim_rows, metric_tables, save
 from bnjax.studies.saving import Saving
 from bnjax.studies.statistics import seeds_in_words
+
+with needs("studies"):
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Table
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
 _COLUMNS = 5  # of numbers in a table
@@ -78,7 +81,7 @@ def run_study(
       What was measured.
 
     Raises:
-      ValueError: if a log's package is not installed.
+      MissingExtraError: if a log's package is not installed.
     """
     quiet = quiet or jax.process_index() > 0  # of several processes, one speaks and saves
     logs = open_logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from bnjax import analysis
 from bnjax.analysis import plots as drawing
 from bnjax.studies.experiment import compiler_options
 from bnjax.studies.measured import Measured
+from bnjax.studies.plots import Figure
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
 RADIUS = 0.05  # of SAM's ball

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from bnjax._extras import needs
 from bnjax.studies.results import Results, claim_rows, markdown_table, metric_rows, parameter_rows
 
 _POINTS = 500  # of a curve at most
@@ -41,10 +42,8 @@ class TensorBoard:
     """Event files below `<directory>/tensorboard`, one run for each training, by tensorboardX."""
 
     def __init__(self, directory: Path):
-        try:
+        with needs("tensorboard"):
             import tensorboardX
-        except ImportError:
-            raise ValueError(_missing("tensorboard", "tensorboardX")) from None
         self._directory = directory / "tensorboard"
         self._make, self._writers = tensorboardX.SummaryWriter, {}
 
@@ -94,10 +93,8 @@ class WeightsAndBiases:
     """A run of the project 'bnjax' (or $WANDB_PROJECT); WANDB_MODE=offline needs neither account nor network."""
 
     def __init__(self, directory: Path, study: str, options: Mapping[str, Any]):
-        try:
+        with needs("wandb"):
             import wandb
-        except ImportError:
-            raise ValueError(_missing("wandb", "wandb")) from None
         self._wandb, self._trainings = wandb, set()
         try:
             self._run = wandb.init(project="bnjax", name=study, dir=str(directory), config=dict(options))
@@ -197,14 +194,11 @@ def open_logs(names: Sequence[str], directory: Path, study: str, options: Mappin
       options: of the run.
 
     Raises:
-      ValueError: if the package of one is not installed, or refuses.
+      MissingExtraError: if the package of one is not installed.
+      ValueError: if one refuses.
     """
     makers = {
         "tensorboard": lambda: TensorBoard(directory),
         "wandb": lambda: WeightsAndBiases(directory, study, options),
     }
     return Logs([makers[name]() for name in dict.fromkeys(names)])
-
-
-def _missing(log: str, package: str) -> str:
-    return f"--log {log} needs {package}, which is not installed: pip install 'bnjax[{log}]'."

@@ -4,12 +4,14 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from IPython import display
-from matplotlib.figure import Figure
-
+from bnjax._extras import needs
 from bnjax.studies import STUDIES, Options
 from bnjax.studies.experiment import Variant
+from bnjax.studies.plots import Figure
 from bnjax.studies.results import Results, claim_rows, markdown_table, metric_rows
+
+with needs("notebooks"):
+    from IPython import display
 
 
 class Progress:

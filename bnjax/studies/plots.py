@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
-from bnjax.analysis.plots import line_style
+from bnjax._extras import needs
 from bnjax.data import Split
 from bnjax.studies.experiment import Trained, compiler_options
 from bnjax.studies.statistics import half_width, interval
 from bnjax.train import TrainState
+
+with needs("studies"):
+    from bnjax.analysis.plots import Figure, line_style
 
 PANELS = {
     "train_accuracy": "training accuracy (during the epoch)",

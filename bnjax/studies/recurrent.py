@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from bnjax import data, train
 from bnjax.analysis import plots as drawing
@@ -17,6 +16,7 @@ from bnjax.studies.claims import AtLeast, Claim, Condition
 from bnjax.studies.experiment import Report, Variant, compiler_options, divisor_from, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.perceptrons import pixels
+from bnjax.studies.plots import Figure
 from bnjax.studies.results import Results
 from bnjax.studies.statistics import seeds_in_words
 

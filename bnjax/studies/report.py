@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from bnjax._extras import needs
 from bnjax.data import atomic_file
 from bnjax.studies import STUDIES
 from bnjax.studies.claims import Judgement
 from bnjax.studies.ledger import Ledger, Saved, judge, saved_runs
 from bnjax.studies.results import metric_rows
 from bnjax.studies.statistics import seeds_in_words
+
+with needs("studies"):
+    import jinja2
 
 _MARKS = {"reproduced": "✓", "not reproduced": "✗", "undecided": "?", "wrong in the source": "!"}
 

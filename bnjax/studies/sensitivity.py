@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from bnjax import analysis, data, losses, train
 from bnjax.studies import Options, plots
@@ -25,6 +24,7 @@ from bnjax.studies.perceptrons import (
     optimizer,
     pixels,
 )
+from bnjax.studies.plots import Figure
 from bnjax.studies.results import Results
 from bnjax.studies.statistics import seeds_in_words
 
