@@ -1,0 +1,79 @@
+"""Virtual environments for the checks in this directory: made, filled by pip, asked what is in them."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Environment:
+    """A virtual environment in a directory, where nothing of the caller's environment is seen."""
+
+    def __init__(self, directory: Path, python: str):
+        self.directory = directory
+        subprocess.run([python, "-m", "venv", str(directory)], check=True)
+        self.bin = directory / ("Scripts" if os.name == "nt" else "bin")
+        self.variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        self.variables |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        self.pip("install", "--upgrade", "pip")
+
+    def run(self, *command: str, **options) -> subprocess.CompletedProcess:
+        """Runs a command of the environment; what it prints is captured."""
+        options = {"cwd": ROOT, "env": self.variables, "capture_output": True, "text": True} | options
+        return subprocess.run([str(self.bin / command[0]), *command[1:]], **options)
+
+    def pip(self, *arguments: str) -> str:
+        """Runs pip; prints what it says and raises if it fails."""
+        done = self.run("python", "-m", "pip", "-q", *arguments)
+        if done.returncode:
+            sys.exit(f"pip {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def would_install(self, *arguments: str) -> dict[str, str]:
+        """Names and versions of the packages that `pip install` would add or change."""
+        report = json.loads(self.pip("install", "--dry-run", "--report", "-", *arguments))
+        return {_normal(item["metadata"]["name"]): item["metadata"]["version"] for item in report["install"]}
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of the packages that are installed."""
+        found = json.loads(self.pip("list", "--format", "json"))
+        return {_normal(package["name"]): package["version"] for package in found}
+
+    def size(self) -> int:
+        """Bytes of the files that are installed, without compiled bytecode."""
+        files = (path for path in self.directory.rglob("*") if path.is_file() and not path.is_symlink())
+        return sum(path.stat().st_size for path in files if path.suffix != ".pyc")
+
+
+@contextlib.contextmanager
+def environment(python: str | None = None) -> Iterator[Environment]:
+    """A new environment of a Python version such as '3.13' (by default the running one), removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bnjax-") as directory:
+        yield Environment(Path(directory) / "environment", find_python(python) if python else sys.executable)
+
+
+def find_python(version: str) -> str:
+    """The interpreter of a version such as '3.13': on the PATH, or one of pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates: Sequence[str | None] = (
+        shutil.which(f"python{version}"),
+        *map(str, sorted(pyenv.glob(f"{version}*/bin/python"))),
+        sys.executable,
+    )
+    code = "import sys; print('.'.join(map(str, sys.version_info[:2])))"
+    for candidate in filter(None, candidates):
+        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
+        if done.returncode == 0 and done.stdout.strip() == version:
+            return candidate
+    sys.exit(f"Python {version} is not installed here; install it, or give another with --python.")
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
