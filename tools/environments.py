@@ -43,7 +43,7 @@ class Environment:
 
     def versions(self) -> dict[str, str]:
         """Names and versions of the packages that are installed."""
-        found = json.loads(self.pip("list", "--format", "json"))
+        found = json.loads(self.run("python", "-m", "pip", "list", "--format", "json", check=True).stdout)
         return {_normal(package["name"]): package["version"] for package in found}
 
     def size(self) -> int:
