@@ -8,14 +8,13 @@ import numpy as np
 import optax
 
 from bnjax import data, train
-from bnjax.analysis import plots as drawing
 from bnjax.linen import BatchNorm
 from bnjax.models import VGG
 from bnjax.studies import Options
 from bnjax.studies.claims import AtLeast, Claim, Condition
 from bnjax.studies.experiment import Report, Variant, divisor_from, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
-from bnjax.studies.plots import Figure
+from bnjax.studies.plots import Figure, drawing
 from bnjax.studies.results import Results
 from bnjax.studies.statistics import seeds_in_words
 

@@ -10,14 +10,13 @@ import optax
 from flax import linen as nn
 
 from bnjax import analysis, data, losses, train
-from bnjax.analysis import plots as drawing
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Options
 from bnjax.studies.claims import AtLeast, Claim, Condition
 from bnjax.studies.experiment import Report, Variant, divisor_from, seed_keys
 from bnjax.studies.measured import Measured, Plan, random_batch, train_measured
-from bnjax.studies.plots import Figure
+from bnjax.studies.plots import Figure, drawing
 from bnjax.studies.results import Results
 from bnjax.studies.statistics import interval, seeds_in_words
 

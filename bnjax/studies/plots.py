@@ -15,6 +15,7 @@ from bnjax.studies.statistics import half_width, interval
 from bnjax.train import TrainState
 
 with needs("studies"):
+    from bnjax.analysis import plots as drawing  # noqa: F401
     from bnjax.analysis.plots import Figure, line_style
 
 PANELS = {

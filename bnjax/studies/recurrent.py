@@ -8,7 +8,6 @@ import numpy as np
 import optax
 
 from bnjax import data, train
-from bnjax.analysis import plots as drawing
 from bnjax.linen import BatchNorm
 from bnjax.models import RecurrentNetwork
 from bnjax.studies import Options
@@ -16,7 +15,7 @@ from bnjax.studies.claims import AtLeast, Claim, Condition
 from bnjax.studies.experiment import Report, Variant, compiler_options, divisor_from, seed_keys
 from bnjax.studies.measured import Plan, random_batch, train_measured
 from bnjax.studies.perceptrons import pixels
-from bnjax.studies.plots import Figure
+from bnjax.studies.plots import Figure, drawing
 from bnjax.studies.results import Results
 from bnjax.studies.statistics import seeds_in_words
 
