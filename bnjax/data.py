@@ -125,6 +125,11 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
     """A TFDS builder whose records are on disk, downloaded where they were not."""
     with needs("data"):
         import tensorflow_datasets as tfds
+    if not hasattr(tfds, "builder"):  # it only logs what it can't import
+        raise DataError(
+            "TensorFlow Datasets is installed, but its import fails, as with a tensorflow-metadata that does not fit "
+            "protobuf: pip install 'bnjax[data]', and start Python anew."
+        )
     if importlib.util.find_spec("array_record") is None:
         raise DataError(
             f"{name} is read by array_record, which is not installed; it is made for Linux and for macOS on Apple "

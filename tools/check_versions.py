@@ -2,8 +2,9 @@
 
 For each of the versions below it makes a virtual environment with the Flax of its time, installs bnjax there without
 extras, and runs the tests of the function, layers, variants, training and measurements, some eight minutes each on two
-cores. What came out is saved in docs/versions.json, from which the table of docs/versions.md is made. Given versions
-(or 'lowest') are run alone, and take the place of their rows.
+cores. The row 'lowest' has the lowest version of everything that bnjax and its extras ask for, and runs the tests of what
+the extras are for too. What came out is saved in docs/versions.json, from which the table of docs/versions.md is made.
+Given versions are run alone, and take the place of their rows.
 """
 
 import argparse
@@ -21,13 +22,14 @@ from environments import ROOT, environment
 
 RECORD, PAGE = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"
 BLOCK = re.compile(r"(<!-- versions -->\n).*?(<!-- end -->)", re.DOTALL)
+LOWEST = "lowest"
 
 
 class Row(NamedTuple):
     """An environment: the version of Python, and what pip installs beside bnjax."""
 
     python: str
-    requirements: tuple[str, ...]
+    requirements: tuple[str, ...] = ()
 
 
 ROWS = {
@@ -37,7 +39,7 @@ ROWS = {
     "0.10": Row("3.11", ("jax==0.10.2", "flax==0.12.8")),
     "0.11": Row("3.12", ("jax==0.11.2", "flax==0.12.10")),
     "0.12": Row("3.13", ("jax==0.12.*", "flax==0.12.12")),
-    "lowest": Row("3.11", ()),  # of all that the base needs
+    LOWEST: Row("3.11"),
 }
 GROUPS = {
     "function": ("norm", "moments"),
@@ -45,6 +47,7 @@ GROUPS = {
     "variants": ("variants", "renorm", "statistics_variants"),
     "training": ("parallel", "train"),
     "measurements": ("analysis", "losses"),
+    "extras": ("analysis_plots", "checkpoint", "cli", "data", "logs", "report"),
 }
 SHOWN = ("python", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -62,56 +65,50 @@ def main() -> int:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     chosen = [] if options.page else options.versions or list(ROWS)
     for version in chosen:
-        print(f"{version}: installing", flush=True)
-        record[version] = run(ROWS[version], options.python, options.processes)
+        print(f"{version}: installing, then testing", flush=True)
+        record[version] = run(version, options.python or ROWS[version].python, options.processes)
         print(f"{version}: {json.dumps(record[version])}", flush=True)
         RECORD.write_text(json.dumps({name: record[name] for name in ROWS if name in record}, indent=2) + "\n")
     PAGE.write_text(page(PAGE.read_text(), record))
-    return sum(any(counts["failed"] for counts in record[version]["groups"].values()) for version in chosen)
+    return sum(bool(record[version]["failed"]) for version in chosen)
 
 
-def run(row: Row, python: str | None, processes: str) -> dict[str, Any]:
-    """Versions that were installed, tests of each group by outcome, and the reasons of those that were skipped."""
-    names = [f"tests/test_{name}.py" for group in GROUPS.values() for name in group]
+def run(version: str, python: str, processes: str) -> dict[str, Any]:
+    """What was installed, how many tests of each group passed, and the names of those that failed or were skipped."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = row.requirements or [re.sub(">=", "==", text) for text in project["dependencies"]]
-    tools = [
-        text for text in project["optional-dependencies"]["test"] if re.match(r"pytest|hypothesis|beartype|chex", text)
-    ]
-    with environment(python or row.python) as made, tempfile.TemporaryDirectory() as directory:
-        made.pip("install", str(ROOT), *requirements, *tools)
-        path = Path(directory) / "tests.xml"
-        command = [
-            "python",
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            processes,
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={path}",
-            *names,
+    extras = project["optional-dependencies"]
+    needed, options = [*project["dependencies"], *extras["test"]], ["-p", "no:cacheprovider"]
+    stems = [stem for group in GROUPS for stem in GROUPS[group] if version == LOWEST or group != "extras"]
+    if version == LOWEST:
+        needed += [
+            text for extra in ("plots", "data", "studies", "safetensors", "tensorboard") for text in extras[extra]
         ]
-        done = made.run(*command, env={**made.variables, "PYTHONDONTWRITEBYTECODE": "1"})
-        if not path.exists():
+        requirements = [text.partition(";")[0].replace(">=", "==") for text in needed if ">=" in text]
+        options += ["-o", "filterwarnings=default"]  # old packages warn of each other
+    else:
+        tools = re.compile("pytest|hypothesis|beartype|chex")
+        requirements = [*ROWS[version].requirements, *filter(tools.match, extras["test"])]
+    with environment(python) as made, tempfile.TemporaryDirectory() as directory:
+        made.pip("install", str(ROOT), *requirements)
+        results = Path(directory) / "tests.xml"
+        files = [f"tests/test_{stem}.py" for stem in stems]
+        done = made.run("python", "-m", "pytest", "-n", processes, *options, f"--junitxml={results}", *files)
+        if not results.exists():
             sys.exit(done.stdout + done.stderr)
-        versions = {
-            "python": made.run("python", "-c", "import platform; print(platform.python_version())").stdout.strip()
-        }
-        versions |= {name: version for name, version in made.versions().items() if name in SHOWN}
-        groups = {group: {"passed": 0, "failed": 0, "skipped": 0} for group in GROUPS}
-        skips, failures = Counter(), []
-        for case in ElementTree.parse(path).iter("testcase"):
-            stem = case.attrib["classname"].split(".")[1].removeprefix("test_")
-            outcome = {child.tag for child in case}
-            kind = "skipped" if "skipped" in outcome else "failed" if outcome & {"failure", "error"} else "passed"
-            groups[next(group for group, stems in GROUPS.items() if stem in stems)][kind] += 1
-            if kind == "skipped":
-                skips[case.find("skipped").attrib["message"]] += 1
-            if kind == "failed":
-                failures.append(f"{stem}::{case.attrib['name']}")
-        return {"versions": versions, "groups": groups, "skipped": dict(skips), "failures": failures}
+        code = "import platform; print(platform.python_version())"
+        versions = {**made.versions(), "python": made.run("python", "-c", code).stdout.strip()}
+    passed, skipped, failed = dict.fromkeys(GROUPS, 0), Counter(), []
+    for case in ElementTree.parse(results).iter("testcase"):
+        outcomes = {child.tag: child.attrib.get("message", "") for child in case}
+        stem = case.attrib["classname"].removeprefix("tests.").partition(".")[0].removeprefix("test_")
+        if "skipped" in outcomes:
+            skipped[outcomes["skipped"]] += 1
+        elif outcomes.keys() & {"failure", "error"}:
+            failed.append(f"{stem}::{case.attrib['name']}")
+        else:
+            passed[next(group for group, stems in GROUPS.items() if stem in stems)] += 1
+    installed = {name: versions[name] for name in SHOWN}
+    return {"versions": installed, "passed": passed, "skipped": dict(skipped), "failed": failed}
 
 
 def page(text: str, record: dict[str, Any]) -> str:
@@ -120,17 +117,17 @@ def page(text: str, record: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown of the versions and of the tests that passed; what failed or was skipped is said below."""
+    """Markdown of the versions and of the numbers of tests that passed; below it what failed or was skipped."""
     lines = [f"| {' | '.join([*SHOWN, *GROUPS])} |", f"|{'---|' * (len(SHOWN) + len(GROUPS))}"]
     notes = []
     for name, row in record.items():
-        counts = row["groups"].values()
-        cells = [", ".join(f"{count} {kind}" for kind, count in c.items() if count) for c in counts]
-        lines.append(f"| {' | '.join([*(row['versions'][key] for key in SHOWN), *cells])} |")
-        where = f"- jax {row['versions']['jax']} with flax {row['versions']['flax']}"
-        where += " (the lowest versions of everything)" if name == "lowest" else ""
-        notes += [f"{where}: {count} skipped: {reason}." for reason, count in row["skipped"].items()]
-        notes += [f"{where}: failed: `{failure}`." for failure in row["failures"]]
+        versions = row["versions"]
+        counts = [str(count or "") for count in row["passed"].values()]
+        lines.append(f"| {' | '.join([*(versions[key] for key in SHOWN), *counts])} |")
+        where = f"jax {versions['jax']} with flax {versions['flax']}, Python {versions['python']}"
+        where = f"- {'Everything at its lowest version, ' if name == LOWEST else ''}{where}"
+        notes += [f"{where}: {count} skipped ({reason})." for reason, count in row["skipped"].items()]
+        notes += [f"{where}: `{test}` fails." for test in row["failed"]]
     return "\n".join([*lines, "", *notes, ""])
 
 
