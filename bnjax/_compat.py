@@ -16,7 +16,9 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 def as_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Types `x` as varying over mesh axes over which it does not vary."""
-    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)  # jax 0.7
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axes, to="varying")
+    return lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]  # jax 0.7
 
 
 def check_pmap() -> None:
@@ -32,9 +34,9 @@ def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager:
     """64-bit types, or none, within a `with` statement."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(enabled)
-    from jax.experimental import enable_x64 as experimental  # jax 0.7
+    from jax import experimental  # jax 0.7
 
-    return experimental(enabled)
+    return experimental.enable_x64(enabled)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def iter_modules(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:

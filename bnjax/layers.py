@@ -328,9 +328,10 @@ def _pair(value: int | Sequence[int]) -> Pair:
 def _pads(shape: Sequence[int], window: Sequence[int], strides: Pair, padding: str | Sequence[Sequence[int]]) -> Pads:
     """Numbers of rows and columns to add before and after an image."""
     if isinstance(padding, str):
-        padding = np.asarray(lax.padtype_to_pads(shape[1:3], window, strides, padding)).tolist()
-    vertical, horizontal = padding
-    pads = _pair(vertical), _pair(horizontal)
+        pads = np.asarray(lax.padtype_to_pads(shape[1:3], window, strides, padding)).tolist()
+    else:
+        pads = padding
+    pads = _pair(pads[0]), _pair(pads[1])
     if any(size + sum(pad) < w for size, pad, w in zip(shape[1:3], pads, window, strict=True)):
         raise ValueError(
             f"x must be at least as large as the window {tuple(window)}, got shape {tuple(shape)} with padding {pads}. "

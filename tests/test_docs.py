@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.util
+import json
 import os
 import pkgutil
 from pathlib import Path
@@ -72,10 +73,25 @@ def test_every_public_module_has_its_place_in_the_reference():
     assert set(MODULES) - packages - studies - private <= set(shown) <= set(MODULES)
 
 
+def script(path):
+    """A module made of a file that belongs to no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_versions_shows_its_record(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = script(ROOT / "tools" / "check_versions.py")
+    record, text = json.loads(tool.RECORD.read_text()), tool.PAGE.read_text()
+    assert text == tool.page(text, record), "it is made by: python tools/check_versions.py --page"
+    assert list(record) == list(tool.ROWS)
+    assert not any(row["failed"] for row in record.values())
+
+
 def test_published_pages_show_the_published_records():
-    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs" / "make_results.py")
-    pages = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pages)
+    pages = script(ROOT / "docs" / "make_results.py")
     studies = {name: saved for name in pages.STUDIES if (saved := pages.published(name))}
     assert studies
     again = "it is made by: python docs/make_results.py"

@@ -2,9 +2,9 @@
 
 For each of the versions below it makes a virtual environment with the Flax of its time, installs bnjax there without
 extras, and runs the tests of the function, layers, variants, training and measurements, some eight minutes each on two
-cores. The row 'lowest' has the lowest version of everything that bnjax and its extras ask for, and runs the tests of what
-the extras are for too. What came out is saved in docs/versions.json, from which the table of docs/versions.md is made.
-Given versions are run alone, and take the place of their rows.
+cores. The row 'lowest' has the lowest version of everything that bnjax and its extras ask for, and runs the tests of
+what the extras are for too. What came out is saved in docs/versions.json, from which the table of docs/versions.md is
+made. Given versions are run alone, and take the place of their rows.
 """
 
 import argparse
