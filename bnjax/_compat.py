@@ -39,6 +39,11 @@ def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager:
     return experimental.enable_x64(enabled)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def without_fusion_emitters() -> dict[str, bool]:
+    """Options of XLA under which its CPU backend compiles faster; none since jax 0.11, which lacks the option."""
+    return {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+
+
 def iter_modules(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Paths and modules of an nnx model, itself included."""
     from flax import nnx

@@ -72,13 +72,13 @@ class ParallelStep:
     """A compiled training step over a mesh: `state, metrics = step(state, x, y, weights, key)`.
 
     Host arrays are the examples of this process, and are spread over its devices; a state that is not on the mesh yet
-    is placed there. The state's buffers are donated. What is called is `compiled`, a jitted function of global arrays.
-    On several CPU devices a step is waited for: with many under way, XLA's sums over them were seen to stand still.
+    is placed there. The state's buffers are donated. On several CPU devices a step is waited for: with many under way,
+    XLA's sums over them were seen to stand still.
 
     Attributes:
       mesh: of the devices.
       multiple: of what number a batch's examples must be: devices times micro-batches.
-      compiled: `(state, Batch, key) → (state, metrics)`; has `lower`, for looking at what was compiled.
+      compiled: a jitted function `(state, Batch, key) → (state, metrics)` of global arrays, for looking at its program.
     """
 
     mesh: Mesh
@@ -383,8 +383,9 @@ def evaluate_in_batches(
     if len(x) == 0:
         raise ValueError("x must hold at least one example to evaluate, got none.")
     if mesh is None:
-        mesh = getattr(getattr(state.step, "sharding", None), "mesh", None)
-        mesh = mesh or devices.make_mesh(devices=jax.devices()[:1])
+        mesh = getattr(getattr(state.step, "sharding", None), "mesh", None) or devices.make_mesh(
+            devices=jax.devices()[:1]
+        )
     batch_size += -batch_size % mesh.size
     sums = np.zeros(2)
     for start in range(0, len(x), batch_size):

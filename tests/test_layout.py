@@ -1,6 +1,7 @@
 """The directions of imports, and that `import bnjax` stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,12 @@ def test_analysis_knows_neither_flax_nor_training():
             path
         )  # `from bnjax import analysis` in none but examples
         assert not any(name.split(".")[0] in ("flax", "optax") for name in imports(path)), path
+
+
+def test_one_module_knows_versions():
+    asks = re.compile(r"(jax|flax)\.__version|hasattr\((jax|lax|nnx)")
+    for path in PACKAGE.rglob("*.py"):
+        assert bool(asks.search(path.read_text())) == (path.name == "_compat.py"), path
 
 
 def test_importing_analysis_is_light():

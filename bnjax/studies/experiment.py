@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from bnjax import train
+from bnjax._compat import without_fusion_emitters
 from bnjax.data import Split
 from bnjax.studies.saving import Saving
 
@@ -29,8 +30,8 @@ def compiler_options(steps: int = 0) -> dict[str, Any]:
     What the environment variable XLA_FLAGS says wins.
     """
     options: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-    if steps < _LONG and jax.__version_info__ < (0, 11):  # an option that later versions lack
-        options["xla_cpu_use_fusion_emitters"] = False
+    if steps < _LONG:
+        options |= without_fusion_emitters()
     return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
