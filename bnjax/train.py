@@ -149,9 +149,8 @@ def make_train_step(
       A `ParallelStep`, called as `step(state, x, y, weights=None, key=None)`.
 
     Raises:
-      NotImplementedError: for pmap with jax 0.7.
-      ValueError: for an unknown `parallel`, or pmap over several processes; when called, for a batch that does not
-        divide, statistics kept otherwise than by the mesh's groups, or a model whose batch norms synchronise otherwise.
+      NotImplementedError, ValueError: for pmap with jax 0.7 or over several processes; an unknown `parallel`; when
+        called, a batch that does not divide, or statistics or batch norms that don't fit the mesh's groups.
     """
     if parallel not in PARALLEL:
         raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}.")
@@ -383,9 +382,8 @@ def evaluate_in_batches(
     if len(x) == 0:
         raise ValueError("x must hold at least one example to evaluate, got none.")
     if mesh is None:
-        mesh = getattr(getattr(state.step, "sharding", None), "mesh", None) or devices.make_mesh(
-            devices=jax.devices()[:1]
-        )
+        mesh = getattr(getattr(state.step, "sharding", None), "mesh", None)
+        mesh = mesh or devices.make_mesh(devices=jax.devices()[:1])
     batch_size += -batch_size % mesh.size
     sums = np.zeros(2)
     for start in range(0, len(x), batch_size):
