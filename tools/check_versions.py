@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from environments import ROOT, environment
+from environments import ROOT, environment, find_python
 
 RECORD, PAGE = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"
 BLOCK = re.compile(r"(<!-- versions -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -39,6 +39,7 @@ ROWS = {
     "0.10": Row("3.11", ("jax==0.10.2", "flax==0.12.8")),
     "0.11": Row("3.12", ("jax==0.11.2", "flax==0.12.10")),
     "0.12": Row("3.13", ("jax==0.12.*", "flax==0.12.12")),
+    "newest Python": Row("3.14", ("jax==0.12.*", "flax==0.12.12")),
     LOWEST: Row("3.11"),
 }
 GROUPS = {
@@ -64,7 +65,11 @@ def main() -> int:
         parser.error(f"unknown versions {', '.join(unknown)}; there are {', '.join(ROWS)}")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     chosen = [] if options.page else options.versions or list(ROWS)
-    for version in chosen:
+    for version in list(chosen):
+        if not options.versions and find_python(options.python or ROWS[version].python) is None:
+            print(f"{version}: left as it was, as Python {ROWS[version].python} is not here")
+            chosen.remove(version)
+            continue
         print(f"{version}: installing, then testing", flush=True)
         record[version] = run(version, options.python or ROWS[version].python, options.processes)
         print(f"{version}: {json.dumps(record[version])}", flush=True)
@@ -97,8 +102,9 @@ def run(version: str, python: str, processes: str) -> dict[str, Any]:
             sys.exit(done.stdout + done.stderr)
         code = "import platform; print(platform.python_version())"
         versions = {**made.versions(), "python": made.run("python", "-c", code).stdout.strip()}
+        cases = list(ElementTree.parse(results).iter("testcase"))
     passed, skipped, failed = dict.fromkeys(GROUPS, 0), Counter(), []
-    for case in ElementTree.parse(results).iter("testcase"):
+    for case in cases:
         outcomes = {child.tag: child.attrib.get("message", "") for child in case}
         stem = case.attrib["classname"].removeprefix("tests.").partition(".")[0].removeprefix("test_")
         if "skipped" in outcomes:

@@ -56,11 +56,14 @@ class Environment:
 def environment(python: str | None = None) -> Iterator[Environment]:
     """A new environment of a Python version such as '3.13' (by default the running one), removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="bnjax-") as directory:
-        yield Environment(Path(directory) / "environment", find_python(python) if python else sys.executable)
+        interpreter = find_python(python) if python else sys.executable
+        if interpreter is None:
+            sys.exit(f"Python {python} is not installed here; install it first.")
+        yield Environment(Path(directory) / "environment", interpreter)
 
 
-def find_python(version: str) -> str:
-    """The interpreter of a version such as '3.13': on the PATH, or one of pyenv's."""
+def find_python(version: str) -> str | None:
+    """The interpreter of a version such as '3.13', on the PATH or one of pyenv's; None where there is none."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates: Sequence[str | None] = (
         shutil.which(f"python{version}"),
@@ -72,7 +75,7 @@ def find_python(version: str) -> str:
         done = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
         if done.returncode == 0 and done.stdout.strip() == version:
             return candidate
-    sys.exit(f"Python {version} is not installed here; install it, or give another with --python.")
+    return None
 
 
 def _normal(name: str) -> str:
