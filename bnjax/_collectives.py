@@ -111,7 +111,8 @@ def vary_like(tree: Any, x: jax.Array, but: AxisName | None = None) -> Any:
 
     For shard_map's replication checking: derivatives by such arrays are local ones.
     """
-    wanted = varying_axes(x) - set(but if isinstance(but, tuple) else (but,))
+    kept = but if isinstance(but, tuple) else (but,)
+    wanted = {axis for axis in varying_axes(x) if axis not in kept}
 
     def vary(leaf):
         axes = tuple(wanted - varying_axes(leaf))
