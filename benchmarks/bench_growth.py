@@ -54,7 +54,7 @@ def examples(count: int, features: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compiled_step(layers: int, devices: int) -> tuple[train.ParallelStep, Any]:
-    """A perceptron's training step, synchronised over devices, and its state."""
+    """A perceptron's training step, synchronized over devices, and its state."""
     name = parallel.SYNC_AXIS if devices > 1 else None
     model = Perceptron((128,) * layers, 10, functools.partial(BatchNorm, axis_name=name), "before")
     mesh = parallel.make_mesh(devices=jax.devices()[:devices])
@@ -152,7 +152,7 @@ QUESTIONS: dict[str, tuple[str, str, list[tuple[int, Callable[[], Call]]]]] = {
         [(n, functools.partial(compilation, n)) for n in (1, 2, 4, 8, 16, 32)],
     ),
     "devices": (
-        "a synchronised training step, one batch shared",
+        "a synchronized training step, one batch shared",
         "devices",
         [(n, functools.partial(training_step, 2, n)) for n in (1, 2, 4, 8, 16)],
     ),

@@ -1,4 +1,4 @@
-"""Synchronised batch norm over 1 to 16 devices: step time, collectives and bytes against Flax's, and a prediction.
+"""Synchronized batch norm over 1 to 16 devices: step time, collectives and bytes against Flax's, and a prediction.
 
 On simulated CPU devices, which share the processor's cores: not how training scales, but what a step costs beside the
 same step with `flax.linen.BatchNorm`, both interleaved in one run. Collectives and bytes are read from the compiled
@@ -30,12 +30,12 @@ RESNET50 = [64, *(c for width, blocks in STAGES for c in [width, width, 4 * widt
 
 
 def sent_by_formula(features: list[int], parameters: int, devices: int) -> float:
-    """Bytes that each device sends in a step, bnjax's and Flax's synchronisation alike."""
+    """Bytes that each device sends in a step, bnjax's and Flax's synchronization alike."""
     return 2 * (devices - 1) / devices * 4 * (parameters + 3 + sum(4 * c for c in features))
 
 
 def network(norm: str, depth: int, width: int):
-    """A perceptron with `depth` synchronised batch norms of `width` features."""
+    """A perceptron with `depth` synchronized batch norms of `width` features."""
     from flax import linen as nn
 
     from bnjax.linen import BatchNorm
@@ -89,7 +89,7 @@ def measure(devices: int, depth: int, width: int, way: str, batch: int, repeats:
 
 
 def predict(features: list[int], devices: int, bandwidth: float, latency: float) -> dict:
-    """Seconds that a step's synchronisation of batch norms takes on a pod, apart from the gradients'.
+    """Seconds that a step's synchronization of batch norms takes on a pod, apart from the gradients'.
 
     Args:
       features: of each batch norm.

@@ -3,7 +3,7 @@
 Cold is a whole command, imports and compilation included; with a cache, one whose compiled programs JAX kept from an
 earlier command (JAX_COMPILATION_CACHE_DIR); warm is the training alone, again in a process that has trained the same
 before, of the networks that Keras trains. Contestants are processes of their own that take turns. Keras trains each
-network once, on JAX and on PyTorch; bnjax's command all its variants (other normalisers among them) from many seeds:
+network once, on JAX and on PyTorch; bnjax's command all its variants (other normalizers among them) from many seeds:
 times are divided by the number of trainings.
 
     pip install -e ".[bench]"

@@ -183,7 +183,7 @@ def _add_compile(commands) -> None:
         "compile",
         help="compile a training step for TPU chips that are not at hand, and say what it needs",
         formatter_class=_FORMAT,
-        description="Compiles the training step of a study's network (or a residual network) with synchronised batch\n"
+        description="Compiles the training step of a study's network (or a residual network) with synchronized batch\n"
         "norm ahead of time, with TPU's own compiler (pip install 'bnjax[tpu]'), on any machine. Reports whether it\n"
         "fits, the collectives and their bytes, passes over the largest activation, FLOPs, and a bound on its time.",
     )
@@ -225,7 +225,7 @@ def _add_distributed(one: argparse.ArgumentParser) -> None:
         "--group-size",
         type=_positive,
         metavar="N",
-        help="devices whose batch norms synchronise (default all; 1 for statistics of each device)",
+        help="devices whose batch norms synchronize (default all; 1 for statistics of each device)",
     )
     several.add_argument(
         "--accumulate-steps", type=_positive, default=1, metavar="K", help="micro-batches in a step (default 1)"

@@ -165,7 +165,7 @@ def _check_shapes(name: str, arrays: Mapping[str, Any], feature_shape: tuple[int
         if tuple(value.shape) != feature_shape:
             raise ValueError(
                 f"{name}[{key!r}] must have the shape {feature_shape} of x's feature axes {axes}, "
-                f"got {tuple(value.shape)}. Initialise it with that num_features, or name another axis."
+                f"got {tuple(value.shape)}. Initialize it with that num_features, or name another axis."
             )
 
 

@@ -1,4 +1,4 @@
-"""Mean and variance of a batch: local, masked or weighted, merged, and synchronised over devices."""
+"""Mean and variance of a batch: local, masked or weighted, merged, and synchronized over devices."""
 
 import functools
 import math
@@ -162,7 +162,7 @@ def _real_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
     local = _moments_of_shards(x, weights, axes)
-    return local if axis_name is None else _synchronised(local, axis_name, groups, counts_differ=weights is not None)
+    return local if axis_name is None else _synchronized(local, axis_name, groups, counts_differ=weights is not None)
 
 
 @functools.partial(_real_moments.defjvp, symbolic_zeros=True)
@@ -178,17 +178,17 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
     @keeping_arguments
     def from_x(x, weights, mean, dx):
         weighted = _weigh(dx.astype(mean.dtype), weights)
-        centred = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
+        centered = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
         if weights is not None:
-            centred = jnp.where(weights > 0, centred, 0)  # where NaN times a zero cotangent would be NaN
-        return _sum(weighted, axes), 2 * _sum(centred * weighted, axes)
+            centered = jnp.where(weights > 0, centered, 0)  # where NaN times a zero cotangent would be NaN
+        return _sum(weighted, axes), 2 * _sum(centered * weighted, axes)
 
     @keeping_arguments
     def from_weights(x, weights, mean, var, dweights):
-        centred = without_masked_extremes(x.astype(mean.dtype), weights) - expand(mean, x.ndim, axes)
+        centered = without_masked_extremes(x.astype(mean.dtype), weights) - expand(mean, x.ndim, axes)
         dweights = dweights.astype(mean.dtype)
-        square = jnp.square(centred) - expand(var, x.ndim, axes)
-        return _sum(dweights * centred, axes), _sum(dweights * square, axes), _count(dweights, x.shape, axes)
+        square = jnp.square(centered) - expand(var, x.ndim, axes)
+        return _sum(dweights * centered, axes), _sum(dweights * square, axes), _count(dweights, x.shape, axes)
 
     sums = [jnp.zeros_like(m.mean), jnp.zeros_like(m.var), jnp.zeros_like(m.count)]
     if not isinstance(dx, SymbolicZero):
@@ -283,7 +283,7 @@ def _thin(values: Array, steps: list[slice]) -> Array:
     return values[tuple(slice(None) if size == 1 else step for size, step in zip(values.shape, steps, strict=True))]
 
 
-def _synchronised(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
+def _synchronized(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
     """Merges the moments of all members of the group."""
     size = group_size(axis_name, groups)
     if size == 1:  # nothing to merge, but the sum types the moments as shared by all
@@ -388,7 +388,7 @@ def _count(weights: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
 def without_masked_extremes(x: Array, weights: Array) -> Array:
     """`x`, with zero where the weight is zero and `x` is NaN, or so large that its square overflows.
 
-    Such values would turn zero cotangents into NaN; other masked values are normalised like the rest, as in Flax.
+    Such values would turn zero cotangents into NaN; other masked values are normalized like the rest, as in Flax.
     """
     weights = broadcast_explicitly(weights, x)
     return jnp.where((weights > 0) | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)

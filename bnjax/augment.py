@@ -79,9 +79,9 @@ def shear_zoom_flip(
     zoom: Float[Array, "2"],
     flip: Bool[Array, ""],
 ) -> Float[Array, "height width channels"]:
-    """An image sheared and zoomed about its centre, then mirrored.
+    """An image sheared and zoomed about its center, then mirrored.
 
-    Column x and row y of the result, counted from the centre, are the image's at column `zₓ x − sin(shear) z_y y` and
+    Column x and row y of the result, counted from the center, are the image's at column `zₓ x − sin(shear) z_y y` and
     row `cos(shear) z_y y`, interpolated bilinearly; beyond its edges the image continues as its nearest pixels. As the
     row depends on y alone, two matrix products interpolate exactly, first rows and then columns, without the gathers
     that are slow on TPU; their work grows with the third power of the size, so this is for small images.
@@ -106,7 +106,7 @@ def shear_zoom_flip(
     columns = zoom[0] * x[None, :] - jnp.sin(angle) * zoom[1] * y[:, None]
 
     def weights(position, size: int):
-        """Of the `size` pixels along an axis, in the interpolation at each position, counted from the centre."""
+        """Of the `size` pixels along an axis, in the interpolation at each position, counted from the center."""
         position = jnp.clip(position + (size - 1) / 2, 0, size - 1)
         return jnp.maximum(0, 1 - jnp.abs(jnp.subtract.outer(position, jnp.arange(size))))
 

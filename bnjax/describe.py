@@ -259,7 +259,7 @@ def _mistakes(mean: np.ndarray, var: np.ndarray, settings: _Settings, seen: Any)
         yield Mistake(text, f"{negative} of {var.size} features")
     if (mean == 0).all() and (var == 1).all():
         text = "Running statistics have never moved: put what training returns in 'batch_stats' back into the variables"
-        here = ", as inference here does not normalise." if settings.is_inference else " before inference."
+        here = ", as inference here does not normalize." if settings.is_inference else " before inference."
         yield Mistake(text + here, "mean 0, variance 1")
     if near := ((var >= 0) & (var < _NEAR * epsilon)).sum():
         text = f"Running variances are below {_NEAR:g} times epsilon, which decides the output then: the features are "

@@ -35,8 +35,8 @@ class Conv(nn.Module):
       use_bias: whether there is a 'bias'.
       dtype: dtype of the computation and the result; inferred from the input and the parameters by default.
       param_dtype: dtype of the parameters.
-      kernel_init: initialiser of the 'kernel' [height, width, channels, features].
-      bias_init: initialiser of the 'bias' [features].
+      kernel_init: initializer of the 'kernel' [height, width, channels, features].
+      bias_init: initializer of the 'bias' [features].
 
     >>> from bnjax.layers import Conv
     >>> conv = Conv(4, (3, 3))
@@ -75,7 +75,7 @@ class Conv(nn.Module):
 def local_response_norm(
     x: Float[Array, "... channels"], *, size: int = 5, bias: float = 2.0, scale: float = 1e-4, power: float = 0.75
 ) -> Float[Array, "... channels"]:
-    """Divides each channel by the strength of its neighbours: `y_c = x_c / (k + α Σ_{|j − c| ≤ n / 2} x_j²)^β`.
+    """Divides each channel by the strength of its neighbors: `y_c = x_c / (k + α Σ_{|j − c| ≤ n / 2} x_j²)^β`.
 
     Args:
       x: activations, the channels last.
@@ -276,7 +276,7 @@ def _of_tiles(x: Array, kernels: Sequence[Array]) -> Array:
     """Convolution without padding by a 3 × 3 kernel, given as `_winograd_kernels`, in 16 products of matrices.
 
     Winograd's minimal filtering F(2 × 2, 3 × 3): 16 multiplications for the 4 results of a tile instead of 36. With
-    neighbours a, b, c, d and a kernel (g, h, k), both results along an axis come of four products,
+    neighbors a, b, c, d and a kernel (g, h, k), both results along an axis come of four products,
 
         a g + b h + c k = p + q + r and b g + c h + d k = q − r − s, where p = (a − c) g, q = (b + c) (g + h + k) / 2,
         r = (c − b) (g − h + k) / 2 and s = (b − d) k,
@@ -295,7 +295,7 @@ def _of_tiles(x: Array, kernels: Sequence[Array]) -> Array:
 
 def _winograd_factors(x: Array, axis: int) -> tuple[Array, ...]:
     """The images' factors for each pair of results along an axis."""
-    # Neighbours are told apart by a reshape, whose transpose is faster than that of a slice of stride 2.
+    # Neighbors are told apart by a reshape, whose transpose is faster than that of a slice of stride 2.
     pairs = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
     even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in range(2))
     (a, c), (b, d) = (_shifts(p, axis, 2, 1) for p in (even, odd))

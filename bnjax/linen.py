@@ -35,7 +35,7 @@ class _Normalizer(nn.BatchNorm):
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Normalises `x`, and moves the running statistics where the batch's are used (not during initialisation).
+        """Normalizes `x`, and moves the running statistics where the batch's are used (not during initialization).
 
         Args:
           x: the input.
@@ -99,7 +99,7 @@ class BatchNorm(_Normalizer):
     running statistics stay.
 
     Attributes:
-      use_running_average: whether to normalise by the running statistics and leave them as they are.
+      use_running_average: whether to normalize by the running statistics and leave them as they are.
       axis: feature axis or axes of the input.
       momentum: weight of the old running value; may be traced.
       epsilon: number added to the variance.
@@ -107,10 +107,10 @@ class BatchNorm(_Normalizer):
       param_dtype: dtype of the parameters.
       use_bias: whether there is a 'bias'.
       use_scale: whether there is a 'scale'.
-      bias_init: initialiser of the bias.
-      scale_init: initialiser of the scale.
-      axis_name: mapped axis over which to merge the moments; need not be bound during initialisation.
-      axis_index_groups: groups of indices of that axis that are normalised separately.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: mapped axis over which to merge the moments; need not be bound during initialization.
+      axis_index_groups: groups of indices of that axis that are normalized separately.
       use_fast_variance: accepted, without effect.
       force_float32_reductions: if false, the running statistics have `param_dtype`; they are computed in float32 still.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1), as PyTorch's does.
@@ -273,7 +273,7 @@ class MovingBatchNorm(_Normalizer):
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
 
     References:
-      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalisation does;
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalization does;
       Ioffe 2017 (arXiv 1702.03275), which reports that it does not work; Yan et al. 2020 (arXiv 2001.06838).
 
     >>> import flax.linen as nn
@@ -339,7 +339,7 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
-        """Normalises `x`, and moves the running statistics of its kind where the batch's are used.
+        """Normalizes `x`, and moves the running statistics of its kind where the batch's are used.
 
         Args:
           x: the input, all of it of one kind.

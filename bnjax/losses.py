@@ -1,6 +1,6 @@
 """Losses of Flax models for `bnjax.analysis`, with an explicit batch-norm mode; running statistics never move.
 
-What is measured depends on how the batch norms normalise. With W the parameters and S the statistics:
+What is measured depends on how the batch norms normalize. With W the parameters and S the statistics:
 
     'batch'        L(W; statistics of the measured batch at W): the function that training descends
     'running'      L(W; S), S being the running statistics: inference
@@ -48,7 +48,7 @@ def linen_loss(
       model: linen module, with batch norms of `bnjax.linen` or of Flax.
       variables: its collections; 'params' matters in mode 'frozen' alone, where it is W₀.
       objective: maps outputs and labels to the loss of each example, such as `bnjax.train.cross_entropy`.
-      mode: how the batch norms normalise: 'batch', 'running', 'frozen' or 'reestimated'; see the module.
+      mode: how the batch norms normalize: 'batch', 'running', 'frozen' or 'reestimated'; see the module.
       at: inputs of the batch whose statistics are taken, for 'frozen' and 'reestimated'.
       argument: the argument of the model's call that says whether it trains: 'training', 'train', …, or the contrary:
         'use_running_average', 'deterministic', …; None for a model without.
@@ -215,7 +215,7 @@ def layer_outputs(
       model: linen module.
       variables: its collections.
       x: inputs of a batch.
-      mode: whether batch norms normalise by the batch's statistics or by the running ones.
+      mode: whether batch norms normalize by the batch's statistics or by the running ones.
       argument: as that of `linen_loss`.
       rngs: as those of `linen_loss`.
 

@@ -1,4 +1,4 @@
-"""The studies' networks in Flax linen, parametrised by their normaliser, and a perceptron's by its place too."""
+"""The studies' networks in Flax linen, parametrized by their normalizer, and a perceptron's by its place too."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from bnjax._collectives import vary_like
 from bnjax.layers import Conv, Dropout, local_response_norm, max_pool
 
 Norm = Callable[..., nn.Module]
-"""Makes a normaliser from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it."""
+"""Makes a normalizer from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it."""
 Images = Float[Array, "batch height width channels"]
 Logits = Float[Array, "batch classes"]
 Mask = Shaped[Array, " batch"] | None
@@ -21,12 +21,12 @@ Keys = Key[Array, " batch"] | None
 
 
 def of_example(layer: Callable[..., nn.Module]) -> Norm:
-    """A normaliser of each example, such as `flax.linen.LayerNorm`, which has no running statistics to use."""
+    """A normalizer of each example, such as `flax.linen.LayerNorm`, which has no running statistics to use."""
     return lambda *, use_running_average, **options: layer(**options)
 
 
 Place = Literal["none", "before", "after", "input"]
-"""Where the normaliser stands: nowhere, before or after each hidden activation, or on the network's input."""
+"""Where the normalizer stands: nowhere, before or after each hidden activation, or on the network's input."""
 
 
 class Perceptron(nn.Module):
@@ -35,13 +35,13 @@ class Perceptron(nn.Module):
     Attributes:
       hidden: sizes of the hidden layers.
       outputs: size of the output, which has no activation (logits).
-      norm: makes the normaliser from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it.
+      norm: makes the normalizer from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it.
       place: 'none', 'before' or 'after' every hidden activation, or on the 'input'.
       activation: of the hidden layers.
-      hidden_init: initialiser of the hidden kernels.
-      output_init: initialiser of the output kernel.
+      hidden_init: initializer of the hidden kernels.
+      output_init: initializer of the output kernel.
       use_hidden_bias: whether the hidden layers have a bias (which a batch norm before the activation makes redundant).
-      weight_norm: whether the hidden kernels are normalised (Salimans & Kingma 2016), by Flax's layer.
+      weight_norm: whether the hidden kernels are normalized (Salimans & Kingma 2016), by Flax's layer.
       dropout_rate: of elements dropped after each hidden layer in training, with Flax's random stream 'dropout'.
 
     >>> from bnjax.linen import BatchNorm
@@ -75,11 +75,11 @@ class Perceptron(nn.Module):
     def __call__(
         self, x: Float[Array, "batch ..."], *, training: bool, mask: Mask = None
     ) -> Float[Array, "batch outputs"]:
-        """Logits of a batch; with `training`, normalised by the batch's statistics, which move the running ones.
+        """Logits of a batch; with `training`, normalized by the batch's statistics, which move the running ones.
 
         Args:
           x: inputs, flattened to one vector for each example.
-          training: whether the normaliser uses the batch's statistics.
+          training: whether the normalizer uses the batch's statistics.
           mask: which examples count in them, or with what weight; all by default.
         """
 
@@ -100,12 +100,12 @@ class RecurrentNetwork(nn.Module):
 
         h_t = tanh(norm(W_x x_t) + norm(W_h h_{t−1}) + b)
 
-    Without a norm the two are added as they are. The normalisers have no bias, and scales that start at 0.1.
+    Without a norm the two are added as they are. The normalizers have no bias, and scales that start at 0.1.
 
     Attributes:
       num_classes: number of logits.
       hidden: number of units.
-      norm: makes a normaliser such as `bnjax.linen.BatchNorm`; None for none.
+      norm: makes a normalizer such as `bnjax.linen.BatchNorm`; None for none.
       is_shared: whether all time steps share running statistics, rather than each having its own.
 
     References:
@@ -129,7 +129,7 @@ class RecurrentNetwork(nn.Module):
 
         Args:
           x: sequences of one length.
-          training: whether the normaliser uses the batch's statistics, those of each time step.
+          training: whether the normalizer uses the batch's statistics, those of each time step.
         """
         options: dict[str, Any] = {"variable_broadcast": "params", "split_rngs": {"params": False}, "in_axes": 1}
         if not self.is_shared:
@@ -170,12 +170,12 @@ class _Cell(nn.Module):
 class CifarNetwork(nn.Module):
     """Four blocks `conv – [norm] – activation – conv – [norm] – activation – max-pool – dropout`, and one without pool.
 
-    All kernels are 3 × 3 and initialised as Keras does; the last block, which has no dropout either, is flattened for
+    All kernels are 3 × 3 and initialized as Keras does; the last block, which has no dropout either, is flattened for
     a Dense layer of logits.
 
     Attributes:
       num_classes: number of logits.
-      norm: makes the normaliser from `use_running_average`; None for none.
+      norm: makes the normalizer from `use_running_average`; None for none.
       activation: of each convolution.
       filters: of the convolutions in the first four blocks.
       last_filters: of those in the last block.
@@ -183,7 +183,7 @@ class CifarNetwork(nn.Module):
       dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
 
     References:
-      The CIFAR-100 article of study S5; Chollet et al. 2015, Keras, for the initialisers.
+      The CIFAR-100 article of study S5; Chollet et al. 2015, Keras, for the initializers.
 
     >>> from bnjax.linen import BatchNorm
     >>> model = CifarNetwork(num_classes=100, norm=BatchNorm)
@@ -202,11 +202,11 @@ class CifarNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
-        """Logits of a batch; with `training`, normalised by the batch's statistics and with dropout.
+        """Logits of a batch; with `training`, normalized by the batch's statistics and with dropout.
 
         Args:
           x: images of at least 16 × 16 pixels.
-          training: whether the normaliser uses the batch's statistics and elements are dropped.
+          training: whether the normalizer uses the batch's statistics and elements are dropped.
           mask: which examples count in the statistics, or with what weight; all by default.
           keys: a random key for each example; without them nothing is dropped.
         """
@@ -224,18 +224,18 @@ class CifarNetwork(nn.Module):
 class VGG(nn.Module):
     """VGG for small images: 3 × 3 convolutions `conv – [norm] – ReLU` in five stages, each ended by a max-pool.
 
-    Santurkar et al. use "a standard VGG" with Glorot initialisation on CIFAR-10 and state no more. Ours are the default
-    depth, and after the convolutions two Dense layers of 512 with ReLU, without normaliser and dropout, in place of
+    Santurkar et al. use "a standard VGG" with Glorot initialization on CIFAR-10 and state no more. Ours are the default
+    depth, and after the convolutions two Dense layers of 512 with ReLU, without normalizer and dropout, in place of
     4096 with dropout for ImageNet.
 
     Attributes:
       num_classes: number of logits.
-      norm: makes the normaliser from `use_running_average`; None for none.
+      norm: makes the normalizer from `use_running_average`; None for none.
       depth: number of layers with kernels: 11, 13, 16 or 19 (configurations A, B, D and E).
       width: filters of the first stage, 8 times as many in the last and in the Dense layers.
       dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
       local_response_norm: whether the first two stages end with `bnjax.layers.local_response_norm`.
-      weight_norm: whether the kernels of the convolutions are normalised (Salimans & Kingma 2016), by Flax's layer.
+      weight_norm: whether the kernels of the convolutions are normalized (Salimans & Kingma 2016), by Flax's layer.
 
     References:
       Simonyan & Zisserman 2015, "Very Deep Convolutional Networks for Large-Scale Image Recognition", table 1;
@@ -263,11 +263,11 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
-        """Logits of a batch; with `training`, normalised by the batch's statistics.
+        """Logits of a batch; with `training`, normalized by the batch's statistics.
 
         Args:
           x: images of at least 32 × 32 pixels.
-          training: whether the normaliser uses the batch's statistics.
+          training: whether the normalizer uses the batch's statistics.
           mask: which examples count in the statistics, or with what weight; all by default.
           keys: without effect, as there is no dropout.
         """
@@ -293,7 +293,7 @@ class ResNet(nn.Module):
 
     Attributes:
       num_classes: number of logits.
-      norm: makes the normaliser from `use_running_average`; None for none, with biases in the convolutions instead.
+      norm: makes the normalizer from `use_running_average`; None for none, with biases in the convolutions instead.
       stage_sizes: blocks in each stage; the first block of each but the first stage halves height and width.
       bottleneck: whether a block is 1 × 1, 3 × 3 and 1 × 1 convolutions with 4 times the features at its ends, the
         stride in the 3 × 3 one ("version 1.5"), rather than two of 3 × 3.
@@ -303,7 +303,7 @@ class ResNet(nn.Module):
       dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
 
     References:
-      He et al. 2016, "Deep Residual Learning for Image Recognition", sections 3.3, 4.1 and 4.2; for the initialiser,
+      He et al. 2016, "Deep Residual Learning for Image Recognition", sections 3.3, 4.1 and 4.2; for the initializer,
       He et al. 2015, "Delving Deep into Rectifiers", section 2.2.
 
     >>> from bnjax.linen import BatchNorm
@@ -328,11 +328,11 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
-        """Logits of a batch; with `training`, normalised by the batch's statistics.
+        """Logits of a batch; with `training`, normalized by the batch's statistics.
 
         Args:
           x: images.
-          training: whether the normaliser uses the batch's statistics.
+          training: whether the normalizer uses the batch's statistics.
           mask: which examples count in the statistics, or with what weight; all by default.
           keys: without effect, as there is no dropout.
         """
@@ -379,7 +379,7 @@ def _flat(x: Array) -> Array:
 
 
 def _normalize(norm: Norm | None, x: Array, training: bool, mask: Array | None) -> Array:
-    """`x` through a new normaliser of the calling module, if there is one."""
+    """`x` through a new normalizer of the calling module, if there is one."""
     if norm is None:
         return x
     layer = norm(use_running_average=not training)

@@ -29,7 +29,7 @@ class _Normalizer(nnx.BatchNorm):
         super().__init__(num_features, **kwargs)
 
     def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Normalises `x`, and moves the running statistics where the batch's are used.
+        """Normalizes `x`, and moves the running statistics where the batch's are used.
 
         Args:
           x: the input.
@@ -249,7 +249,7 @@ class MovingBatchNorm(BatchNorm):
     """`bnjax.variants.moving_batch_norm` as a layer: `BatchNorm` by the running statistics in training too.
 
     References:
-      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalisation does;
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalization does;
       Ioffe 2017 (arXiv 1702.03275), which reports that it does not work; Yan et al. 2020 (arXiv 2001.06838).
 
     >>> from flax import nnx
@@ -306,7 +306,7 @@ class SplitBatchNorm(BatchNorm):
         self.mean, self.var = nnx.BatchStat(batch_stats["mean"]), nnx.BatchStat(batch_stats["var"])
 
     def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
-        """Normalises `x`, and moves the running statistics of its kind where the batch's are used.
+        """Normalizes `x`, and moves the running statistics of its kind where the batch's are used.
 
         Args:
           x: the input, all of it of one kind.

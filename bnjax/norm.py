@@ -1,4 +1,4 @@
-"""Batch normalisation as a pure function, and its running statistics."""
+"""Batch normalization as a pure function, and its running statistics."""
 
 import copy
 import functools
@@ -81,7 +81,7 @@ def batch_norm(
     dtype: DTypeLike | None = None,
     bessel_correction: bool = False,
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
-    """Normalises each feature by the moments of the batch (training) or by the running ones (inference).
+    """Normalizes each feature by the moments of the batch (training) or by the running ones (inference).
 
         y = scale · (x − mean) / sqrt(var + epsilon) + bias
 
@@ -102,10 +102,10 @@ def batch_norm(
       epsilon: non-negative number added to the variance; may be traced.
       mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
         What `x` holds where the mask is zero changes neither outputs elsewhere, statistics nor gradients, even NaN.
-        With a total weight of zero the running statistics normalise, and stay. (They also stay where the batch's are
+        With a total weight of zero the running statistics normalize, and stay. (They also stay where the batch's are
         not finite.)
       axis_name: mapped axis (of vmap, pmap or shard_map) over which the moments are merged by their counts.
-      axis_index_groups: groups of indices of that axis that are normalised separately, all of one size; not with
+      axis_index_groups: groups of indices of that axis that are normalized separately, all of one size; not with
         shard_map's replication checking, where a mesh of two axes does the same.
       dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1), as PyTorch's does.
@@ -163,7 +163,7 @@ def batch_norm_and_moments(
     """`batch_norm`, with the batch's moments too in training, or what `moments_of` gives in their place.
 
     In training, `params_of` may replace the parameters by some that depend on the batch's mean and variance, and
-    `is_moving` normalises by the running statistics that have moved.
+    `is_moving` normalizes by the running statistics that have moved.
     """
     x = _checks.check_input(x, or_complex=params_of is None and moments_of is checked_moments)
     axes = _checks.feature_axes(axis, x.ndim)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 SYNC_AXIS = "batch"
-"""The mesh axis over which batch norms synchronise: what a model's batch norms take as `axis_name`."""
+"""The mesh axis over which batch norms synchronize: what a model's batch norms take as `axis_name`."""
 GROUP_AXIS = "group"
 """The mesh axis over groups of devices with statistics of their own."""
 HEARTBEAT_SECONDS = 30
@@ -65,7 +65,7 @@ def initialize(
 def make_mesh(group_size: int | None = None, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh to split batches over: of axis 'batch', or of 'group' and 'batch' with groups of `group_size` devices.
 
-    Batch norms with `axis_name='batch'` synchronise over the devices of a group: over all without groups, not at all
+    Batch norms with `axis_name='batch'` synchronize over the devices of a group: over all without groups, not at all
     with groups of one. A group's devices belong to one process, or are all those of several.
 
     Args:

@@ -41,7 +41,7 @@ class TrainState(train_state.TrainState):
 def create_train_state(
     model: Any, optimizer: optax.GradientTransformation, key: Array, x: Shaped[Array, "batch ..."]
 ) -> TrainState:
-    """The state at step 0 of a Flax model, initialised for inputs like `x`.
+    """The state at step 0 of a Flax model, initialized for inputs like `x`.
 
     Args:
       model: linen module whose call takes `(x, training=…)`.
@@ -142,7 +142,7 @@ def check_statistics(batch_stats: Any, checked: set[tuple[str, ...]]) -> None:
 
 
 def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
-    """A Flax interceptor that raises for batch norms that synchronise otherwise than the mesh's groups ask for."""
+    """A Flax interceptor that raises for batch norms that synchronize otherwise than the mesh's groups ask for."""
     size, groups = mesh.shape[SYNC_AXIS], parallel.index_groups(mesh)
 
     def intercept(next_function, arguments, options, context):
@@ -165,7 +165,7 @@ def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
             if not not_needed and (SYNC_AXIS not in names or found != expected):
                 wanted = f"axis_name={SYNC_AXIS!r}, axis_index_groups={expected}"
                 raise ValueError(
-                    f"the batch norm {'/'.join(module.path)} must be made with {wanted} to synchronise over {size} of "
+                    f"the batch norm {'/'.join(module.path)} must be made with {wanted} to synchronize over {size} of "
                     f"{mesh.size} devices under {way}, got axis_name={module.axis_name!r}, "
                     f"axis_index_groups={module.axis_index_groups}. For statistics of each device make the mesh with "
                     "group_size=1."

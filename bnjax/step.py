@@ -26,7 +26,7 @@ class Metrics(NamedTuple):
     """Of one example, or the means over several.
 
     Attributes:
-      loss: what training minimises.
+      loss: what training minimizes.
       accuracy: whether the example is classified correctly (1 or 0); the fraction of those that are.
     """
 
@@ -133,7 +133,7 @@ def train_step(
     """One step of gradient descent on the mean loss of a batch: the one step body of all training.
 
     Args:
-      state: parameters, running statistics and optimiser state.
+      state: parameters, running statistics and optimizer state.
       x: inputs of the batch; with `axis_name`, the part of this member.
       y: labels of the batch.
       weights: of the examples, in the loss and (as `mask`) in the batch norms; zero for padding.

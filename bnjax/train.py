@@ -89,7 +89,7 @@ class ParallelStep:
         """One step.
 
         Args:
-          state: parameters, running statistics and optimiser state.
+          state: parameters, running statistics and optimizer state.
           x: inputs of the batch: a global array, or a host array of this process's examples.
           y: labels, alike.
           weights: of the examples, alike; zero for padding.
@@ -130,10 +130,10 @@ def make_train_step(
 ) -> ParallelStep:
     """The training step over a mesh of devices, mapped by one of JAX's three means; the results are the same.
 
-    Each device trains on its part of the batch. A model's batch norms synchronise over the devices of a group when made
+    Each device trains on its part of the batch. A model's batch norms synchronize over the devices of a group when made
     with `axis_name='batch'`: over all, where the mesh has no groups. Where it has, the groups' running statistics are
     kept apart in the state (`split_batch_stats`, `merge_batch_stats`); with groups of one device nothing is
-    synchronised. Forward and backward, a synchronised batch norm costs one sum over devices each.
+    synchronized. Forward and backward, a synchronized batch norm costs one sum over devices each.
 
     Args:
       objective: loss and correctness of each example.
@@ -329,7 +329,7 @@ def _order(bits: Array) -> Array:
 def evaluate(
     state: TrainState, x: Shaped[Array, "examples ..."], y: Shaped[Array, " examples"], *, objective: Objective
 ) -> Metrics:
-    """Loss and correctness of each example, normalised by the running statistics.
+    """Loss and correctness of each example, normalized by the running statistics.
 
     Args:
       state: parameters and running statistics.

@@ -120,7 +120,7 @@ the larger half, where what a call costs in any case counts less. 1 is linear.
   each is read, computed or repeated once.
 - Compilation grows more slowly than the layers, since much of it is the same for any network.
 - One program serves all seeds, so that a seed costs less the more there are, until their arrays fill the processor.
-- An eigenpair more makes Lanczos's method take more steps, and its vectors are orthogonalised against all before: that
+- An eigenpair more makes Lanczos's method take more steps, and its vectors are orthogonalized against all before: that
   part is quadratic, but small beside the Hessian's products at these sizes.
 - Measurements cost in proportion to the parameters, of which they read a few whole vectors. Of a hundred million
   parameters the time is that of the memory.
@@ -141,7 +141,7 @@ a change costs a pass.
 
 ## What was tried
 
-- A derivative of the normalisation by JAX alone takes three sums over the input in the backward pass, and XLA's CPU
+- A derivative of the normalization by JAX alone takes three sums over the input in the backward pass, and XLA's CPU
   backend writes out two arrays of the input's size on the way. The hand-made rule takes two sums, and an opaque copy of
   the mean keeps XLA from writing out the difference that the output shares. `tests/test_compiled.py` counts what is
   written.

@@ -56,8 +56,8 @@ def published(name: str) -> Saved | None:
 
 def ledger_page(studies: dict[str, Saved]) -> str:
     """All claims with their verdicts, and the runs that they come from."""
-    judgements = [judgement for name, saved in studies.items() for judgement in judge(STUDIES[name], [saved])]
-    ledger = Ledger(judgements, {name: len(saved.seeds) for name, saved in studies.items()})
+    judgments = [judgment for name, saved in studies.items() for judgment in judge(STUDIES[name], [saved])]
+    ledger = Ledger(judgments, {name: len(saved.seeds) for name, saved in studies.items()})
     runs, machines = [], []
     for name, saved in studies.items():
         versions, machine = saved.document["versions"], saved.document["machine"]
@@ -76,7 +76,7 @@ def ledger_page(studies: dict[str, Saved]) -> str:
         )
     return f"""# Ledger of claims
 
-**{len(judgements)} statements of the sources: {ledger.summary()}.**
+**{len(judgments)} statements of the sources: {ledger.summary()}.**
 
 `make_results.py` in this directory makes this page from the runs below, and `bnjax claims` such a table from runs of
 one's own.

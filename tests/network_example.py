@@ -16,7 +16,7 @@ EPOCHS, STEPS, BATCH = 3, 30, 20
 
 
 class Network(nn.Module):
-    """Two layers, synchronised batch norm, and noise from the examples' keys."""
+    """Two layers, synchronized batch norm, and noise from the examples' keys."""
 
     axis_index_groups: tuple | None = None
 

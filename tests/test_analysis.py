@@ -86,14 +86,14 @@ class TestGradientProbe:
         )
         np.testing.assert_allclose(probe.max_smoothness, probe.smoothness.max())
 
-    @pytest.mark.parametrize("kind", ["given", "random", "filter-normalised"])
+    @pytest.mark.parametrize("kind", ["given", "random", "filter-normalized"])
     def test_other_directions(self, quadratic, kind):
         loss, params, a = quadratic
         key = jax.random.key(0)
         direction = {
             "given": {"a": jnp.ones((2, 2)), "b": -jnp.ones(3)},
             "random": analysis.random_direction(key, params, filter_normalized=False),
-            "filter-normalised": analysis.random_direction(key, params),
+            "filter-normalized": analysis.random_direction(key, params),
         }[kind]
         probe = analysis.gradient_probe(loss, params, self.steps, direction=direction)
         d = flat(direction)
@@ -255,26 +255,26 @@ class TestTheorems:
     def test_4_1_gradient_as_an_equality(self, x64):
         y, _, loss = self.setup_numbers()
         z = self.layer(y)
-        normalised, sigma = (z - self.bias) / self.scale, y.std()
+        normalized, sigma = (z - self.bias) / self.scale, y.std()
         g = jax.grad(loss)(z)
-        expected = (self.scale / sigma) ** 2 * (g @ g - g.sum() ** 2 / self.m - (g @ normalised) ** 2 / self.m)
+        expected = (self.scale / sigma) ** 2 * (g @ g - g.sum() ** 2 / self.m - (g @ normalized) ** 2 / self.m)
         found = jax.grad(lambda y: loss(self.layer(y)))(y)
         np.testing.assert_allclose(found @ found, expected, rtol=1e-12)
 
     def test_4_2_curvature_as_an_equality(self, x64):
         y, hessian, loss = self.setup_numbers()
         z = self.layer(y)
-        normalised, sigma = (z - self.bias) / self.scale, y.std()
+        normalized, sigma = (z - self.bias) / self.scale, y.std()
         through = lambda y: loss(self.layer(y))
         u, g = jax.grad(through)(y), jax.grad(loss)(z)
         expected = (self.scale / sigma) ** 2 * u @ hessian @ u
-        expected -= self.scale / (self.m * sigma**2) * (g @ normalised) * (u @ u)
+        expected -= self.scale / (self.m * sigma**2) * (g @ normalized) * (u @ u)
         np.testing.assert_allclose(u @ analysis.hessian_product(through, y, u), expected, rtol=1e-12)
 
     def test_jacobian(self, x64):
         y, _, _ = self.setup_numbers()
-        normalised, sigma = (self.layer(y) - self.bias) / self.scale, y.std()
-        expected = (np.eye(self.m) - 1 / self.m - np.outer(normalised, normalised) / self.m) / sigma
+        normalized, sigma = (self.layer(y) - self.bias) / self.scale, y.std()
+        expected = (np.eye(self.m) - 1 / self.m - np.outer(normalized, normalized) / self.m) / sigma
         np.testing.assert_allclose(jax.jacobian(self.layer)(y) / self.scale, expected, atol=1e-13)
 
 

@@ -17,10 +17,10 @@ def test_is_scipys_affine_transform(x64, shear, zoom, flip):
     image = np.random.default_rng(0).normal(size=(7, 10, 2))
     angle = np.deg2rad(shear)
     matrix = np.array([[np.cos(angle) * zoom[1], 0], [-np.sin(angle) * zoom[1], zoom[0]]])  # rows, then columns
-    centre = (np.array(image.shape[:2]) - 1) / 2
+    center = (np.array(image.shape[:2]) - 1) / 2
     expected = np.stack(
         [
-            scipy.ndimage.affine_transform(channel, matrix, centre - matrix @ centre, order=1, mode="nearest")
+            scipy.ndimage.affine_transform(channel, matrix, center - matrix @ center, order=1, mode="nearest")
             for channel in np.moveaxis(image, -1, 0)
         ],
         axis=-1,
@@ -30,7 +30,7 @@ def test_is_scipys_affine_transform(x64, shear, zoom, flip):
 
 
 def positions(count, **options):
-    """For each of `count` random maps, the rows and columns of the image that it reads, counted from the centre."""
+    """For each of `count` random maps, the rows and columns of the image that it reads, counted from the center."""
     y, x = np.mgrid[:17, :17] - 8.0
     images = jnp.broadcast_to(jnp.asarray(np.stack([y, x], -1), jnp.float32)[None], (count, 17, 17, 2))
     return np.asarray(jax.jit(lambda keys: random_affine_flip(images, keys, **options))(jax.random.split(KEY, count)))

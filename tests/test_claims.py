@@ -131,7 +131,7 @@ def test_ledger_runs_what_is_missing_only(tmp_path):
     names = ["circles", "mnist", "cifar"]
     ledger = make_ledger(names, options_of, tmp_path, run, lambda text: None)
     assert ran == ["circles"] and ledger.seeds == {"circles": 2}
-    by_id = {judgement.claim.id: judgement for judgement in ledger.judgements}
+    by_id = {judgment.claim.id: judgment for judgment in ledger.judgments}
     assert "not measured" not in by_id["S1.1"].measured and by_id["S1.1"].verdict == "undecided"
     assert by_id["S2.1"].measured == "not run: no network" and by_id["S5.1"].measured == "left out by --fast"
     again = make_ledger(names, options_of, tmp_path, run, lambda text: None)
@@ -141,7 +141,7 @@ def test_ledger_runs_what_is_missing_only(tmp_path):
     assert [entry["id"] for entry in document["claims"]] == list(by_id)
     page = (tmp_path / "ledger.md").read_text()
     assert page.count("\n| S") == len(by_id)
-    amended = [id for id, judgement in by_id.items() if judgement.claim.amended]
+    amended = [id for id, judgment in by_id.items() if judgment.claim.amended]
     assert amended and all(f"- * {id}: " in page for id in amended) and page.count("* |") == len(amended)
 
 
@@ -182,7 +182,7 @@ def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path):
     document["variants"]["none"] = document["variants"]["after"]
     (tmp_path / "circles_longer" / "results.json").write_text(json.dumps(document))
     ledger = make_ledger(["circles"], lambda study: [options], tmp_path, pytest.fail, lambda text: None)
-    by_id = {judgement.claim.id: judgement for judgement in ledger.judgements}
+    by_id = {judgment.claim.id: judgment for judgment in ledger.judgments}
     assert by_id["S1.1"].verdict == "reproduced"
     assert by_id["S1.5"].measured == "needs epochs 100"  # neither decides it; the first says why
 

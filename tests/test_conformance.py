@@ -315,7 +315,7 @@ def test_inference_before_any_training_with_haiku(haiku):
     infer = haiku_norm(haiku, is_training=False)
     with pytest.raises(ValueError, match="No value for 'average'"):
         compiled(infer.init)(None, X)
-    # Initialised with a dummy batch, as is usual, its average variance is the dummy's, zero: 316 times the input.
+    # Initialized with a dummy batch, as is usual, its average variance is the dummy's, zero: 316 times the input.
     _, state = compiled(haiku_norm(haiku).init)(None, np.zeros((8, 3), np.float32))
     close(compiled(infer.apply)({}, state, None, X)[0], X * np.sqrt(1e5), rtol=1e-4)
 
@@ -653,8 +653,8 @@ def test_second_derivatives_where_torchs_forward_mode_is_wrong(torch, x64):
     rev, fwd = torch.func.jacrev, torch.func.jacfwd
 
     def by_hand(x):
-        centred = x - x.mean(0)
-        return (torch.sin(centred / torch.sqrt((centred**2).mean(0) + 1e-5)) * c_t).sum()
+        centered = x - x.mean(0)
+        return (torch.sin(centered / torch.sqrt((centered**2).mean(0) + 1e-5)) * c_t).sum()
 
     def theirs(x):
         return (torch.sin(torch.nn.functional.batch_norm(x, None, None, training=True)) * c_t).sum()
@@ -725,7 +725,7 @@ def test_update_bn_weighs_batches_alike_and_ours_by_their_examples(torch):
     close(ours["BatchNorm_0"], {"mean": mean, "var": var * 32 / 31}, rtol=1e-4)
     close(ours["BatchNorm_1"], {"mean": deep[0], "var": deep[1] * 32 / 31}, rtol=1e-4, atol=1e-5)
     # In one pass, as fvcore's precise batch norm: E[x] and E[x²] weighed by the examples. That is exact for the first
-    # layer alone, as the others see what a batch's own statistics have normalised.
+    # layer alone, as the others see what a batch's own statistics have normalized.
     _, one_pass = both(cuts)
     mean = sizes @ [part[0] for part in parts] / 32
     square = sizes @ [part[1] + part[0] ** 2 for part in parts] / 32

@@ -150,7 +150,7 @@ def test_converted_arrays_stay_when_the_source_is_trained_further(of_numpy):
     converted = convert.variables_from_torch(source, like, {"": "bn"}), convert.batch_norm_from_torch(source, "bn")[:2]
     before = jax.tree.map(np.array, converted)
     for value in arrays.values():
-        value += 1  # in place, as their optimisers do
+        value += 1  # in place, as their optimizers do
     chex.assert_trees_all_equal(converted, before)
 
 

@@ -35,7 +35,7 @@ def test_recurrent_study(monkeypatch):
         assert results.arrays[f"{name}/histograms/gradient/Dense_0/kernel/counts"].sum() == 10 * 64 * 10
     assert results.parameters["per_step"]["batch_stats"]["cell/BatchNorm_0/mean"] == [4, 64]
     assert results.parameters["shared"]["batch_stats"]["cell/BatchNorm_0/mean"] == [64]
-    assert [judgement.reason for judgement in results.claims] == ["needs steps of at least 1,000"] * 4
+    assert [judgment.reason for judgment in results.claims] == ["needs steps of at least 1,000"] * 4
     assert list(figures) == ["test_accuracy.png"]
     same = (results.metric("none", name) for name in ("test_accuracy", "population_accuracy"))
     np.testing.assert_array_equal(*same)
@@ -75,7 +75,7 @@ def test_accelerating_study(monkeypatch):
     for name in chosen:
         assert results.metric(name, "test_accuracy").shape == (2,)
         assert np.isfinite(results.arrays[f"{name}/train_loss"]).all()
-    assert {judgement.claim.id for judgement in results.claims} == {"A.5", "A.7"}
+    assert {judgment.claim.id for judgment in results.claims} == {"A.5", "A.7"}
     assert list(figures) == ["training.png"]
 
 
@@ -104,7 +104,7 @@ def test_cifar_study(cifar_run):
     results, _ = cifar_run
     assert results.settings["filters"] == [3, 3, 3, 3, 5]
     assert results.settings["two_passes"] is False  # 64 of 40 examples
-    by_id = {judgement.claim.id: judgement for judgement in results.claims}
+    by_id = {judgment.claim.id: judgment for judgment in results.claims}
     assert by_id["S5.0"].verdict == "wrong in the source"
     assert by_id["S5.1"].reason == "needs two passes"
     curve = results.arrays["sigmoid_bn/test_accuracy"]

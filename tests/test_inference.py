@@ -226,7 +226,7 @@ def test_exact_statistics_do_not_depend_on_the_batches(deep):
     ]
     for other in others:
         close(other, whole)
-    # They are what inference normalises by: each layer's output has the mean and variance of scale and bias.
+    # They are what inference normalizes by: each layer's output has the mean and variance of scale and bias.
     _, seen = model.apply(
         {**variables, "batch_stats": whole}, x, training=False, capture_intermediates=True, mutable=["intermediates"]
     )
@@ -392,7 +392,7 @@ def test_compiled_parts_are_traced_anew_and_nothing_stays_behind_in_them():
         chex.assert_trees_all_equal(train(Compiled), expected)
 
 
-class Standardised(nn.Dense):
+class Standardized(nn.Dense):
     @nn.compact
     def __call__(self, inputs):
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
@@ -411,7 +411,7 @@ class Unfoldable(nn.Module):
         elif self.kind == "spectral norm":
             y = nn.SpectralNorm(dense)(x, update_stats=False)
         elif self.kind == "subclass":
-            y = Standardised(3)(x)
+            y = Standardized(3)(x)
         elif self.kind == "tied":
             y = dense(x)
             x = x @ dense.variables["params"]["kernel"]

@@ -22,7 +22,7 @@ CONFIGURATIONS = {
     "other constants": {"momentum": 0.5, "epsilon": 1e-2, "use_fast_variance": False},
     "bfloat16 parameters": {"param_dtype": jnp.bfloat16},
     "low-precision reductions": {"param_dtype": jnp.bfloat16, "force_float32_reductions": False},
-    "initialisers": {"scale_init": nn.initializers.uniform(), "bias_init": nn.initializers.normal()},
+    "initializers": {"scale_init": nn.initializers.uniform(), "bias_init": nn.initializers.normal()},
 }
 
 
@@ -92,7 +92,7 @@ def test_replaces_flax_in_a_model_and_its_checkpoint():
         variables = {**variables, **outputs[0][1]}
 
 
-def test_initialisation_needs_no_bound_axis():
+def test_initialization_needs_no_bound_axis():
     layer = BatchNorm(use_running_average=False, axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
     x = jax.random.normal(KEY, (4, 6, 3))
     variables = layer.init(KEY, x[0])

@@ -155,9 +155,9 @@ def test_other_arguments(argument):
         )
         for mode in ("batch", "running")
     ]
-    normalised = (X - X.mean(0)[None]) / np.sqrt(X.var(0) + 1e-5)[None]
+    normalized = (X - X.mean(0)[None]) / np.sqrt(X.var(0) + 1e-5)[None]
     kernel = variables["params"]["Dense_0"]["kernel"]
-    for value, x in zip(found, (normalised, X / np.sqrt(1 + 1e-5)), strict=True):
+    for value, x in zip(found, (normalized, X / np.sqrt(1 + 1e-5)), strict=True):
         z = x @ kernel
         np.testing.assert_allclose(value, (np.log(np.exp(z).sum(1)) - z[np.arange(8), Y]).mean(), rtol=1e-5)
 

@@ -130,10 +130,10 @@ def test_activations(monkeypatch):
     assert (
         results.metric("bn", "largest_scale_cosine").max() < 0.05 < results.metric("none", "largest_scale_cosine").min()
     )
-    assert [judgement.claim.id for judgement in results.claims] == [
+    assert [judgment.claim.id for judgment in results.claims] == [
         *("S3.1", "S3.2", "S3.3", "S3.4", "S3.5", "S3.5 (saturated)", "S3.5 (range)", "S4.4")
     ]
-    reasons = {judgement.claim.id: judgement.reason for judgement in results.claims}
+    reasons = {judgment.claim.id: judgment.reason for judgment in results.claims}
     assert reasons["S3.1"] == "needs dataset mnist, pixels above 127, steps of at least 10,000"
     for claim in results.claims:
         found = dataclasses.replace(claim.claim, needs={}).judge(results)
@@ -198,7 +198,7 @@ def test_smoothness(smooth):
         assert (results.arrays[f"{name}/loss_max"] >= results.arrays[f"{name}/loss_min"]).all()
     assert {"top_eigenvalue", "hessian_trace", "test_accuracy", "noise_scale"} <= set(results.variants["vgg_bn"][2])
     assert results.metric("vgg_bn", "scale_cosine").max() < 1e-3 < results.metric("vgg_none", "scale_cosine").min()
-    assert [judgement.claim.id for judgement in results.claims] == [
+    assert [judgment.claim.id for judgment in results.claims] == [
         "S6.1",
         "S6.1 (augmented)",
         *(f"S6.{i}" for i in range(2, 9)),
@@ -236,7 +236,7 @@ def changed(results, losses, curve):
     smoothness._add_comparisons(other, ("none", "bn", "noisy"), float(np.log(10)))
     other.settings = {**other.settings, "dataset": "cifar10"}
     other.judge(smoothness.CLAIMS)
-    return {judgement.claim.id: judgement.verdict for judgement in other.claims}
+    return {judgment.claim.id: judgment.verdict for judgment in other.claims}
 
 
 def test_verdicts_on_made_up_numbers(smooth):
@@ -274,7 +274,7 @@ def test_what_is_measured_is_the_training_loss_of_the_next_step():
 
 
 @pytest.mark.parametrize("variant", ["weight", "group"])
-def test_every_normaliser_has_its_place_in_vgg(variant, monkeypatch):
+def test_every_normalizer_has_its_place_in_vgg(variant, monkeypatch):
     monkeypatch.setattr(vgg, "VGG", models.VGG)
     network = vgg.Network(variant, images((32, 32, 3)), 4, augmented=True)
     state = jax.eval_shape(network.create, {"key": jax.random.key(0)})

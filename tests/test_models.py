@@ -150,7 +150,7 @@ def test_masked_examples_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_without_a_normaliser_there_are_no_statistics(name):
+def test_without_a_normalizer_there_are_no_statistics(name):
     make, size = SMALL[name]
     assert set(shapes(make(None), size)) == {"params"}
 
@@ -208,7 +208,7 @@ def test_rejects_unknown_options():
 
 
 def by_hand(variables, x, statistics):
-    """The recurrent network step by step; `statistics(t, i, z)` gives mean and variance of the i-th normaliser."""
+    """The recurrent network step by step; `statistics(t, i, z)` gives mean and variance of the i-th normalizer."""
     cell, dense = variables["params"]["cell"], variables["params"]["Dense_0"]
     state = np.zeros((len(x), 4))
     for t in range(x.shape[1]):
@@ -221,7 +221,7 @@ def by_hand(variables, x, statistics):
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_recurrent_network_normalises_each_time_step(is_shared):
+def test_recurrent_network_normalizes_each_time_step(is_shared):
     x = jax.random.normal(jax.random.key(0), (6, 5, 3))
     model = RecurrentNetwork(2, 4, functools.partial(BatchNorm, momentum=0.5), is_shared)
     variables = model.init(jax.random.key(1), x, training=False)
@@ -267,7 +267,7 @@ def test_recurrent_network_trains_under_shard_map_as_under_jit(is_shared):
 
 
 @pytest.mark.parametrize("layer", [nn.LayerNorm, functools.partial(nn.GroupNorm, num_groups=2)])
-def test_normalisers_of_each_example_ignore_the_mask(layer):
+def test_normalizers_of_each_example_ignore_the_mask(layer):
     x = jax.random.normal(jax.random.key(0), (4, 3))
     model = Perceptron((4,), 1, of_example(layer), "after")
     variables = model.init(jax.random.key(1), x, training=False)

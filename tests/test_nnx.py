@@ -140,7 +140,7 @@ def test_metadata():
     assert nnx.get_partition_spec(nnx.state(ours))["scale"].get_value() == PartitionSpec("model")
 
 
-def test_synchronisation():
+def test_synchronization():
     layer = BatchNorm(3, axis_name="batch", rngs=nnx.Rngs(0))
     x = jax.random.normal(KEY, (4, 6, 3))
     graphdef, state = nnx.split(layer)

@@ -85,12 +85,12 @@ def test_theorem_4_1_of_santurkar_et_al_holds_as_an_equality(x64):
         (dx,) = vjp(g)
         var = x.var(0)
         sigma = jnp.sqrt(var + epsilon)
-        normalised = (x - x.mean(0)[None]) / sigma[None]
+        normalized = (x - x.mean(0)[None]) / sigma[None]
         chex.assert_trees_all_close(dx.sum(0), jnp.zeros(3, jnp.float64), atol=1e-13)
-        expected = params["scale"] / sigma * (g * normalised).sum(0) * epsilon / (var + epsilon)
-        chex.assert_trees_all_close((dx * normalised).sum(0), expected, atol=1e-12)
+        expected = params["scale"] / sigma * (g * normalized).sum(0) * epsilon / (var + epsilon)
+        chex.assert_trees_all_close((dx * normalized).sum(0), expected, atol=1e-12)
         if epsilon == 0:
-            norms = (g**2).sum(0) - g.sum(0) ** 2 / 11 - (g * normalised).sum(0) ** 2 / 11
+            norms = (g**2).sum(0) - g.sum(0) ** 2 / 11 - (g * normalized).sum(0) ** 2 / 11
             chex.assert_trees_all_close((dx**2).sum(0), (params["scale"] / sigma) ** 2 * norms, rtol=1e-12)
 
 
@@ -169,7 +169,7 @@ def test_state_keeps_structure_and_dtypes(dtype, stats_dtype, kind):
     assert batch_norm(x, params, after, training=False, dtype=jnp.float32)[0].dtype == jnp.float32
 
 
-def test_bfloat16_is_normalised_by_float32_statistics():
+def test_bfloat16_is_normalized_by_float32_statistics():
     x = (jax.random.normal(jax.random.key(0), (4096, 2)) + 20).astype(jnp.bfloat16)
     y, _ = batch_norm(x, {}, init_batch_norm(2)[1], training=True)
     exact = oracle.batch_norm(np.asarray(x, np.float32), {}, (1,))[0]
@@ -177,7 +177,7 @@ def test_bfloat16_is_normalised_by_float32_statistics():
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float4_e2m1fn"])
-def test_narrow_formats_are_normalised_by_float32_statistics(dtype):
+def test_narrow_formats_are_normalized_by_float32_statistics(dtype):
     x = (jax.random.normal(jax.random.key(0), (64, 2)) * 2 + 1).astype(dtype)
     y, stats = batch_norm(x, {}, init_batch_norm(2)[1], training=True, momentum=0.0)
     exact, mean, var = oracle.batch_norm(np.asarray(x, np.float32), {}, (1,))
@@ -411,7 +411,7 @@ def test_only_x_is_kept_for_the_backward_pass(masking):
     assert sum(leaf.nbytes for leaf in kept.values()) < 1.5 * x.nbytes
 
 
-# --- synchronisation --------------------------------------------------------------------------------------------------
+# --- synchronization --------------------------------------------------------------------------------------------------
 
 GROUPS = [[0, 3, 5, 6], [1, 2, 4, 7]]
 MAPS = {
@@ -424,7 +424,7 @@ MAPS = {
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "unequal masks"])
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["all", "groups"])
 @pytest.mark.parametrize("mapping", MAPS)
-def test_synchronised_over_devices_equals_the_joint_batch(mapping, groups, masked, x64):
+def test_synchronized_over_devices_equals_the_joint_batch(mapping, groups, masked, x64):
     x = jax.random.normal(jax.random.key(0), (8, 5, 3), jnp.float64) + jnp.arange(8.0)[:, None, None]
     _, params, stats = example()
     valid = jnp.ones((8, 5), bool)
@@ -520,18 +520,18 @@ def test_groups_of_a_vmapped_axis_whose_name_a_mesh_has_too():
         chex.assert_trees_all_close(jax.vmap(local, axis_name="batch")(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_second_derivatives_through_a_synchronisation(x64):
+def test_second_derivatives_through_a_synchronization(x64):
     x = jax.random.normal(jax.random.key(0), (4, 3, 2), jnp.float64)
     _, stats = init_batch_norm(2, dtype=jnp.float64)
 
-    def synchronised(x):
+    def synchronized(x):
         f = jax.vmap(lambda x: batch_norm(x, {}, stats, training=True, axis_name="batch")[0], axis_name="batch")
         return jnp.sum(jnp.sin(f(x)))
 
     def joint(x):
         return jnp.sum(jnp.sin(oracle.batch_norm(x.reshape((-1, 2)), {}, (1,))[0]))
 
-    got, expected = (jax.jit(jax.hessian(f))(x) for f in (synchronised, joint))
+    got, expected = (jax.jit(jax.hessian(f))(x) for f in (synchronized, joint))
     chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
 
 

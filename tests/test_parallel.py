@@ -215,7 +215,7 @@ def test_a_step_costs_two_collectives_for_each_batch_norm_and_one_for_all_gradie
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
-def test_synchronised_variance_is_accurate_far_from_zero(way, offset):
+def test_synchronized_variance_is_accurate_far_from_zero(way, offset):
     mesh = parallel.make_mesh()
     x = (offset + np.random.default_rng(3).normal(size=(512, 3))).astype(np.float32)
     if way == "jit":
@@ -367,7 +367,7 @@ def test_states_that_do_not_fit_are_errors():
 
 
 @pytest.mark.parametrize("way", ["shard_map", BY_PMAP])
-def test_a_model_that_does_not_synchronise_is_an_error(way):
+def test_a_model_that_does_not_synchronize_is_an_error(way):
     step = train.make_train_step(train.cross_entropy, parallel=way)
     with pytest.raises(ValueError, match=r"BatchNorm_0 must be made with axis_name='batch'.*group_size=1"):
         step(new_state(model(None)), X[0], Y[0])
@@ -445,12 +445,12 @@ def test_examples_have_random_keys_of_their_own_however_they_are_split(way):
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=1e-5)
 
 
-class Centred(nn.Module):
-    """Keeps a running mean of its own, which does not synchronise."""
+class Centered(nn.Module):
+    """Keeps a running mean of its own, which does not synchronize."""
 
     @nn.compact
     def __call__(self, x, *, training):
-        mean = self.variable("batch_stats", "centre", jnp.zeros, (4,))
+        mean = self.variable("batch_stats", "center", jnp.zeros, (4,))
         if training:
             mean.value = x.mean(0)
         return nn.Dense(3)(x)
@@ -458,8 +458,8 @@ class Centred(nn.Module):
 
 @pytest.mark.parametrize("way", ["shard_map", BY_PMAP])
 def test_statistics_that_may_differ_between_devices_are_an_error(way):
-    state = train.create_train_state(Centred(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
-    with pytest.raises(ValueError, match="centre belong to no batch norm" if way == "pmap" else "replicat"):
+    state = train.create_train_state(Centered(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
+    with pytest.raises(ValueError, match="center belong to no batch norm" if way == "pmap" else "replicat"):
         train.make_train_step(train.cross_entropy, parallel=way)(state, X[0], Y[0])
     apart = train.split_batch_stats(state, 8)
     with pytest.raises(ValueError, match="another statistic"):
@@ -547,7 +547,7 @@ def test_an_empty_device_and_huge_values_give_no_nan():
 
 
 def test_moments_over_a_part_of_the_axes_of_a_mesh():
-    """Without a mask, and beside an axis that is not synchronised, or is partitioned automatically."""
+    """Without a mask, and beside an axis that is not synchronized, or is partitioned automatically."""
     x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
     mesh = parallel.make_mesh(2)
     groups = jax.shard_map(

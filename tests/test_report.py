@@ -90,9 +90,9 @@ def report(tmp_path_factory):
 def test_page_shows_every_claim_table_figure_and_setting(report):
     results, _, page = report
     text = " ".join(" ".join(page.text).split())
-    for judgement in results.claims:
-        assert judgement.claim.statement in text and judgement.claim.rule in text
-        assert judgement.measured in text and judgement.verdict in text
+    for judgment in results.claims:
+        assert judgment.claim.statement in text and judgment.claim.rule in text
+        assert judgment.measured in text and judgment.verdict in text
     assert "variant before & co" in text and "84.00 ± 2.48" in text  # accuracy in per cent, by Student's t
     assert "Accuracy <of all>" in text and "<made up>" in text and "0.1, 0.2" in text and "seeds 3" in text
     assert "variant trainable batch statistics variant after & co 100 50" in text

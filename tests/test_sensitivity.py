@@ -71,6 +71,6 @@ def test_a_cell_is_trained_at_its_settings(monkeypatch, small_images):
     )
     assert (results.metric("none", "first_to_last_gradient") > 0).all()
     assert report.told["bn, batch 2"][-1][0] == 192
-    reasons = {judgement.reason for judgement in results.claims if judgement.claim.id not in ("S2.8", "S2.9")}
+    reasons = {judgment.reason for judgment in results.claims if judgment.claim.id not in ("S2.8", "S2.9")}
     assert reasons == {"needs examples of at least 24,000"}  # the others are about the start of training
     assert (results.metric("none", "gradient_growth") > results.metric("bn", "gradient_growth")).all()

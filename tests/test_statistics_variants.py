@@ -79,7 +79,7 @@ def test_a_smaller_last_ghost_batch(ghost_size, x64):
         chex.assert_trees_all_close((y, new), batch(x, params, stats, training=True, momentum=0.0), rtol=1e-12)
 
 
-def test_a_ghost_batch_without_weight_is_normalised_by_the_running_statistics(x64):
+def test_a_ghost_batch_without_weight_is_normalized_by_the_running_statistics(x64):
     x, params, stats = example()
     mask = jnp.arange(8) >= 4
     y, new = ghost(x.at[:2].set(jnp.nan), params, stats, ghost_size=4, training=True, mask=mask)
@@ -182,7 +182,7 @@ def test_statistics_without_kinds_are_a_clear_error():
 # --- running statistics in training -----------------------------------------------------------------------------------
 
 
-def test_moving_statistics_normalise_after_they_have_moved(x64):
+def test_moving_statistics_normalize_after_they_have_moved(x64):
     x, params, stats = example()
     moved = stats
     for factor in (1.0, 2.0):

@@ -126,15 +126,15 @@ def test_circles_trains_all_variants(circles_run):
     for name, (_, _, metrics) in measured.variants.items():
         assert all(values.shape == (2,) for values in metrics.values())
         assert [epoch for epoch, _ in report.told[name]] == list(range(1, 7))
-    curves = {"learning_curves.png", "extensions.png", "normalisers.png"}
+    curves = {"learning_curves.png", "extensions.png", "normalizers.png"}
     assert set(figures) == {*curves, "decision_boundaries.png", "histograms.png"}
     counts = measured.arrays["after/histograms/gradient/Dense_0/kernel/counts"]
     assert counts.shape == (6, 40)
     assert (counts.sum(1) == 100).all()
-    assert [judgement.claim.id for judgement in measured.claims] == [
+    assert [judgment.claim.id for judgment in measured.claims] == [
         *("S1.1", "S1.2", "S1.3", "S1.4", "S1.5", "S1.10", "S1.11")
     ]
-    assert {judgement.measured for judgement in measured.claims} == {"needs epochs 100"}
+    assert {judgment.measured for judgment in measured.claims} == {"needs epochs 100"}
     # momentum moves only the running statistics, so training itself is the same
     np.testing.assert_allclose(
         measured.arrays["after/train_loss"], measured.arrays["no_momentum/train_loss"], rtol=1e-4, atol=1e-5
@@ -183,15 +183,15 @@ def test_blobs_prints_the_stored_numbers_beside_the_calculation():
 def test_mnist_sweeps_batch_sizes(monkeypatch):
     found = small_studies.images((28, 28, 1), (500, 100), name="mnist")
     monkeypatch.setattr(data, "images", lambda *arguments: found)
-    monkeypatch.setattr(mnist, "NORMALISERS", mnist.NORMALISERS[:1])
+    monkeypatch.setattr(mnist, "NORMALIZERS", mnist.NORMALIZERS[:1])
     measured, figures = mnist.run(Options(2, 2, "mnist", None, (64, 100)), small_studies.Silent(by="name"))
     assert list(measured.variants) == [
         *("none_64", "before_64", "none_100", "before_100"),
-        *(f"{name}_64" for name in mnist.NORMALISERS),
+        *(f"{name}_64" for name in mnist.NORMALIZERS),
     ]
     assert measured.metric("before_64", "train_accuracy_during_epoch").shape == (2,)
-    assert set(figures) == {"learning_curves.png", "normalisers.png", "batch_sizes.png", "histograms.png"}
-    assert {judgement.verdict for judgement in measured.claims} == {"undecided"}  # they are about ten epochs
+    assert set(figures) == {"learning_curves.png", "normalizers.png", "batch_sizes.png", "histograms.png"}
+    assert {judgment.verdict for judgment in measured.claims} == {"undecided"}  # they are about ten epochs
     with pytest.raises(ValueError, match="400 training examples, got 401"):
         mnist.run(Options(2, 2, "mnist", None, (401,)), small_studies.Silent(by="name"))
 

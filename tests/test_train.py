@@ -29,7 +29,7 @@ def examples(n, seed=1):
 
 
 @pytest.mark.parametrize("place", ["none", "before", "after", "input"])
-def test_perceptron_places_its_normaliser(place):
+def test_perceptron_places_its_normalizer(place):
     state = new_state(place)
     x, _ = examples(16)
     shapes = jax.tree.map(jnp.shape, state.batch_stats)

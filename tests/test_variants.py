@@ -94,8 +94,8 @@ def test_strengths_scale_the_draws():
     strengths = {"unit_shift": 2.0, "unit_scale": 3.0, "sample_shift": 0.5, "sample_scale": 0.25}
     for name, value in strengths.items():
         weak, strong = (noise((6, 4), **{**SILENT, name: v}) for v in (value, 2 * value - (name == "unit_scale")))
-        centre = np.array([0.0, 1.0])[:, None, None]
-        chex.assert_trees_all_close(np.stack(strong) - centre, 2 * (np.stack(weak) - centre), rtol=1e-4, atol=1e-6)
+        center = np.array([0.0, 1.0])[:, None, None]
+        chex.assert_trees_all_close(np.stack(strong) - center, 2 * (np.stack(weak) - center), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -497,7 +497,7 @@ def test_under_shard_map_it_is_that_of_the_whole_batch(p, masked, x64):
 
 
 @pytest.mark.parametrize(("mapping", "p"), [(jax.vmap, 1), (jax.vmap, math.inf), (jax.pmap, math.inf)])
-def test_groups_normalise_separately(mapping, p, x64):
+def test_groups_normalize_separately(mapping, p, x64):
     x, params, stats = example((8, 5, 3))
 
     def local(x):
@@ -514,18 +514,18 @@ def test_groups_normalise_separately(mapping, p, x64):
 
 
 @pytest.mark.parametrize("p", [1, math.inf])
-def test_second_derivatives_through_a_synchronisation(p, x64):
+def test_second_derivatives_through_a_synchronization(p, x64):
     x = jax.random.normal(KEY, (4, 3, 2), jnp.float64)
     _, stats = init_batch_norm(2, dtype=jnp.float64)
 
     def call(x, **options):
         return jnp.sin(lp_batch_norm(x, {}, stats, p=p, training=True, **options)[0])
 
-    def synchronised(x):
+    def synchronized(x):
         return jax.vmap(functools.partial(call, axis_name="batch"), axis_name="batch")(x).sum()
 
     joint = jax.jit(jax.hessian(lambda x: call(x.reshape((-1, 2))).sum()))(x)
-    chex.assert_trees_all_close(jax.jit(jax.hessian(synchronised))(x), joint, rtol=1e-9, atol=1e-11)
+    chex.assert_trees_all_close(jax.jit(jax.hessian(synchronized))(x), joint, rtol=1e-9, atol=1e-11)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ with needs("plots"):
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
-# Okabe & Ito's palette, and a line style beside each colour for print in grey.
+# Okabe & Ito's palette, and a line style beside each color for print in gray.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 COLOR_MAP = "viridis"
@@ -35,7 +35,7 @@ SHIFT = {"distance": ("shift ‖G − G′‖₂", True), "cosine": ("cosine of 
 
 
 def line_style(i: int) -> dict[str, Any]:
-    """Colour and line style of the i-th of up to 64 lines that are told apart."""
+    """Color and line style of the i-th of up to 64 lines that are told apart."""
     return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[(i + i // len(COLORS)) % len(STYLES)]}
 
 
@@ -174,7 +174,7 @@ def heights_at(heights: Any, points: np.ndarray) -> np.ndarray:
 
 
 def color_norm(values: np.ma.MaskedArray, levels: int | Sequence[float], log: bool) -> Any:
-    """Colours evenly over given levels, or about as many round ones; geometric only where the range is wide."""
+    """Colors evenly over given levels, or about as many round ones; geometric only where the range is wide."""
     low, high = (values.min(), values.max()) if values.count() else (1.0, 1.0)
     if not isinstance(levels, int):
         bounds = np.asarray(levels, float)

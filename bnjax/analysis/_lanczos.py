@@ -18,7 +18,7 @@ def block_lanczos(
 ) -> tuple[Array, Array, Array, Array]:
     """Orthonormal basis `[num_steps, P]`, Ritz values and vectors in it, and the vectors' residual norms.
 
-    Full reorthogonalisation reads the whole basis for each new vector, which takes longer than most Hessian products.
+    Full reorthogonalization reads the whole basis for each new vector, which takes longer than most Hessian products.
     Blocks of b vectors read it once for b products, by block Gram–Schmidt. The projected matrix is made of all its
     coefficients, so that the values are Ritz values of the basis as it is. Without a `width` of the blocks as wide ones
     are taken as leave enough of them.
@@ -51,7 +51,7 @@ def block_lanczos(
         """Rows q without components in the basis, and the factor r of `rows = r q` up to these components.
 
         Cholesky's factor of the rows' products makes them orthonormal where neither it nor the projection before, which
-        left the share `kept` of each row, cancelled much. Else both are done again: when a Krylov space closes.
+        left the share `kept` of each row, canceled much. Else both are done again: when a Krylov space closes.
         """
 
         def again(carry):

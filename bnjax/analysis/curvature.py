@@ -61,7 +61,7 @@ def hessian_product(loss_fn: LossFn, params: Any, vector: Any, *args: Any) -> An
 def gauss_newton_product(
     model_fn: Callable[..., Any], output_loss: LossFn, params: Any, vector: Any, *args: Any
 ) -> Any:
-    """Product of the generalised Gauss–Newton matrix with a vector: `G v = Jᵀ H_z J v`.
+    """Product of the generalized Gauss–Newton matrix with a vector: `G v = Jᵀ H_z J v`.
 
     J is the Jacobian of the outputs z = model_fn(params, *args), and H_z the Hessian of output_loss(z). For a
     cross-entropy of logits it is the Fisher information matrix. G is the Hessian's part without second derivatives of
@@ -108,7 +108,7 @@ def hessian_eigenpairs(
     num_steps: int | None = None,
     which: str = "largest",
 ) -> Eigenpairs:
-    """The k first eigenpairs of the loss's Hessian, by block Lanczos with full reorthogonalisation.
+    """The k first eigenpairs of the loss's Hessian, by block Lanczos with full reorthogonalization.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.

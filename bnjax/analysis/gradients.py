@@ -101,7 +101,7 @@ def gradient_noise_scale(loss_fn: LossFn, params: Any, *args: Any, num_batches: 
 
         s² = Σ ‖g_i − ḡ‖² / (n − 1)        tr Σ = b s²        ‖G‖² = ‖ḡ‖² − s² / n
 
-    With batch norm in mode 'batch' each part is normalised by its own statistics, as a batch of b in training is.
+    With batch norm in mode 'batch' each part is normalized by its own statistics, as a batch of b in training is.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the examples.

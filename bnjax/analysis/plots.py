@@ -1,8 +1,8 @@
-"""Figures of the measurements, for colour-blind readers and print in grey; imported explicitly, made without pyplot.
+"""Figures of the measurements, for color-blind readers and print in gray; imported explicitly, made without pyplot.
 
 Every function draws on `ax`, matplotlib axes that the caller makes and composes. Results come by label, as jax or numpy
 arrays; where these have a leading axis of seeds, lines are the mean over seeds and bands go from the smallest to the
-largest. `log` makes an axis, or colours, logarithmic: zeros then lie below the lower edge. What is not finite leaves a
+largest. `log` makes an axis, or colors, logarithmic: zeros then lie below the lower edge. What is not finite leaves a
 gap, and a cross at the upper edge; in maps a hatched area. Lines are returned by label. `legend` comes last, once for
 the whole figure. All raise ValueError for arrays of other shapes than documented, and coordinates that do not increase.
 
@@ -73,7 +73,7 @@ def curves(
       xlabel: of the axis.
       ylabel: of the axis.
       log: whether the vertical axis is logarithmic.
-      ordered: whether the labels are in order, such as layers; the colours then go from dark to bright.
+      ordered: whether the labels are in order, such as layers; the colors then go from dark to bright.
     """
     named = {k: _draw.checked(f"values[{k!r}]", v, "steps", "seeds, steps") for k, v in values.items()}
     return _draw.draw_bands(ax, {k: _draw.over_seeds(v) for k, v in named.items()}, x, xlabel, ylabel, log, ordered)
@@ -85,7 +85,7 @@ def layer_map(ax: Axes, values: Mapping[str, Any], steps: Any, *, log: bool = Fa
     Args:
       values: by layer, `[steps]` or `[seeds, steps]`.
       steps: `[steps]`, increasing.
-      log: whether the colours are logarithmic; what is not positive is then hatched too.
+      log: whether the colors are logarithmic; what is not positive is then hatched too.
 
     Returns:
       The map, for `figure.colorbar(map, ax=ax, label=…, format="%.4g")`.
@@ -122,7 +122,7 @@ def gradient_probe(
       quantity: 'loss', 'gradient_distance', 'gradient_cosine' or 'smoothness'.
       log: whether the vertical axis is logarithmic; by default that of the smoothness is, and the others where a line
         spans four decades or more.
-      first_style: number of the first line's colour and style, by which a label looks alike in several figures.
+      first_style: number of the first line's color and style, by which a label looks alike in several figures.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Figure 4 (a to c): the bands are theirs, lines and cosine are ours.
@@ -326,7 +326,7 @@ def linear_path(ax: Axes, paths: Mapping[str, LinearPath], *, log: bool = False)
 def loss_surface(
     ax: Axes, losses: Any, coordinates: Sequence[Any], *, levels: int | Sequence[float] = 14, log: bool = False
 ) -> ScalarMappable:
-    """The loss over a plane, `L(W + a d₁ + b d₂)`: filled and labelled contours, or a relief on 3-D axes.
+    """The loss over a plane, `L(W + a d₁ + b d₂)`: filled and labeled contours, or a relief on 3-D axes.
 
     Args:
       ax: to draw on; made with `projection="3d"` for a relief.

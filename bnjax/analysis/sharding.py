@@ -15,7 +15,7 @@ from bnjax.analysis._trees import LossFn
 def shard_loss(loss_fn: LossFn, mesh: Mesh) -> LossFn:
     """The loss whose batch is split over all devices of a mesh: the mean over devices of each one's loss.
 
-    Each device calls `loss_fn` with its part of the batch, inside `jax.shard_map`. What that normalises by, the caller
+    Each device calls `loss_fn` with its part of the batch, inside `jax.shard_map`. What that normalizes by, the caller
     chooses: batch norms with the mesh's axes as `axis_name` take global statistics, others each device's own, which is
     another function. Every measurement takes the new loss as any other; its numbers are those of one device. (Without
     this, automatic partitioning of a sharded batch under jit gives global statistics too.)

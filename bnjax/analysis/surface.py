@@ -73,7 +73,7 @@ def random_direction(key: Key[Array, ""], params: Any, *, filter_normalized: boo
 def filter_normalize(direction: Any, params: Any, *, filter_axis: int = -1) -> Any:
     """Scales each filter of a direction to the norm of that of the parameters: `d_f ← d_f ‖W_f‖ / ‖d_f‖`.
 
-    Vectors and scalars (biases, and the scales and biases of normalisers) become zero.
+    Vectors and scalars (biases, and the scales and biases of normalizers) become zero.
 
     Args:
       direction: pytree like `params`.
@@ -84,7 +84,7 @@ def filter_normalize(direction: Any, params: Any, *, filter_axis: int = -1) -> A
       ValueError: if `direction` is not like `params`.
 
     References:
-      Li et al. 2018 (arXiv 1712.09913), section 4: filter-wise normalised directions.
+      Li et al. 2018 (arXiv 1712.09913), section 4: filter-wise normalized directions.
 
     >>> from bnjax import analysis
     >>> print(analysis.filter_normalize(jnp.array([[3.0, 1.0], [4.0, 0.0]]), jnp.array([[1.0, 0.0], [0.0, 2.0]])))

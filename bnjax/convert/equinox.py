@@ -28,7 +28,7 @@ def batch_norm_from_equinox(module: Any, state: Any) -> BatchNormState:
         h ← ρ h + (1 − ρ) s, average = h / (1 − ρ^T) in step T
 
     and of mode 'ema' they are those of the first batch after the first step, then r ← ρ r + (1 − ρ) s; there training
-    normalises with r too, as `bnjax.variants.moving_batch_norm` does. In mode 'batch', Equinox 0.13 starts the
+    normalizes with r too, as `bnjax.variants.moving_batch_norm` does. In mode 'batch', Equinox 0.13 starts the
     variance's h at one but divides it all the same, so that its average begins far too large; converted is what it
     uses at inference, and from the second step on the averages move alike.
 

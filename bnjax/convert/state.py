@@ -25,7 +25,7 @@ class BatchNormState(NamedTuple):
     | 'first' | 0 if T = 1, then ρ | Equinox's mode 'ema' |
 
     The debiased average is a = h / (1 − ρ^T) of h ← ρ h + (1 − ρ) s from h = 0: the row above is what that does to a.
-    Equinox's mode 'ema' also normalises with the running statistics in training, not with the batch's; that is
+    Equinox's mode 'ema' also normalizes with the running statistics in training, not with the batch's; that is
     `bnjax.variants.moving_batch_norm`. A Flax linen layer has no function of its own, as its variables are these:
     `BatchNormState(params, batch_stats, layer.epsilon, layer.momentum)`.
 

@@ -153,7 +153,7 @@ def variables_to_torch(
 def torchvision_names(like: Any) -> dict[str, str]:
     """torchvision's names of the modules of a `bnjax.models.ResNet`, of any depth and kind of block.
 
-    The network is torchvision's where its normaliser is `bnjax.linen.BatchNorm`; in training too, with
+    The network is torchvision's where its normalizer is `bnjax.linen.BatchNorm`; in training too, with
     `functools.partial(BatchNorm, momentum=0.9, bessel_correction=True)`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Inference: batch norms folded into their neighbours, and statistics of the data in place of running averages."""
+"""Inference: batch norms folded into their neighbors, and statistics of the data in place of running averages."""
 
 from bnjax.inference.fold_model import fold_model, foldable_pairs
 from bnjax.inference.folding import fold, fold_before

@@ -31,7 +31,7 @@ def reestimate_batch_stats(
     """The collection 'batch_stats' with the moments of a data set in place of the running averages.
 
     The batches' moments are merged by their counts, so that each batch norm gets the mean and the variance of all that
-    it was shown. What it is shown depends on how the batch norms before it normalise:
+    it was shown. What it is shown depends on how the batch norms before it normalize:
 
     - by their batch's statistics, in one pass over the data: what training sees. The first layer's statistics are the
       data's, the deeper ones' depend on the batches' size;
@@ -47,7 +47,7 @@ def reestimate_batch_stats(
       variables: its collections.
       batches: inputs of the model, each an array or a tuple of arguments; a list, or a function that returns an
         iterator, which is called for each pass and once before. They may be sharded over a mesh.
-      exactly: whether to normalise by the data's statistics, in a pass for each depth of batch norms.
+      exactly: whether to normalize by the data's statistics, in a pass for each depth of batch norms.
       bessel_correction: whether to store the variance times n / (n − 1), as PyTorch's `update_bn` does.
       **options: of each call, such as `training=True` where that is how the model's training phase is chosen.
 
@@ -195,7 +195,7 @@ def adapt_batch_stats(
     """Outputs for a batch whose distribution has shifted, and the statistics that were used for it.
 
     Every batch norm mixes its running statistics, as if they were of N examples, with those of the n examples of the
-    batch, normalised so by those before it:
+    batch, normalized so by those before it:
 
         mean = (N · running mean + n · batch mean) / (N + n)        var likewise
 

@@ -24,7 +24,7 @@ class Options:
       variants: names of those to train; all by default.
       augment: whether training images are varied at random, in studies that leave the choice.
       parallel: how a step is mapped over devices: 'jit', 'shard_map' or 'pmap'.
-      group_size: devices whose batch norms synchronise; all by default.
+      group_size: devices whose batch norms synchronize; all by default.
       accumulate_steps: micro-batches in a step.
       saving: where and how often trainings are saved; not at all by default.
       histograms: whether weights and gradients are counted on the way in studies that else don't.
@@ -95,7 +95,7 @@ STUDIES = {
     for study in (
         Study(
             "circles",
-            "two circles, one hidden layer: batch norm after, before the activation, on the input; other normalisers",
+            "two circles, one hidden layer: batch norm after, before the activation, on the input; other normalizers",
             "S1, circles case study (Keras)",
             32,
             "100",
@@ -111,7 +111,7 @@ STUDIES = {
         ),
         Study(
             "mnist",
-            "a perceptron on MNIST or Fashion-MNIST with and without batch norm, over batch sizes; other normalisers",
+            "a perceptron on MNIST or Fashion-MNIST with and without batch norm, over batch sizes; other normalizers",
             "S2, MNIST assignment (Keras)",
             8,
             "10",
@@ -120,7 +120,7 @@ STUDIES = {
         ),
         Study(
             "sensitivity",
-            "a perceptron on MNIST over learning rates, initial scales, batch sizes, regularisers and normalisers",
+            "a perceptron on MNIST over learning rates, initial scales, batch sizes, regularizers and normalizers",
             "S1 to S3, statements without numbers",
             8,
             "",
@@ -131,7 +131,7 @@ STUDIES = {
         ),
         Study(
             "accelerating",
-            "a narrow VGG on CIFAR-10 with and without local response normalisation and photometric distortions",
+            "a narrow VGG on CIFAR-10 with and without local response normalization and photometric distortions",
             "original paper notes, 'Accelerating BN networks'",
             3,
             "",
@@ -173,7 +173,7 @@ STUDIES = {
         ),
         Study(
             "smoothness",
-            "VGG and a deep linear network, plain, normalised and noisy: smoothness, covariate shift, curvature",
+            "VGG and a deep linear network, plain, normalized and noisy: smoothness, covariate shift, curvature",
             "S6, Santurkar et al. 2018",
             3,
             "",

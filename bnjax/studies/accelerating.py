@@ -1,4 +1,4 @@
-"""Two more of the changes that batch norm is said to allow: no local response normalisation, and fewer distortions."""
+"""Two more of the changes that batch norm is said to allow: no local response normalization, and fewer distortions."""
 
 import functools
 
@@ -21,7 +21,7 @@ from bnjax.studies.statistics import seeds_in_words
 SOURCE = "original paper notes, 'Accelerating BN networks'"
 BATCH_SIZE, LEARNING_RATE, STEPS, WIDTH, PARTS = 128, 0.1, 500, 8, 10
 STRENGTH = 0.5  # of the photometric distortions
-# name: (label, norm, local response normalisation, distorted)
+# name: (label, norm, local response normalization, distorted)
 VARIANTS = {
     "none": ("no batch norm", None, False, False),
     "none_lrn": ("no batch norm, LRN", None, True, False),
@@ -35,7 +35,7 @@ CLAIMS = (
     Claim(
         "A.5",
         SOURCE,
-        "with batch norm local response normalisation can be removed",
+        "with batch norm local response normalization can be removed",
         "–",
         "without it the test accuracy is at most half a point lower",
         (Condition("without − with LRN", "test_accuracy", "bn", "bn_lrn", low=-0.005),),
@@ -44,7 +44,7 @@ CLAIMS = (
     Claim(
         "A.7",
         SOURCE,
-        "a batch-normalised network, which trains faster, profits from fewer photometric distortions",
+        "a batch-normalized network, which trains faster, profits from fewer photometric distortions",
         "–",
         "images as they are give a higher test accuracy than images of random brightness and contrast",
         (Condition("plain − distorted", "test_accuracy", "bn", "bn_distorted", low=0),),

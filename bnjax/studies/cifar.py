@@ -175,7 +175,7 @@ def run(options: Options, report: Report):
 
 
 def _normalized_in_the_article() -> np.ndarray:
-    """Normal values of a known deviation, normalised as the article writes: by the variance, not by its root."""
+    """Normal values of a known deviation, normalized as the article writes: by the variance, not by its root."""
     values = np.random.default_rng(0).normal(0, DEVIATION, 100_000)
     return (values - values.mean()) / (values.var() + SETTINGS["epsilon"])
 
@@ -193,7 +193,7 @@ def _gradient_ratios(variant: Variant, examples: Data, seeds: int) -> np.ndarray
     x, y = (jnp.asarray(part[: variant.batch_size]) for part in examples.training)
     x = examples.preprocess(x, None)
     norm = None if variant.model.norm is None else functools.partial(BatchNorm, epsilon=SETTINGS["epsilon"])
-    model = variant.model.clone(norm=norm)  # on one device, without an axis to synchronise over
+    model = variant.model.clone(norm=norm)  # on one device, without an axis to synchronize over
 
     @jax.jit
     def ratio(key):
@@ -236,7 +236,7 @@ def variants(num_classes: int, epochs: int, batch_size: int, filters: int, optio
 
 
 def prepare(x, keys, *, mean: float):
-    """Zero-centred float32 images, with the source's augmentation where there are keys.
+    """Zero-centered float32 images, with the source's augmentation where there are keys.
 
     The source subtracts the test set's own mean from the test images; here the training set's serves for both.
     """

@@ -1,4 +1,4 @@
-"""S1: two circles, one hidden layer of 50 units, with batch norm in six places or forms, and other normalisers."""
+"""S1: two circles, one hidden layer of 50 units, with batch norm in six places or forms, and other normalizers."""
 
 import functools
 
@@ -172,10 +172,10 @@ def run(options: Options, report: Report):
             f"Extensions, {options.seeds} seeds: mean and 95 % interval",
             marks,
         ),
-        "normalisers.png": plots.learning_curves(
+        "normalizers.png": plots.learning_curves(
             [all_trained[1], *all_trained[6:]],
             plots.PANELS,
-            f"Normalisers, {options.seeds} seeds: mean and 95 % interval",
+            f"Normalizers, {options.seeds} seeds: mean and 95 % interval",
             marks,
         ),
         "decision_boundaries.png": plots.decision_boundaries(

@@ -152,17 +152,17 @@ class Claim:
     amended: str = ""
     is_arithmetic: bool = False
 
-    def judge(self, record: Record) -> "Judgement":
+    def judge(self, record: Record) -> "Judgment":
         """The verdict on a study's results."""
         differing = [key for key, value in self.needs.items() if not _meets(record.settings.get(key), value)]
         if differing:
             reason = "needs " + ", ".join(_setting(key, self.needs[key]) for key in differing)
-            return Judgement(self, (), reason)
-        return Judgement(self, tuple(condition.judge(record) for condition in self.conditions), "")
+            return Judgment(self, (), reason)
+        return Judgment(self, tuple(condition.judge(record) for condition in self.conditions), "")
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """A claim and what was measured of it.
 
     Attributes:

@@ -51,7 +51,7 @@ def train_network(
     """Trains the network from every seed at once by gradient descent on all examples.
 
     `‖x W₁ … W₂₅ − x A‖²`, summed over 1000 examples x: with the sum the source's learning rate of 1e-6 is just below
-    where the plain network diverges, with the mean it would hardly move. The normaliser follows every matrix but the
+    where the plain network diverges, with the mean it would hardly move. The normalizer follows every matrix but the
     last.
 
     Args:

@@ -202,8 +202,8 @@ def train_variant(
     example = x[0, :1] if per_seed_data else x[:1]
     splits = tuple(zip(evaluation, ends[:-1].tolist(), ends[1:].tolist(), strict=True))
     steps = variant.epochs * (y.shape[-1] // variant.batch_size)
-    initialise, run = _programs(variant, steps, splits, per_seed_data)
-    states = initialise(keys, example)
+    initialize, run = _programs(variant, steps, splits, per_seed_data)
+    states = initialize(keys, example)
     shape = (len(seeds), variant.epochs)
     curves = {
         f"{split}_{metric}": np.full(shape, np.nan, np.float32)
@@ -251,7 +251,7 @@ def _programs(
     options = compiler_options(steps)
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def initialise(keys, example):
+    def initialize(keys, example):
         def create(key):
             return train.create_train_state(variant.model, variant.optimizer, jax.random.fold_in(key, 0), example)
 
@@ -284,7 +284,7 @@ def _programs(
 
         return lax.scan(body, states, epoch + jnp.arange(count))
 
-    return initialise, run
+    return initialize, run
 
 
 def seed_keys(seeds: Sequence[int]) -> jax.Array:

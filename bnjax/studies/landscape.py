@@ -18,11 +18,11 @@ EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
 RADIUS = 0.05  # of SAM's ball
 EXAMPLES = 256  # of the batch on which all is measured
 PARTS = 16  # of a batch, whose gradients are compared
-GRID = np.linspace(-1, 1, 13)  # of the surface along filter-normalised directions
+GRID = np.linspace(-1, 1, 13)  # of the surface along filter-normalized directions
 PATH_POINTS = 13
 SHOWN = {  # networks whose landscapes along the gradient are drawn beside each other
     "interventions": ("bn", "noisy", "l1", "l2", "linf"),
-    "normalisers": ("bn", "renorm", "layer", "group", "weight"),
+    "normalizers": ("bn", "renorm", "layer", "group", "weight"),
 }
 # Compiling these programs, which run once or for a few seeds, takes longer than running them.
 _jit_once = functools.partial(jax.jit, compiler_options=compiler_options())
@@ -34,7 +34,7 @@ class Around:
 
     Attributes:
       density: of the Hessian's eigenvalues.
-      surface: loss `[13, 13]` along two filter-normalised random directions.
+      surface: loss `[13, 13]` along two filter-normalized random directions.
       plane: of the trajectory.
       plane_grid: coordinates in that plane.
       plane_loss: loss on them.
@@ -271,9 +271,9 @@ def _curvature(ends: Mapping[str, Ends], labels: Mapping[str, str], title: str) 
 
 
 def _surfaces(shown: Mapping[str, Around], title: str) -> Figure:
-    """Contours and relief along filter-normalised random directions."""
+    """Contours and relief along filter-normalized random directions."""
     figure = Figure(figsize=(max(7.5, 4.8 * len(shown)), 8.4), layout="constrained")
-    figure.suptitle(f"Loss around the trained VGG, filter-normalised random directions ({title})", fontsize=10)
+    figure.suptitle(f"Loss around the trained VGG, filter-normalized random directions ({title})", fontsize=10)
     for i, (label, around) in enumerate(shown.items()):
         ax = figure.add_subplot(2, len(shown), i + 1)
         contours = drawing.loss_surface(ax, around.surface, (GRID, GRID))

@@ -11,7 +11,7 @@ import numpy as np
 
 from bnjax.data import DataError, atomic_file
 from bnjax.studies import STUDIES, Options, Study
-from bnjax.studies.claims import VERDICTS, Claim, Judgement
+from bnjax.studies.claims import VERDICTS, Claim, Judgment
 from bnjax.studies.results import claim_rows, command, json_text, markdown_table
 
 
@@ -80,23 +80,23 @@ class Ledger:
     """Claims with their verdicts.
 
     Attributes:
-      judgements: in the order of the studies.
+      judgments: in the order of the studies.
       seeds: of each study that was run.
     """
 
-    judgements: Sequence[Judgement]
+    judgments: Sequence[Judgment]
     seeds: Mapping[str, int]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of its table, with a mark at amended claims."""
-        header, rows = claim_rows(self.judgements)
-        for row, judgement in zip(rows, self.judgements, strict=True):
-            row[-1] += "*" * bool(judgement.claim.amended)
+        header, rows = claim_rows(self.judgments)
+        for row, judgment in zip(rows, self.judgments, strict=True):
+            row[-1] += "*" * bool(judgment.claim.amended)
         return header, rows
 
     def counts(self) -> dict[str, int]:
         """How many claims have each verdict."""
-        found = [judgement.verdict for judgement in self.judgements]
+        found = [judgment.verdict for judgment in self.judgments]
         return {verdict: found.count(verdict) for verdict in VERDICTS if verdict in found}
 
     def markdown(self) -> str:
@@ -107,7 +107,7 @@ class Ledger:
 
     def footnotes(self) -> str:
         """What was changed of the rules after results had been seen, as a list in Markdown."""
-        notes = [f"- * {j.claim.id}: {j.claim.amended}" for j in self.judgements if j.claim.amended]
+        notes = [f"- * {j.claim.id}: {j.claim.amended}" for j in self.judgments if j.claim.amended]
         return "\n" + "\n".join(notes) + "\n" if notes else ""
 
     def summary(self) -> str:
@@ -116,7 +116,7 @@ class Ledger:
 
     def save(self, out: Path) -> None:
         """Writes `ledger.json` and `ledger.md`."""
-        document = {"schema": 1, "seeds": dict(self.seeds), "claims": [j.to_json() for j in self.judgements]}
+        document = {"schema": 1, "seeds": dict(self.seeds), "claims": [j.to_json() for j in self.judgments]}
         for name, content in (("ledger.json", json_text(document)), ("ledger.md", self.markdown())):
             with atomic_file(out / name) as file:
                 file.write(content.encode() + b"\n")
@@ -137,7 +137,7 @@ def saved_runs(directory: Path) -> dict[str, dict[Path, Saved]]:
     return {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
 
 
-def judge(study: Study, runs: Sequence[Saved]) -> list[Judgement]:
+def judge(study: Study, runs: Sequence[Saved]) -> list[Judgment]:
     """The verdicts on a study's claims, each from the first of some runs that decides it."""
     found = ([claim.judge(run) for run in runs] for claim in claims_of(study))
     return [next((one for one in of if one.verdict != "undecided"), of[0]) for of in found]
@@ -166,7 +166,7 @@ def make_ledger(
     Returns:
       The ledger. The claims of a study that is left out, or whose data can't be had, are undecided, with the reason.
     """
-    judgements, seeds = [], {}
+    judgments, seeds = [], {}
     for name in names:
         study = STUDIES[name]
         choices = options_of(study)
@@ -185,10 +185,10 @@ def make_ledger(
                     break
         if runs := saved_runs(out).get(name):
             seeds[name] = max(len(saved.seeds) for saved in runs.values())
-            judgements += judge(study, list(runs.values()))
+            judgments += judge(study, list(runs.values()))
         else:
-            judgements += [Judgement(claim, (), reason) for claim in claims_of(study)]
-    return Ledger(judgements, seeds)
+            judgments += [Judgment(claim, (), reason) for claim in claims_of(study)]
+    return Ledger(judgments, seeds)
 
 
 def _is_to_be_replaced(saved: Saved, study: Study, choices: Sequence[Options]) -> bool:

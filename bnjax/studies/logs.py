@@ -59,14 +59,14 @@ class TensorBoard:
 
     def histogram(self, training: str, name: str, step: float, counts: np.ndarray, edges: np.ndarray) -> None:
         """Counts between edges."""
-        centres = (edges[:-1] + edges[1:]) / 2
+        centers = (edges[:-1] + edges[1:]) / 2
         self._writer(training).add_histogram_raw(
             name,
             min=float(edges[0]),
             max=float(edges[-1]),
             num=int(counts.sum()),
-            sum=float(counts @ centres),
-            sum_squares=float(counts @ centres**2),
+            sum=float(counts @ centers),
+            sum_squares=float(counts @ centers**2),
             bucket_limits=edges[1:].tolist(),
             bucket_counts=counts.tolist(),
             global_step=round(step),

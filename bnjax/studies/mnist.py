@@ -1,4 +1,4 @@
-"""S2: a perceptron 784 → 64 → 64 → 10 on MNIST with and without batch norm, over batch sizes, and other normalisers."""
+"""S2: a perceptron 784 → 64 → 64 → 10 on MNIST with and without batch norm, over batch sizes, and other normalizers."""
 
 import optax
 
@@ -11,7 +11,7 @@ from bnjax.studies.results import Results
 
 SOURCE = "MNIST assignment"
 PLACES = {"none": "no batch norm", "before": "batch norm"}
-NORMALISERS = ("renorm", "layer", "group", "weight")  # before the activation, at one batch size
+NORMALIZERS = ("renorm", "layer", "group", "weight")  # before the activation, at one batch size
 BATCH_SIZES = (16, 32, 64, 128, 256)
 PUBLISHED_WITHOUT = {16: 0.9745, 32: 0.9718, 64: 0.9709, 128: 0.9720}
 PUBLISHED = {"none": 0.9706, "before": 0.9723}
@@ -54,7 +54,7 @@ CLAIMS = (
 
 
 def run(options: Options, report: Report):
-    """Trains with and without batch norm at each batch size, and the other normalisers, and judges S2.1 to S2.4.
+    """Trains with and without batch norm at each batch size, and the other normalizers, and judges S2.1 to S2.4.
 
     Args:
       options: seeds, epochs (10), dataset ('mnist'), data_dir and batch sizes (16 to 256).
@@ -79,9 +79,9 @@ def run(options: Options, report: Report):
         range(options.seeds),
     )
     shown = 32 if 32 in batch_sizes else batch_sizes[0]
-    models = {name: NETWORKS[name][1]() for name in ("none", *NORMALISERS)} | {"before": NETWORKS["bn"][1]()}
-    labels = PLACES | {name: NETWORKS[name][0] for name in NORMALISERS}
-    trainings = [(name, size) for size in batch_sizes for name in PLACES] + [(name, shown) for name in NORMALISERS]
+    models = {name: NETWORKS[name][1]() for name in ("none", *NORMALIZERS)} | {"before": NETWORKS["bn"][1]()}
+    labels = PLACES | {name: NETWORKS[name][0] for name in NORMALIZERS}
+    trainings = [(name, size) for size in batch_sizes for name in PLACES] + [(name, shown) for name in NORMALIZERS]
     jobs = []
     for name, size in trainings:
         optimizer = optax.adam(SETTINGS["learning_rate"], eps=1e-7)
@@ -119,10 +119,10 @@ def run(options: Options, report: Report):
         "learning_curves.png": plots.learning_curves(
             pair, panels, f"{dataset}, batch {shown}, {options.seeds} seeds: mean and 95 % interval"
         ),
-        "normalisers.png": plots.learning_curves(
-            [all_trained[f"{network}_{shown}"] for network in ("before", *NORMALISERS)],
+        "normalizers.png": plots.learning_curves(
+            [all_trained[f"{network}_{shown}"] for network in ("before", *NORMALIZERS)],
             panels,
-            f"{dataset}, batch {shown}, {options.seeds} seeds: other normalisers",
+            f"{dataset}, batch {shown}, {options.seeds} seeds: other normalizers",
         ),
         "batch_sizes.png": plots.sweep(
             batch_sizes,

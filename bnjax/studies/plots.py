@@ -1,4 +1,4 @@
-"""Figures of the studies, in colours that colour-blind readers can tell apart, and made without a display."""
+"""Figures of the studies, in colors that color-blind readers can tell apart, and made without a display."""
 
 import functools
 import re
@@ -63,7 +63,7 @@ def learning_curves(
 
 
 def decision_boundaries(trained: Sequence[Trained], data: Split, title: str) -> Figure:
-    """The plane coloured by the first seed's predicted probability, and the examples, one panel for each variant."""
+    """The plane colored by the first seed's predicted probability, and the examples, one panel for each variant."""
     columns = min(3, len(trained))
     rows = -(-len(trained) // columns)
     figure = Figure(figsize=(3.3 * columns + 0.8, 3.2 * rows + 0.4), layout="constrained")

@@ -10,7 +10,7 @@ from typing import Any
 from bnjax._extras import needs
 from bnjax.data import atomic_file
 from bnjax.studies import STUDIES
-from bnjax.studies.claims import Judgement
+from bnjax.studies.claims import Judgment
 from bnjax.studies.ledger import Ledger, Saved, judge, saved_runs
 from bnjax.studies.results import metric_rows
 from bnjax.studies.statistics import seeds_in_words
@@ -37,10 +37,10 @@ def write_report(run_dir: Path, out: Path) -> int:
     studies = saved_runs(run_dir)
     if not studies:
         raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it; {run_dir} has none.")
-    judgements: list[Judgement] = []
+    judgments: list[Judgment] = []
     for name, runs in studies.items():
-        judgements += judge(STUDIES[name], list(runs.values()))
-    ledger = Ledger(judgements, {name: len(next(iter(runs.values())).seeds) for name, runs in studies.items()})
+        judgments += judge(STUDIES[name], list(runs.values()))
+    ledger = Ledger(judgments, {name: len(next(iter(runs.values())).seeds) for name, runs in studies.items()})
     ordered = [(path, saved) for runs in studies.values() for path, saved in runs.items()]
     single = len(studies) == 1
     name = next(iter(studies)) if single else ""
@@ -48,7 +48,7 @@ def write_report(run_dir: Path, out: Path) -> int:
         title=f"Batch norm: {name}" if single else "Batch norm: the studies and their claims",
         counts=ledger.counts(),
         marks=_MARKS,
-        claims=[judgement.to_json() for judgement in judgements],
+        claims=[judgment.to_json() for judgment in judgments],
         studies=[_study(path, saved, len(studies[saved.study]) > 1) for path, saved in ordered],
         made_by="bnjax report",
     )

@@ -39,7 +39,7 @@ import numpy as np
 
 from bnjax.data import atomic_file
 from bnjax.studies import STUDIES
-from bnjax.studies.claims import Claim, Judgement
+from bnjax.studies.claims import Claim, Judgment
 from bnjax.studies.statistics import Interval, interval
 
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "scikit-learn", "tensorflow-datasets")
@@ -69,7 +69,7 @@ class Results:
     variants: dict[str, tuple[str, Mapping[str, Any], Mapping[str, np.ndarray]]] = dataclasses.field(
         default_factory=dict
     )
-    claims: list[Judgement] = dataclasses.field(default_factory=list)
+    claims: list[Judgment] = dataclasses.field(default_factory=list)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     texts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -144,7 +144,7 @@ class Results:
                 }
                 for name, (label, settings, metrics) in self.variants.items()
             },
-            "claims": [judgement.to_json() for judgement in self.claims],
+            "claims": [judgment.to_json() for judgment in self.claims],
             "figures": dict(self.figures),
             "notes": self.notes,
         }
@@ -265,9 +265,9 @@ def metric_tables(results: Any, columns: int) -> list[tuple[list[str], list[list
     return tables
 
 
-def claim_rows(judgements: Sequence[Judgement]) -> tuple[list[str], list[list[str]]]:
+def claim_rows(judgments: Sequence[Judgment]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of claims."""
-    rows = [[j.claim.id, j.claim.statement, j.claim.published, j.measured, j.verdict] for j in judgements]
+    rows = [[j.claim.id, j.claim.statement, j.claim.published, j.measured, j.verdict] for j in judgments]
     return ["claim", "statement", "published", "measured", "verdict"], rows
 
 

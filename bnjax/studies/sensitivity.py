@@ -1,4 +1,4 @@
-"""What S2's perceptron depends on: learning rate, initial scale, batch size, regularisation, place and normaliser."""
+"""What S2's perceptron depends on: learning rate, initial scale, batch size, regularization, place and normalizer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +49,7 @@ def _spread(claim: str, what: str, sweep: str) -> Claim:
 
 _NEEDS = {"dataset": "mnist", "examples": AtLeast(EXAMPLES)}
 CLAIMS = (
-    _spread("S2.5", "initialisation", "init_scale"),
+    _spread("S2.5", "initialization", "init_scale"),
     _spread("S2.6", "learning rate", "learning_rate"),
     Claim(
         "S2.7",
@@ -79,7 +79,7 @@ CLAIMS = (
     Claim(
         "S2.10",
         MNIST,
-        "extremely large batches may degrade the generalisation of batch norm",
+        "extremely large batches may degrade the generalization of batch norm",
         "–",
         f"as many examples in batches of {BATCH_SIZES[-1]} give a lower test accuracy than in batches of {BATCH_SIZE}",
         (Condition("largest − default", "test_accuracy", f"bn, batch {BATCH_SIZES[-1]}", "bn", high=0),),
@@ -119,12 +119,12 @@ CLAIMS = (
     Claim(
         "S1.6",
         CIRCLES,
-        "batch norm regularises: it reduces generalisation error",
+        "batch norm regularizes: it reduces generalization error",
         "–",
         f"trained on {SMALL_SET} images, the test accuracy is higher and the gap to the training accuracy smaller",
         (
             Condition("test accuracy with − without", "test_accuracy", "bn, small set", "none, small set", low=0),
-            Condition("gap with − without", "generalisation_gap", "bn, small set", "none, small set", high=0),
+            Condition("gap with − without", "generalization_gap", "bn, small set", "none, small set", high=0),
         ),
         _NEEDS,
     ),
@@ -189,7 +189,7 @@ CLAIMS = (
     Claim(
         "A.2",
         NOTES,
-        "removing dropout from a batch-normalised network speeds training up without more overfitting",
+        "removing dropout from a batch-normalized network speeds training up without more overfitting",
         "–",
         f"trained on {SMALL_SET} images, without dropout of 0.5 the training accuracy is higher, and the test accuracy "
         "at most half a point lower",
@@ -202,9 +202,9 @@ CLAIMS = (
     Claim(
         "A.3",
         NOTES,
-        "with batch norm the weight regularisation can be reduced",
+        "with batch norm the weight regularization can be reduced",
         "a fifth of it",
-        f"trained on {SMALL_SET} images, what the better of 1e-3 and 1e-2 gains over no regularisation is smaller "
+        f"trained on {SMALL_SET} images, what the better of 1e-3 and 1e-2 gains over no regularization is smaller "
         "with it",
         (Condition("gain with − without", "gain_by_l2", "bn, small set", "none, small set", high=0),),
         _NEEDS,
@@ -234,7 +234,7 @@ CLAIMS = (
     Claim(
         "R.1",
         "Ioffe 2017 (arXiv 1702.03275)",
-        "batch renormalisation helps where batches are small",
+        "batch renormalization helps where batches are small",
         "–",
         "test accuracy at batch 4 is above that of batch norm",
         (Condition("renorm − batch norm, batch 4", "test_accuracy", "renorm, batch 4", "bn, batch 4", low=0),),
@@ -330,7 +330,7 @@ def _train(results: Results, case: Case, label: str, training, test, steps: int,
     metrics = {
         "test_accuracy": on_test.accuracy,
         "train_accuracy": on_training.accuracy,
-        "generalisation_gap": on_training.accuracy - on_test.accuracy,
+        "generalization_gap": on_training.accuracy - on_test.accuracy,
         **at_start,
     }
     curve = np.concatenate([seen.measurements["test_accuracy"], on_test.accuracy[:, None]], 1)

@@ -1,4 +1,4 @@
-"""S6: how smooth the landscape is: VGG on CIFAR-10 and a deep linear network, plain, normalised, and with noise."""
+"""S6: how smooth the landscape is: VGG on CIFAR-10 and a deep linear network, plain, normalized, and with noise."""
 
 import functools
 import math
@@ -130,11 +130,11 @@ CLAIMS = (
         "the distance was added; the first rule was of the cosine alone, which left it undecided",
     ),
     _helps("S6.6", "noisy batch norm trains about as fast as batch norm", "as fast", ("noisy",)),
-    _helps("S6.7", "l₁, l₂ and l∞ normalisation help as much as batch norm", "as much", ("l1", "l2", "linf")),
+    _helps("S6.7", "l₁, l₂ and l∞ normalization help as much as batch norm", "as much", ("l1", "l2", "linf")),
     Claim(
         "S6.8",
         SOURCE,
-        "the plain network fails at learning rates at which the normalised one trains",
+        "the plain network fails at learning rates at which the normalized one trains",
         "fails",
         f"of the rates {', '.join(f'{rate:g}' for rate in RATES)}, the largest at which the loss falls a tenth below "
         "chance's within some steps is larger with it at every seed (undecided where the plain network trains at none)",

@@ -22,7 +22,7 @@ class StepOf:
     """What is needed to compile a network's training step.
 
     Attributes:
-      model: makes the network from its normaliser.
+      model: makes the network from its normalizer.
       optimizer: optax gradient transformation.
       objective: loss and correctness of each example.
       shape: of one input.
@@ -126,7 +126,7 @@ STEPS: Mapping[str, StepOf] = {
 
 
 def compile_step(name: str, topology: str, *, parallel_by: str = "jit", batch_size: int | None = None) -> CompileReport:
-    """Compiles the training step of a study's network with synchronised batch norm for a slice of TPU chips.
+    """Compiles the training step of a study's network with synchronized batch norm for a slice of TPU chips.
 
     Args:
       name: in `STEPS`.

@@ -1,4 +1,4 @@
-"""S6's VGG with each normaliser: how it is trained, and the losses that are measured."""
+"""S6's VGG with each normalizer: how it is trained, and the losses that are measured."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
     "renorm": lambda width: BatchRenorm,
     "layer": lambda width: of_example(nn.LayerNorm),
     "group": lambda width: of_example(functools.partial(nn.GroupNorm, num_groups=math.gcd(32, max(1, width // 2)))),
-    "weight": lambda width: None,  # what it normalises is the kernels
+    "weight": lambda width: None,  # what it normalizes is the kernels
 }
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
@@ -36,7 +36,7 @@ LEARNT = 0.9  # of the loss of an even guess
 
 
 class Network:
-    """VGG with one normaliser: how it is trained, and the losses that are measured."""
+    """VGG with one normalizer: how it is trained, and the losses that are measured."""
 
     def __init__(self, variant: str, images: data.Dataset, width: int, *, augmented: bool = False):
         norm = NORMS[variant](width)

@@ -33,12 +33,12 @@ def ghost_batch_norm(
     """Batch norm of each `ghost_size` consecutive examples by themselves.
 
     In training the first axis that is no feature axis is cut into ghost batches (the last may be smaller), each of
-    which is normalised by its own mean_g and var_g. With n_g elements (by weight) in ghost batch g, the running
+    which is normalized by its own mean_g and var_g. With n_g elements (by weight) in ghost batch g, the running
     statistics move towards the means over ghost batches:
 
         mean = Σ n_g mean_g / Σ n_g        var = Σ n_g var_g / Σ n_g
 
-    That is what devices give that hold a ghost batch each, normalise it without synchronisation, and average their
+    That is what devices give that hold a ghost batch each, normalize it without synchronization, and average their
     running statistics by their weights. (The paper moves them once for each ghost batch, one after the other; with a
     momentum ρ for all of G that is nearly ρ^(1/G) for each.) Inference is that of `batch_norm`.
 
@@ -51,7 +51,7 @@ def ghost_batch_norm(
       axis: feature axis or axes, static; this and the following as in `batch_norm`.
       momentum: weight of the old running value.
       epsilon: number added to the variance.
-      mask: boolean, or sample weights, of the statistics. A ghost batch without any is normalised by the running ones.
+      mask: boolean, or sample weights, of the statistics. A ghost batch without any is normalized by the running ones.
       axis_name: mapped axis over which the running statistics are averaged too; a ghost batch stays on its device.
       axis_index_groups: groups of indices of that axis that average separately.
       dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
@@ -97,9 +97,9 @@ def ghost_batch_norm(
     weights_axis = None if weights is None or weights.shape[batch] == 1 else batch
 
     def of_ghost(x: Array, weights: Array | None) -> tuple[Array, Moments]:
-        unsynchronised = {"axis_name": None, "axis_index_groups": None, "bessel_correction": False}
+        unsynchronized = {"axis_name": None, "axis_index_groups": None, "bessel_correction": False}
         y, _, m = batch_norm_and_moments(
-            x, params, batch_stats, training=True, momentum=momentum, mask=weights, **options, **unsynchronised
+            x, params, batch_stats, training=True, momentum=momentum, mask=weights, **options, **unsynchronized
         )
         assert m is not None
         return y, m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))

@@ -56,7 +56,7 @@ def lp_batch_norm(
       epsilon: number added to the squared norm.
       mask: boolean, or sample weights, of the statistics; of these p = ∞ minds only which are positive.
       axis_name: mapped axis over which mean and norm are those of all members together.
-      axis_index_groups: groups of indices of that axis that are normalised separately.
+      axis_index_groups: groups of indices of that axis that are normalized separately.
       dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
 
     Returns:

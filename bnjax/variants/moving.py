@@ -24,14 +24,14 @@ def moving_batch_norm(
     dtype: DTypeLike | None = None,
     bessel_correction: bool = False,
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
-    """Batch norm that normalises by the running statistics in training as well, after these have moved.
+    """Batch norm that normalizes by the running statistics in training as well, after these have moved.
 
         running ← momentum · running + (1 − momentum) · batch
         y = scale · (x − running mean) / sqrt(running var + epsilon) + bias
 
     The derivative goes through the batch's share of the running statistics, a fraction 1 − momentum, and not through
     the past. What training computes is then close to what inference does; but as the gradient hardly knows of the
-    normalisation, steps against it can add up until training diverges. With a momentum of 0 it is batch norm.
+    normalization, steps against it can add up until training diverges. With a momentum of 0 it is batch norm.
 
     Args:
       x: floating-point array of any shape, empty included.
@@ -44,7 +44,7 @@ def moving_batch_norm(
       epsilon: number added to the variance.
       mask: boolean, or sample weights, of the statistics.
       axis_name: mapped axis over which the moments are merged.
-      axis_index_groups: groups of indices of that axis that are normalised separately.
+      axis_index_groups: groups of indices of that axis that are normalized separately.
       dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
 
@@ -55,7 +55,7 @@ def moving_batch_norm(
       TypeError, ValueError, NameError: at trace time, as `batch_norm`.
 
     References:
-      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalisation does;
+      Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalization does;
       Ioffe 2017 (arXiv 1702.03275), which reports that it does not work; Yan et al. 2020 (arXiv 2001.06838).
 
     >>> import bnjax

@@ -1,4 +1,4 @@
-"""Batch renormalisation: in training too, close to what inference does."""
+"""Batch renormalization: in training too, close to what inference does."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def batch_renorm(
       epsilon: number added to the variance.
       mask: boolean, or sample weights, of the statistics.
       axis_name: mapped axis over which the moments are merged.
-      axis_index_groups: groups of indices of that axis that are normalised separately.
+      axis_index_groups: groups of indices of that axis that are normalized separately.
       dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
 

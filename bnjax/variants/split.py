@@ -69,7 +69,7 @@ def split_batch_norm(
       epsilon: number added to the variance.
       mask: boolean, or sample weights, of the statistics.
       axis_name: mapped axis over which the moments are merged; `split` has to be the same for all its members.
-      axis_index_groups: groups of indices of that axis that are normalised separately.
+      axis_index_groups: groups of indices of that axis that are normalized separately.
       dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
 
