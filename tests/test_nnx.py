@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from versions import needs_flax_0_12
+from versions import SHARDING, needs_flax_0_12
 
 import bnjax.linen
 from bnjax.nnx import BatchNorm
@@ -133,7 +133,7 @@ def test_eval_shape():
 
 @needs_flax_0_12
 def test_metadata():
-    metadata = {"scale_metadata": {"out_sharding": ("model",)}}
+    metadata = {"scale_metadata": {SHARDING: ("model",)}}
     with jax.set_mesh(jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))):
         theirs, ours = (layer(3, rngs=nnx.Rngs(0), **metadata) for layer in (nnx.BatchNorm, BatchNorm))
     assert ours.scale.get_metadata() == theirs.scale.get_metadata()

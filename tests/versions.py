@@ -1,11 +1,17 @@
 """What the tests expect of older versions of JAX and Flax: what these can't do is skipped, with the reason."""
 
+import inspect
+
 import flax
 import jax
 import pytest
+from flax import nnx
 
 JAX = jax.__version_info__
 FLAX = tuple(int(part) for part in flax.__version__.split(".")[:2])
+
+SHARDING = "out_sharding" if "out_sharding" in inspect.getsource(nnx.spmd) else "sharding_names"
+"""How Flax calls the metadata of an nnx variable that says how it is sharded."""
 
 needs_jax_0_8 = pytest.mark.skipif(
     JAX < (0, 8), reason="jax 0.7's pmap serves in no step over a mesh, and sums mean and variance apart"
