@@ -91,10 +91,10 @@ def test_the_page_of_versions_shows_its_record(monkeypatch):
 
 
 def test_published_pages_show_the_published_records():
-    pages = script(ROOT / "docs" / "make_results.py")
+    pages = script(ROOT / "tools" / "make_results.py")
     studies = {name: saved for name in pages.STUDIES if (saved := pages.published(name))}
     assert studies
-    again = "it is made by: python docs/make_results.py"
+    again = "it is made by: python tools/make_results.py"
     assert (ROOT / "docs" / "ledger.md").read_text() == pages.ledger_page(studies), again
     text = (ROOT / "docs" / "results.md").read_text()
     assert text == pages.results_page(text, studies), again

@@ -11,7 +11,7 @@ python benchmarks/bench_studies.py --studies mnist --repeats 1 --json docs/perfo
 python benchmarks/bench_studies.py --studies blobs --repeats 1 --json docs/performance/studies_blobs.json
 python benchmarks/bench_startup.py --json docs/performance/startup.json
 python benchmarks/bench_growth.py --json docs/performance/growth.json
-python docs/make_performance.py
+python tools/make_performance.py
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any
 
 from bnjax.studies.results import markdown_table
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 BOUND = 1.2e-4  # 1000 deviations times the spacing of float32: what rounding of the input itself costs
 PEERS = (
     "flax linen",
@@ -178,7 +178,7 @@ a change costs a pass.
 
 def load(name: str) -> Any:
     """A benchmark's numbers."""
-    return json.loads((HERE / "performance" / f"{name}.json").read_text())
+    return json.loads((DOCS / "performance" / f"{name}.json").read_text())
 
 
 def ratios(one: dict[str, Any], peer: str) -> list[float]:
@@ -399,7 +399,7 @@ def main() -> None:
     """Writes the page."""
     default, kept = load("operation"), load("operation_kept")
     of = {n: load(n) for n in ("operation_bfloat16", "tpu", "memory", "training", "startup", "growth")}
-    runs = sorted((HERE / "performance").glob("studies_*.json"))
+    runs = sorted((DOCS / "performance").glob("studies_*.json"))
     of["studies"] = [one for path in runs for one in json.loads(path.read_text())["measured"]]
     bfloat16 = of["operation_bfloat16"]
     versions = ", ".join(f"{name} {version}" for name, version in kept["device"]["versions"].items())
@@ -436,7 +436,7 @@ def main() -> None:
         growth=growth(of["growth"]),
         goals=markdown_table(["goal", "met", ""], goals(kept, default, bfloat16, of["tpu"]) + further_goals(of)),
     )
-    (HERE / "performance.md").write_text(page)
+    (DOCS / "performance.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Publishes what the studies measured: `python docs/make_results.py RUNS`.
+"""Publishes what the studies measured: `python tools/make_results.py RUNS`.
 
 Copies `results.json` and the figures of each study's directory in RUNS to `docs/results/` and `docs/figures/`, and
 writes the ledger (`docs/ledger.md`) and the tables of `docs/results.md` from them. Without RUNS it writes the pages
@@ -19,7 +19,7 @@ from bnjax.studies import STUDIES
 from bnjax.studies.ledger import Ledger, Saved, claims_of, judge
 from bnjax.studies.results import claim_rows, markdown_table, metric_tables
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = 6  # of numbers in a table
 JPEG = "The images of CIFAR-10 were those of a copy compressed as JPEG, not the original ones."
 BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -78,7 +78,7 @@ def ledger_page(studies: dict[str, Saved]) -> str:
 
 **{len(judgments)} statements of the sources: {ledger.summary()}.**
 
-`make_results.py` in this directory makes this page from the runs below, and `bnjax claims` such a table from runs of
+`tools/make_results.py` makes this page from the runs below, and `bnjax claims` such a table from runs of
 one's own.
 
 A claim's rule was fixed before its run (but for those marked with an asterisk): which quantity of which networks
