@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from versions import List
 
 from bnjax import batch_norm, convert
 from bnjax.convert import BatchNormState
@@ -341,8 +342,8 @@ def test_nnx():
     class Model(nnx.Module):
         def __init__(self, rngs):
             norm = functools.partial(nnx.BatchNorm, momentum=0.8, rngs=rngs)
-            self.layers = nnx.List([nnx.Conv(3, 4, (3, 3), padding="VALID", rngs=rngs), norm(4), norm(5)])
-            self.dense, self.head = nnx.Linear(4, 5, rngs=rngs), nnx.List([nnx.Linear(5, 2, rngs=rngs)])
+            self.layers = List([nnx.Conv(3, 4, (3, 3), padding="VALID", rngs=rngs), norm(4), norm(5)])
+            self.dense, self.head = nnx.Linear(4, 5, rngs=rngs), List([nnx.Linear(5, 2, rngs=rngs)])
             self.dropout = nnx.Dropout(0.0, rngs=rngs)  # has random state, which is no array of the model's
 
         def __call__(self, x, training):

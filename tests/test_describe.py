@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from versions import List
 
 from bnjax import init_batch_norm, models
 from bnjax.describe import describe, examine
@@ -86,7 +87,7 @@ def test_a_healthy_network_has_no_mistakes():
 def test_nnx_modules():
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.norms = nnx.List([nnx.BatchNorm(3, momentum=m, rngs=rngs) for m in (0.9, 0.1)])
+            self.norms = List([nnx.BatchNorm(3, momentum=m, rngs=rngs) for m in (0.9, 0.1)])
 
     found = examine(Net(nnx.Rngs(0)))
     assert [one.path for one in found] == ["norms/0", "norms/1"]

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_sets
+from versions import needs_jax_0_8
 
 from bnjax import parallel, train
 from bnjax.checkpoint import CheckpointError
@@ -59,7 +60,7 @@ def test_a_network_learns_and_reports(on_eight_devices):
     assert report.told[1][1].keys() == {"test_accuracy"}
 
 
-@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+@pytest.mark.parametrize("way", ["shard_map", pytest.param("pmap", marks=needs_jax_0_8)])
 def test_all_ways_give_the_same_curves(way, on_eight_devices):
     curves = network_example.train(Options(1, parallel=way), Silent()).curves
     for name, curve in curves.items():

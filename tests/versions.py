@@ -13,6 +13,9 @@ FLAX = tuple(int(part) for part in flax.__version__.split(".")[:2])
 SHARDING = "out_sharding" if "out_sharding" in inspect.getsource(nnx.spmd) else "sharding_names"
 """How Flax calls the metadata of an nnx variable that says how it is sharded."""
 
+List = getattr(nnx, "List", list)
+"""A list of modules in an nnx module; Python's own in Flax 0.11."""
+
 needs_jax_0_8 = pytest.mark.skipif(
     JAX < (0, 8), reason="jax 0.7's pmap serves in no step over a mesh, and sums mean and variance apart"
 )
