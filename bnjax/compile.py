@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bnjax import _hlo
+from bnjax._extras import MissingExtraError
 from bnjax._hlo import Activation, Collective, collectives, largest_activation
 
 _GIB = 2**30
@@ -111,12 +112,12 @@ def topology_devices(topology: str) -> list[Any]:
       The devices; `jax.make_mesh` arranges them along their links.
 
     Raises:
-      ImportError: libtpu is not installed.
+      MissingExtraError: libtpu is not installed.
       ValueError: there is no such slice.
     """
     chips = _chip_and_count(topology)[1]
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("compiling for TPU needs libtpu, which is not installed: pip install 'bnjax[tpu]'")
+        raise MissingExtraError("libtpu is not installed: pip install 'bnjax[tpu]'", name="libtpu")
     from jax.experimental import topologies
 
     tpu_environment()

@@ -202,11 +202,14 @@ def _split(builder, split: str, image: str, label: str, progress: Callable[[str,
             x, y = arrays["x"], arrays["y"]
             if x.shape == (count, *shape) and y.shape == (count,):
                 return Split(x, y)
+    with needs("data"):
+        from PIL import Image
     x, y = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
     try:
         for start, records in _records(builder, split, image):
             for i, record in enumerate(records, start):
-                x[i] = _decode(record[image], shape)
+                with Image.open(io.BytesIO(record[image])) as picture:
+                    x[i] = _pixels(picture, shape)
                 y[i] = record[label]
             progress(f"reading {builder.name} {split}", min(1.0, (start + _READ_CHUNK) / count))
     except Exception as error:
@@ -231,11 +234,8 @@ def _records(builder, split: str, image: str) -> Iterator[tuple[int, list[dict]]
         yield start, source.__getitems__(range(start, min(start + _READ_CHUNK, count)))
 
 
-def _decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    with needs("data"):
-        from PIL import Image
-    with Image.open(io.BytesIO(encoded)) as picture:
-        pixels = np.asarray(picture, np.uint8)
+def _pixels(picture, shape: tuple[int, int, int]) -> np.ndarray:
+    pixels = np.asarray(picture, np.uint8)
     if pixels.size != np.prod(shape):
         raise ValueError(f"an image of shape {pixels.shape} instead of {shape}")
     return pixels.reshape(shape)
