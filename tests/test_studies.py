@@ -141,6 +141,22 @@ def test_circles_trains_all_variants(circles_run):
     )
 
 
+def test_versions_are_of_what_is_installed(circles_run, monkeypatch):
+    import datetime
+    import importlib.metadata
+
+    version = importlib.metadata.version
+
+    def without(package):
+        if package in ("chex", "scikit-learn", "tensorflow-datasets"):  # what only some extras install
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    document = circles_run[0].to_json(1.0, datetime.datetime.now(datetime.UTC))
+    assert set(document["versions"]) == {"bnjax", "jax", "jaxlib", "flax", "optax", "numpy"}
+
+
 def test_results_follow_their_schema(circles_run, tmp_path):
     import datetime
 

@@ -24,6 +24,7 @@ at which the metric is defined. Every claim's rule was fixed before the runs, bu
 seed's histograms.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -42,7 +43,7 @@ from bnjax.studies import STUDIES
 from bnjax.studies.claims import Claim, Judgment
 from bnjax.studies.statistics import Interval, interval
 
-_PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "scikit-learn", "tensorflow-datasets")
+_PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
 
 
 @dataclasses.dataclass
@@ -122,7 +123,7 @@ class Results:
             "seeds": list(self.seeds),
             "seconds": round(seconds, 2),
             "started": started.isoformat(timespec="seconds"),
-            "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+            "versions": _installed_versions(),
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",
                 "processor": _processor(),
@@ -193,6 +194,15 @@ def command(study: str, options: Mapping[str, Any]) -> str:
             if value is not True:
                 words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
     return " ".join(words)
+
+
+def _installed_versions() -> dict[str, str]:
+    """Versions of the packages that results may depend on, of those that are installed."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _processor() -> str:
