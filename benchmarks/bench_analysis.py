@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from bnjax import analysis, losses, train
+from bnjax import analysis, training
+from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import VGG, Perceptron
 
@@ -63,7 +64,7 @@ class Pair:
         )
         variables = self.model.init(jax.random.key(0), jnp.asarray(self.x[:1]), training=False)
         self.params, self.variables = variables["params"], variables
-        self.loss = losses.linen_loss(self.model, variables, train.cross_entropy)
+        self.loss = losses.linen_loss(self.model, variables, training.cross_entropy)
         self.batch = jnp.asarray(self.x), jnp.asarray(self.y)
         order = [path for layer in losses.layers_in_order(self.model, variables, self.x[:1]) for path in layer]
         self.module = self._torch_module(name, width)

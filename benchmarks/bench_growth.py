@@ -24,10 +24,11 @@ from common import device, save, take_turns
 from jax.sharding import NamedSharding
 
 import bnjax
-from bnjax import analysis, losses, parallel, train
-from bnjax.host import keep_freed_memory
+from bnjax import analysis, training
+from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
+from bnjax.training.host import keep_freed_memory
 
 Call = Callable[[], Any]
 
@@ -53,13 +54,13 @@ def examples(count: int, features: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(count, features)).astype(np.float32), np.arange(count, dtype=np.int32) % 10
 
 
-def compiled_step(layers: int, devices: int) -> tuple[train.ParallelStep, Any]:
+def compiled_step(layers: int, devices: int) -> tuple[training.ParallelStep, Any]:
     """A perceptron's training step, synchronized over devices, and its state."""
-    name = parallel.SYNC_AXIS if devices > 1 else None
+    name = training.SYNC_AXIS if devices > 1 else None
     model = Perceptron((128,) * layers, 10, functools.partial(BatchNorm, axis_name=name), "before")
-    mesh = parallel.make_mesh(devices=jax.devices()[:devices])
-    state = train.create_train_state(model, optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 128)))
-    return train.make_train_step(train.cross_entropy, mesh, parallel="shard_map"), state
+    mesh = training.make_mesh(devices=jax.devices()[:devices])
+    state = training.create_train_state(model, optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 128)))
+    return training.make_train_step(training.cross_entropy, mesh, parallel="shard_map"), state
 
 
 def training_step(layers: int = 2, devices: int = 1) -> Call:
@@ -81,7 +82,7 @@ def compilation(layers: int) -> Call:
 
     def call():
         step, state = compiled_step(layers, 1)
-        step.compiled.lower(state, train.Batch(x, y), None).compile()
+        step.compiled.lower(state, training.Batch(x, y), None).compile()
 
     return call
 
@@ -91,9 +92,9 @@ def seeds(count: int) -> Call:
     model = Perceptron((50,), 1, BatchNorm, "after")
     x, y = (np.broadcast_to(v, (count, *v.shape)) for v in examples(32, 2))
     keys = jax.random.split(jax.random.key(0), count)
-    create = functools.partial(train.create_train_state, model, optax.sgd(0.01, 0.9))
+    create = functools.partial(training.create_train_state, model, optax.sgd(0.01, 0.9))
     states = jax.vmap(lambda key: create(key, jnp.zeros((1, 2))))(keys)
-    one = functools.partial(train.train_step, objective=train.binary_cross_entropy)
+    one = functools.partial(training.train_step, objective=training.binary_cross_entropy)
     steps = jax.jit(jax.vmap(one))
     return lambda: jax.block_until_ready(steps(states, x, y > 4))
 
@@ -102,10 +103,10 @@ def perceptron_loss(width: int, batch: int = 128, devices: int = 1) -> tuple[Cal
     """The loss of a perceptron 784 – width – width – 10 in the batch's mode, its parameters, and a batch."""
     model = Perceptron((width, width), 10, BatchNorm, "before")
     variables = jax.jit(functools.partial(model.init, training=False))(jax.random.key(0), jnp.zeros((1, 784)))
-    mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+    mesh = training.make_mesh(devices=jax.devices()[:devices])
     sharding = NamedSharding(mesh, jax.P(*mesh.axis_names))
     x, y = (jax.device_put(v, sharding) for v in examples(batch, 784))
-    return losses.linen_loss(model, variables, train.cross_entropy), variables["params"], (x, y)
+    return losses.linen_loss(model, variables, training.cross_entropy), variables["params"], (x, y)
 
 
 def probes(count: int = 4, width: int = 64, batch: int = 128, devices: int = 1) -> Call:
@@ -225,7 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 16)
     keep_freed_memory()
-    from bnjax.studies.results import markdown_table
+    from bnjax.studies.evidence.results import markdown_table
 
     measured = []
     for question in options.questions.split(","):

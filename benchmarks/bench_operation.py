@@ -235,16 +235,16 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="default %(default)s")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (default %(default)s)")
-    parser.add_argument("--keep-memory", action="store_true", help="see bnjax.host.keep_freed_memory")
+    parser.add_argument("--keep-memory", action="store_true", help="see bnjax.training.host.keep_freed_memory")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
     os.environ["KERAS_BACKEND"] = "jax"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads must not keep the others' processors busy
     if options.keep_memory:
-        from bnjax.host import keep_freed_memory
+        from bnjax.training.host import keep_freed_memory
 
         keep_freed_memory()
-    from bnjax.studies.results import markdown_table
+    from bnjax.studies.evidence.results import markdown_table
 
     measured = []
     for dtype in options.dtypes.split(","):

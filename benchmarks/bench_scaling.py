@@ -53,19 +53,19 @@ def measure(devices: int, depth: int, width: int, way: str, batch: int, repeats:
     import numpy as np
     import optax
 
-    from bnjax import parallel, train
-    from bnjax.compile import collectives
+    from bnjax import training
+    from bnjax.training.ahead_of_time import collectives
 
-    mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+    mesh = training.make_mesh(devices=jax.devices()[:devices])
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(batch, width)).astype(np.float32), rng.integers(0, 10, batch).astype(np.int32)
-    data = parallel.shard_batch(train.Batch(x, y), mesh)
+    data = training.shard_batch(training.Batch(x, y), mesh)
     contestants, result = {}, {}
     for norm in NORMS:
         model = network(norm, depth, width)
-        state = train.create_train_state(model, optax.sgd(1e-3), jax.random.key(0), jnp.asarray(x[:1]))
-        state = train.place_state(state, mesh)
-        step = train.make_train_step(train.cross_entropy, mesh, parallel=way)
+        state = training.create_train_state(model, optax.sgd(1e-3), jax.random.key(0), jnp.asarray(x[:1]))
+        state = training.place_state(state, mesh)
+        step = training.make_train_step(training.cross_entropy, mesh, parallel=way)
         compiled = step.compiled.lower(state, data, None).compile()
         found = collectives(compiled.as_text())
         own = [c for c in found if c.group_size > 1]

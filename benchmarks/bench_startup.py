@@ -18,9 +18,9 @@ PROGRAMS = {
     "import jax, bnjax.batch_norm": "import jax, bnjax; bnjax.batch_norm",
     "import jax, bnjax.linen": "import jax, bnjax.linen",
     "import jax, flax.linen": "import jax, flax.linen",
-    "bnjax --help": "import sys; sys.argv = ['bnjax', '--help']; import bnjax.__main__ as m; m.main()",
+    "bnjax --help": "import sys; sys.argv = ['bnjax', '--help']; import bnjax.studies.cli.main as m; m.main()",
     "bnjax run circles --help": "import sys; sys.argv = ['bnjax', 'run', 'circles', '--help']; "
-    "import bnjax.__main__ as m; m.main()",
+    "import bnjax.studies.cli.main as m; m.main()",
 }
 
 

@@ -94,7 +94,8 @@ print(time.perf_counter() - start, len(models))
 OURS = """
 import importlib, json, sys, time
 from unittest import mock
-from bnjax.studies import Options, experiment
+from bnjax.studies import Options
+from bnjax.studies.engine import experiment
 
 class Silent:
     def task(self, variant):
@@ -153,7 +154,7 @@ def measure(study: str, repeats: int, backends: list[str], scratch: Path) -> dic
     if study == "mnist" and not Path(data).exists():
         import numpy as np
 
-        from bnjax.data import images
+        from bnjax.studies.data import images
 
         split = images("mnist", CHOICES[study].get("data_dir"), lambda text, fraction: None).train
         np.savez(data, x=split.x, y=split.y)
@@ -220,7 +221,7 @@ def main() -> None:
     if options.data_dir:
         CHOICES["mnist"]["data_dir"] = options.data_dir
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from bnjax.studies.results import markdown_table
+    from bnjax.studies.evidence.results import markdown_table
 
     measured, lines = [], []
     with tempfile.TemporaryDirectory() as scratch:

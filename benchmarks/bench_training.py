@@ -34,14 +34,14 @@ def examples(network: str) -> tuple[np.ndarray, np.ndarray]:
 def of_jax(
     network: str, norm: Any, is_flax_throughout: bool = False
 ) -> tuple[Callable[[], Any], list[tuple[int, ...]]]:
-    """A call that takes one step of `bnjax.train`, and the shapes that the network's batch norms are given."""
+    """A call that takes one step of `bnjax.training`, and the shapes that the network's batch norms are given."""
     import jax
     import jax.numpy as jnp
     import optax
     from flax import linen as nn
 
-    from bnjax import models, train
-    from bnjax.parallel import make_mesh
+    from bnjax import models, training
+    from bnjax.training import make_mesh
 
     options: dict[str, Any] = {"num_classes": CLASSES[network], "norm": norm}
     if network == "cifar":
@@ -57,10 +57,10 @@ def of_jax(
             shapes.append(jnp.shape(args[0]))
         return next_call(*args, **kwargs)
 
-    step = train.make_train_step(train.cross_entropy, make_mesh(devices=jax.devices()[:1]))
+    step = training.make_train_step(training.cross_entropy, make_mesh(devices=jax.devices()[:1]))
     conv, max_pool = (nn.Conv, flax_max_pool) if is_flax_throughout else (models.Conv, models.max_pool)
     with mock.patch.multiple(models, Conv=conv, max_pool=max_pool), nn.intercept_methods(note):
-        state = train.create_train_state(model, optimizer, jax.random.key(0), x[:1])
+        state = training.create_train_state(model, optimizer, jax.random.key(0), x[:1])
         shapes.clear()
         state, _ = step(state, x, y, key=key)
     held = [state]
@@ -198,15 +198,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=11, help="timed steps of each (default %(default)s)")
-    parser.add_argument("--keep-memory", action="store_true", help="see bnjax.host.keep_freed_memory")
+    parser.add_argument("--keep-memory", action="store_true", help="see bnjax.training.host.keep_freed_memory")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads must not keep the others' processors busy
     if options.keep_memory:
-        from bnjax.host import keep_freed_memory
+        from bnjax.training.host import keep_freed_memory
 
         keep_freed_memory()
-    from bnjax.studies.results import markdown_table
+    from bnjax.studies.evidence.results import markdown_table
 
     measured = []
     for network in options.networks.split(","):

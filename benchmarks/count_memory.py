@@ -18,7 +18,7 @@ from common import device, save
 from flax import linen as nn
 
 import bnjax
-from bnjax.studies.results import markdown_table
+from bnjax.studies.evidence.results import markdown_table
 
 SHAPE = (65536, 64)
 FEW, MANY = 4, 12  # blocks

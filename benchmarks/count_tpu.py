@@ -53,7 +53,7 @@ def passes(norm: str, dtype: Any, masked: bool, topology: str) -> dict[str, floa
     from jax.sharding import Mesh, NamedSharding
 
     import bnjax
-    from bnjax.compile import compile_report, topology_devices
+    from bnjax.training.ahead_of_time import compile_report, topology_devices
 
     mesh = Mesh(np.array(topology_devices(topology)).reshape(-1), ("batch",))
 
@@ -88,13 +88,13 @@ def passes(norm: str, dtype: Any, masked: bool, topology: str) -> dict[str, floa
 
 
 def step(name: str, norm: str) -> dict[str, float]:
-    """Of one training step of a network in `bnjax.studies.steps`, on one chip."""
+    """Of one training step of a network in `bnjax.studies.engine.steps`, on one chip."""
     from flax import linen as nn
 
     import bnjax
-    from bnjax import linen, parallel
-    from bnjax.compile import compile_report, topology_devices
-    from bnjax.studies import steps
+    from bnjax import linen, training
+    from bnjax.studies.engine import steps
+    from bnjax.training.ahead_of_time import compile_report, topology_devices
 
     class Nothing(nn.Module):
         """In the place of a batch norm."""
@@ -128,7 +128,7 @@ def step(name: str, norm: str) -> dict[str, float]:
         of_step = dataclasses.replace(of, model=Checkpointed)
     else:
         of_step = of
-    mesh = parallel.make_mesh(devices=topology_devices(TOPOLOGY))
+    mesh = training.make_mesh(devices=topology_devices(TOPOLOGY))
     with mock.patch.object(steps, "BatchNorm", layer[norm]):
         compiled, args = steps.abstract_step(of_step, mesh, parallel_by="jit", batch_size=None)
         report = compile_report(compiled, *args, topology=TOPOLOGY)
@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument("--steps", default="cifar,resnet50", help="training steps (default %(default)s; '' for none)")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
-    from bnjax.compile import tpu_environment
-    from bnjax.studies.results import markdown_table
+    from bnjax.studies.evidence.results import markdown_table
+    from bnjax.training.ahead_of_time import tpu_environment
 
     os.environ.update(tpu_environment())
     import jax

@@ -3,12 +3,11 @@
 import importlib
 import importlib.util
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from bnjax._moments import Moments, merge_moments, moments
-    from bnjax._remat import save_batch_norm_inputs
-    from bnjax.norm import batch_norm, init_batch_norm, update_batch_stats
+from bnjax._moments import Moments, merge_moments, moments
+from bnjax._remat import save_batch_norm_inputs
+from bnjax.norm import batch_norm, init_batch_norm, update_batch_stats
 
 __version__ = "0.1.0"
 
@@ -21,10 +20,6 @@ __all__ = [
     "save_batch_norm_inputs",
     "update_batch_stats",
 ]
-
-_HOMES = dict.fromkeys(__all__, "bnjax.norm")
-_HOMES |= dict.fromkeys(("Moments", "merge_moments", "moments"), "bnjax._moments")
-_HOMES["save_batch_norm_inputs"] = "bnjax._remat"
 
 # Names that people look for here, and where they are.
 _ELSEWHERE = {
@@ -40,10 +35,7 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names and modules are imported when first used, so that `bnjax --help` does without JAX."""
-    if name in _HOMES:
-        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
-        return value
+    """Modules are imported when first used: `bnjax.linen` needs no import of its own."""
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
     message = f"module {__name__!r} has no attribute {name!r}"
@@ -54,4 +46,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *(module.name for module in pkgutil.iter_modules(__path__))})
+    return sorted({*globals(), *(module.name for module in pkgutil.iter_modules(__path__))})

@@ -14,7 +14,8 @@ from jaxtyping import Array, ArrayLike, Float, Inexact, Shaped
 
 from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
-from bnjax._collectives import (
+from bnjax._remat import keeping_arguments
+from bnjax._sync import (
     AxisName,
     Groups,
     broadcast_explicitly,
@@ -28,7 +29,6 @@ from bnjax._collectives import (
     vary_like,
     without_explicit_sharding,
 )
-from bnjax._remat import keeping_arguments
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask

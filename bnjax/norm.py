@@ -14,9 +14,9 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName, vary_like
 from bnjax._moments import Moments, checked_moments, expand, without_masked_extremes
 from bnjax._remat import keeping_arguments, named_input
+from bnjax._sync import AxisName, vary_like
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
 BatchStats = Mapping[str, Any]

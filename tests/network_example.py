@@ -6,11 +6,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from bnjax import train as training
-from bnjax.data import Split
+from bnjax import training
 from bnjax.linen import BatchNorm
-from bnjax.studies.experiment import Variant
-from bnjax.studies.network import Data, train_network
+from bnjax.studies.data import Split
+from bnjax.studies.engine.experiment import Variant
+from bnjax.studies.engine.network import Data, train_network
 
 EPOCHS, STEPS, BATCH = 3, 30, 20
 

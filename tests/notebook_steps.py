@@ -103,7 +103,7 @@ class _Collector:
         import jax
         from jax.sharding import Mesh, NamedSharding
 
-        from bnjax.compile import topology_devices
+        from bnjax.training.ahead_of_time import topology_devices
 
         self.chips = topology_devices(topology)
         jax.clear_caches()

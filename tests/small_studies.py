@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bnjax import data
+from bnjax.studies import data
 
 
 class Silent:

@@ -7,10 +7,11 @@ import pytest
 from flax import linen as nn
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from bnjax import analysis, losses, train
+from bnjax import analysis, training
 from bnjax._compat import enable_x64
-from bnjax.layers import Conv
+from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
+from bnjax.models.layers import Conv
 
 torch = pytest.importorskip("torch")
 
@@ -35,7 +36,7 @@ def pair():
         model = Network()
         variables = model.init(jax.random.key(0), jnp.asarray(x), training=False)
         params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)) * 0.4, variables["params"])
-        loss = losses.linen_loss(model, variables, train.cross_entropy)
+        loss = losses.linen_loss(model, variables, training.cross_entropy)
         batch = jnp.asarray(x), jnp.asarray(y)
 
         @jax.jit

@@ -28,10 +28,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bnjax import train
-from bnjax.checkpoint import CheckpointError, Checkpoints
+from bnjax import training
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
+from bnjax.training.checkpoint import CheckpointError, Checkpoints
 
 CONFIGURATION = {"study": "circles", "batch_size": 32, "sizes": (8, 8)}
 STEPS, KILLS = 80, 20
@@ -436,7 +436,7 @@ QUICKLY: Any = {"compiler_options": {"xla_backend_optimization_level": 1}}
 @functools.partial(jax.jit, **QUICKLY)
 def new_run():
     model = Perceptron((16,), 3, BatchNorm, "before")
-    made = train.create_train_state(model, optax.adam(0.01), jax.random.key(0), jnp.zeros((1, 8)))
+    made = training.create_train_state(model, optax.adam(0.01), jax.random.key(0), jnp.zeros((1, 8)))
     return Run(made, jnp.full(STEPS, jnp.nan), jax.random.key(1), jnp.linspace(0, 1, 2**20))
 
 
@@ -444,7 +444,7 @@ def new_run():
 def advance(run):
     key, data = jax.random.split(run.key)
     x = jax.random.uniform(data, (32, 8))
-    state, metrics = train.train_step(run.state, x, x[:, :3].argmax(-1), objective=train.cross_entropy)
+    state, metrics = training.train_step(run.state, x, x[:, :3].argmax(-1), objective=training.cross_entropy)
     history = run.history.at[run.state.step].set(metrics.loss)
     return Run(state, history, key, jnp.sin(run.padding + metrics.loss))
 

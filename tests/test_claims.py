@@ -4,12 +4,13 @@ import math
 import numpy as np
 import pytest
 
-from bnjax.data import DataError
-from bnjax.studies import STUDIES, Options, console
-from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.ledger import Saved, claims_of, make_ledger, saved_runs
-from bnjax.studies.results import command
-from bnjax.studies.statistics import interval, prediction_interval
+from bnjax.studies import STUDIES, Options
+from bnjax.studies.cli import console
+from bnjax.studies.data import DataError
+from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
+from bnjax.studies.evidence.ledger import Saved, claims_of, make_ledger, saved_runs
+from bnjax.studies.evidence.results import command
+from bnjax.studies.evidence.statistics import interval, prediction_interval
 
 
 class Made:
@@ -188,7 +189,7 @@ def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path):
 
 
 def test_checkpoints_of_other_options_do_not_stop_the_ledger(tmp_path, monkeypatch, capsys):
-    from bnjax.checkpoint import CheckpointError
+    from bnjax.training.checkpoint import CheckpointError
 
     resumed = []
 

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from bnjax.__main__ import main
-from bnjax.studies import circles, console
+from bnjax.studies import circles
+from bnjax.studies.cli import console
+from bnjax.studies.cli.main import main
 
 
 def test_list_and_help(capsys):
@@ -73,7 +74,7 @@ def test_a_run_prints_its_tables_and_saves_its_files(tmp_path, capsys, monkeypat
 def test_quiet_prints_nothing(tmp_path, capsys, monkeypatch):
     class Quick:
         def run(self, options, report):
-            from bnjax.studies.results import Results
+            from bnjax.studies.evidence.results import Results
 
             report.task(type("V", (), {"name": "a", "label": "a", "epochs": 1}))(1, {"test_accuracy": 0.5})
             return Results("circles", {}, range(options.seeds)), {}
@@ -96,6 +97,7 @@ def test_an_interruption_leaves_nothing(tmp_path, capsys, monkeypatch):
 def test_the_module_is_the_same_command_and_starts_light():
     run = subprocess.run([sys.executable, "-m", "bnjax", "run", "--help"], capture_output=True, text=True, check=True)
     assert "circles" in run.stdout
-    modules = "import sys, bnjax.__main__ as m; m._parser(); print('flax' in sys.modules, 'matplotlib' in sys.modules)"
+    modules = "import sys; from bnjax.studies.cli.main import _parser; _parser(); "
+    modules += "print('flax' in sys.modules, 'matplotlib' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", modules], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False", "False"]

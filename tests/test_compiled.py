@@ -1,7 +1,7 @@
 """What the compiled programs of the key functions hold: a guard against losing speed that needs no timer.
 
 Counted in the programs that XLA makes for the CPU: arrays of the input's size that are written, collectives, temporary
-memory, traces and transfers. What TPU's compiler makes is counted in tests/test_compile.py, where it is installed.
+memory, traces and transfers. What TPU's compiler makes is counted in tests/test_ahead_of_time.py, where it is installed.
 """
 
 import functools
@@ -17,10 +17,11 @@ from flax import linen as nn
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from bnjax import _hlo, batch_norm, init_batch_norm, models, save_batch_norm_inputs, train
+from bnjax import batch_norm, init_batch_norm, models, save_batch_norm_inputs, training
 from bnjax._compat import as_varying
-from bnjax.compile import collectives
 from bnjax.linen import BatchNorm
+from bnjax.training import _hlo
+from bnjax.training.ahead_of_time import collectives
 
 SHAPE = (64, 8, 8, 32)
 SIZE = int(np.prod(SHAPE))
@@ -94,10 +95,10 @@ def test_one_collective_in_each_direction(f, sums):
 
 def test_a_training_step_is_traced_once_and_moves_nothing_between_host_and_device():
     model = models.Perceptron((8, 8), 3, BatchNorm, "before")
-    state = train.create_train_state(model, optax.adam(1e-2), jax.random.key(0), jnp.ones((1, 4)))
+    state = training.create_train_state(model, optax.adam(1e-2), jax.random.key(0), jnp.ones((1, 4)))
 
     def one_step(state, x, y):
-        return train.train_step(state, x, y, objective=train.cross_entropy)
+        return training.train_step(state, x, y, objective=training.cross_entropy)
 
     step = jax.jit(chex.assert_max_traces(one_step, n=1))
     x, y = jax.random.normal(jax.random.key(1), (16, 4)), jnp.arange(16) % 3

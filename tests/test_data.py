@@ -5,7 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from bnjax import data
+from bnjax.studies import data
 
 
 class TinySet(tfds.core.GeneratorBasedBuilder):

@@ -23,13 +23,13 @@ NEEDS_EXTRAS = {  # modules that can't be imported without, and the extra that t
     "bnjax.studies.circles": "studies",
     "bnjax.studies.landscape": "studies",
     "bnjax.studies.mnist": "studies",
-    "bnjax.studies.notebook": "studies",
-    "bnjax.studies.plots": "studies",
+    "bnjax.studies.cli.notebook": "studies",
+    "bnjax.studies.evidence.plots": "studies",
     "bnjax.studies.recurrent": "studies",
-    "bnjax.studies.report": "studies",
+    "bnjax.studies.cli.report": "studies",
     "bnjax.studies.sensitivity": "studies",
     "bnjax.studies.smoothness": "studies",
-    "bnjax.studies.steps": "studies",
+    "bnjax.studies.engine.steps": "studies",
 }
 BLOCK = f"""
 import sys
@@ -70,7 +70,9 @@ import jax, jax.numpy as jnp, optax
 import flax.linen as nn
 from flax import nnx
 import bnjax
-from bnjax import analysis, describe, inference, losses, train, variants
+from bnjax import analysis, inference, training, variants
+from bnjax.analysis import losses
+from bnjax.inference import describe
 from bnjax.models import Perceptron
 
 x, y = jax.random.normal(jax.random.key(0), (16, 4)), jnp.arange(16) % 3
@@ -78,11 +80,11 @@ print(bnjax.batch_norm(x, *bnjax.init_batch_norm(4), training=True)[0].shape)
 print(variants.batch_renorm(x, *bnjax.init_batch_norm(4), training=True)[0].shape)
 print(bnjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))(x).shape)
 model = Perceptron((8,), 3, bnjax.linen.BatchNorm, "before")
-state = train.create_train_state(model, optax.sgd(0.1), jax.random.key(0), x)
-state, _ = train.make_train_step(train.cross_entropy)(state, x, y)
+state = training.create_train_state(model, optax.sgd(0.1), jax.random.key(0), x)
+state, _ = training.make_train_step(training.cross_entropy)(state, x, y)
 variables = {"params": state.params, "batch_stats": state.batch_stats}
 inference.reestimate_batch_stats(model.apply, variables, [x], training=True)
-loss = losses.linen_loss(model, variables, train.cross_entropy, mode="batch")
+loss = losses.linen_loss(model, variables, training.cross_entropy, mode="batch")
 density = analysis.spectral_density(loss, state.params, x, y, key=jax.random.key(1), num_probes=1, num_steps=4)
 print(density.nodes.shape)
 """)
@@ -106,7 +108,7 @@ def test_the_command_line_says_which_extra_is_missing(tmp_path):
     done = run_without_extras(f"""
 import contextlib, io, json, os
 os.chdir({str(tmp_path)!r})
-from bnjax.__main__ import main
+from bnjax.studies.cli.main import main
 outcomes = []
 for arguments in {list(COMMANDS)}:
     out, err = io.StringIO(), io.StringIO()
@@ -132,7 +134,7 @@ def test_data_sets_say_what_they_need(missing):
     code = f"""
 import sys
 sys.modules[{missing!r}] = None
-from bnjax import data
+from bnjax.studies import data
 try:
     data.images("mnist") if {missing!r} != "sklearn" else data.circles()
 except (data.DataError, ModuleNotFoundError) as error:

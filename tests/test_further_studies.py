@@ -10,9 +10,9 @@ import optax
 import pytest
 import small_studies
 
-from bnjax import data, models, train
+from bnjax import models, training
 from bnjax.linen import BatchNorm
-from bnjax.studies import Options, accelerating, cifar, recurrent
+from bnjax.studies import Options, accelerating, cifar, data, recurrent
 
 
 def images(shape, count=40, classes=10):
@@ -45,7 +45,7 @@ def test_population_statistics(monkeypatch):
     x = jax.random.normal(jax.random.key(0), (9, 3, 2))
     model = models.RecurrentNetwork(2, 4, BatchNorm)
     counting = model.clone(norm=functools.partial(BatchNorm, momentum=0.0))
-    state = train.create_train_state(model, optax.sgd(0.1), jax.random.key(1), x)
+    state = training.create_train_state(model, optax.sgd(0.1), jax.random.key(1), x)
     monkeypatch.setattr(recurrent, "POPULATION_BATCH", 4)
     outputs, seen = [], []
     for batch in (x[:4], x[4:8]):
@@ -120,7 +120,7 @@ def test_cifar_gradient_ratio_is_that_of_the_training_loss(cifar_run):
     examples = cifar.Data(images((16, 16, 3), classes=2).train, {}, functools.partial(cifar.prepare, mean=0.0))
     variant = cifar.variants(2, 4, 8, 3, Options(2))["relu_none"]
     (ratio,) = cifar._gradient_ratios(variant, examples, 1)
-    x, y = (part[:8] for part in examples.training)
+    x, y = (part[:8] for part in examples.train)
     x = jnp.asarray(x, jnp.float32)
     model = models.CifarNetwork(2, None, filters=3, last_filters=5)
     params = model.init(jax.random.fold_in(jax.random.key(0), 0), x[:1], training=False)["params"]

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from bnjax.host import keep_freed_memory
+from bnjax.training.host import keep_freed_memory
 
 COUNT_FAULTS = """
 import resource
-from bnjax.host import keep_freed_memory
+from bnjax.training.host import keep_freed_memory
 
 KEPT and keep_freed_memory()
 import jax, jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_freed_memory_is_used_again():
 
 
 def test_what_it_returns_and_refuses():
-    code = "from bnjax.host import keep_freed_memory; print(keep_freed_memory())"
+    code = "from bnjax.training.host import keep_freed_memory; print(keep_freed_memory())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(GLIBC)
     with pytest.raises(ValueError, match="pad must lie in"):
@@ -60,11 +60,12 @@ def test_what_it_returns_and_refuses():
 
 @pytest.mark.parametrize("value", ["1", "0"])
 def test_the_command_line_takes_it_from_the_environment(value, monkeypatch, capsys, tmp_path):
-    from bnjax import __main__, host
+    from bnjax.studies.cli import main as cli
+    from bnjax.training import host
 
     asked = []
     monkeypatch.setattr(host, "keep_freed_memory", lambda: asked.append(True))
     monkeypatch.setenv("BNJAX_KEEP_MEMORY", value)
-    assert __main__.main(["report", str(tmp_path / "none")]) == 2
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
     assert asked == [True] * (value == "1")
     capsys.readouterr()

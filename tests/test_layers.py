@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bnjax.layers import Conv, Dropout, conv2d, max_pool
+from bnjax.models.layers import Conv, Dropout, conv2d, max_pool
 
 KEY = jax.random.key(0)
 # Batch, size, channels; kernel, features; strides, padding: by windows and, from 16 channels on, by tiles; in one chunk

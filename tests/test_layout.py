@@ -11,64 +11,50 @@ import pytest
 import bnjax
 
 PACKAGE = Path(bnjax.__file__).parent
-# Each module may import those before it.
-ORDER = [
-    "_compat",
-    "_extras",
-    "_checks",
-    "_dtypes",
-    "_collectives",
-    "_hlo",
-    "_remat",
-    "host",
-    "compile",
-    "_moments",
-    "norm",
-    "variants",
-    "linen",
-    "nnx",
-    "analysis",
-    "losses",
-    "layers",
-    "inference",
-    "describe",
-    "augment",
-    "models",
-    "convert",
-    "data",
-    "checkpoint",
-    "parallel",
-    "state",
-    "step",
-    "train",
-    "studies",
-    "__main__",
-]
-STUDIES = [
-    "__init__",
-    "saving",
-    "experiment",
-    "network",
-    "measured",
-    "statistics",
-    "claims",
-    "results",
-    "logs",
-    "plots",
-]
-STUDIES += [
-    "landscape",
-    "deep_linear",
-    "perceptrons",
-    "vgg",
-    "circles",
-    "blobs",
-    "mnist",
-    "sensitivity",
-    "recurrent",
-    "cifar",
-]
-STUDIES += ["accelerating", "activations", "smoothness", "steps", "ledger", "report", "notebook", "console"]
+# The floors of the house, from the ground up. Each module may import those before it, and no others.
+FLOORS = """
+    _compat _extras _checks _dtypes _remat
+    _sync
+    _moments
+    norm
+    <root>
+    variants: frozen ghost lp moving noisy renorm split .
+    linen nnx
+    analysis: _draw _trees _lanczos probe activations shift sharding curvature gradients loop spectrum surface . plots
+    analysis: losses
+    models: layers networks .
+    convert: state arrays _framework nnx torch keras haiku equinox .
+    inference: _calls folding fold_model reestimate description .
+    training: _hlo host mesh state step loop . checkpoint ahead_of_time
+    studies: . data.sets data data.augmentation evidence.statistics evidence.claims evidence.results evidence
+    studies: engine.saving engine.experiment evidence.plots evidence.ledger engine.network engine.measured engine
+    studies: landscape deep_linear perceptrons vgg
+    studies: circles blobs mnist sensitivity recurrent cifar accelerating activations smoothness engine.steps
+    studies: cli.logs cli.report cli.notebook cli.console cli.main cli
+    __main__
+"""
+# What wings that stand by themselves may use, whatever the order.
+APART = {
+    "analysis": {"_compat", "_extras", "analysis"},
+    "models": {"_sync", "models"},
+    "convert": {"_extras", "convert"},
+}
+
+
+def ordered() -> list[str]:
+    """The dotted names of `FLOORS`; a dot stands for the package itself."""
+    names = []
+    for floor in FLOORS.split("\n"):
+        package, _, inside = floor.rpartition(":")
+        for name in inside.split():
+            names.append(f"{package.strip()}.{name}".strip(".") if package else name)
+    return names
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the package by their dotted names within it."""
+    paths = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
+    return {".".join(p for p in parts if p != "__init__") or "<root>": path for path, parts in paths.items()}
 
 
 def imports(path: Path) -> set[str]:
@@ -77,36 +63,48 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
+def imports_within(path: Path) -> set[str]:
+    """The modules of the package that a file imports, by their dotted names within it."""
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                used.add(full if full.removeprefix("bnjax.") in modules() else str(node.module))
+    return {name.removeprefix("bnjax").removeprefix(".") or "<root>" for name in used if name.split(".")[0] == "bnjax"}
+
+
 def test_imports_go_one_way():
-    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | packages
-    assert modules == set(ORDER)
-    for name in modules - packages:
-        used = {part.split(".")[1] for part in imports(PACKAGE / f"{name}.py") if part.startswith("bnjax.")} & modules
-        assert used <= set(ORDER[: ORDER.index(name)]), name
+    order, paths = ordered(), modules()
+    assert sorted(order) == sorted(paths)
+    for name, path in paths.items():
+        before = {"<root>"} if name == "<root>" else set()
+        above = imports_within(path) - set(order[: order.index(name)]) - before
+        assert not above, f"{name} imports {sorted(above)}, which stand above it"
 
 
-def test_studies_import_one_way():
-    assert {path.stem for path in (PACKAGE / "studies").glob("*.py")} == set(STUDIES)
-    for name in STUDIES:
-        all_imports = imports(PACKAGE / "studies" / f"{name}.py")
-        used = {part.split(".")[2] for part in all_imports if part.startswith("bnjax.studies.")} & set(STUDIES)
-        assert used <= set(STUDIES[: STUDIES.index(name)]), name
-        assert "bnjax.__main__" not in all_imports
+def test_wings_stand_apart():
+    for name, path in modules().items():
+        wing = name.split(".")[0]
+        others = {used.split(".")[0] for used in imports_within(path)} - APART.get(wing, set())
+        assert wing not in APART or not others, f"{name} imports {sorted(others)}"
 
 
 def test_analysis_knows_neither_flax_nor_training():
     for path in (PACKAGE / "analysis").glob("*.py"):
-        used = {name for name in imports(path) if name.startswith("bnjax") and not name.startswith("bnjax.analysis")}
-        assert used <= {"bnjax", "bnjax._extras", "bnjax._extras.needs"}, (
-            path
-        )  # `from bnjax import analysis` in none but examples
-        assert not any(name.split(".")[0] in ("flax", "optax") for name in imports(path)), path
+        if path.stem != "losses":  # which makes losses of Flax models, and which none of the others imports
+            assert imports_within(path) <= {"_extras"} | {name for name in modules() if name.startswith("analysis")}, (
+                path
+            )
+            assert not any(name.split(".")[0] in ("flax", "optax") for name in imports(path)), path
 
 
 def test_one_module_knows_versions():
@@ -137,16 +135,16 @@ print([name for name in {heavy} if name in set(sys.modules) - before])
     assert out.strip() == "[]"
 
 
-def test_help_and_lists_do_without_jax():
+def test_help_and_lists_do_without_flax():
     for arguments in (["--help"], ["run", "circles", "--help"], ["list"], ["--version"]):
         code = f"""
 import sys
-from bnjax.__main__ import main
+from bnjax.studies.cli.main import main
 try:
     main({arguments})
 except SystemExit:
     pass
-print([name for name in ("jax", "numpy", "flax") if name in sys.modules])
+print([name for name in ("flax", "optax", "orbax", "sklearn", "rich") if name in sys.modules])
 """
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert out.splitlines()[-1] == "[]", arguments
@@ -169,7 +167,7 @@ print(bnjax.linen.BatchNorm.__name__, bnjax.nnx.BatchNorm.__module__, bnjax.anal
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["BatchNorm", "bnjax.nnx", "bnjax.analysis", "bnjax.studies"]
-    assert {"linen", "nnx", "variants", "train"} <= set(dir(bnjax))
+    assert {"linen", "nnx", "variants", "training"} <= set(dir(bnjax))
     where = r"no attribute 'BatchNorm'; it is in bnjax.linen and bnjax.nnx: from bnjax.linen import BatchNorm$"
     with pytest.raises(AttributeError, match=where):
         bnjax.BatchNorm  # noqa: B018

@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from bnjax.__main__ import main
 from bnjax._extras import MissingExtraError
 from bnjax.studies import circles
-from bnjax.studies.logs import open_logs
-from bnjax.studies.results import parameter_rows
+from bnjax.studies.cli.logs import open_logs
+from bnjax.studies.cli.main import main
+from bnjax.studies.evidence.results import parameter_rows
 
 SOME = {name: circles.VARIANTS[name] for name in ("none", "after")}
 SHAPES = {

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import bnjax.linen
 import bnjax.nnx
-from bnjax import analysis, losses, models, parallel, train
+from bnjax import analysis, models, training
+from bnjax.analysis import losses
 
 X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (8, 3)), jnp.float32)
 OTHER = jnp.asarray(np.random.default_rng(1).normal(-1, 1, (8, 3)), jnp.float32)
@@ -77,7 +78,7 @@ def test_modes_of_linen_models(norm):
         "reestimated": statistics(moved, OTHER),
     }
     for mode, (mean, var) in by_mode.items():
-        loss = losses.linen_loss(model, variables, train.cross_entropy, mode=mode, at=OTHER)
+        loss = losses.linen_loss(model, variables, training.cross_entropy, mode=mode, at=OTHER)
         np.testing.assert_allclose(jax.jit(loss)(moved, X, Y), expected(moved, mean, var), rtol=2e-5, err_msg=mode)
     assert stats["mean"].tolist() == pytest.approx([0.3] * 4) and stats["var"].tolist() == [2] * 4
 
@@ -87,7 +88,7 @@ def test_modes_of_nnx_models(norm):
     model = NnxNet(norm, nnx.Rngs(0))
     model.norm.mean[...], model.norm.var[...] = jnp.full(4, 0.3), jnp.full(4, 2.0)
     for mode in ("batch", "running", "frozen", "reestimated"):
-        loss, params = losses.nnx_loss(model, train.cross_entropy, mode=mode, at=OTHER)
+        loss, params = losses.nnx_loss(model, training.cross_entropy, mode=mode, at=OTHER)
         moved = jax.tree.map(lambda p: p + 0.5, params)
         renamed = lambda p: {"Dense_0": p["first"], "BatchNorm_0": p["norm"], "Dense_1": p["last"]}
         mean, var = {
@@ -109,7 +110,7 @@ def test_modes_have_different_curvature():
     vector = jax.tree.map(jnp.ones_like, variables["params"])
     found = []
     for mode in ("batch", "running", "frozen"):
-        loss = losses.linen_loss(model, variables, train.cross_entropy, mode=mode, at=X)
+        loss = losses.linen_loss(model, variables, training.cross_entropy, mode=mode, at=X)
         product = jax.jit(functools.partial(analysis.hessian_product, loss))(variables["params"], vector, X, Y)
         found.append(product["Dense_0"]["kernel"])
     batch, running, frozen = found
@@ -119,12 +120,12 @@ def test_modes_have_different_curvature():
 def test_weights():
     model, variables = make(bnjax.linen.BatchNorm)
     params, weights = variables["params"], jnp.array([1.0, 2, 0, 1, 0, 1, 3, 1])
-    loss = losses.linen_loss(model, variables, train.cross_entropy, mode="running")
+    loss = losses.linen_loss(model, variables, training.cross_entropy, mode="running")
     stats = variables["batch_stats"]["BatchNorm_0"]
     found = loss(params, X, Y, weights)
     np.testing.assert_allclose(found, expected(params, stats["mean"], stats["var"], weights=weights), rtol=1e-5)
     spoilt = jnp.where(weights[:, None] > 0, X, jnp.nan)
-    masked = losses.linen_loss(model, variables, train.cross_entropy)
+    masked = losses.linen_loss(model, variables, training.cross_entropy)
     kept = weights > 0
     np.testing.assert_allclose(masked(params, spoilt, Y, kept), masked(params, X[kept], Y[kept]), rtol=1e-5)
 
@@ -150,7 +151,7 @@ def test_other_arguments(argument):
 
     variables = Model().init(jax.random.key(0), X, **{argument: argument != "train"})
     found = [
-        losses.linen_loss(Model(), variables, train.cross_entropy, mode=mode, argument=argument)(
+        losses.linen_loss(Model(), variables, training.cross_entropy, mode=mode, argument=argument)(
             variables["params"], X, Y
         )
         for mode in ("batch", "running")
@@ -249,15 +250,15 @@ def test_layer_outputs(mode):
 def test_errors():
     model, variables = make(bnjax.linen.BatchNorm)
     with pytest.raises(ValueError, match=r"mode must be one of batch, running, frozen, reestimated, got 'eval'"):
-        losses.linen_loss(model, variables, train.cross_entropy, mode="eval")
+        losses.linen_loss(model, variables, training.cross_entropy, mode="eval")
     with pytest.raises(ValueError, match=r"mode 'frozen' needs .* give at=x"):
-        losses.linen_loss(model, variables, train.cross_entropy, mode="frozen")
+        losses.linen_loss(model, variables, training.cross_entropy, mode="frozen")
 
 
 class TestOnAMesh:
     """Eight devices give the numbers of one, with global statistics or with each device's."""
 
-    mesh = parallel.make_mesh(devices=jax.devices()[:8])
+    mesh = training.make_mesh(devices=jax.devices()[:8])
     numbers = np.random.default_rng(0).normal(size=(32, 3)) * np.arange(1, 33)[:, None]
     steps = np.array([0.1, 0.5])
 
@@ -289,18 +290,18 @@ class TestOnAMesh:
         of, variables = model
         x, y = jnp.asarray(self.numbers), jnp.arange(32) % 2
         params = variables["params"]
-        alone = losses.linen_loss(of(None), variables, train.cross_entropy)
+        alone = losses.linen_loss(of(None), variables, training.cross_entropy)
         expected = self.measured(alone, params, x, y)
-        placed = parallel.shard_batch((x, y), self.mesh)
-        self.close(self.measured(alone, parallel.replicate(params, self.mesh), *placed), expected)
-        synced = losses.linen_loss(of("batch"), variables, train.cross_entropy)
+        placed = training.shard_batch((x, y), self.mesh)
+        self.close(self.measured(alone, training.replicate(params, self.mesh), *placed), expected)
+        synced = losses.linen_loss(of("batch"), variables, training.cross_entropy)
         self.close(self.measured(analysis.shard_loss(synced, self.mesh), params, *placed), expected)
 
     def test_statistics_of_each_device(self, model):
         of, variables = model
         x, y = jnp.asarray(self.numbers), jnp.arange(32) % 2
         params = variables["params"]
-        alone = losses.linen_loss(of(None), variables, train.cross_entropy)
+        alone = losses.linen_loss(of(None), variables, training.cross_entropy)
 
         def in_groups(params, x, y):
             return jax.vmap(alone, (None, 0, 0))(params, x.reshape((8, 4, 3)), y.reshape((8, 4))).mean()
@@ -313,8 +314,8 @@ class TestOnAMesh:
         of, variables = model
         x, y = jnp.asarray(self.numbers), jnp.arange(32) % 2
         weights = jnp.arange(32.0) * (jnp.arange(32) > 5)
-        alone = losses.linen_loss(of(None), variables, train.cross_entropy)
-        synced = losses.linen_loss(of("batch"), variables, train.cross_entropy, axis_name="batch")
+        alone = losses.linen_loss(of(None), variables, training.cross_entropy)
+        synced = losses.linen_loss(of("batch"), variables, training.cross_entropy, axis_name="batch")
         found, expected = (
             jax.jit(jax.value_and_grad(loss))(variables["params"], x, y, weights)
             for loss in (analysis.shard_loss(synced, self.mesh), alone)

@@ -13,15 +13,15 @@ import pytest
 import small_studies
 from flax import linen as nn
 
-from bnjax import analysis, data, models, train
-from bnjax.checkpoint import CheckpointError
-from bnjax.layers import Conv
+from bnjax import analysis, models, training
 from bnjax.linen import BatchNorm, NoisyBatchNorm
-from bnjax.studies import Options, activations, deep_linear, landscape, smoothness, vgg
-from bnjax.studies.experiment import count_values, empty_histograms, recording
-from bnjax.studies.measured import Plan, overhead, random_batch, train_measured
-from bnjax.studies.results import Results
-from bnjax.studies.saving import Saving
+from bnjax.models.layers import Conv
+from bnjax.studies import Options, activations, data, deep_linear, landscape, smoothness, vgg
+from bnjax.studies.engine.experiment import count_values, empty_histograms, recording
+from bnjax.studies.engine.measured import Plan, overhead, random_batch, train_measured
+from bnjax.studies.engine.saving import Saving
+from bnjax.studies.evidence.results import Results
+from bnjax.training.checkpoint import CheckpointError
 
 MODEL = models.Perceptron((4,), 1, BatchNorm, "after")
 EXAMPLES = tuple(data.circles().train)
@@ -31,10 +31,10 @@ SETTINGS = {"key": jax.vmap(jax.random.key)(jnp.arange(2)), "rate": jnp.array([0
 def plan(together, count=None):
     def create(setting):
         optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=setting["rate"])
-        return train.create_train_state(MODEL, optimizer, setting["key"], jnp.ones((1, 2)))
+        return training.create_train_state(MODEL, optimizer, setting["key"], jnp.ones((1, 2)))
 
     def step(state, x, y, key):
-        return train.train_step(state, x, y, objective=train.binary_cross_entropy)
+        return training.train_step(state, x, y, objective=training.binary_cross_entropy)
 
     def measure(state, x, y, key):
         if count is not None:
@@ -288,11 +288,11 @@ def test_every_normalizer_has_its_place_in_vgg(variant, monkeypatch):
 
 def test_recording_leaves_the_gradient_and_moves_nothing():
     x, y = (jnp.asarray(v[:16]) for v in EXAMPLES)
-    state = train.create_train_state(MODEL, optax.adam(0.1), jax.random.key(0), x)
-    recorded, _ = jax.jit(functools.partial(train.train_step, objective=train.binary_cross_entropy))(
+    state = training.create_train_state(MODEL, optax.adam(0.1), jax.random.key(0), x)
+    recorded, _ = jax.jit(functools.partial(training.train_step, objective=training.binary_cross_entropy))(
         recording(state), x, y
     )
-    expected = jax.jit(functools.partial(train.gradients, objective=train.binary_cross_entropy))(state, x, y)
+    expected = jax.jit(functools.partial(training.gradients, objective=training.binary_cross_entropy))(state, x, y)
     chex.assert_trees_all_close(recorded.opt_state, expected, rtol=1e-6)
     chex.assert_trees_all_equal(recorded.params, state.params)
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from bnjax import train
+from bnjax import training
 from bnjax.linen import BatchNorm
 from bnjax.models import (
     VGG,
@@ -20,7 +20,7 @@ from bnjax.models import (
     resnet18,
     resnet50,
 )
-from bnjax.parallel import SYNC_AXIS, make_mesh
+from bnjax.training import SYNC_AXIS, make_mesh
 
 KEY = jax.random.key(0)
 NORM = functools.partial(BatchNorm, momentum=0.9)
@@ -259,9 +259,9 @@ def test_recurrent_network_trains_under_shard_map_as_under_jit(is_shared):
     model = RecurrentNetwork(2, 4, functools.partial(BatchNorm, axis_name=SYNC_AXIS), is_shared)
     states = []
     for how in ("jit", "shard_map"):
-        step = train.make_train_step(train.cross_entropy, make_mesh(), parallel=how)
-        state = train.create_train_state(model, optax.sgd(0.1), jax.random.key(1), x[:1])
-        state, _ = step(train.place_state(state, step.mesh), x, jnp.arange(16) % 2)
+        step = training.make_train_step(training.cross_entropy, make_mesh(), parallel=how)
+        state = training.create_train_state(model, optax.sgd(0.1), jax.random.key(1), x[:1])
+        state, _ = step(training.place_state(state, step.mesh), x, jnp.arange(16) % 2)
         states.append(jax.device_get((state.params, state.batch_stats)))
     chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-6)
 

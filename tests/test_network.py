@@ -17,10 +17,10 @@ import pytest
 import tiny_sets
 from versions import needs_jax_0_8
 
-from bnjax import parallel, train
-from bnjax.checkpoint import CheckpointError
+from bnjax import training
 from bnjax.studies import Options
-from bnjax.studies.saving import Saving
+from bnjax.studies.engine.saving import Saving
+from bnjax.training.checkpoint import CheckpointError
 
 TESTS = Path(__file__).parent
 
@@ -89,17 +89,17 @@ def test_an_interrupted_training_continues_bit_identically(group_size, tmp_path)
 def test_evaluation_counts_each_example_once():
     example = network_example.data()
     network = network_example.Network()
-    state = train.create_train_state(network, optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 4)))
+    state = training.create_train_state(network, optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 4)))
     split = example.evaluation["test"]
-    one = train.evaluate(
-        state, example.preprocess(jnp.asarray(split.x), None), jnp.asarray(split.y), objective=train.cross_entropy
+    one = training.evaluate(
+        state, example.preprocess(jnp.asarray(split.x), None), jnp.asarray(split.y), objective=training.cross_entropy
     )
     for devices, batch_size in ((8, 16), (3, 43), (1, 10)):
-        mesh = parallel.make_mesh(devices=jax.devices()[:devices])
-        got = train.evaluate_in_batches(
-            train.place_state(state, mesh),
+        mesh = training.make_mesh(devices=jax.devices()[:devices])
+        got = training.evaluate_in_batches(
+            training.place_state(state, mesh),
             *split,
-            objective=train.cross_entropy,
+            objective=training.cross_entropy,
             batch_size=batch_size,
             mesh=mesh,
             preprocess=example.preprocess,
@@ -138,7 +138,7 @@ def test_a_dead_process_ends_the_others_with_an_error_in_time():
     died = time.monotonic()
     _, error = processes[0].communicate(timeout=60)
     assert processes[0].returncode not in (0, 9)
-    assert time.monotonic() - died < parallel.HEARTBEAT_SECONDS
+    assert time.monotonic() - died < training.HEARTBEAT_SECONDS
     assert "error" in error.lower()
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from versions import needs_jax_0_8
 
 import bnjax
-from bnjax import parallel, train
+from bnjax import training
 from bnjax._compat import as_varying
 from bnjax.linen import BatchNorm, LpBatchNorm
 from bnjax.models import Perceptron
@@ -35,13 +35,13 @@ WEIGHTS = (RNG.random((STEPS, 32)) > 0.3).astype(np.float32)
 WEIGHTS[:, :4] = 0
 
 
-def model(axis_name=parallel.SYNC_AXIS, groups=None, norm=BatchNorm):
+def model(axis_name=training.SYNC_AXIS, groups=None, norm=BatchNorm):
     made = functools.partial(norm, momentum=0.9, axis_name=axis_name, axis_index_groups=groups)
     return Perceptron((8, 8), 3, made, "before", use_hidden_bias=False)
 
 
 def new_state(model, dtype=jnp.float32):
-    state = train.create_train_state(model, optax.adam(0.01), KEY, jnp.zeros((1, 4)))
+    state = training.create_train_state(model, optax.adam(0.01), KEY, jnp.zeros((1, 4)))
     return jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, state)
 
 
@@ -61,7 +61,7 @@ def fit(step, state, dtype=np.float32, weights=WEIGHTS):
 
 @functools.cache
 def on_one_device(dtype, accumulate_steps):
-    step = functools.partial(train.train_step, objective=train.cross_entropy, accumulate_steps=accumulate_steps)
+    step = functools.partial(training.train_step, objective=training.cross_entropy, accumulate_steps=accumulate_steps)
     state, metrics = fit(jax.jit(step), new_state(model(None), dtype), dtype)
     return jax.device_get((state.params, state.batch_stats)), metrics
 
@@ -69,10 +69,10 @@ def on_one_device(dtype, accumulate_steps):
 @pytest.mark.parametrize("accumulate_steps", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
 def test_fifty_steps_on_eight_devices_equal_those_on_one_in_float64(way, accumulate_steps, x64):
-    traces = chex.assert_max_traces(train.cross_entropy, n=1)
+    traces = chex.assert_max_traces(training.cross_entropy, n=1)
     chex.clear_trace_counter()
-    step = train.make_train_step(traces, parallel=way, accumulate_steps=accumulate_steps)
-    start = train.place_state(new_state(model(), np.float64), step.mesh)
+    step = training.make_train_step(traces, parallel=way, accumulate_steps=accumulate_steps)
+    start = training.place_state(new_state(model(), np.float64), step.mesh)
     state, metrics = fit(step, start, np.float64)
     assert step.compiled._cache_size() == 1
     (params, batch_stats), expected = on_one_device(np.float64, accumulate_steps)
@@ -84,7 +84,7 @@ def test_fifty_steps_on_eight_devices_equal_those_on_one_in_float64(way, accumul
 
 @pytest.mark.parametrize("way", WAYS)
 def test_fifty_steps_in_float32_agree_to_rounding(way):
-    state, metrics = fit(train.make_train_step(train.cross_entropy, parallel=way), new_state(model()))
+    state, metrics = fit(training.make_train_step(training.cross_entropy, parallel=way), new_state(model()))
     (params, batch_stats), expected = on_one_device(np.float32, 1)
     chex.assert_trees_all_close(jax.device_get(state.params), params, rtol=1e-3, atol=1e-3)
     chex.assert_trees_all_close(jax.device_get(state.batch_stats), batch_stats, rtol=1e-3, atol=1e-3)
@@ -94,10 +94,10 @@ def test_fifty_steps_in_float32_agree_to_rounding(way):
 def test_running_statistics_in_float64_too(x64):
     dtype = {"param_dtype": jnp.float64, "force_float32_reductions": False}
     norm = functools.partial(BatchNorm, **dtype)
-    one = jax.jit(functools.partial(train.train_step, objective=train.cross_entropy))
+    one = jax.jit(functools.partial(training.train_step, objective=training.cross_entropy))
     expected, _ = fit(one, new_state(model(None, norm=norm), np.float64), np.float64)
     got, _ = fit(
-        train.make_train_step(train.cross_entropy, parallel="shard_map"),
+        training.make_train_step(training.cross_entropy, parallel="shard_map"),
         new_state(model(norm=norm), np.float64),
         np.float64,
     )
@@ -116,14 +116,14 @@ def test_micro_batches_move_the_statistics_once_by_the_moments_of_the_whole_batc
             layer = BatchNorm(use_running_average=not training, momentum=0.9, bessel_correction=True)
             return layer(x, **masked).sum(1, keepdims=True)
 
-    state = train.create_train_state(OneLayer(), optax.sgd(0.0), KEY, jnp.zeros((1, 4)))
+    state = training.create_train_state(OneLayer(), optax.sgd(0.0), KEY, jnp.zeros((1, 4)))
     weights = jnp.asarray(WEIGHTS[0]).at[::accumulate_steps].set(0)  # the first micro-batch has nothing valid
-    after, _ = train.train_step(
+    after, _ = training.train_step(
         state,
         jnp.asarray(X[0]),
         jnp.asarray(Y[0]) % 2,
         weights,
-        objective=train.squared_error,
+        objective=training.squared_error,
         accumulate_steps=accumulate_steps,
     )
     stats = {"mean": jnp.zeros(4, jnp.float32), "var": jnp.ones(4, jnp.float32)}
@@ -135,9 +135,13 @@ def test_micro_batches_move_the_statistics_once_by_the_moments_of_the_whole_batc
 def test_micro_batches_need_our_batch_norm():
     state = new_state(model(None, norm=nn.BatchNorm))
     with pytest.raises(ValueError, match=r"BatchNorm_0 \(BatchNorm\) does not give.*bnjax.linen.BatchNorm"):
-        train.train_step(state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=train.cross_entropy, accumulate_steps=2)
+        training.train_step(
+            state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=training.cross_entropy, accumulate_steps=2
+        )
     with pytest.raises(ValueError, match="must divide the 32 examples"):
-        train.train_step(state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=train.cross_entropy, accumulate_steps=3)
+        training.train_step(
+            state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=training.cross_entropy, accumulate_steps=3
+        )
 
 
 # --- collectives ------------------------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def test_a_batch_norm_costs_one_collective_forward_and_one_backward(way, masked)
             mapped = jax.pmap(function, axis_name="batch")
         else:
             specs = {"in_specs": P("batch"), "out_specs": (P("batch"), P()), "check_vma": way == "shard_map"}
-            mapped = jax.jit(jax.shard_map(function, mesh=parallel.make_mesh(), **specs))
+            mapped = jax.jit(jax.shard_map(function, mesh=training.make_mesh(), **specs))
         compiled = mapped.lower(x, mask).compile()
         assert collectives(compiled) == {"all-reduce": 1 + backward}
         # Forward 2 numbers for each feature, and the count where counts differ; backward 2.
@@ -207,23 +211,23 @@ def test_automatic_partitioning_costs_no_more_collectives_than_flax(axis_type):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_costs_two_collectives_for_each_batch_norm_and_one_for_all_gradients(way):
-    step = train.make_train_step(train.cross_entropy, parallel=way)
-    state = train.place_state(new_state(model()), step.mesh)
-    batch = parallel.shard_batch(train.Batch(X[0], Y[0], WEIGHTS[0]), step.mesh)
+    step = training.make_train_step(training.cross_entropy, parallel=way)
+    state = training.place_state(new_state(model()), step.mesh)
+    batch = training.shard_batch(training.Batch(X[0], Y[0], WEIGHTS[0]), step.mesh)
     assert collectives(step.compiled.lower(state, batch, None).compile()) == {"all-reduce": 2 * 2 + 1}
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
 def test_synchronized_variance_is_accurate_far_from_zero(way, offset):
-    mesh = parallel.make_mesh()
+    mesh = training.make_mesh()
     x = (offset + np.random.default_rng(3).normal(size=(512, 3))).astype(np.float32)
     if way == "jit":
         function = jax.jit(bnjax.moments)
     else:
         local = functools.partial(bnjax.moments, axis_name="batch")
         function = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("batch"), out_specs=P()))
-    got = function(jax.device_put(x, parallel.batch_sharding(mesh)))
+    got = function(jax.device_put(x, training.batch_sharding(mesh)))
     np.testing.assert_allclose(got.mean, x.astype(np.float64).mean(0), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(got.var, x.astype(np.float64).var(0), rtol=1e-4)
 
@@ -268,15 +272,17 @@ def split_over_groups(size, x, weights):
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_without_weights(way, size):
     """A group may be all devices, too."""
-    mesh = parallel.make_mesh(size)
-    groups = parallel.index_groups(mesh) if way == "pmap" else None
+    mesh = training.make_mesh(size)
+    groups = training.index_groups(mesh) if way == "pmap" else None
     state = new_state(model(groups=groups))
-    state = train.split_batch_stats(state, 8 // size) if size < 8 else state
-    step = train.make_train_step(train.cross_entropy, mesh, parallel=way, accumulate_steps=2)
+    state = training.split_batch_stats(state, 8 // size) if size < 8 else state
+    step = training.make_train_step(training.cross_entropy, mesh, parallel=way, accumulate_steps=2)
     after, metrics = step(state, X[0], Y[0])
     alone, expected = in_groups_on_one_device(8 // size)
     chex.assert_trees_all_close(jax.device_get(metrics), expected, rtol=1e-4)
-    chex.assert_trees_all_close(jax.device_get(train.merge_batch_stats(after).batch_stats), alone, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(
+        jax.device_get(training.merge_batch_stats(after).batch_stats), alone, rtol=1e-3, atol=1e-4
+    )
 
 
 @functools.cache
@@ -284,7 +290,7 @@ def in_groups_on_one_device(groups):
     """The merged statistics and the mean metrics of a step whose groups each see their part of the batch."""
     parts, metrics = [], []
     for part in np.split(np.arange(32), groups):
-        step = functools.partial(train.train_step, objective=train.cross_entropy, accumulate_steps=2)
+        step = functools.partial(training.train_step, objective=training.cross_entropy, accumulate_steps=2)
         # Of a group's examples each device takes every second of its own four for a micro-batch, as does one device.
         state, m = jax.jit(step)(new_state(model(None)), jnp.asarray(X[0, part]), jnp.asarray(Y[0, part]))
         parts.append(state.batch_stats)
@@ -292,22 +298,22 @@ def in_groups_on_one_device(groups):
     stats = jax.tree.map(lambda *v: jnp.stack(v), *parts)
     apart = new_state(model(None)).replace(batch_stats=stats, examples_seen=jnp.ones(groups))
     mean = jax.tree.map(lambda *v: np.mean(v), *metrics)
-    return jax.device_get(train.merge_batch_stats(apart).batch_stats), jax.device_get(mean)
+    return jax.device_get(training.merge_batch_stats(apart).batch_stats), jax.device_get(mean)
 
 
 @pytest.mark.parametrize("size", [4, 2, 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_keep_their_statistics_apart_and_merge_them_by_count(way, size):
-    mesh = parallel.make_mesh(size)
+    mesh = training.make_mesh(size)
     norm = functools.partial(
         BatchNorm,
         momentum=0.9,
         axis_name="batch",
-        axis_index_groups=parallel.index_groups(mesh) if way == "pmap" else None,
+        axis_index_groups=training.index_groups(mesh) if way == "pmap" else None,
     )
-    state = train.create_train_state(Perceptron((), 3, norm, "input"), optax.sgd(0.0), KEY, jnp.zeros((1, 4)))
-    state = train.split_batch_stats(state, 8 // size)
-    step = train.make_train_step(train.cross_entropy, mesh, parallel=way)
+    state = training.create_train_state(Perceptron((), 3, norm, "input"), optax.sgd(0.0), KEY, jnp.zeros((1, 4)))
+    state = training.split_batch_stats(state, 8 // size)
+    step = training.make_train_step(training.cross_entropy, mesh, parallel=way)
     for i in range(3):
         state, _ = step(state, X[i], Y[i], WEIGHTS[i])
     assert step.compiled._cache_size() == 1
@@ -319,7 +325,7 @@ def test_groups_keep_their_statistics_apart_and_merge_them_by_count(way, size):
         chex.assert_trees_all_close(jax.tree.map(lambda v, g=g: v[g], apart), stats, rtol=1e-5, atol=1e-5)
     seen = WEIGHTS[:3].reshape((3, 8 // size, -1)).sum((0, 2))
     np.testing.assert_allclose(state.examples_seen, seen)
-    merged = train.merge_batch_stats(state)
+    merged = training.merge_batch_stats(state)
     assert merged.stats_groups is None
     mean = sum(n * s["mean"] for n, s in zip(seen, expected, strict=True)) / seen.sum()
     var = sum(n * (s["var"] + (s["mean"] - mean) ** 2) for n, s in zip(seen, expected, strict=True)) / seen.sum()
@@ -343,83 +349,85 @@ def test_groups_stay_within_a_process_or_hold_whole_ones():
     def owners(mesh):
         return [{device.process_index for device in group} for group in mesh.devices]
 
-    assert owners(parallel.make_mesh(2, devices=devices(2, 4))) == [{0}, {0}, {1}, {1}]
-    assert owners(parallel.make_mesh(4, devices=devices(4, 2))) == [{0, 1}, {2, 3}]
+    assert owners(training.make_mesh(2, devices=devices(2, 4))) == [{0}, {0}, {1}, {1}]
+    assert owners(training.make_mesh(4, devices=devices(4, 2))) == [{0, 1}, {2, 3}]
     with pytest.raises(ValueError, match=r"divide the devices of a process.*got 4 for \[6\] devices a process"):
-        parallel.make_mesh(4, devices=devices(2, 6))
+        training.make_mesh(4, devices=devices(2, 6))
 
 
 def test_states_that_do_not_fit_are_errors():
     state = new_state(model())
-    apart = train.split_batch_stats(state, 4)
-    over_all = train.make_train_step(train.cross_entropy)
-    in_pairs = train.make_train_step(train.cross_entropy, parallel.make_mesh(2))
+    apart = training.split_batch_stats(state, 4)
+    over_all = training.make_train_step(training.cross_entropy)
+    in_pairs = training.make_train_step(training.cross_entropy, training.make_mesh(2))
     with pytest.raises(ValueError, match=r"one set of running statistics.*4 groups.*merge_batch_stats"):
         over_all(apart, X[0], Y[0])
     with pytest.raises(ValueError, match=r"4 groups of devices apart, this state holds one set.*split_batch_stats"):
         in_pairs(state, X[0], Y[0])
     with pytest.raises(ValueError, match=r"evaluate needs a state with one set"):
-        train.evaluate(apart, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=train.cross_entropy)
+        training.evaluate(apart, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=training.cross_entropy)
     with pytest.raises(ValueError, match=r"split_batch_stats needs a state with one set"):
-        train.split_batch_stats(apart, 2)
-    merged = train.merge_batch_stats(apart)  # before any step
+        training.split_batch_stats(apart, 2)
+    merged = training.merge_batch_stats(apart)  # before any step
     chex.assert_trees_all_equal(merged.batch_stats, state.batch_stats)
 
 
 @pytest.mark.parametrize("way", ["shard_map", BY_PMAP])
 def test_a_model_that_does_not_synchronize_is_an_error(way):
-    step = train.make_train_step(train.cross_entropy, parallel=way)
+    step = training.make_train_step(training.cross_entropy, parallel=way)
     with pytest.raises(ValueError, match=r"BatchNorm_0 must be made with axis_name='batch'.*group_size=1"):
         step(new_state(model(None)), X[0], Y[0])
-    in_pairs = train.make_train_step(train.cross_entropy, parallel.make_mesh(2), parallel=way)
-    wrong = model(groups=None if way == "pmap" else parallel.index_groups(in_pairs.mesh))
+    in_pairs = training.make_train_step(training.cross_entropy, training.make_mesh(2), parallel=way)
+    wrong = model(groups=None if way == "pmap" else training.index_groups(in_pairs.mesh))
     with pytest.raises(ValueError, match="axis_index_groups="):
-        in_pairs(train.split_batch_stats(new_state(wrong), 4), X[0], Y[0])
+        in_pairs(training.split_batch_stats(new_state(wrong), 4), X[0], Y[0])
 
 
 def test_pmap_with_an_old_jax_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
     monkeypatch.setattr(jax, "__version__", "0.7.2")
     with pytest.raises(NotImplementedError, match=r"pmap' needs jax 0\.8 or newer, this is 0\.7\.2\. Use 'shard_map'"):
-        train.make_train_step(train.cross_entropy, parallel="pmap")
+        training.make_train_step(training.cross_entropy, parallel="pmap")
 
 
 def test_bad_arguments_say_what_to_do():
     with pytest.raises(ValueError, match="parallel must be one of jit, shard_map, pmap"):
-        inspect.unwrap(train.make_train_step)(train.cross_entropy, parallel="vmap")
+        inspect.unwrap(training.make_train_step)(training.cross_entropy, parallel="vmap")
     with pytest.raises(ValueError, match="group_size must divide the 8 devices, got 3"):
-        parallel.make_mesh(3)
-    step = train.make_train_step(train.cross_entropy)
+        training.make_mesh(3)
+    step = training.make_train_step(training.cross_entropy)
     with pytest.raises(ValueError, match=r"split evenly.*got 30 examples.*pad_batch"):
         step(new_state(model()), X[0, :30], Y[0, :30])
     for shape, names in (((8,), ("data",)), ((2, 4), ("batch", "group")), ((2, 4), ("batch", "model"))):
         with pytest.raises(ValueError, match=r"mesh must have the axis 'batch'.*make_mesh"):
-            train.make_train_step(
-                train.cross_entropy, jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+            training.make_train_step(
+                training.cross_entropy, jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
             )
     with pytest.raises(ValueError, match=r"of type Auto, got \('batch',\) of .*Explicit"):
-        train.make_train_step(train.cross_entropy, jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,)))
+        training.make_train_step(
+            training.cross_entropy, jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+        )
     with pytest.raises(ValueError, match="accumulate_steps must be at least 1, got 0"):
-        train.make_train_step(train.cross_entropy, accumulate_steps=0)
+        training.make_train_step(training.cross_entropy, accumulate_steps=0)
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
     with pytest.raises(ValueError, match="at least one example"):
-        train.evaluate_in_batches(new_state(model()), *nothing, objective=train.cross_entropy, batch_size=8)
+        training.evaluate_in_batches(new_state(model()), *nothing, objective=training.cross_entropy, batch_size=8)
     with pytest.raises(ValueError, match=r"coordinator and process_id missing"):
-        parallel.initialize(num_processes=2)
+        training.initialize(num_processes=2)
     with pytest.raises(ValueError, match="'host:port', got 'here'"):
-        parallel.initialize("here", 2, 0)
+        training.initialize("here", 2, 0)
     with pytest.raises(ValueError, match="process_id must be from 0 to 1, got 2"):
-        parallel.initialize("127.0.0.1:1", 2, 2)
+        training.initialize("127.0.0.1:1", 2, 2)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_batch_that_does_not_divide_is_padded_and_counts_once(way, x64):
     x, y = X[0, :27].astype(np.float64), Y[0, :27]
-    one = jax.jit(functools.partial(train.train_step, objective=train.cross_entropy))
+    one = jax.jit(functools.partial(training.train_step, objective=training.cross_entropy))
     expected, expected_metrics = one(new_state(model(None), np.float64), x, y)
-    padded = train.pad_batch(train.Batch(x, y), 16)
+    padded = training.pad_batch(training.Batch(x, y), 16)
     assert len(padded.x) == 32
-    step = train.make_train_step(train.cross_entropy, parallel=way)
+    step = training.make_train_step(training.cross_entropy, parallel=way)
     got, metrics = step(new_state(model(), np.float64), padded.x, padded.y, padded.weights)
     chex.assert_trees_all_close(jax.device_get(got.params), jax.device_get(expected.params), rtol=1e-9)
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-9)
@@ -435,12 +443,12 @@ def test_examples_have_random_keys_of_their_own_however_they_are_split(way):
         def __call__(self, x, *, training, keys=None):
             return nn.Dense(3)(x)
 
-    state = train.create_train_state(TakesKeys(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
-    step = train.make_train_step(train.cross_entropy, parallel=way, preprocess=noisy)
+    state = training.create_train_state(TakesKeys(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
+    step = training.make_train_step(training.cross_entropy, parallel=way, preprocess=noisy)
     _, metrics = step(state, X[0], Y[0], None, jax.random.key(7))
-    alone = parallel.make_mesh(devices=jax.devices()[:1])
-    single = train.make_train_step(train.cross_entropy, alone, preprocess=noisy)
-    state = train.create_train_state(TakesKeys(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
+    alone = training.make_mesh(devices=jax.devices()[:1])
+    single = training.make_train_step(training.cross_entropy, alone, preprocess=noisy)
+    state = training.create_train_state(TakesKeys(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
     _, expected = single(state, X[0], Y[0], None, jax.random.key(7))
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=1e-5)
 
@@ -458,12 +466,12 @@ class Centered(nn.Module):
 
 @pytest.mark.parametrize("way", ["shard_map", BY_PMAP])
 def test_statistics_that_may_differ_between_devices_are_an_error(way):
-    state = train.create_train_state(Centered(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
+    state = training.create_train_state(Centered(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
     with pytest.raises(ValueError, match="center belong to no batch norm" if way == "pmap" else "replicat"):
-        train.make_train_step(train.cross_entropy, parallel=way)(state, X[0], Y[0])
-    apart = train.split_batch_stats(state, 8)
+        training.make_train_step(training.cross_entropy, parallel=way)(state, X[0], Y[0])
+    apart = training.split_batch_stats(state, 8)
     with pytest.raises(ValueError, match="another statistic"):
-        train.merge_batch_stats(apart)
+        training.merge_batch_stats(apart)
 
 
 def test_a_frozen_batch_norm_needs_no_axis_name():
@@ -472,8 +480,8 @@ def test_a_frozen_batch_norm_needs_no_axis_name():
         def __call__(self, x, *, training):
             return nn.Dense(3)(BatchNorm(use_running_average=True)(x))
 
-    state = train.create_train_state(Frozen(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
-    after, _ = train.make_train_step(train.cross_entropy, parallel="shard_map")(state, X[0], Y[0])
+    state = training.create_train_state(Frozen(), optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
+    after, _ = training.make_train_step(training.cross_entropy, parallel="shard_map")(state, X[0], Y[0])
     chex.assert_trees_all_equal(jax.device_get(after.batch_stats), jax.device_get(state.batch_stats))
 
 
@@ -489,9 +497,11 @@ def test_losses_of_half_precision_are_summed_in_float32(dtype, accumulate_steps)
     x, y = jnp.tile(jnp.asarray(X[0]), (n // 32, 1)), jnp.tile(jnp.asarray(Y[0]), n // 32)
     states = []
     for examples in (n, 32):
-        state = train.create_train_state(Half(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
-        step = train.make_train_step(train.cross_entropy, accumulate_steps=accumulate_steps if examples > 64 else 1)
-        mesh_of_one = train.make_train_step(train.cross_entropy, parallel.make_mesh(devices=jax.devices()[:1]))
+        state = training.create_train_state(Half(), optax.sgd(1.0), KEY, jnp.zeros((1, 4)))
+        step = training.make_train_step(
+            training.cross_entropy, accumulate_steps=accumulate_steps if examples > 64 else 1
+        )
+        mesh_of_one = training.make_train_step(training.cross_entropy, training.make_mesh(devices=jax.devices()[:1]))
         step = step if examples > 64 else mesh_of_one
         after, metrics = step(state, x[:examples], y[:examples])
         states.append((jax.device_get(metrics.loss), jax.device_get(after.params)))
@@ -501,13 +511,13 @@ def test_losses_of_half_precision_are_summed_in_float32(dtype, accumulate_steps)
 
 @pytest.mark.parametrize("way", WAYS)
 def test_float64_inputs_of_a_float32_model_accumulate(way, x64):
-    step = train.make_train_step(train.cross_entropy, parallel=way, accumulate_steps=2)
+    step = training.make_train_step(training.cross_entropy, parallel=way, accumulate_steps=2)
     _, metrics = step(new_state(model()), X[0].astype(np.float64), Y[0])
     assert np.isfinite(metrics.loss)
 
 
 def test_integer_weights_and_padding_of_any_value():
-    step = train.make_train_step(train.cross_entropy, parallel="shard_map")
+    step = training.make_train_step(training.cross_entropy, parallel="shard_map")
     x = X[0].copy()
     weights = np.array([2] * 16 + [1] * 8 + [0] * 8)
     expected, _ = step(new_state(model()), x, Y[0], weights.astype(np.float32))
@@ -518,27 +528,27 @@ def test_integer_weights_and_padding_of_any_value():
 
 
 def test_norms_that_groups_can_not_merge_are_refused():
-    mesh = parallel.make_mesh(2)
+    mesh = training.make_mesh(2)
     net = Perceptron((4,), 3, functools.partial(LpBatchNorm, p=2, axis_name="batch"), "before")
-    state = train.split_batch_stats(train.create_train_state(net, optax.sgd(0.1), KEY, jnp.zeros((1, 4))), 4)
+    state = training.split_batch_stats(training.create_train_state(net, optax.sgd(0.1), KEY, jnp.zeros((1, 4))), 4)
     with pytest.raises(ValueError, match=r"LpBatchNorm_0 .*can't be merged"):
-        train.make_train_step(train.cross_entropy, mesh)(state, X[0], Y[0])
+        training.make_train_step(training.cross_entropy, mesh)(state, X[0], Y[0])
 
 
 def test_a_state_merged_and_split_again_compiles_no_second_time():
-    mesh = parallel.make_mesh(2)
-    step = train.make_train_step(train.cross_entropy, mesh)
-    state = train.split_batch_stats(new_state(model()), 4)
+    mesh = training.make_mesh(2)
+    step = training.make_train_step(training.cross_entropy, mesh)
+    state = training.split_batch_stats(new_state(model()), 4)
     for _ in range(2):
         state, _ = step(state, X[0], Y[0])
-        state = train.split_batch_stats(train.merge_batch_stats(state), 4)
+        state = training.split_batch_stats(training.merge_batch_stats(state), 4)
     assert step.compiled._cache_size() == 1
 
 
 def test_an_empty_device_and_huge_values_give_no_nan():
     x = (1e19 * (3 + 0.1 * np.random.default_rng(0).normal(size=(64, 2)))).astype(np.float32)
     mask = np.arange(64) >= 8  # the first device has nothing valid
-    mesh = parallel.make_mesh()
+    mesh = training.make_mesh()
     specs = {"in_specs": P("batch"), "out_specs": P()}
     local = jax.shard_map(lambda x, mask: bnjax.moments(x, mask=mask, axis_name="batch"), mesh=mesh, **specs)
     m = jax.jit(local)(x, mask)
@@ -549,7 +559,7 @@ def test_an_empty_device_and_huge_values_give_no_nan():
 def test_moments_over_a_part_of_the_axes_of_a_mesh():
     """Without a mask, and beside an axis that is not synchronized, or is partitioned automatically."""
     x = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
-    mesh = parallel.make_mesh(2)
+    mesh = training.make_mesh(2)
     groups = jax.shard_map(
         lambda x: jax.tree.map(lambda v: v[None], bnjax.moments(x, axis_name="batch")),
         mesh=mesh,
@@ -584,10 +594,10 @@ def test_batch_norm_of_explicitly_sharded_images(spec):
 
 
 def test_host_arrays_come_back_whole():
-    mesh = parallel.make_mesh()
+    mesh = training.make_mesh()
     tree = {"a": np.arange(16.0), "key": jax.random.key(3)}
-    batch = parallel.shard_batch({"a": tree["a"]}, mesh)
-    np.testing.assert_array_equal(parallel.to_host(batch)["a"], tree["a"])
-    placed = parallel.replicate(tree, mesh)
+    batch = training.shard_batch({"a": tree["a"]}, mesh)
+    np.testing.assert_array_equal(training.to_host(batch)["a"], tree["a"])
+    placed = training.replicate(tree, mesh)
     assert placed["a"].is_fully_replicated
     assert placed["key"] == tree["key"]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bnjax.__main__ import main
 from bnjax.studies import circles
-from bnjax.studies.report import write_report
-from bnjax.studies.results import Results, save
+from bnjax.studies.cli.main import main
+from bnjax.studies.cli.report import write_report
+from bnjax.studies.evidence.results import Results, save
 
 CHROMIUM = shutil.which("chromium")
 VOID = {"meta", "img", "br", "link", "input"}

@@ -15,8 +15,8 @@ import pytest
 ZYGOTE = """
 import os, sys
 import jax
-import bnjax.checkpoint, bnjax.studies.circles, bnjax.studies.console
-from bnjax.__main__ import main
+import bnjax.training.checkpoint, bnjax.studies.circles, bnjax.studies.cli.console
+from bnjax.studies.cli.main import main
 jax.config.update("jax_platforms", "cpu")
 for line in sys.stdin:
     if (child := os.fork()) == 0:

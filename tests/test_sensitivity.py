@@ -5,8 +5,7 @@ import optax
 import pytest
 import small_studies
 
-from bnjax import data
-from bnjax.studies import Options, perceptrons, sensitivity
+from bnjax.studies import Options, data, perceptrons, sensitivity
 
 
 @pytest.fixture

@@ -8,21 +8,21 @@ import pytest
 import small_studies
 from scipy import stats
 
-from bnjax import data
-from bnjax.studies import STUDIES, Options, blobs, circles, mnist, results
-from bnjax.studies.experiment import Job, Variant, compiler_options, train_variant, train_variants
-from bnjax.studies.statistics import Interval, interval, prediction_interval, within
+from bnjax.studies import STUDIES, Options, blobs, circles, data, mnist
+from bnjax.studies.engine.experiment import Job, Variant, compiler_options, train_variant, train_variants
+from bnjax.studies.evidence import results
+from bnjax.studies.evidence.statistics import Interval, interval, prediction_interval, within
 
 
 def small_variant(name="after", epochs=4):
     import optax
 
-    from bnjax import train
+    from bnjax import training
     from bnjax.linen import BatchNorm
     from bnjax.models import Perceptron
 
     model = Perceptron((8,), 1, BatchNorm, "after")
-    return Variant(name, name, model, optax.sgd(0.1), train.binary_cross_entropy, 32, epochs)
+    return Variant(name, name, model, optax.sgd(0.1), training.binary_cross_entropy, 32, epochs)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,13 @@ def test_a_seed_gives_the_same_in_any_company():
 
 
 def test_a_variant_trained_again_compiles_nothing():
-    from bnjax import train
+    from bnjax import training
 
     traces = []
 
     def objective(logits, labels):
         traces.append(None)
-        return train.binary_cross_entropy(logits, labels)
+        return training.binary_cross_entropy(logits, labels)
 
     d = data.circles()
     variant = dataclasses.replace(small_variant(epochs=2), objective=objective)

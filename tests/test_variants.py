@@ -18,8 +18,7 @@ from scipy import stats as scipy_stats
 
 from bnjax import batch_norm, init_batch_norm
 from bnjax.linen import BatchNorm, LpBatchNorm, NoisyBatchNorm
-from bnjax.state import TrainState
-from bnjax.step import cross_entropy, train_step
+from bnjax.training import TrainState, cross_entropy, train_step
 from bnjax.variants import lp_batch_norm, noisy_batch_norm
 
 KEY = jax.random.key(0)

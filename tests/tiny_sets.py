@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow_datasets as tfds
 
-from bnjax import data
+from bnjax.studies import data
 
 _SETS = {"mnist": ((28, 28, 1), "3.0.1"), "cifar10": ((32, 32, 3), "3.0.2")}
 

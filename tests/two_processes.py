@@ -14,10 +14,10 @@ dies_at = int(sys.argv[5]) if len(sys.argv) > 5 else None
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4 // processes)
 
-from bnjax import parallel  # noqa: E402
+from bnjax import training  # noqa: E402
 
 if processes > 1:
-    parallel.initialize(f"127.0.0.1:{port}", processes, process, heartbeat_seconds=10)
+    training.initialize(f"127.0.0.1:{port}", processes, process, heartbeat_seconds=10)
 
 import network_example  # noqa: E402
 

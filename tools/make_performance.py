@@ -20,7 +20,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from bnjax.studies.results import markdown_table
+from bnjax.studies.evidence.results import markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 BOUND = 1.2e-4  # 1000 deviations times the spacing of float32: what rounding of the input itself costs
@@ -64,7 +64,7 @@ costs. bnjax's own largest error there is {ours:.0e}.
 ### What page faults cost
 
 XLA's CPU backend allocates each result anew; glibc gives memory of that size back to the system when it is freed, and
-the system clears it page by page when it is next touched. `bnjax.host.keep_freed_memory()` before the first
+the system clears it page by page when it is next touched. `bnjax.training.host.keep_freed_memory()` before the first
 computation, or `BNJAX_KEEP_MEMORY=1` for the command line, keeps it. bnjax's time with kept memory to its time without,
 over the shapes and directions above (two runs, one after the other, so not interleaved): {faults}.
 

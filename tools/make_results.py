@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 
 from bnjax.studies import STUDIES
-from bnjax.studies.ledger import Ledger, Saved, claims_of, judge
-from bnjax.studies.results import claim_rows, markdown_table, metric_tables
+from bnjax.studies.evidence.ledger import Ledger, Saved, claims_of, judge
+from bnjax.studies.evidence.results import claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = 6  # of numbers in a table

@@ -200,7 +200,7 @@ def _counted_children(params: Any) -> list[str]:
     keys = sorted(map(str, params)) if isinstance(params, Mapping) else [type(params).__name__]
     raise ValueError(
         f"layers must be given in the network's order, which the names {keys} do not tell; for a linen model "
-        "bnjax.losses.layers_in_order(model, variables, x) finds it."
+        "bnjax.analysis.losses.layers_in_order(model, variables, x) finds it."
     )
 
 

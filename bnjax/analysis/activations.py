@@ -40,7 +40,7 @@ def activation_statistics(
 
     Args:
       preactivations: by layer, arrays `[batch, …, units]`: what the nonlinearity is applied to. For a linen model
-        `bnjax.losses.layer_outputs` gives them.
+        `bnjax.analysis.losses.layer_outputs` gives them.
       activation: elementwise, such as `jax.nn.sigmoid`.
       percentiles: in percent, 0 to 100.
       min_slope: the slope below which an input is saturated.

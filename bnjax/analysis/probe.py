@@ -94,7 +94,8 @@ def gradient_probe(
     The cosine, other directions than the gradient, and the summaries' names are ours. K points cost K + 1 gradients.
 
     Args:
-      loss_fn: `loss_fn(params, *args) -> scalar`; the batch-norm mode is chosen where it is made (`bnjax.losses`).
+      loss_fn: `loss_fn(params, *args) -> scalar`; the batch-norm mode is chosen where it is made, by
+        `bnjax.analysis.losses`.
       params: pytree of arrays, W; leaves that are not floating-point are constants.
       step_sizes: a, `[K]`, K ≥ 1 (a number counts as one); may be traced.
       *args: what `loss_fn` takes besides, such as a batch.

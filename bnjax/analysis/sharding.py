@@ -22,8 +22,8 @@ def shard_loss(loss_fn: LossFn, mesh: Mesh) -> LossFn:
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`, a mean over examples: all parts weigh the same. (The losses of
-        `bnjax.losses` take an `axis_name` for sample weights that sum differently on each device.)
-      mesh: of devices, its axes of type Auto, as `bnjax.parallel.make_mesh` makes it.
+        `bnjax.analysis.losses` take an `axis_name` for sample weights that sum differently on each device.)
+      mesh: of devices, its axes of type Auto, as `bnjax.training.make_mesh` makes it.
 
     Returns:
       `loss(params, *args)`, where each array in `args` has a leading axis of examples that the devices divide.
@@ -32,7 +32,7 @@ def shard_loss(loss_fn: LossFn, mesh: Mesh) -> LossFn:
       ValueError: when called, for examples that the devices do not divide.
 
     >>> from bnjax import analysis
-    >>> from bnjax.parallel import make_mesh
+    >>> from bnjax.training import make_mesh
     >>> mesh = make_mesh(devices=jax.devices()[:1])
     >>> loss = analysis.shard_loss(lambda w, x: (w * x).mean(), mesh)
     >>> print(analysis.gradient_probe(loss, jnp.array(1.0), 0.5, jnp.array([1.0, 3.0])).loss)

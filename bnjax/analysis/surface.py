@@ -239,7 +239,7 @@ def linear_path(
         L((1 − t) A + t B)        barrier = max_t L((1 − t) A + t B) − (1 − t) L(A) − t L(B)
 
     With batch norm, running statistics of the ends are wrong between them: use a loss in mode 'batch' or 'reestimated'
-    (see `bnjax.losses`), which takes them anew at every point.
+    (see `bnjax.analysis.losses`), which takes them anew at every point.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.

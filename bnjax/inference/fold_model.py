@@ -10,9 +10,10 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import _checks, layers
+from bnjax import _checks
 from bnjax.inference import _calls
 from bnjax.inference.folding import fold, fold_before
+from bnjax.models import layers
 
 Path = tuple[str, ...]
 

@@ -44,7 +44,7 @@ class Options:
     parallel: str = "jit"
     group_size: int | None = None
     accumulate_steps: int = 1
-    saving: Any = None  # a bnjax.studies.saving.Saving
+    saving: Any = None  # a bnjax.studies.engine.saving.Saving
     histograms: bool = False
 
     def to_json(self) -> dict[str, Any]:

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnjax import data, train
+from bnjax import training
 from bnjax.linen import BatchNorm
 from bnjax.models import VGG
-from bnjax.studies import Options
-from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import Report, Variant, divisor_from, seed_keys
-from bnjax.studies.measured import Plan, random_batch, train_measured
-from bnjax.studies.plots import Figure, drawing
-from bnjax.studies.results import Results
-from bnjax.studies.statistics import seeds_in_words
+from bnjax.studies import Options, data
+from bnjax.studies.engine.experiment import Report, Variant, divisor_from, seed_keys
+from bnjax.studies.engine.measured import Plan, random_batch, train_measured
+from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
+from bnjax.studies.evidence.plots import Figure, drawing
+from bnjax.studies.evidence.results import Results
+from bnjax.studies.evidence.statistics import seeds_in_words
 
 SOURCE = "original paper notes, 'Accelerating BN networks'"
 BATCH_SIZE, LEARNING_RATE, STEPS, WIDTH, PARTS = 128, 0.1, 500, 8, 10
@@ -82,20 +82,20 @@ def run(options: Options, report: Report):
         optimizer = optax.sgd(LEARNING_RATE)
 
         def create(setting, model=model, optimizer=optimizer):
-            return train.create_train_state(model, optimizer, jax.random.fold_in(setting["key"], 0), example)
+            return training.create_train_state(model, optimizer, jax.random.fold_in(setting["key"], 0), example)
 
         def step(state, x, y, key, is_distorted=is_distorted):
             x = _distorted(prepare(x), key) if is_distorted else prepare(x)
-            return train.train_step(state, x, y, objective=train.cross_entropy)
+            return training.train_step(state, x, y, objective=training.cross_entropy)
 
-        described = Variant(variant, label, model, optimizer, train.cross_entropy, BATCH_SIZE, steps)
+        described = Variant(variant, label, model, optimizer, training.cross_entropy, BATCH_SIZE, steps)
         draw = random_batch(BATCH_SIZE)
         plan = Plan(create, draw, step, lambda state, x, y, key: jnp.zeros(()), steps, every, together=False)
         tell = report.task(described)
         further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
         seen = train_measured(plan, {"key": keys}, tuple(images.train), name=variant, **further)
         evaluate = functools.partial(
-            train.evaluate_in_batches, objective=train.cross_entropy, batch_size=1000, preprocess=prepare
+            training.evaluate_in_batches, objective=training.cross_entropy, batch_size=1000, preprocess=prepare
         )
         states = [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), seen.states) for i in range(options.seeds)]
         accuracy = np.array([np.asarray(evaluate(state, *images.test).accuracy) for state in states])

@@ -9,16 +9,17 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from bnjax import analysis, data, losses, train
+from bnjax import analysis, training
+from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
-from bnjax.studies import Options
-from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import Report, Variant, divisor_from, seed_keys
-from bnjax.studies.measured import Measured, Plan, random_batch, train_measured
-from bnjax.studies.plots import Figure, drawing
-from bnjax.studies.results import Results
-from bnjax.studies.statistics import interval, seeds_in_words
+from bnjax.studies import Options, data
+from bnjax.studies.engine.experiment import Report, Variant, divisor_from, seed_keys
+from bnjax.studies.engine.measured import Measured, Plan, random_batch, train_measured
+from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
+from bnjax.studies.evidence.plots import Figure, drawing
+from bnjax.studies.evidence.results import Results
+from bnjax.studies.evidence.statistics import interval, seeds_in_words
 
 SOURCE = "original paper notes; Ioffe & Szegedy 2015, section 4.1"
 HIDDEN = (100, 100, 100)
@@ -147,7 +148,7 @@ def run(options: Options, report: Report):
     name = options.dataset or "mnist"
     steps = options.steps or STEPS[jax.default_backend()]
     images = data.images(name, options.data_dir, report.reading)
-    training, test = (data.Split(_binary(split.x), split.y) for split in (images.train, images.test))
+    train, test = (data.Split(_binary(split.x), split.y) for split in (images.train, images.test))
     every = divisor_from(steps // 100, steps)
     settings = {
         "hidden": list(HIDDEN),
@@ -172,11 +173,11 @@ def run(options: Options, report: Report):
         chosen = {"key": keys, "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
         tell = report.task(_variant(variant, label, network.model, steps))
         further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
-        seen[variant] = train_measured(plan, chosen, training, name=variant, **further)
+        seen[variant] = train_measured(plan, chosen, train, name=variant, **further)
         _add(results, variant, label, network, seen[variant])
-        _add_grid(results, variant, label, network, training, keys, settings["grid_steps"], report)
+        _add_grid(results, variant, label, network, train, keys, settings["grid_steps"], report)
         rates = RATES if variant == "none" else _multiples(ranges["none"])
-        ranges[variant] = network.learning_rates(keys, jnp.asarray(rates), training)
+        ranges[variant] = network.learning_rates(keys, jnp.asarray(rates), train)
     results.notes["learning_rates"] = {
         variant: {"rates": np.asarray(found.learning_rates[0]).tolist(), "trains": np.asarray(found.trains).tolist()}
         for variant, found in ranges.items()
@@ -202,17 +203,17 @@ class _Network:
         """The state at step 0, of a seed, a learning rate and a deviation of the initial kernels."""
         optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=setting["learning_rate"])
         key = jax.random.fold_in(setting["key"], 0)
-        state = train.create_train_state(self.model, optimizer, key, self.test.x[:1])
+        state = training.create_train_state(self.model, optimizer, key, self.test.x[:1])
         return state.replace(params=_scaled(state.params, setting["deviation"]))
 
     def plan(self, steps: int, every: int, *, only_accuracy: bool = False) -> Plan:
         """How to train and measure it."""
 
         def step(state, x, y, key):
-            return train.train_step(state, x, y, objective=train.cross_entropy)
+            return training.train_step(state, x, y, objective=training.cross_entropy)
 
         def measure(state, x, y, key):
-            accuracy = jnp.mean(train.evaluate(state, *self.test, objective=train.cross_entropy).accuracy)
+            accuracy = jnp.mean(training.evaluate(state, *self.test, objective=training.cross_entropy).accuracy)
             return {"accuracy": accuracy} | ({} if only_accuracy else self.look(state, x, y))
 
         return Plan(self.create, random_batch(BATCH_SIZE), step, measure, steps, every)
@@ -222,7 +223,7 @@ class _Network:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         inputs = losses.layer_outputs(self.model, variables, self.test.x[:LOOKED_AT])
         hidden = {layer[0]: inputs[layer[0]] for layer in self.layers[:-1]}
-        loss = losses.linen_loss(self.model, variables, train.cross_entropy)
+        loss = losses.linen_loss(self.model, variables, training.cross_entropy)
         rate = state.opt_state.hyperparams["learning_rate"]
         return {
             "activations": analysis.activation_statistics(hidden, jax.nn.sigmoid),
@@ -230,14 +231,14 @@ class _Network:
             "invariance": analysis.scale_invariance(loss, state.params, x, y, layers=self.kernels, learning_rate=rate),
         }
 
-    def learning_rates(self, keys, rates, training: data.Split) -> analysis.LearningRateRange:
+    def learning_rates(self, keys, rates, train: data.Split) -> analysis.LearningRateRange:
         """Which rates train, for each seed."""
-        x, y = jax.tree.map(jnp.asarray, tuple(training))
+        x, y = jax.tree.map(jnp.asarray, tuple(train))
 
         def of_seed(key, x, y):
             setting = {"key": key, "learning_rate": rates[0], "deviation": jnp.asarray(DEVIATION)}
             state = self.create(setting)
-            loss = losses.linen_loss(self.model, {"batch_stats": state.batch_stats}, train.cross_entropy)
+            loss = losses.linen_loss(self.model, {"batch_stats": state.batch_stats}, training.cross_entropy)
             index = jax.random.randint(jax.random.fold_in(key, 3), (RATE_STEPS, BATCH_SIZE), 0, y.shape[0])
             options = {"target": LEARNT, "batch_size": len(rates)}
             return analysis.learning_rate_range(
@@ -275,7 +276,7 @@ def _add(results: Results, name: str, label: str, network: _Network, seen: Measu
     )
 
 
-def _add_grid(results, name, label, network: _Network, training, keys, steps: int, report: Report) -> None:
+def _add_grid(results, name, label, network: _Network, train, keys, steps: int, report: Report) -> None:
     """Shorter trainings over initial deviations and learning rates, all at once."""
     rates, deviations = GRID["learning_rate"], GRID["deviation"]
     cells = [(rate, deviation) for deviation in deviations for rate in rates]
@@ -287,8 +288,8 @@ def _add_grid(results, name, label, network: _Network, training, keys, steps: in
     }
     every = divisor_from(steps // 2, steps)
     tell = report.task(_variant(name, f"{label}, grid", network.model, steps))
-    seen = train_measured(network.plan(steps, every, only_accuracy=True), settings, training, progress=tell)
-    final = jax.jit(jax.vmap(lambda state: train.evaluate(state, *network.test, objective=train.cross_entropy)))
+    seen = train_measured(network.plan(steps, every, only_accuracy=True), settings, train, progress=tell)
+    final = jax.jit(jax.vmap(lambda state: training.evaluate(state, *network.test, objective=training.cross_entropy)))
     accuracy = np.asarray(final(seen.states).accuracy.mean(1)).reshape((len(cells), count))
     results.notes.setdefault("grid", {})[name] = [
         {"learning_rate": rate, "deviation": deviation, "test_accuracy": values.tolist()}
@@ -384,4 +385,4 @@ def _binary(images: np.ndarray) -> np.ndarray:
 
 
 def _variant(name: str, label: str, model: Any, steps: int) -> Variant:
-    return Variant(name, label, model, optax.sgd(LEARNING_RATE), train.cross_entropy, BATCH_SIZE, steps)
+    return Variant(name, label, model, optax.sgd(LEARNING_RATE), training.cross_entropy, BATCH_SIZE, steps)

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import optax
 
-from bnjax import data, train
+from bnjax import training
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
-from bnjax.studies import Options, plots
-from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Job, Report, Trained, Variant, train_variants
-from bnjax.studies.results import Results
-from bnjax.studies.saving import Saving
+from bnjax.studies import Options, data
+from bnjax.studies.engine.experiment import Job, Report, Trained, Variant, train_variants
+from bnjax.studies.engine.saving import Saving
+from bnjax.studies.evidence import plots
+from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax.studies.evidence.results import Results
 
 SOURCE = "training and inference slides"
 PUBLISHED = {"deep_none": 0.86, "deep_before": 0.84}
@@ -83,7 +84,7 @@ def run(options: Options, report: Report):
     """
     seeds = range(options.seeds)
     sets = [data.blobs(seed) for seed in seeds]
-    training, test = (
+    train, test = (
         data.Split(*map(np.stack, zip(*split, strict=True)))
         for split in zip(*((s.train, s.test) for s in sets), strict=True)
     )
@@ -95,9 +96,9 @@ def run(options: Options, report: Report):
         norm = None if place == "none" else functools.partial(BatchNorm, epsilon=epsilon)
         model = Perceptron((SETTINGS["width"],) * layers, 1, norm, place, use_hidden_bias=False)
         optimizer = optax.adam(SETTINGS["learning_rate"], eps=1e-7)
-        objective, size = train.binary_cross_entropy, SETTINGS["batch_size"]
+        objective, size = training.binary_cross_entropy, SETTINGS["batch_size"]
         variant = Variant(name, label, model, optimizer, objective, size, options.epochs or epochs)
-        jobs.append(Job(variant, training, {"fitted": training, "test": test}, per_seed_data=True))
+        jobs.append(Job(variant, train, {"fitted": train, "test": test}, per_seed_data=True))
     all_trained = train_variants(jobs, seeds, report, options.saving)
     for trained in all_trained:
         _, layers, place, _, epsilon = VARIANTS[trained.variant.name]
@@ -157,10 +158,10 @@ def inside(seeds: int, report: Report, saving: Saving | None = None) -> dict[str
         norm = functools.partial(BatchNorm, momentum=SETTINGS["momentum"], epsilon=SETTINGS["epsilon"])
         model = Perceptron((4,), 1, norm, "before", use_hidden_bias=False)
         name, label, optimizer = f"{features} features", f"(c) inside, {features} features", optax.adam(1e-3, eps=1e-7)
-        variant = Variant(name, label, model, optimizer, train.squared_error, batch_size=10, epochs=10)
+        variant = Variant(name, label, model, optimizer, training.squared_error, batch_size=10, epochs=10)
         jobs.append(Job(variant, data.Split(x, y), {}, per_seed_data=True))
     trained = train_variants(jobs, range(seeds), report, saving)
-    return {job.variant.name: _compare(one, job.training.x) for job, one in zip(jobs, trained, strict=True)}
+    return {job.variant.name: _compare(one, job.train.x) for job, one in zip(jobs, trained, strict=True)}
 
 
 def _compare(trained: Trained, x: np.ndarray) -> dict:

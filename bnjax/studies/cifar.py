@@ -8,15 +8,18 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from bnjax import analysis, augment, data, losses, parallel, train
+from bnjax import analysis, training
+from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import CifarNetwork
-from bnjax.studies import Options, plots
-from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Report, Variant
-from bnjax.studies.network import Data, make_mesh, train_network
-from bnjax.studies.results import Results
-from bnjax.studies.statistics import seeds_in_words
+from bnjax.studies import Options, data
+from bnjax.studies.data import augmentation
+from bnjax.studies.engine.experiment import Report, Variant
+from bnjax.studies.engine.network import Data, make_mesh, train_network
+from bnjax.studies.evidence import plots
+from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax.studies.evidence.results import Results
+from bnjax.studies.evidence.statistics import seeds_in_words
 
 SOURCE = "CIFAR-100 article"
 BATCH_SIZE = 80
@@ -147,7 +150,7 @@ def run(options: Options, report: Report):
             "batch_size": batch_size,
             "parallel": options.parallel,
             "devices": mesh.size,
-            "groups": parallel.num_groups(mesh),
+            "groups": training.num_groups(mesh),
             "accumulate_steps": options.accumulate_steps,
         },
         range(options.seeds),
@@ -190,15 +193,15 @@ def _late_gain(accuracy: np.ndarray) -> np.ndarray:
 
 def _gradient_ratios(variant: Variant, examples: Data, seeds: int) -> np.ndarray:
     """The norm of the first kernel's gradient over the last's, at the start, for each seed."""
-    x, y = (jnp.asarray(part[: variant.batch_size]) for part in examples.training)
+    x, y = (jnp.asarray(part[: variant.batch_size]) for part in examples.train)
     x = examples.preprocess(x, None)
     norm = None if variant.model.norm is None else functools.partial(BatchNorm, epsilon=SETTINGS["epsilon"])
     model = variant.model.clone(norm=norm)  # on one device, without an axis to synchronize over
 
     @jax.jit
     def ratio(key):
-        state = train.create_train_state(model, variant.optimizer, jax.random.fold_in(key, 0), x[:1])
-        loss = losses.linen_loss(model, {"batch_stats": state.batch_stats}, train.cross_entropy)
+        state = training.create_train_state(model, variant.optimizer, jax.random.fold_in(key, 0), x[:1])
+        loss = losses.linen_loss(model, {"batch_stats": state.batch_stats}, training.cross_entropy)
         first, last = analysis.gradient_norms(loss, state.params, x, y, layers=["Conv_0", "Dense_0"]).values()
         return first / last
 
@@ -212,9 +215,9 @@ def _last_filters(filters: int) -> int:
 
 def variants(num_classes: int, epochs: int, batch_size: int, filters: int, options: Options) -> dict[str, Variant]:
     """The four networks by name: `<activation>_<bn|none>`."""
-    groups = parallel.index_groups(make_mesh(options)) if options.parallel == "pmap" else None
+    groups = training.index_groups(make_mesh(options)) if options.parallel == "pmap" else None
     norm = functools.partial(
-        BatchNorm, epsilon=SETTINGS["epsilon"], axis_name=parallel.SYNC_AXIS, axis_index_groups=groups
+        BatchNorm, epsilon=SETTINGS["epsilon"], axis_name=training.SYNC_AXIS, axis_index_groups=groups
     )
     optimizer = optax.rmsprop(SETTINGS["learning_rate"], decay=SETTINGS["decay"], eps=1e-7)
     found = {}
@@ -227,7 +230,7 @@ def variants(num_classes: int, epochs: int, batch_size: int, filters: int, optio
                 f"{activation}, {label}",
                 model,
                 optimizer,
-                train.cross_entropy,
+                training.cross_entropy,
                 batch_size,
                 epochs,
             )
@@ -241,4 +244,4 @@ def prepare(x, keys, *, mean: float):
     The source subtracts the test set's own mean from the test images; here the training set's serves for both.
     """
     x = x.astype(np.float32) - mean
-    return x if keys is None else augment.random_affine_flip(x, keys, shear=0.2, zoom=0.2)
+    return x if keys is None else augmentation.random_affine_flip(x, keys, shear=0.2, zoom=0.2)

@@ -5,13 +5,14 @@ import functools
 import optax
 from flax import linen as nn
 
-from bnjax import data, train
+from bnjax import training
 from bnjax.linen import BatchNorm, BatchRenorm
 from bnjax.models import Perceptron, of_example
-from bnjax.studies import Options, plots
-from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Job, Report, Variant, train_variants
-from bnjax.studies.results import Results
+from bnjax.studies import Options, data
+from bnjax.studies.engine.experiment import Job, Report, Variant, train_variants
+from bnjax.studies.evidence import plots
+from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax.studies.evidence.results import Results
 
 SOURCE = "circles case study"
 THRESHOLD = 0.8
@@ -141,7 +142,7 @@ def run(options: Options, report: Report):
         init = nn.initializers.he_uniform()
         model = Perceptron((50,), 1, norm, place, hidden_init=init, weight_norm=kind == "weight norm")
         optimizer = optax.sgd(SETTINGS["learning_rate"], SETTINGS["momentum"])
-        variant = Variant(name, label, model, optimizer, train.binary_cross_entropy, SETTINGS["batch_size"], epochs)
+        variant = Variant(name, label, model, optimizer, training.binary_cross_entropy, SETTINGS["batch_size"], epochs)
         jobs.append(Job(variant, circles.train, splits))
     all_trained = train_variants(jobs, results.seeds, report, options.saving)
     for trained in all_trained:

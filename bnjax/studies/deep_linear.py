@@ -12,9 +12,9 @@ from flax import linen as nn
 from jax import lax
 
 import bnjax
-from bnjax import analysis, train, variants
-from bnjax.studies.measured import Measured, Plan, train_measured
-from bnjax.studies.saving import Saving
+from bnjax import analysis, training, variants
+from bnjax.studies.engine.measured import Measured, Plan, train_measured
+from bnjax.studies.engine.saving import Saving
 
 DEPTH, SIZE, EXAMPLES = 25, 10, 1000
 LEARNING_RATE = 1e-6
@@ -97,7 +97,7 @@ def train_network(
     def step(state, key):
         layers, data = state
         loss, layers = descended(layers, data, key)
-        return (layers, data), train.Metrics(loss, jnp.full((), jnp.nan))
+        return (layers, data), training.Metrics(loss, jnp.full((), jnp.nan))
 
     def measure(state, key):
         layers, data = state

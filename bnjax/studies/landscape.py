@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import analysis
-from bnjax.studies.experiment import compiler_options
-from bnjax.studies.measured import Measured
-from bnjax.studies.plots import Figure, drawing
+from bnjax.studies.engine.experiment import compiler_options
+from bnjax.studies.engine.measured import Measured
+from bnjax.studies.evidence.plots import Figure, drawing
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
 RADIUS = 0.05  # of SAM's ball

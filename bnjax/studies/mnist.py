@@ -2,12 +2,13 @@
 
 import optax
 
-from bnjax import data, train
-from bnjax.studies import Options, plots
-from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Job, Report, Variant, train_variants
+from bnjax import training
+from bnjax.studies import Options, data
+from bnjax.studies.engine.experiment import Job, Report, Variant, train_variants
+from bnjax.studies.evidence import plots
+from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax.studies.evidence.results import Results
 from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS, pixels
-from bnjax.studies.results import Results
 
 SOURCE = "MNIST assignment"
 PLACES = {"none": "no batch norm", "before": "batch norm"}
@@ -68,7 +69,7 @@ def run(options: Options, report: Report):
     images = data.images(dataset, options.data_dir, report.reading)
     x, y = pixels(images.train.x), images.train.y
     kept = len(x) - len(x) // 5
-    training, validation = data.Split(x[:kept], y[:kept]), data.Split(x[kept:], y[kept:])
+    train, validation = data.Split(x[:kept], y[:kept]), data.Split(x[kept:], y[kept:])
     test = data.Split(pixels(images.test.x), images.test.y)
     too_large = [size for size in batch_sizes if size > kept]
     if too_large:
@@ -86,8 +87,8 @@ def run(options: Options, report: Report):
     for name, size in trainings:
         optimizer = optax.adam(SETTINGS["learning_rate"], eps=1e-7)
         label = f"{labels[name]}, batch {size}"
-        variant = Variant(f"{name}_{size}", label, models[name], optimizer, train.cross_entropy, size, epochs)
-        jobs.append(Job(variant, training, {"validation": validation, "test": test}))
+        variant = Variant(f"{name}_{size}", label, models[name], optimizer, training.cross_entropy, size, epochs)
+        jobs.append(Job(variant, train, {"validation": validation, "test": test}))
     all_trained = {
         trained.variant.name: trained for trained in train_variants(jobs, results.seeds, report, options.saving)
     }

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnjax import data, train
+from bnjax import training
 from bnjax.linen import BatchNorm
 from bnjax.models import RecurrentNetwork
-from bnjax.studies import Options
-from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import Report, Variant, compiler_options, divisor_from, seed_keys
-from bnjax.studies.measured import Plan, random_batch, train_measured
+from bnjax.studies import Options, data
+from bnjax.studies.engine.experiment import Report, Variant, compiler_options, divisor_from, seed_keys
+from bnjax.studies.engine.measured import Plan, random_batch, train_measured
+from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
+from bnjax.studies.evidence.plots import Figure, drawing
+from bnjax.studies.evidence.results import Results
+from bnjax.studies.evidence.statistics import seeds_in_words
 from bnjax.studies.perceptrons import pixels
-from bnjax.studies.plots import Figure, drawing
-from bnjax.studies.results import Results
-from bnjax.studies.statistics import seeds_in_words
 
 BATCH_SIZE, HIDDEN, STEPS, MEASURED = 64, 64, 1000, 10
 POPULATION_BATCH = 5000
@@ -87,7 +87,7 @@ def run(options: Options, report: Report):
     name, steps = options.dataset or "mnist", options.steps or STEPS
     every = divisor_from(steps // MEASURED, steps)
     images = data.images(name, options.data_dir, report.reading)
-    training, test = (
+    train, test = (
         data.Split(pixels(split.x).reshape(split.x.shape[:3]), split.y) for split in (images.train, images.test)
     )
     held_out = jax.tree.map(jnp.asarray, test)
@@ -96,10 +96,10 @@ def run(options: Options, report: Report):
     keys = seed_keys(results.seeds)
 
     def step(state, x, y, key):
-        return train.train_step(state, x, y, objective=train.cross_entropy)
+        return training.train_step(state, x, y, objective=training.cross_entropy)
 
     def measure(state, x, y, key):
-        return jnp.mean(train.evaluate(state, *held_out, objective=train.cross_entropy).accuracy)
+        return jnp.mean(training.evaluate(state, *held_out, objective=training.cross_entropy).accuracy)
 
     accuracies = jax.jit(jax.vmap(lambda state: measure(state, None, None, None)))
     curves = {}
@@ -108,21 +108,21 @@ def run(options: Options, report: Report):
 
         def create(setting, model=model):
             key = jax.random.fold_in(setting["key"], 0)
-            return train.create_train_state(model, optax.adam(LEARNING_RATE), key, held_out.x[:1])
+            return training.create_train_state(model, optax.adam(LEARNING_RATE), key, held_out.x[:1])
 
-        described = Variant(variant, label, model, optax.adam(LEARNING_RATE), train.cross_entropy, BATCH_SIZE, steps)
+        described = Variant(variant, label, model, optax.adam(LEARNING_RATE), training.cross_entropy, BATCH_SIZE, steps)
         plan = Plan(
             create, random_batch(BATCH_SIZE), step, measure, steps, every, compiler_options=compiler_options(steps)
         )
         tell = report.task(described)
         further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
-        seen = train_measured(plan, {"key": keys}, tuple(training), name=variant, **further)
+        seen = train_measured(plan, {"key": keys}, tuple(train), name=variant, **further)
         loss = np.asarray(seen.metrics.loss)
         found = {
             "test_accuracy": np.asarray(accuracies(seen.states)),
             "final_loss": loss[:, -max(1, steps // 20) :].mean(1),
         }
-        estimate = functools.partial(with_population_statistics, model, jnp.asarray(training.x))
+        estimate = functools.partial(with_population_statistics, model, jnp.asarray(train.x))
         states = jax.jit(functools.partial(jax.lax.map, estimate))(seen.states)
         found["population_accuracy"] = np.asarray(accuracies(states))
         curves[label] = np.concatenate([seen.measurements, found["test_accuracy"][:, None]], 1)
@@ -137,7 +137,9 @@ def run(options: Options, report: Report):
     return results, {"test_accuracy.png": figure}
 
 
-def with_population_statistics(model: RecurrentNetwork, x: jax.Array, state: train.TrainState) -> train.TrainState:
+def with_population_statistics(
+    model: RecurrentNetwork, x: jax.Array, state: training.TrainState
+) -> training.TrainState:
     """A state with statistics of the training set in place of running averages.
 
     Args:

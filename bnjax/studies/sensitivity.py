@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax import analysis, data, losses, train
-from bnjax.studies import Options, plots
-from bnjax.studies.claims import AtLeast, Claim, Condition
-from bnjax.studies.experiment import Report, Variant, compiler_options, in_threads, parameter_shapes, seed_keys
-from bnjax.studies.measured import Plan, random_batch, train_measured
+from bnjax import analysis, training
+from bnjax.analysis import losses
+from bnjax.studies import Options, data
+from bnjax.studies.engine.experiment import Report, Variant, compiler_options, in_threads, parameter_shapes, seed_keys
+from bnjax.studies.engine.measured import Plan, random_batch, train_measured
+from bnjax.studies.evidence import plots
+from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
+from bnjax.studies.evidence.plots import Figure
+from bnjax.studies.evidence.results import Results
+from bnjax.studies.evidence.statistics import seeds_in_words
 from bnjax.studies.perceptrons import (
     BATCH_SIZE,
     BATCH_SIZES,
@@ -24,9 +29,6 @@ from bnjax.studies.perceptrons import (
     optimizer,
     pixels,
 )
-from bnjax.studies.plots import Figure
-from bnjax.studies.results import Results
-from bnjax.studies.statistics import seeds_in_words
 
 NOTES, CIRCLES, MNIST = "original paper notes", "circles case study", "MNIST assignment"
 EXAMPLES = 24_000  # that a training sees
@@ -258,8 +260,8 @@ def run(options: Options, report: Report):
     if unknown := sorted(set(options.variants or ()) - set(NETWORKS)):
         raise ValueError(f"--variants must be among {', '.join(NETWORKS)}, got {', '.join(unknown)}.")
     images = data.images(name, options.data_dir, report.reading)
-    training, test = (data.Split(pixels(split.x), split.y) for split in (images.train, images.test))
-    sets = {False: training, True: data.Split(training.x[:SMALL_SET], training.y[:SMALL_SET])}
+    train, test = (data.Split(pixels(split.x), split.y) for split in (images.train, images.test))
+    sets = {False: train, True: data.Split(train.x[:SMALL_SET], train.y[:SMALL_SET])}
     settings = {"optimizer": "Adam", "dataset": name, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
     results = Results("sensitivity", settings, range(options.seeds))
 
@@ -267,7 +269,7 @@ def run(options: Options, report: Report):
         part = Results("sensitivity", settings, range(options.seeds))
         label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
         steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
-        tell = report.task(Variant(case.name, label, None, None, train.cross_entropy, case.batch_size, steps))
+        tell = report.task(Variant(case.name, label, None, None, training.cross_entropy, case.batch_size, steps))
         seen, held_out = sets[case.is_small], test
         if case.pixel_scale != 1:
             seen, held_out = (data.Split(x * np.float32(case.pixel_scale), y) for x, y in (seen, held_out))
@@ -285,7 +287,7 @@ def run(options: Options, report: Report):
     return results, _figures(results, compared, f"{name}, {seeds_in_words(options.seeds)}")
 
 
-def _train(results: Results, case: Case, label: str, training, test, steps: int, tell, options: Options) -> None:
+def _train(results: Results, case: Case, label: str, train, test, steps: int, tell, options: Options) -> None:
     """Trains one case at all settings and seeds, and adds its variants to the results."""
     model = NETWORKS[case.network][1]()
     cells, seeds = case.settings, options.seeds
@@ -296,7 +298,7 @@ def _train(results: Results, case: Case, label: str, training, test, steps: int,
 
     def create(setting):
         changing = optimizer(steps, setting["learning_rate"], setting["l2"], setting["decay"])
-        state = train.create_train_state(model, changing, jax.random.fold_in(setting["key"], 0), held_out.x[:1])
+        state = training.create_train_state(model, changing, jax.random.fold_in(setting["key"], 0), held_out.x[:1])
 
         def scaled(path, p):
             return p * setting["init_scale"] if path[-1].key == "kernel" else p
@@ -304,27 +306,27 @@ def _train(results: Results, case: Case, label: str, training, test, steps: int,
         return state.replace(params=jax.tree.map_with_path(scaled, state.params))
 
     def step(state, x, y, key):
-        return train.train_step(state, x, y, objective=train.cross_entropy, rngs={"dropout": key})
+        return training.train_step(state, x, y, objective=training.cross_entropy, rngs={"dropout": key})
 
     def measure(state, x, y, key):
         variables = {"batch_stats": state.batch_stats}
-        loss = losses.linen_loss(model, variables, train.cross_entropy, rngs={"dropout": key})
+        loss = losses.linen_loss(model, variables, training.cross_entropy, rngs={"dropout": key})
         ends = ["Dense_0", f"Dense_{len(model.hidden)}"]
         first, last = analysis.gradient_norms(loss, state.params, x, y, layers=ends).values()
-        accuracy = jnp.mean(train.evaluate(state, *held_out, objective=train.cross_entropy).accuracy)
+        accuracy = jnp.mean(training.evaluate(state, *held_out, objective=training.cross_entropy).accuracy)
         return {"test_accuracy": accuracy, "first_to_last_gradient": first / last, "first_gradient": first}
 
     draw = fixed_batch(case.batch_size) if case.is_fixed else random_batch(case.batch_size)
     plan = Plan(create, draw, step, measure, steps, steps // MEASURED, compiler_options=compiler_options(steps))
     further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
-    seen = train_measured(plan, chosen, tuple(training), name=case.name, **further)
+    seen = train_measured(plan, chosen, tuple(train), name=case.name, **further)
     evaluate = jax.jit(
-        jax.vmap(lambda s, x, y: train.evaluate(s, x, y, objective=train.cross_entropy), (0, None, None)),
+        jax.vmap(lambda s, x, y: training.evaluate(s, x, y, objective=training.cross_entropy), (0, None, None)),
         compiler_options=compiler_options(),
     )
     on_test, on_training = (
         jax.tree.map(lambda v: np.asarray(v.mean(1)), evaluate(seen.states, split.x[:10_000], split.y[:10_000]))
-        for split in (test, training)
+        for split in (test, train)
     )
     at_start = {key: np.asarray(values)[:, 0] for key, values in seen.measurements.items() if "gradient" in key}
     metrics = {

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import optax
 
-from bnjax import analysis, data, train
-from bnjax.studies import Options, deep_linear, landscape
-from bnjax.studies.claims import Claim, Condition
-from bnjax.studies.experiment import Report, Variant, divisor_up_to, seed_keys
-from bnjax.studies.measured import Measured, Plan, overhead, train_measured
-from bnjax.studies.results import Results
-from bnjax.studies.statistics import seeds_in_words
+from bnjax import analysis, training
+from bnjax.studies import Options, data, deep_linear, landscape
+from bnjax.studies.engine.experiment import Report, Variant, divisor_up_to, seed_keys
+from bnjax.studies.engine.measured import Measured, Plan, overhead, train_measured
+from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax.studies.evidence.results import Results
+from bnjax.studies.evidence.statistics import seeds_in_words
 from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED, RATES, Network
 
 SOURCE = "Santurkar et al. 2018"
@@ -329,4 +329,4 @@ def _chosen(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _variant(name: str, label: str, steps: int) -> Variant:
-    return Variant(name, label, None, optax.sgd(LEARNING_RATE), train.cross_entropy, BATCH_SIZE, steps)
+    return Variant(name, label, None, optax.sgd(LEARNING_RATE), training.cross_entropy, BATCH_SIZE, steps)

@@ -11,10 +11,13 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from bnjax import analysis, augment, data, losses, train
+from bnjax import analysis, training
+from bnjax.analysis import losses
 from bnjax.linen import BatchNorm, BatchRenorm, LpBatchNorm, NoisyBatchNorm
 from bnjax.models import VGG, of_example
-from bnjax.studies.measured import Plan, random_batch
+from bnjax.studies import data
+from bnjax.studies.data import augmentation
+from bnjax.studies.engine.measured import Plan, random_batch
 
 NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
     "none": lambda width: None,
@@ -56,20 +59,20 @@ class Network:
     def create(self, setting):
         """The state at step 0 of a seed."""
         key = jax.random.fold_in(setting["key"], 0)
-        return train.create_train_state(self.model, optax.sgd(LEARNING_RATE), key, self.example)
+        return training.create_train_state(self.model, optax.sgd(LEARNING_RATE), key, self.example)
 
     def loss(self, batch_stats: Any, key: Any, **options: Any):
         """`loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
         variables = {"batch_stats": batch_stats}
-        loss = losses.linen_loss(self.model, variables, train.cross_entropy, rngs={"noise": key}, **options)
+        loss = losses.linen_loss(self.model, variables, training.cross_entropy, rngs={"noise": key}, **options)
         return lambda params, x, y: loss(params, self.prepare(x), y)
 
     def plan(self, steps: int, every: int) -> Plan:
         """How to train and measure it: K + 1 gradients for the probe, one for the next step, one for each layer."""
 
         def step(state, x, y, key):
-            options = {"objective": train.cross_entropy, "rngs": {"noise": key}}
-            return train.train_step(state, self.prepare(x), y, **options)
+            options = {"objective": training.cross_entropy, "rngs": {"noise": key}}
+            return training.train_step(state, self.prepare(x), y, **options)
 
         def measure(state, x, y, key):
             loss = self.loss(state.batch_stats, key)
@@ -88,8 +91,8 @@ class Network:
 
     def test_accuracy(self, state) -> float:
         """Over the whole test set, with running statistics."""
-        options: Any = {"objective": train.cross_entropy, "batch_size": 1000, "preprocess": self._preprocess}
-        return train.evaluate_in_batches(state, *self.test, **options)[1]  # pyright: ignore[reportReturnType]
+        options: Any = {"objective": training.cross_entropy, "batch_size": 1000, "preprocess": self._preprocess}
+        return training.evaluate_in_batches(state, *self.test, **options)[1]  # pyright: ignore[reportReturnType]
 
     @functools.cached_property
     def _preprocess(self):
@@ -118,4 +121,4 @@ class Network:
 def _augmented_batch(examples, key):
     """A random batch, mirrored and moved."""
     x, y = random_batch(BATCH_SIZE)(examples, key)
-    return augment.random_crop_flip(x, jax.random.split(jax.random.fold_in(key, 1), BATCH_SIZE)), y
+    return augmentation.random_crop_flip(x, jax.random.split(jax.random.fold_in(key, 1), BATCH_SIZE)), y

@@ -9,8 +9,8 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName, psum, split_axis
 from bnjax._moments import Moments
+from bnjax._sync import AxisName, psum, split_axis
 from bnjax.norm import BatchStats, Params, batch_norm, batch_norm_and_moments, unbiased_var, update_batch_stats
 
 

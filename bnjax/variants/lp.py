@@ -11,9 +11,9 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
 
 from bnjax import _dtypes
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName, Groups, broadcast_explicitly, psum
 from bnjax._moments import Moments, checked_moments, expand, without_masked_extremes
 from bnjax._remat import keeping_arguments
+from bnjax._sync import AxisName, Groups, broadcast_explicitly, psum
 from bnjax.norm import BatchStats, Params, batch_norm_and_moments
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName
+from bnjax._sync import AxisName
 from bnjax.norm import BatchStats, Params, batch_norm_and_moments
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Key, Shaped, UInt32
 
 from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName
+from bnjax._sync import AxisName
 from bnjax.norm import BatchStats, Params, batch_norm
 
 

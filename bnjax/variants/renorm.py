@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName
+from bnjax._sync import AxisName
 from bnjax.norm import BatchStats, Params, batch_norm_and_moments
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax import _checks
 from bnjax._checks import Axes
-from bnjax._collectives import AxisName
+from bnjax._sync import AxisName
 from bnjax.norm import BatchStats, Params, batch_norm, init_batch_norm
 
 

@@ -1,0 +1,346 @@
+"""Losses of Flax models for `bnjax.analysis`, with an explicit batch-norm mode; running statistics never move.
+
+What is measured depends on how the batch norms normalize. With W the parameters and S the statistics:
+
+    'batch'        L(W; statistics of the measured batch at W): the function that training descends
+    'running'      L(W; S), S being the running statistics: inference
+    'frozen'       L(W; S), S being the statistics of a given batch at a given W₀, held (and of a layer that is called
+                   several times, those of its last call)
+    'reestimated'  L(W; S(W)), S(W) being the statistics of a given batch at the same W, such as on a path of solutions
+
+They have different gradients and Hessians. Only in mode 'batch' the model is in its training phase, with the noise of
+dropout and of `bnjax.linen.NoisyBatchNorm`. (On a mesh global and each device's statistics differ too: see
+`bnjax.analysis.shard_loss`.)
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+from jaxtyping import Array
+
+from bnjax import _compat
+
+MODES = ("batch", "running", "frozen", "reestimated")
+Objective = Callable[[Array, Any], Any]
+"""Maps outputs and labels to each example's loss `[batch]`; of a pair, as in `bnjax.training`, the first counts."""
+_INVERTED = ("use_running_average", "deterministic", "eval", "inference", "test")
+
+
+def linen_loss(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    objective: Objective,
+    *,
+    mode: str = "batch",
+    at: Any = None,
+    argument: str | None = "training",
+    rngs: Mapping[str, Array] | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[..., Array]:
+    """The mean loss of a linen model on a batch, as a function of its parameters.
+
+    Args:
+      model: linen module, with batch norms of `bnjax.linen` or of Flax.
+      variables: its collections; 'params' matters in mode 'frozen' alone, where it is W₀.
+      objective: maps outputs and labels to the loss of each example, such as `bnjax.training.cross_entropy`.
+      mode: how the batch norms normalize: 'batch', 'running', 'frozen' or 'reestimated'; see the module.
+      at: inputs of the batch whose statistics are taken, for 'frozen' and 'reestimated'.
+      argument: the argument of the model's call that says whether it trains: 'training', 'train', …, or the contrary:
+        'use_running_average', 'deterministic', …; None for a model without.
+      rngs: random keys by name, for dropout; the same at every call, so that the loss is one function.
+      axis_name: mapped axes over which weights are summed, where the loss is called on parts of a batch whose mean is
+        taken (`bnjax.analysis.shard_loss`); without weights it makes no difference.
+
+    Returns:
+      `loss_fn(params, x, y, weights=None) -> scalar`: `Σ w l / Σ w`; the weights are the batch norms' `mask` too.
+
+    Raises:
+      ValueError: for an unknown mode, or one that needs `at` without it.
+
+    >>> from bnjax import training
+    >>> from bnjax.analysis import losses
+    >>> from bnjax.linen import BatchNorm
+    >>> from bnjax.models import Perceptron
+    >>> model = Perceptron((4,), 2, BatchNorm, 'before')
+    >>> x, y = jnp.arange(6.0).reshape(3, 2), jnp.array([0, 1, 0])
+    >>> variables = model.init(jax.random.key(0), x, training=False)
+    >>> loss = losses.linen_loss(model, variables, training.cross_entropy, mode='running')
+    >>> loss(variables['params'], x, y).shape
+    ()
+    """
+    _check_mode(mode, at)
+    others = {name: values for name, values in variables.items() if name != "params"}
+    options: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
+    if mode == "frozen":
+        others |= {"batch_stats": linen_batch_stats(model, variables, at, argument=argument, rngs=rngs)}
+
+    def loss(params: Any, x: Any, y: Any, weights: Any = None) -> Array:
+        collections = {**others, "params": params}
+        if mode == "reestimated":
+            collections["batch_stats"] = linen_batch_stats(model, collections, at, argument=argument, rngs=rngs)
+        masked = {} if weights is None else {"mask": weights}
+        outputs = model.apply(
+            collections, x, **_phase(argument, mode == "batch"), **masked, **options, mutable=list(others)
+        )[0]
+        return _mean(objective(outputs, y), weights, axis_name)
+
+    return loss
+
+
+def linen_batch_stats(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    x: Any,
+    *,
+    weights: Any = None,
+    argument: str | None = "training",
+    rngs: Mapping[str, Array] | None = None,
+) -> Any:
+    """The collection 'batch_stats' with the statistics of one batch in place of the running ones.
+
+    Args:
+      model: linen module.
+      variables: its collections, the parameters among them.
+      x: inputs of the batch.
+      weights: of the examples, as the batch norms' `mask`.
+      argument: as that of `linen_loss`.
+      rngs: as those of `linen_loss`.
+
+    Returns:
+      Means and biased variances, in the structure of `variables['batch_stats']`.
+
+    >>> from bnjax.analysis import losses
+    >>> model = nn.BatchNorm(use_running_average=None)
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> variables = model.init(jax.random.key(0), x, use_running_average=True)
+    >>> losses.linen_batch_stats(model, variables, x, argument='use_running_average')
+    {'mean': Array([2.], dtype=float32), 'var': Array([1.], dtype=float32)}
+    """
+
+    def without_memory(next_function, arguments, options, context):
+        if isinstance(context.module, nn.BatchNorm):  # this call's own copy of the module
+            object.__setattr__(context.module, "momentum", 0.0)
+            if hasattr(context.module, "bessel_correction"):
+                object.__setattr__(context.module, "bessel_correction", False)
+        return next_function(*arguments, **options)
+
+    masked = {} if weights is None else {"mask": weights}
+    keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
+    # Another set of mutable collections than training has, since nn.jit remembers what it traced by this set.
+    mutable = ["batch_stats", "statistics of a batch"]
+    stats = jax.tree.map(jnp.zeros_like, variables.get("batch_stats", {}))  # zero times NaN would stay NaN
+    variables = {**variables, "batch_stats": stats}
+    with nn.intercept_methods(without_memory):
+        updates = model.apply(variables, x, **_phase(argument, True), **masked, **keys, mutable=mutable)[1]
+    return updates.get("batch_stats", {})
+
+
+def layers_in_order(
+    model: nn.Module, variables: Mapping[str, Any], x: Any, *, argument: str | None = "training"
+) -> list[tuple[str, ...]]:
+    """The layers of a linen model in the order of their calls, as paths into its parameters.
+
+    A layer begins with each module that has a kernel (any parameter of two and more dimensions); the modules without
+    one that follow it, such as its batch norm, belong to it.
+
+    Args:
+      model: linen module.
+      variables: its collections.
+      x: a batch of inputs; only its shape and dtype matter.
+      argument: as that of `linen_loss`.
+
+    >>> from bnjax.analysis import losses
+    >>> from bnjax.linen import BatchNorm
+    >>> from bnjax.models import Perceptron
+    >>> model = Perceptron((4, 4), 2, BatchNorm, 'before')
+    >>> variables = model.init(jax.random.key(0), jnp.ones((3, 2)), training=False)
+    >>> losses.layers_in_order(model, variables, jnp.ones((3, 2)))
+    [('Dense_0', 'BatchNorm_0'), ('Dense_1', 'BatchNorm_1'), ('Dense_2',)]
+    """
+    found: dict[str, bool] = {}  # paths in the order in which they are first used, and whether there is a kernel
+    called: set[str] = set()  # paths of the modules in whose methods we are
+
+    def remember(next_function, arguments, options, context):
+        own = context.module.variables.get("params", {})
+        arrays = {name: value for name, value in own.items() if not isinstance(value, Mapping)}
+        has_kernel = any(jnp.ndim(value) >= 2 for value in arrays.values())
+        path = "/".join(context.module.path)
+        if arrays and len(arrays) == len(own) and path:
+            if path not in called:  # else a method of the module calls another
+                called.add(path)
+                result = next_function(*arguments, **options)  # first, for weight norm calls the layer that it follows
+                found.setdefault(path, has_kernel)
+                called.remove(path)
+                return result
+        else:  # beside its own, the module has parameters of others, which are layers of their own
+            for name, value in arrays.items():
+                found.setdefault(f"{path}/{name}".lstrip("/"), jnp.ndim(value) >= 2)
+        return next_function(*arguments, **options)
+
+    with nn.intercept_methods(remember):
+        jax.eval_shape(lambda v: model.apply(v, x, **_phase(argument, False)), dict(variables))
+    leaves = ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(variables["params"])]
+    missing = [leaf for leaf in leaves if not any(leaf == path or leaf.startswith(f"{path}/") for path in found)]
+    if missing:
+        raise ValueError(
+            f"the parameters {', '.join(missing)} are used by no module's method, so their order is unknown."
+        )
+    layers: list[tuple[str, ...]] = []
+    for path, has_kernel in found.items():
+        if has_kernel or not layers:
+            layers.append((path,))
+        else:
+            layers[-1] += (path,)
+    return layers
+
+
+def layer_outputs(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    x: Any,
+    *,
+    mode: str = "batch",
+    argument: str | None = "training",
+    rngs: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """Output of each layer of a linen model: of its batch norm where there is one, else of its kernel.
+
+    Where the nonlinearity follows directly, this is what it is applied to, for `bnjax.analysis.activation_statistics`.
+
+    Args:
+      model: linen module.
+      variables: its collections.
+      x: inputs of a batch.
+      mode: whether batch norms normalize by the batch's statistics or by the running ones.
+      argument: as that of `linen_loss`.
+      rngs: as those of `linen_loss`.
+
+    Returns:
+      Arrays `[batch, …, units]` by the layer's first path, as in `layers_in_order`.
+
+    >>> from bnjax.analysis import losses
+    >>> from bnjax.models import Perceptron
+    >>> model = Perceptron((4,), 2)
+    >>> variables = model.init(jax.random.key(0), jnp.ones((3, 2)), training=False)
+    >>> {name: h.shape for name, h in losses.layer_outputs(model, variables, jnp.ones((3, 2))).items()}
+    {'Dense_0': (3, 4), 'Dense_1': (3, 2)}
+    """
+    if mode not in MODES[:2]:
+        raise ValueError(f"mode must be 'batch' or 'running', got {mode!r}.")
+    layers = layers_in_order(model, variables, x, argument=argument)
+    last = {layer[-1]: layer[0] for layer in layers}
+    keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
+    updates = model.apply(
+        variables,
+        x,
+        **_phase(argument, mode == "batch"),
+        **keys,
+        mutable=["intermediates", "batch_stats"],
+        capture_intermediates=lambda module, name: name == "__call__" and "/".join(module.path) in last,
+    )[1]
+    found = {}
+    for path, name in last.items():
+        outputs = updates["intermediates"]
+        for part in path.split("/"):
+            outputs = outputs[part]
+        found[name] = outputs["__call__"][0]
+    return found
+
+
+def nnx_loss(
+    model: nnx.Module,
+    objective: Objective,
+    *,
+    mode: str = "batch",
+    at: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[Callable[..., Array], Any]:
+    """The mean loss of an nnx model on a batch, as a function of its parameters, and these.
+
+    Args:
+      model: nnx module, with batch norms of `bnjax.nnx` or of Flax; it stays as it is.
+      objective: as that of `linen_loss`.
+      mode: as that of `linen_loss`; W₀ are the model's parameters.
+      at: as that of `linen_loss`.
+      axis_name: as that of `linen_loss`.
+
+    Returns:
+      `loss_fn(params, x, y, weights=None) -> scalar`, and `params`, a dict of arrays. Random states are the same at
+      every call.
+
+    Raises:
+      ValueError: for an unknown mode, or one that needs `at` without it.
+
+    >>> from flax import nnx
+    >>> from bnjax import training
+    >>> from bnjax.analysis import losses
+    >>> from bnjax.nnx import BatchNorm
+    >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0)))
+    >>> loss, params = losses.nnx_loss(model, training.cross_entropy)
+    >>> loss(params, jnp.ones((3, 2)), jnp.array([0, 1, 0])).shape
+    ()
+    """
+    _check_mode(mode, at)
+    graph, state, others = nnx.split(model, nnx.Param, ...)
+    params = nnx.to_pure_dict(state)
+
+    def merged(params: Any, others: Any) -> Any:
+        of_call, others = jax.tree.map(lambda v: v, (state, others))  # new variables, which this call may change
+        nnx.replace_by_pure_dict(of_call, params)
+        return nnx.merge(graph, of_call, others)
+
+    def with_statistics_of(params: Any, x: Any) -> Any:
+        copy = merged(params, others)
+        for _, module in _compat.iter_modules(copy):
+            if isinstance(module, nnx.BatchNorm):
+                module.momentum = 0.0
+                vars(module).update(dict.fromkeys({"bessel_correction"} & set(vars(module)), False))
+        copy.train()
+        copy(x)
+        return nnx.split(copy, nnx.Param, ...)[2]
+
+    held = with_statistics_of(params, at) if mode == "frozen" else others
+
+    def loss(params: Any, x: Any, y: Any, weights: Any = None) -> Array:
+        copy = merged(params, with_statistics_of(params, at) if mode == "reestimated" else held)
+        if mode == "batch":
+            copy.train()
+        else:
+            copy.eval()
+        outputs: Any = copy(x) if weights is None else copy(x, mask=weights)
+        return _mean(objective(outputs, y), weights, axis_name)
+
+    return loss, params
+
+
+def _phase(argument: str | None, training: bool) -> dict[str, Any]:
+    """The argument that says whether the model trains, if it has one."""
+    if argument is None:
+        return {}
+    return {argument: training != (argument in _INVERTED)}
+
+
+def _mean(losses: Any, weights: Any, axis_name: Any) -> Array:
+    """Weighted mean of the losses of the examples; with `axis_name`, what has that mean as its mean over members."""
+    losses = jnp.asarray(losses[0] if isinstance(losses, tuple) else losses)
+    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    if weights is None:
+        return losses.mean()
+    weights = jnp.asarray(weights).astype(losses.dtype)
+    total, members = weights.sum(), 1
+    if axis_name is not None:
+        total, members = lax.psum(total, axis_name), lax.axis_size(axis_name)
+    kept = jnp.where(weights > 0, losses, 0)  # a masked loss may be NaN; inputs must be finite for the gradient
+    return members * (weights * kept).sum() / jnp.where(total > 0, total, 1)
+
+
+def _check_mode(mode: str, at: Any) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if mode in ("frozen", "reestimated") and at is None:
+        raise ValueError(f"mode {mode!r} needs the inputs of a batch whose statistics are taken: give at=x.")

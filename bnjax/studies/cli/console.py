@@ -1,0 +1,210 @@
+"""A study on the terminal: progress while it runs, tables at the end, and its files."""
+
+import dataclasses
+import datetime
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnjax._extras import needs
+from bnjax.studies import Options, Study
+from bnjax.studies.cli.logs import Logs, open_logs
+from bnjax.studies.data import atomic_file
+from bnjax.studies.engine.saving import Saving
+from bnjax.studies.evidence import ledger
+from bnjax.studies.evidence.results import Results, claim_rows, metric_tables, save
+from bnjax.studies.evidence.statistics import seeds_in_words
+
+with needs("studies"):
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+_SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
+_COLUMNS = 5  # of numbers in a table
+_WIDTH = 160  # of the ledger in a file
+
+
+class _Report:
+    """Shows a bar for each variant, and logs."""
+
+    def __init__(self, progress: Progress, logs: Logs):
+        self.progress, self.logs = progress, logs
+        self.read: dict[str, TaskID] = {}
+
+    def task(self, variant):
+        task = self.progress.add_task(variant.label, total=variant.epochs, now="compiling")
+        self.logs.begin(variant.name, variant.epochs)
+
+        def update(epoch: int, means: dict[str, float]) -> None:
+            chosen = next((k for k in _SHOWN if np.isfinite(means.get(k, np.nan))), None)
+            now = f"{chosen.replace('_', ' ')} {means[chosen]:.4f}" if chosen else ""
+            self.progress.update(task, completed=epoch, now=now)
+            self.logs.scalars(variant.name, epoch, {k: v for k, v in means.items() if np.isfinite(v)})
+
+        return update
+
+    def reading(self, text: str, fraction: float) -> None:
+        if text not in self.read:
+            self.read[text] = self.progress.add_task(text, total=1, now="")
+        self.progress.update(self.read[text], completed=fraction)
+
+
+def run_study(
+    study: Study,
+    options: Options,
+    out: Path,
+    quiet: bool,
+    *,
+    resume: bool = False,
+    checkpoint_every: float = 60.0,
+    log: Sequence[str] = (),
+) -> Results:
+    """Runs a study, prints its tables, and saves its files.
+
+    Args:
+      study: which.
+      options: seeds, epochs and data.
+      out: directory for `results.json`, `curves.npz`, `summary.md` and figures.
+      quiet: whether to print nothing.
+      resume: whether to continue from the checkpoints in `out`, rather than to begin anew.
+      checkpoint_every: seconds between two checkpoints of a training.
+      log: names of the logs to write beside these, of `bnjax.studies.LOGS`.
+
+    Returns:
+      What was measured.
+
+    Raises:
+      MissingExtraError: if a log's package is not installed.
+    """
+    quiet = quiet or jax.process_index() > 0  # of several processes, one speaks and saves
+    logs = open_logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())
+    console = Console(quiet=quiet, highlight=False)
+    configuration = {"study": study.name, "dataset": options.dataset}
+    saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
+    options = dataclasses.replace(options, saving=saving, histograms=bool(log))
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console, disable=quiet) as progress:
+        results, figures = study.load().run(options, _Report(progress, logs))
+    results.options = options.to_json()
+    print_tables(results, console)
+    seconds = time.perf_counter() - clock
+    if jax.process_index() > 0:
+        return results
+    paths = save(results, figures, out, seconds, started)
+    logs.results(results, out)
+    logs.close()
+    console.print(f"{len(paths)} files saved in {out}, among them results.json and summary.md ({seconds:.1f} s)")
+    return results
+
+
+def print_ledger(
+    names: Sequence[str], seeds: int | None, fast: bool, out: Path, data_dir: str | None, quiet: bool
+) -> ledger.Ledger:
+    """Prints and saves the verdicts on the claims of some studies, running what is missing.
+
+    Args:
+      names: of the studies.
+      seeds: how many; each study's own number by default.
+      fast: whether to run `Study.fast` only.
+      out: directory of the studies' directories.
+      data_dir: where prepared image sets are.
+      quiet: whether to print nothing but the ledger.
+    """
+    from bnjax.training.checkpoint import CheckpointError
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+
+    def options_of(study: Study) -> list[Options]:
+        if fast and study.fast is None:
+            return []
+        chosen = {"seeds": study.seeds, **(study.fast if fast and study.fast else {})}
+        if seeds:
+            chosen["seeds"] = seeds
+        if not study.datasets:
+            return [Options(**chosen)]
+        return [Options(**chosen, dataset=dataset, data_dir=data_dir) for dataset in study.datasets]
+
+    def run(study: Study, options: Options, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            run_study(study, options, directory, quiet, resume=True)
+        except CheckpointError as error:  # what was interrupted had other options
+            tell(f"{study.name}: {error} Starting afresh.")
+            run_study(study, options, directory, quiet)
+
+    def tell(text: str) -> None:
+        if not quiet:
+            console.print(text)
+
+    found = ledger.make_ledger(names, options_of, out, run, tell)
+    _print_table(console, "claims", *found.rows())
+    if notes := found.footnotes():
+        console.print(f"Changed after results had been seen:{notes}", markup=False)
+    console.print(found.summary())
+    found.save(out)
+    return found
+
+
+def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:
+    """Compiles a training step for a slice of TPU chips, prints the report and saves it.
+
+    Args:
+      name: of the step.
+      topology: generation and shape of the slice.
+      parallel: 'jit' or 'shard_map'.
+      batch_size: examples on each chip; the step's own by default.
+      json_file: where to save the report, if anywhere.
+
+    Returns:
+      Whether it compiles, which it does not where it needs more memory than a chip has.
+    """
+    from bnjax.studies.engine.steps import compile_step as compile_
+
+    console = Console(highlight=False)
+    with console.status(f"compiling {name} for {topology}"):
+        report = compile_(name, topology, parallel_by=parallel, batch_size=batch_size)
+    rows = [list(row) for row in report.rows()]
+    _print_table(console, f"training step of {report.name}", ["", ""], rows, show_header=False)
+    if report.collectives:
+        _print_table(console, "collectives", *report.collective_rows())
+    if json_file:
+        with atomic_file(json_file) as file:
+            file.write(json.dumps(report.to_json(), indent=1).encode() + b"\n")
+    return report.memory is not None
+
+
+def print_tables(results: Results, console: Console) -> None:
+    """Prints the metrics of the variants, what a study has beside them, and the claims."""
+    title = f"{results.study}, {seeds_in_words(len(results.seeds))}: mean ± 95 % interval"
+    for header, rows in metric_tables(results, _COLUMNS):
+        _print_table(console, title, header, rows)
+    for title, text in results.texts:
+        console.print(f"\n{title}", style="bold", markup=False)
+        console.print(text, markup=False)  # brackets of arrays are no markup
+    if results.claims:
+        _print_table(console, "claims of the source", *claim_rows(results.claims))
+
+
+def _print_table(console: Console, title: str, header: list[str], rows: list[list[str]], **options: Any) -> None:
+    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
+    table = Table(title=title, **style, **options)
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,133 @@
+"""One self-contained page of all that was measured: the ledger, then each study's tables, figures and settings."""
+
+import base64
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bnjax._extras import needs
+from bnjax.studies import STUDIES
+from bnjax.studies.data import atomic_file
+from bnjax.studies.evidence.claims import Judgment
+from bnjax.studies.evidence.ledger import Ledger, Saved, judge, saved_runs
+from bnjax.studies.evidence.results import metric_rows
+from bnjax.studies.evidence.statistics import seeds_in_words
+
+with needs("studies"):
+    import jinja2
+
+_MARKS = {"reproduced": "✓", "not reproduced": "✗", "undecided": "?", "wrong in the source": "!"}
+
+
+def write_report(run_dir: Path, out: Path) -> int:
+    """Writes the page of a study's directory, or of a directory of such.
+
+    Args:
+      run_dir: a directory with `results.json` in it, or in its directories.
+      out: the file to write.
+
+    Returns:
+      How many studies it shows.
+
+    Raises:
+      ValueError: if there are no results.
+    """
+    studies = saved_runs(run_dir)
+    if not studies:
+        raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it; {run_dir} has none.")
+    judgments: list[Judgment] = []
+    for name, runs in studies.items():
+        judgments += judge(STUDIES[name], list(runs.values()))
+    ledger = Ledger(judgments, {name: len(next(iter(runs.values())).seeds) for name, runs in studies.items()})
+    ordered = [(path, saved) for runs in studies.values() for path, saved in runs.items()]
+    single = len(studies) == 1
+    name = next(iter(studies)) if single else ""
+    page = _template().render(
+        title=f"Batch norm: {name}" if single else "Batch norm: the studies and their claims",
+        counts=ledger.counts(),
+        marks=_MARKS,
+        claims=[judgment.to_json() for judgment in judgments],
+        studies=[_study(path, saved, len(studies[saved.study]) > 1) for path, saved in ordered],
+        made_by="bnjax report",
+    )
+    with atomic_file(out) as file:
+        file.write(page.encode())
+    return len(ordered)
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bnjax.studies.cli"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["slug"] = lambda text: text.replace(" ", "-")
+    environment.filters["together"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0").replace("(d ", "(d\u00a0")
+    return environment.get_template("report.html")
+
+
+def _study(path: Path, saved: Saved, is_one_of_several: bool) -> dict[str, Any]:
+    document = saved.document
+    study = STUDIES[saved.study]
+    header, rows = metric_rows(saved)
+    tables = [{"title": f"Measured, {seeds_in_words(len(saved.seeds))}", "header": header, "rows": rows}]
+    if sizes := _sizes(document):
+        tables.append({"title": "Parameters", "header": ["variant", "trainable", "batch statistics"], "rows": sizes})
+    return {
+        "name": path.resolve().name if is_one_of_several else study.name,
+        "summary": study.summary[0].upper() + study.summary[1:],
+        "source": study.source,
+        "command": saved.command,
+        "tables": tables,
+        "figures": [
+            _figure(path / file, text) for file, text in document.get("figures", {}).items() if (path / file).exists()
+        ],
+        "settings": _settings(document),
+    }
+
+
+def _sizes(document: Mapping[str, Any]) -> list[list[str]]:
+    """How many parameters the networks have, networks alike in one row."""
+    labels: dict[tuple[int, int], list[str]] = {}
+    for variant in document["variants"].values():
+        if shapes := variant.get("parameters"):
+            trainable, statistics = (
+                sum(map(math.prod, shapes.get(name, {}).values())) for name in ("params", "batch_stats")
+            )
+            labels.setdefault((trainable, statistics), []).append(variant["label"])
+    return [["; ".join(names), *(f"{count:,}" for count in sizes)] for sizes, names in labels.items()]
+
+
+def _settings(document: Mapping[str, Any]) -> dict[str, str]:
+    machine = document["machine"]
+    devices = f"{len(machine['devices'])} × {machine['devices'][0]} ({machine['backend']})"
+    processor = f"{machine['processor']}, {machine['cores']} cores" if "processor" in machine else machine["system"]
+    shown = {key.replace("_", " "): _text(value) for key, value in document["settings"].items()}
+    return {
+        **shown,
+        "seeds": _text(len(document["seeds"])),
+        "started": document["started"],
+        "wall time": f"{document['seconds']:.0f} s",
+        "machine": f"{processor}, {machine['system']}, Python {machine['python']}, {devices}",
+        "versions": ", ".join(f"{package} {version}" for package, version in document["versions"].items()),
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_text(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _figure(path: Path, text: str) -> dict[str, Any]:
+    content = path.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])  # PNG's first chunk
+    return {
+        "data": base64.b64encode(content).decode(),
+        "text": text,
+        "title": text.split(". ")[0],
+        "width": width,
+        "height": height,
+    }

@@ -1,0 +1,295 @@
+"""Data sets as arrays: generated ones, and image sets of TensorFlow Datasets, read without TensorFlow."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+from urllib.parse import urlsplit
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from bnjax._extras import needs
+
+_READ_CHUNK = 2000  # records per read: 0.1 to 1 s
+
+
+class DataError(Exception):
+    """Data that is missing, corrupt or not of the expected kind; the message says what to do."""
+
+
+class Split(NamedTuple):
+    """Inputs and labels of one split, on the host.
+
+    Attributes:
+      x: inputs, the example axis first.
+      y: int32 labels, one for each example.
+    """
+
+    x: Float[np.ndarray, "examples ..."] | UInt8[np.ndarray, "examples height width channels"]
+    y: Int[np.ndarray, " examples"]
+
+
+class Dataset(NamedTuple):
+    """A data set of `num_classes` classes.
+
+    Attributes:
+      name: its name, for tables and messages.
+      train: the training split.
+      test: the test split.
+      num_classes: how many classes the labels count.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+
+
+def circles() -> Dataset:
+    """Two noisy concentric circles: 1000 points of scikit-learn's `make_circles(noise=0.1, random_state=1)`.
+
+    The first 500 train and the last 500 test: float32 inputs `[500, 2]`, labels 0 (outer circle) and 1.
+
+    >>> circles().train.x.shape
+    (500, 2)
+    """
+    with needs("data"):
+        from sklearn.datasets import make_circles
+
+    x, y = make_circles(n_samples=1000, noise=0.1, random_state=1)
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
+    return Dataset("circles", Split(x[:500], y[:500]), Split(x[500:], y[500:]), 2)
+
+
+def blobs(seed: int = 0) -> Dataset:
+    """Two overlapping Gaussian blobs: 1000 points around (0, 0) and (0.5, 0.1) with standard deviation 0.25.
+
+    A random three quarters train and the rest test: float32 inputs `[750, 2]` and `[250, 2]`.
+
+    Args:
+      seed: of scikit-learn's `make_blobs` and `train_test_split`.
+
+    >>> blobs(seed=3).test.x.shape
+    (250, 2)
+    """
+    with needs("data"):
+        from sklearn.datasets import make_blobs
+        from sklearn.model_selection import train_test_split
+
+    x, y = make_blobs(n_samples=1000, centers=[[0.0, 0.0], [0.5, 0.1]], cluster_std=0.25, random_state=seed)[:2]
+    train, test = train_test_split(np.arange(1000), random_state=seed)
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
+    return Dataset("blobs", Split(x[train], y[train]), Split(x[test], y[test]), 2)
+
+
+def images(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    progress: Callable[[str, float], Any] = lambda text, fraction: None,
+) -> Dataset:
+    """An image classification set of TensorFlow Datasets, as arrays: uint8 `[N, H, W, C]` and int32 labels `[N]`.
+
+    The records are decoded once and cached (in `$BNJAX_CACHE`, or `bnjax` in the user's cache directory); a set that is
+    not there is downloaded. TensorFlow is not needed. The order is the one of the records, which TFDS shuffles once.
+
+    Args:
+      name: of the set in TFDS, such as 'mnist', 'fashion_mnist', 'cifar10', 'cifar100', with optional ':version'.
+      data_dir: where prepared sets are; by default `$TFDS_DATA_DIR`, or TFDS's own default directory.
+      progress: is told what is being read, and the fraction done.
+
+    Raises:
+      DataError: for an unknown or missing set that can't be downloaded, a corrupt one, or one without fixed-size images
+        and labels.
+    """
+    builder = _builder(name, data_dir)
+    image, label = _feature_names(builder)
+    missing = {"train", "test"} - set(builder.info.splits)
+    if missing:
+        raise DataError(
+            f"{name} has no split {sorted(missing)}, only {sorted(builder.info.splits)}; choose another set."
+        )
+    train, test = (_split(builder, split, image, label, progress) for split in ("train", "test"))
+    features: Any = builder.info.features
+    return Dataset(builder.name, train, test, features[label].num_classes)
+
+
+def _builder(name: str, data_dir: str | os.PathLike | None):
+    """A TFDS builder whose records are on disk, downloaded where they were not."""
+    with needs("data"):
+        import tensorflow_datasets as tfds
+    if not hasattr(tfds, "builder"):  # it only logs what it can't import
+        raise DataError(
+            "TensorFlow Datasets is installed, but its import fails, as with a tensorflow-metadata that does not fit "
+            "protobuf: pip install 'bnjax[data]', and start Python anew."
+        )
+    if importlib.util.find_spec("array_record") is None:
+        raise DataError(
+            f"{name} is read by array_record, which is not installed; it is made for Linux and for macOS on Apple "
+            "silicon: pip install 'bnjax[data]' there."
+        )
+    where = os.fspath(data_dir) if data_dir is not None else os.environ.get("TFDS_DATA_DIR")
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise DataError(f"the data directory {where} does not exist; create it, or give another with --data-dir.")
+    try:
+        builder = tfds.builder(name, data_dir=where)
+    except tfds.core.DatasetNotFoundError:
+        raise DataError(
+            f"{name!r} is no data set of TensorFlow Datasets; try mnist, fashion_mnist, cifar10 or cifar100."
+        ) from None
+    except Exception as error:  # TFDS raises many kinds for unreadable metadata
+        raise DataError(
+            f"the data set {name} in {where} can't be read ({_first_line(error)}); {_again(name, where)}"
+        ) from error
+    if not builder.data_path.exists():
+        _download(builder, name, where or os.fspath(builder.data_path.parents[1]))
+    elif (stored := getattr(builder.info.file_format, "value", None)) != "array_record":
+        raise DataError(
+            f"{name} in {builder.data_path} is stored as {stored}, which needs TensorFlow to be read; "
+            f"prepare it as array_record in another directory: {_command(name, 'OTHER_DIRECTORY')}"
+        )
+    return builder
+
+
+def _download(builder, name: str, where: str) -> None:
+    """Downloads and prepares a set, with a clear message where that is not possible."""
+    message = f"the data set {name} is not in {where}, and could not be downloaded"
+    hosts = {urlsplit(url).hostname for url in builder.url_infos or ()}
+    for host in sorted(filter(None, hosts)):
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError as error:  # answers at once, where TFDS would retry for minutes
+            raise DataError(
+                f"{message} (no network: {host} can't be resolved); on a machine with a network run "
+                f"{_command(name, where)} and copy that directory here, or give its place with --data-dir."
+            ) from error
+    try:
+        with _encoding_without_tensorflow():
+            builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        raise DataError(f"{message} ({_first_line(error)}); try again: {_command(name, where)}") from error
+
+
+def _feature_names(builder) -> tuple[str, str]:
+    """The names of the image and the label among the features of a set."""
+    import tensorflow_datasets as tfds
+
+    keys, features = builder.info.supervised_keys, builder.info.features
+    image, label = keys[:2] if keys else ("image", "label")
+    kinds = {image: tfds.features.Image, label: tfds.features.ClassLabel}
+    if not all(key in features and isinstance(features[key], kind) for key, kind in kinds.items()):
+        raise DataError(f"{builder.name} is no image classification set: its features are {sorted(features)}.")
+    if None in features[image].shape:
+        raise DataError(
+            f"the images of {builder.name} differ in size {features[image].shape}; choose a set of one size."
+        )
+    return image, label
+
+
+def _split(builder, split: str, image: str, label: str, progress: Callable[[str, float], Any]) -> Split:
+    """One split as arrays, from the cache where it is there."""
+    count, shape = builder.info.splits[split].num_examples, builder.info.features[image].shape
+    cached = _cache_path(builder, split)
+    if cached.exists():
+        with contextlib.suppress(Exception), cached.open("rb") as file, np.load(file) as arrays:  # else made anew
+            x, y = arrays["x"], arrays["y"]
+            if x.shape == (count, *shape) and y.shape == (count,):
+                return Split(x, y)
+    with needs("data"):
+        from PIL import Image
+    x, y = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
+    try:
+        for start, records in _records(builder, split, image):
+            for i, record in enumerate(records, start):
+                with Image.open(io.BytesIO(record[image])) as picture:
+                    x[i] = _pixels(picture, shape)
+                y[i] = record[label]
+            progress(f"reading {builder.name} {split}", min(1.0, (start + _READ_CHUNK) / count))
+    except Exception as error:
+        where = builder.data_path
+        raise DataError(
+            f"the {split} records of {builder.name} in {where} are corrupt ({_first_line(error)}); "
+            f"delete that directory and {_again(builder.name, os.fspath(where.parent.parent))}"
+        ) from error
+    with contextlib.suppress(OSError), atomic_file(cached) as file:  # a read-only cache directory only costs time
+        np.savez(file, x=x, y=y)
+    return Split(x, y)
+
+
+def _records(builder, split: str, image: str) -> Iterator[tuple[int, list[dict]]]:
+    import tensorflow_datasets as tfds
+
+    source = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
+    count = builder.info.splits[split].num_examples
+    if len(source) != count:
+        raise ValueError(f"{len(source)} records instead of {count}")
+    for start in range(0, count, _READ_CHUNK):
+        yield start, source.__getitems__(range(start, min(start + _READ_CHUNK, count)))
+
+
+def _pixels(picture, shape: tuple[int, int, int]) -> np.ndarray:
+    pixels = np.asarray(picture, np.uint8)
+    if pixels.size != np.prod(shape):
+        raise ValueError(f"an image of shape {pixels.shape} instead of {shape}")
+    return pixels.reshape(shape)
+
+
+@contextlib.contextmanager
+def _encoding_without_tensorflow() -> Iterator[None]:
+    """Lets TFDS builders that hand over pixels be prepared without TensorFlow, by encoding them as PNG with Pillow."""
+    with needs("data"):
+        from PIL import Image
+    from tensorflow_datasets.core.features import image_feature
+
+    def encode(self, pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        picture.save(buffer, format=(self.encoding_format or "png").upper())
+        return buffer.getvalue()
+
+    with mock.patch.object(image_feature._ImageEncoder, "_encode_image", encode):
+        yield
+
+
+def _cache_path(builder, split: str) -> Path:
+    """Where the decoded split is cached: the name changes with the files that it was read from."""
+    root = os.environ.get("BNJAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnjax"
+    files = sorted(Path(builder.data_path).glob(f"*{split}*"))
+    state = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    digest = hashlib.sha256(state.encode()).hexdigest()[:16]
+    return Path(root) / "data" / f"{builder.name}-{builder.version}-{split}-{digest}.npz"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
+    """Opens a binary file for writing that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _command(name: str, where: str | None) -> str:
+    return f'python -c "import bnjax.studies.data as data; data.images({name!r}, {where!r})"'
+
+
+def _again(name: str, where: str | None) -> str:
+    return f"download it again: {_command(name, where)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

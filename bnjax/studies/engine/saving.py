@@ -1,0 +1,69 @@
+"""Checkpoints of a study's trainings: none for short runs, and none of Orbax's imports either."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """Where a study's trainings are saved, and how often.
+
+    Attributes:
+      directory: each training has a directory in it.
+      configuration: of the whole study, such as its name and data set, which a checkpoint must agree with.
+      every: seconds from one checkpoint to the next.
+      resume: whether to continue what is there, rather than to remove it.
+      report: is told of damaged checkpoints.
+    """
+
+    directory: Path
+    configuration: Mapping[str, Any]
+    every: float = 60.0
+    resume: bool = False
+    report: Callable[[str], Any] = print
+
+    def of(self, name: str, configuration: Mapping[str, Any]) -> "Saved":
+        """The checkpoints of one training, which agree with its configuration."""
+        return Saved(self, name, {**self.configuration, "training": name, **configuration})
+
+
+class Saved:
+    """The checkpoints of one training, opened when the first is due."""
+
+    def __init__(self, saving: Saving, name: str, configuration: Mapping[str, Any]):
+        self._saving, self._configuration = saving, configuration
+        self._directory = saving.directory / name
+        self._started, self._checkpoints = time.monotonic(), None
+        if not saving.resume and jax.process_index() == 0:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """Step and state of the newest checkpoint, or None to start afresh."""
+        if not (self._saving.resume and self._directory.is_dir()):
+            return None
+        return self._open().restore(like)
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves a state where a checkpoint is due."""
+        due = time.monotonic() - self._started >= self._saving.every
+        if self._checkpoints is not None or due or jax.process_count() > 1:
+            self._open().save(step, state)
+
+    def close(self) -> None:
+        """Waits for the last checkpoint to be written."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+    def _open(self):
+        if self._checkpoints is None:
+            from bnjax.training.checkpoint import Checkpoints
+
+            options = {"every": self._saving.every, "report": self._saving.report}
+            self._checkpoints = Checkpoints(self._directory, self._configuration, **options)
+        return self._checkpoints

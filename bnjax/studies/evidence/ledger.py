@@ -1,0 +1,203 @@
+"""The ledger: every claim of the sources with its verdict, from saved results; what is missing is run first."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnjax.studies import STUDIES, Options, Study
+from bnjax.studies.data import DataError, atomic_file
+from bnjax.studies.evidence.claims import VERDICTS, Claim, Judgment
+from bnjax.studies.evidence.results import claim_rows, command, json_text, markdown_table
+
+
+class Saved:
+    """A study's results, read from its `results.json`.
+
+    Attributes:
+      document: all of it.
+      settings: of the study.
+      seeds: which.
+    """
+
+    def __init__(self, document: Mapping[str, Any]):
+        self.document = document
+        self.settings: Mapping[str, Any] = document["settings"]
+        self.seeds: Sequence[int] = document["seeds"]
+
+    @classmethod
+    def load(cls, directory: Path) -> "Saved | None":
+        """What a directory holds; None where there is nothing, or something else."""
+        return cls.read(directory / "results.json")
+
+    @classmethod
+    def read(cls, file: Path) -> "Saved | None":
+        """What a file holds, alike."""
+        try:
+            document = json.loads(file.read_text())
+            return cls(document) if document["schema"] == 2 and document["study"] in STUDIES else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def study(self) -> str:
+        """Which study it is of."""
+        return self.document["study"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the run, as `Options.to_json` gives them."""
+        return dict(self.document["options"])
+
+    @property
+    def command(self) -> str:
+        """Makes it again."""
+        return command(self.study, self.options)
+
+    def values(self, variant: str, metric: str) -> np.ndarray | None:
+        """A metric of a variant at each seed; None where it was not measured."""
+        return self.variants[variant][2].get(metric) if variant in self.variants else None
+
+    @functools.cached_property
+    def variants(self) -> dict[str, tuple[str, Mapping[str, Any], dict[str, np.ndarray]]]:
+        """As those of `Results`."""
+
+        def of(metric: Mapping[str, Any]) -> np.ndarray:
+            return np.array([np.nan if value is None else value for value in metric["values"]], np.float64)
+
+        return {
+            name: (v["label"], v["settings"], {metric: of(entry) for metric, entry in v["metrics"].items()})
+            for name, v in self.document["variants"].items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """Claims with their verdicts.
+
+    Attributes:
+      judgments: in the order of the studies.
+      seeds: of each study that was run.
+    """
+
+    judgments: Sequence[Judgment]
+    seeds: Mapping[str, int]
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of its table, with a mark at amended claims."""
+        header, rows = claim_rows(self.judgments)
+        for row, judgment in zip(rows, self.judgments, strict=True):
+            row[-1] += "*" * bool(judgment.claim.amended)
+        return header, rows
+
+    def counts(self) -> dict[str, int]:
+        """How many claims have each verdict."""
+        found = [judgment.verdict for judgment in self.judgments]
+        return {verdict: found.count(verdict) for verdict in VERDICTS if verdict in found}
+
+    def markdown(self) -> str:
+        """As a page."""
+        table = markdown_table(*self.rows())
+        seeds = ", ".join(f"{study} {count}" for study, count in self.seeds.items())
+        return f"# Claims: {self.summary()}\n\nSeeds: {seeds}.\n\n{table}\n{self.footnotes()}"
+
+    def footnotes(self) -> str:
+        """What was changed of the rules after results had been seen, as a list in Markdown."""
+        notes = [f"- * {j.claim.id}: {j.claim.amended}" for j in self.judgments if j.claim.amended]
+        return "\n" + "\n".join(notes) + "\n" if notes else ""
+
+    def summary(self) -> str:
+        """Counts as text."""
+        return ", ".join(f"{count} {verdict}" for verdict, count in self.counts().items())
+
+    def save(self, out: Path) -> None:
+        """Writes `ledger.json` and `ledger.md`."""
+        document = {"schema": 1, "seeds": dict(self.seeds), "claims": [j.to_json() for j in self.judgments]}
+        for name, content in (("ledger.json", json_text(document)), ("ledger.md", self.markdown())):
+            with atomic_file(out / name) as file:
+                file.write(content.encode() + b"\n")
+
+
+def claims_of(study: Study) -> tuple[Claim, ...]:
+    """The claims that a study decides."""
+    return study.load().CLAIMS
+
+
+def saved_runs(directory: Path) -> dict[str, dict[Path, Saved]]:
+    """The results in a directory and in those in it, by study, in the order of the studies.
+
+    Of several runs of a study the one in the directory of its name comes first.
+    """
+    found = {path: saved for path in (directory, *sorted(directory.glob("*/"))) if (saved := Saved.load(path))}
+    runs = {name: {path: saved for path, saved in found.items() if saved.study == name} for name in STUDIES}
+    return {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
+
+
+def judge(study: Study, runs: Sequence[Saved]) -> list[Judgment]:
+    """The verdicts on a study's claims, each from the first of some runs that decides it."""
+    found = ([claim.judge(run) for run in runs] for claim in claims_of(study))
+    return [next((one for one in of if one.verdict != "undecided"), of[0]) for of in found]
+
+
+def make_ledger(
+    names: Sequence[str],
+    options_of: Callable[[Study], Sequence[Options]],
+    out: Path,
+    run: Callable[[Study, Options, Path], Any],
+    tell: Callable[[str], Any] = print,
+) -> Ledger:
+    """Judges the claims of some studies, each from its results in `out`, run into `out / study` where they are missing.
+
+    What is there with other options than these is used as it is; only a run with fewer seeds, or one of
+    `bnjax claims --fast`, is replaced by a longer one.
+
+    Args:
+      names: of the studies.
+      options_of: how a study is to be run, and how else where the data of that can't be had; nothing for a study to
+        leave out.
+      out: directory of the studies' directories.
+      run: runs a study into a directory.
+      tell: is told what is done.
+
+    Returns:
+      The ledger. The claims of a study that is left out, or whose data can't be had, are undecided, with the reason.
+    """
+    judgments, seeds = [], {}
+    for name in names:
+        study = STUDIES[name]
+        choices = options_of(study)
+        reason = "" if choices else "left out by --fast"
+        saved = Saved.load(out / name)
+        if saved and not _is_to_be_replaced(saved, study, choices):
+            tell(f"{name}: results of `{saved.command}` found in {out / name}")
+        else:
+            for options in choices:
+                try:
+                    run(study, options, out / name)
+                except DataError as error:
+                    reason = reason or f"not run: {error}"
+                    tell(f"{name}: {error}")
+                else:
+                    break
+        if runs := saved_runs(out).get(name):
+            seeds[name] = max(len(saved.seeds) for saved in runs.values())
+            judgments += judge(study, list(runs.values()))
+        else:
+            judgments += [Judgment(claim, (), reason) for claim in claims_of(study)]
+    return Ledger(judgments, seeds)
+
+
+def _is_to_be_replaced(saved: Saved, study: Study, choices: Sequence[Options]) -> bool:
+    """Whether a run is the same as one of the choices but for fewer seeds, or was a fast one and they are not."""
+    found = saved.options
+    seeds = found.pop("seeds")
+    wanted = [options.to_json() for options in choices]
+    alike = [options for options in wanted if {**options, "seeds": seeds} == {**found, "seeds": seeds}]
+    if alike:
+        return all(seeds < options["seeds"] for options in alike)
+    fast = Options(**{**(study.fast or {}), "seeds": seeds}).to_json()
+    return bool(choices and study.fast) and {**found, "seeds": seeds, "dataset": None} == {**fast, "dataset": None}

@@ -1,0 +1,310 @@
+"""What a study measured: intervals, claims, and the files it leaves.
+
+`results.json`, schema 2:
+
+    {
+      "schema": 2,
+      "study": name, "command": which makes it again, "options": {those that were chosen}, "settings": {…},
+      "seeds": [ints], "seconds": wall time,
+      "started": UTC time, "versions": {package: version},
+      "machine": {"system", "processor", "cores", "python", "backend", "devices"},
+      "variants": {name: {"label": text, "settings": {…},
+                          "metrics": {metric: {"values": [one per seed, null where undefined], "mean", "ci95", "n"}},
+                          "parameters": {"params" or "batch_stats": {path: shape}}}},
+      "claims": [{"id", "source", "statement", "published", "rule", "amended", "needs", "measured", "verdict",
+                  "conditions": [{"label", "metric", "variant", "minus", "low", "high", "one_run", "every_seed",
+                                  "mean", "ci95", "n", "effect", "met"}]}],
+      "figures": {file: what it shows},
+      "notes": {…}
+    }
+
+`ci95` is half the width of the 95 % confidence interval of the mean over seeds, by Student's t; `n` counts the seeds
+at which the metric is defined. Every claim's rule was fixed before the runs, but for what "amended" says.
+`curves.npz` holds, for each variant, its curves `<variant>/<split>_<metric>` as `[seeds, epochs]`, and the first
+seed's histograms.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnjax.studies import STUDIES
+from bnjax.studies.data import atomic_file
+from bnjax.studies.evidence.claims import Claim, Judgment
+from bnjax.studies.evidence.statistics import Interval, interval
+
+_PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
+
+
+@dataclasses.dataclass
+class Results:
+    """All that a study measured.
+
+    Attributes:
+      study: its name.
+      settings: common settings.
+      seeds: which seeds.
+      variants: name to `(label, settings, {metric: values over seeds})`.
+      claims: statements checked.
+      arrays: for `curves.npz`.
+      notes: further numbers.
+      texts: title and text of what the terminal shows beside the tables.
+      options: of the run, as chosen.
+      figures: file name to what it shows.
+      parameters: of each variant, collection ('params', 'batch_stats') to path to shape.
+    """
+
+    study: str
+    settings: Mapping[str, Any]
+    seeds: Sequence[int]
+    variants: dict[str, tuple[str, Mapping[str, Any], Mapping[str, np.ndarray]]] = dataclasses.field(
+        default_factory=dict
+    )
+    claims: list[Judgment] = dataclasses.field(default_factory=list)
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    texts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, Mapping[str, Mapping[str, Sequence[int]]]] = dataclasses.field(default_factory=dict)
+
+    def add(self, trained, settings: Mapping[str, Any], metrics: Mapping[str, np.ndarray]) -> None:
+        """Adds a trained variant with its curves, histograms and the metrics computed from them."""
+        name = trained.variant.name
+        self.variants[name] = (trained.variant.label, settings, metrics)
+        self.arrays.update({f"{name}/{curve}": values for curve, values in trained.curves.items()})
+        self.add_parameters(name, trained.parameters, trained.histograms)
+
+    def add_parameters(self, name: str, shapes: Mapping[str, Any], histograms: Mapping[str, Any]) -> None:
+        """Adds the shapes of a variant's parameters and what was counted of them."""
+        self.parameters[name] = shapes
+        for path, (counts, ends) in histograms.items():
+            self.arrays[f"{name}/histograms/{path}/counts"] = counts
+            self.arrays[f"{name}/histograms/{path}/range"] = ends
+
+    def metric(self, variant: str, metric: str) -> np.ndarray:
+        """Values of a metric over seeds."""
+        return self.variants[variant][2][metric]
+
+    def set_metric(self, variant: str, metric: str, values: np.ndarray) -> None:
+        """Adds a metric to a variant."""
+        label, settings, metrics = self.variants[variant]
+        self.variants[variant] = (label, settings, {**metrics, metric: values})
+
+    def values(self, variant: str, metric: str) -> np.ndarray | None:
+        """Values of a metric over seeds; None where it was not measured."""
+        return self.variants[variant][2].get(metric) if variant in self.variants else None
+
+    def judge(self, claims: Sequence[Claim]) -> None:
+        """Sets the verdicts on some claims."""
+        self.claims = [claim.judge(self) for claim in claims]
+
+    def to_json(self, seconds: float, started: datetime.datetime) -> dict[str, Any]:
+        """The content of `results.json`."""
+        import jax
+
+        devices = jax.devices()
+        return {
+            "schema": 2,
+            "study": self.study,
+            "command": command(self.study, self.options),
+            "options": dict(self.options),
+            "settings": dict(self.settings),
+            "seeds": list(self.seeds),
+            "seconds": round(seconds, 2),
+            "started": started.isoformat(timespec="seconds"),
+            "versions": _installed_versions(),
+            "machine": {
+                "system": f"{platform.system()} {platform.machine()}",
+                "processor": _processor(),
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+                "backend": jax.default_backend(),
+                "devices": [device.device_kind for device in devices],
+            },
+            "variants": {
+                name: {
+                    "label": label,
+                    "settings": dict(settings),
+                    "parameters": self.parameters.get(name, {}),
+                    "metrics": {
+                        metric: {"values": values.tolist(), "mean": mean, "ci95": half, "n": n}
+                        for metric, values in metrics.items()
+                        for mean, half, n in [interval(values)]
+                    },
+                }
+                for name, (label, settings, metrics) in self.variants.items()
+            },
+            "claims": [judgment.to_json() for judgment in self.claims],
+            "figures": dict(self.figures),
+            "notes": self.notes,
+        }
+
+
+def save(
+    results: Results, figures: Mapping[str, Any], out: Path, seconds: float, started: datetime.datetime
+) -> list[Path]:
+    """Writes `results.json`, `curves.npz`, `summary.md` and the figures, each complete or not at all.
+
+    Args:
+      results: what was measured.
+      figures: file name to matplotlib figure.
+      out: directory, made where it is missing.
+      seconds: wall time.
+      started: when the run began.
+
+    Returns:
+      The paths written.
+    """
+    paths = []
+    results.figures = {name: _description(name, figure) for name, figure in figures.items()}
+    for name, figure in figures.items():
+        with atomic_file(out / name) as file:
+            figure.savefig(file, format="png", dpi=120)
+        paths.append(out / name)
+    with atomic_file(out / "curves.npz") as file:
+        arrays: dict[str, Any] = results.arrays
+        np.savez_compressed(file, **arrays)
+    document = json_text(results.to_json(seconds, started))
+    for name, text in (("summary.md", summary_markdown(results)), ("results.json", document)):
+        with atomic_file(out / name) as file:
+            file.write(text.encode() + b"\n")
+        paths.append(out / name)
+    return [out / "curves.npz", *paths]
+
+
+def command(study: str, options: Mapping[str, Any]) -> str:
+    """The command that runs a study with some options, as `Options.to_json` gives them."""
+    words = ["bnjax", "run", study]
+    known = STUDIES.get(study)
+    defaults = {"seeds": known.seeds, "dataset": (*known.datasets, None)[0]} if known else {}
+    for key, value in options.items():
+        if value != defaults.get(key):
+            words.append(f"--{key.replace('_', '-')}")
+            if value is not True:
+                words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return " ".join(words)
+
+
+def _installed_versions() -> dict[str, str]:
+    """Versions of the packages that results may depend on, of those that are installed."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _processor() -> str:
+    """The processor's model, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _description(name: str, figure: Any) -> str:
+    """What a figure shows, in words: its title (or name), what is drawn against what, and of which networks."""
+    titles = [figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]
+    title = next((title for title in titles if title), name.removesuffix(".png").replace("_", " "))
+    drawn = [f"{axis.get_ylabel()} against {axis.get_xlabel()}" for axis in figure.axes if axis.get_xlabel()]
+    panels = [axis.get_title() for axis in figure.axes if axis.get_title() not in ("", title)]
+    legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+    labels = [text.get_text() for legend in legends for text in legend.get_texts()]
+    parts = [", ".join(dict.fromkeys(part)) for part in (drawn, panels, labels) if part]
+    return ". ".join([title, *parts])
+
+
+def json_text(document: Any) -> str:
+    """As JSON, with null for what it has no number for."""
+    return json.dumps(_without_nan(document), indent=1, ensure_ascii=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def metric_rows(results: Any) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of variants: mean ± 95 % interval (and, where not at all, at how many seeds).
+
+    Args:
+      results: has the `variants` and `seeds` of `Results`.
+    """
+    names = list(dict.fromkeys(metric for _, _, metrics in results.variants.values() for metric in metrics))
+    rows = []
+    for label, _, metrics in results.variants.values():
+        cells = [label]
+        for name in names:
+            if name not in metrics:
+                cells.append("")
+                continue
+            measured = interval(metrics[name])
+            if "accuracy" in name:
+                measured = Interval(100 * measured.mean, 100 * measured.half, measured.n)
+            digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else None
+            missing = "" if measured.n == len(results.seeds) else f" ({measured.n}/{len(results.seeds)} seeds)"
+            cells.append(measured.text(digits) + missing)
+        rows.append(cells)
+    header = [name.replace("_", " ").replace("accuracy", "accuracy [%]") for name in names]
+    return ["variant", *header], rows
+
+
+def metric_tables(results: Any, columns: int) -> list[tuple[list[str], list[list[str]]]]:
+    """`metric_rows` as several tables of so many numbers, rather than one too wide to read; without empty rows."""
+    header, rows = metric_rows(results)
+    tables = []
+    for start in range(1, len(header), columns):
+        first, *rest = ([row[0], *row[start : start + columns]] for row in (header, *rows))
+        tables.append((first, [row for row in rest if any(row[1:])]))
+    return tables
+
+
+def claim_rows(judgments: Sequence[Judgment]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of claims."""
+    rows = [[j.claim.id, j.claim.statement, j.claim.published, j.measured, j.verdict] for j in judgments]
+    return ["claim", "statement", "published", "measured", "verdict"], rows
+
+
+def parameter_rows(shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a network's table: what is trained, with its sum, then the batch statistics with theirs.
+
+    Args:
+      shapes: collection ('params', 'batch_stats') to path to shape.
+    """
+    rows = []
+    for collection, title in (("params", "trainable"), ("batch_stats", "batch statistics")):
+        of = shapes.get(collection, {})
+        rows += [[title, path, " × ".join(map(str, shape)), f"{math.prod(shape):,}"] for path, shape in of.items()]
+        rows.append([title, "all", "", f"{sum(map(math.prod, of.values())):,}"])
+    return ["collection", "parameter", "shape", "numbers"], rows if shapes else []
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As Markdown."""
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary_markdown(results: Results) -> str:
+    """Both tables in Markdown."""
+    parts = [f"# {results.study}: {len(results.seeds)} seeds, mean ± 95 % interval"]
+    for header, rows in (metric_rows(results), claim_rows(results.claims)):
+        if rows:
+            parts.append(markdown_table(header, rows))
+    return "\n\n".join(parts)

@@ -1,0 +1,357 @@
+"""Training: the step in three ways to map it over devices, whole epochs as one compiled scan, and evaluation."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
+
+from bnjax._compat import check_pmap, enable_x64
+from bnjax.training import mesh as devices
+from bnjax.training.mesh import GROUP_AXIS, SYNC_AXIS
+from bnjax.training.state import TrainState, check_groups, check_statistics, check_sync, place_state
+from bnjax.training.step import Batch, Metrics, Objective, check_accumulate_steps, pad_batch, train_step
+
+PARALLEL = ("jit", "shard_map", "pmap")
+Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelStep:
+    """A compiled training step over a mesh: `state, metrics = step(state, x, y, weights, key)`.
+
+    Host arrays are the examples of this process, and are spread over its devices; a state that is not on the mesh yet
+    is placed there. The state's buffers are donated. On several CPU devices a step is waited for: with many under way,
+    XLA's sums over them were seen to stand still.
+
+    Attributes:
+      mesh: of the devices.
+      multiple: of what number a batch's examples must be: devices times micro-batches.
+      compiled: a jitted function `(state, Batch, key) → (state, metrics)` of global arrays, for looking at its program.
+    """
+
+    mesh: Mesh
+    multiple: int
+    compiled: Any
+
+    def __call__(self, state: TrainState, x, y, weights=None, key=None) -> tuple[TrainState, Metrics]:
+        """One step.
+
+        Args:
+          state: parameters, running statistics and optimizer state.
+          x: inputs of the batch: a global array, or a host array of this process's examples.
+          y: labels, alike.
+          weights: of the examples, alike; zero for padding.
+          key: random key of the step, the same in every process, from which each example gets its own.
+
+        Returns:
+          The next state, and the means over the whole batch of the metrics before the update.
+        """
+        if not (self._is_placed(state.step) and self._has_its_statistics(state)):
+            state = place_state(state, self.mesh)
+        batch = Batch(x, y, weights)
+        if not all(self._is_placed(leaf) for leaf in jax.tree.leaves(batch)):
+            batch = devices.shard_batch(batch, self.mesh)
+        if key is not None and not self._is_placed(key):
+            key = devices.replicate(key, self.mesh)
+        done = self.compiled(state, batch, key)
+        return jax.block_until_ready(done) if self._is_simulated else done
+
+    @property
+    def _is_simulated(self) -> bool:
+        return self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+
+    def _has_its_statistics(self, state: TrainState) -> bool:
+        spec = devices.stats_sharding(self.mesh).spec
+        return all(self._is_placed(leaf) and leaf.sharding.spec == spec for leaf in jax.tree.leaves(state.batch_stats))
+
+    def _is_placed(self, leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array) and getattr(leaf.sharding, "mesh", None) == self.mesh
+
+
+def make_train_step(
+    objective: Objective,
+    mesh: Mesh | None = None,
+    *,
+    parallel: str = "jit",
+    accumulate_steps: int = 1,
+    preprocess: Preprocess | None = None,
+) -> ParallelStep:
+    """The training step over a mesh of devices, mapped by one of JAX's three means; the results are the same.
+
+    Each device trains on its part of the batch. A model's batch norms synchronize over the devices of a group when made
+    with `axis_name='batch'`: over all, where the mesh has no groups. Where it has, the groups' running statistics are
+    kept apart in the state (`split_batch_stats`, `merge_batch_stats`); with groups of one device nothing is
+    synchronized. Forward and backward, a synchronized batch norm costs one sum over devices each.
+
+    Args:
+      objective: loss and correctness of each example.
+      mesh: from `bnjax.training.make_mesh`; over all devices by default.
+      parallel: 'jit' (partitioned automatically; batch norms need no `axis_name`), 'shard_map' (with replication
+        checking) or 'pmap' (where groups are given to the batch norms as
+        `axis_index_groups=bnjax.training.index_groups(mesh)`).
+      accumulate_steps: number of micro-batches whose gradients are accumulated before the update.
+      preprocess: maps inputs of examples and a random key for each (None without a key) to inputs of the model, on the
+        device, such as an augmentation. Where there is a key, the model's call is given `keys` too.
+
+    Returns:
+      A `ParallelStep`, called as `step(state, x, y, weights=None, key=None)`.
+
+    Raises:
+      NotImplementedError, ValueError: for pmap with jax 0.7 or over several processes; an unknown `parallel`; when
+        called, a batch that does not divide, or statistics or batch norms that don't fit the mesh's groups.
+    """
+    if parallel not in PARALLEL:
+        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}.")
+    mesh = devices.make_mesh() if mesh is None else mesh
+    if parallel == "pmap" and mesh.is_multi_process:
+        raise ValueError(
+            "parallel='pmap' maps over the devices of one process, and this mesh has those of several. "
+            "Use 'shard_map' or 'jit'."
+        )
+    check_accumulate_steps(accumulate_steps)
+    groups, multiple = devices.num_groups(mesh), mesh.size * accumulate_steps
+    if groups == 1 and len(mesh.axis_names) > 1:
+        mesh = devices.make_mesh(devices=list(mesh.devices.flat))
+    axis_names = (SYNC_AXIS,) if parallel == "pmap" else mesh.axis_names
+
+    def body(state: TrainState, batch_stats: Any, batch: Batch):
+        """The step of one device (of one group's under jit)."""
+        x, keys = batch.x, batch.keys
+        if preprocess is not None:
+            x = preprocess(x, None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
+        if keys is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        checked: set[tuple[str, ...]] = set()
+        with nn.intercept_methods(check_sync(mesh, parallel, checked)):
+            state, metrics = train_step(
+                state.replace(batch_stats=batch_stats),
+                x,
+                batch.y,
+                batch.weights,
+                keys,
+                objective=objective,
+                axis_name=axis_names,
+                accumulate_steps=accumulate_steps,
+            )
+        if parallel == "pmap" and groups < mesh.size:
+            check_statistics(state.batch_stats, checked)
+        return state.replace(batch_stats=None), state.batch_stats, metrics
+
+    mapped = {"jit": _by_jit, "shard_map": _by_shard_map, "pmap": _by_pmap}[parallel](body, mesh, groups)
+
+    def step(state: TrainState, batch: Batch, key: jax.Array | None):
+        check_groups(state, None if groups == 1 else groups, "a step over this mesh")
+        size = batch.x.shape[0]
+        if size % multiple:
+            raise ValueError(
+                f"the batch must be a multiple of {mesh.size} devices times {accumulate_steps} micro-batches, got "
+                f"{size} examples. Pad it with examples of weight zero (bnjax.training.pad_batch)."
+            )
+        if key is not None:
+            batch = batch._replace(keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size)))
+        batch = _constrain(batch, devices.batch_sharding(mesh))
+        seen = state.examples_seen
+        rest = state.replace(batch_stats=None, examples_seen=None)
+        rest, batch_stats, metrics = mapped(rest, state.batch_stats, batch)
+        if seen is not None:
+            weights = jnp.ones(size) if batch.weights is None else batch.weights
+            seen += weights.reshape((groups, -1)).sum(1)
+        rest, seen, metrics = _constrain((rest, seen, metrics), devices.replicated(mesh))
+        batch_stats = _constrain(batch_stats, devices.stats_sharding(mesh))
+        return rest.replace(batch_stats=batch_stats, examples_seen=seen), metrics
+
+    return ParallelStep(mesh, multiple, jax.jit(step, donate_argnums=0))
+
+
+def _constrain(tree: Any, sharding: NamedSharding) -> Any:
+    """Tells XLA how to place the arrays of a tree."""
+    return jax.tree.map(lambda v: lax.with_sharding_constraint(v, sharding), tree)
+
+
+def _by_jit(body, mesh: Mesh, groups: int):
+    """Maps over groups by vmap; within a group the batch is one array, which XLA partitions."""
+    body = jax.vmap(body, in_axes=None, out_axes=None, axis_size=1, axis_name=SYNC_AXIS)
+    if groups == 1:
+        return jax.vmap(body, in_axes=None, out_axes=None, axis_size=1, axis_name=GROUP_AXIS)
+
+    def mapped(state, batch_stats, batch):
+        parts = jax.tree.map(lambda v: v.reshape((groups, -1, *v.shape[1:])), batch)
+        parts = _constrain(parts, NamedSharding(mesh, P(GROUP_AXIS, SYNC_AXIS)))
+        grouped = jax.vmap(body, (None, 0, 0), (None, 0, None), axis_name=GROUP_AXIS)
+        return grouped(state, batch_stats, parts)
+
+    return mapped
+
+
+def _by_shard_map(body, mesh: Mesh, groups: int):
+    """Maps over all axes of the mesh, with replication checking."""
+    of_group = devices.stats_sharding(mesh).spec
+
+    def local(state, batch_stats, batch):
+        if groups > 1:
+            batch_stats = jax.tree.map(lambda v: v[0], batch_stats)
+        state, batch_stats, metrics = body(state, batch_stats, batch)
+        if mesh.shape[SYNC_AXIS] == 1:  # a sum that does nothing but type them as shared by the group
+            batch_stats = lax.psum(batch_stats, SYNC_AXIS)
+        if groups > 1:
+            batch_stats = jax.tree.map(lambda v: v[None], batch_stats)
+        return state, batch_stats, metrics
+
+    in_specs, out_specs = (P(), of_group, P(mesh.axis_names)), (P(), of_group, P())
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _by_pmap(body, mesh: Mesh, groups: int):
+    """Maps over the devices in the order of the mesh."""
+    check_pmap()
+    stats_axis = None if groups == 1 else 0
+    axes = {"in_axes": (None, stats_axis, 0), "out_axes": (None, stats_axis, None)}
+    pmapped = jax.pmap(body, axis_name=SYNC_AXIS, devices=list(mesh.devices.flat), **axes)
+    by_group, by_device = P(GROUP_AXIS), P(mesh.axis_names)
+    # Each device holds its group's statistics: only the labels change.
+    for_devices, for_groups = (
+        jax.shard_map(lambda tree: tree, mesh=mesh, in_specs=a, out_specs=b, check_vma=False)
+        for a, b in ((by_group, by_device), (by_device, by_group))
+    )
+
+    def mapped(state, batch_stats, batch):
+        parts = jax.tree.map(lambda v: v.reshape((mesh.size, -1, *v.shape[1:])), batch)
+        if groups == 1:
+            return pmapped(state, batch_stats, parts)
+        state, batch_stats, metrics = pmapped(state, for_devices(batch_stats), parts)
+        return state, for_groups(batch_stats), metrics
+
+    return mapped
+
+
+def train_epoch(
+    state: TrainState,
+    key: Array,
+    x: Shaped[Array, "examples ..."],
+    y: Shaped[Array, " examples"],
+    *,
+    batch_size: int,
+    objective: Objective,
+) -> tuple[TrainState, Metrics]:
+    """One pass over the examples in random order: a scan of `train_step`.
+
+    What remains after the last full batch is a smaller batch of its own.
+
+    Args:
+      state: where to begin.
+      key: random key of the order.
+      x: inputs of all examples.
+      y: labels of all examples.
+      batch_size: examples in a step; static.
+      objective: loss and correctness of each example; static.
+
+    Returns:
+      The state after the epoch, and the means over its examples of each batch's metrics, as Keras reports them.
+    """
+    count = x.shape[0]
+    full = count - count % batch_size
+    order = _order(jax.random.bits(key, (count,)))
+
+    def step(state, index):
+        return train_step(state, x[index], y[index], objective=objective)
+
+    state, metrics = lax.scan(step, state, order[:full].reshape((-1, batch_size)))
+    sums = jax.tree.map(lambda m: m.sum() * batch_size, metrics)
+    if full < count:
+        state, metrics = step(state, order[full:])
+        sums = jax.tree.map(lambda s, m: s + m * (count - full), sums, metrics)
+    return state, jax.tree.map(lambda s: s / count, sums)
+
+
+def _order(bits: Array) -> Array:
+    """`argsort(bits)` of 32-bit numbers: one sort of 64-bit ones that end in the index.
+
+    XLA's CPU backend sorts single arrays several times faster than arrays that follow another.
+    """
+    with enable_x64():
+        index = lax.broadcasted_iota(jnp.uint64, bits.shape, 0)
+        numbers = lax.sort(lax.convert_element_type(bits, jnp.uint64) << np.uint64(32) | index, is_stable=False)
+        return lax.convert_element_type(numbers & np.uint64(2**32 - 1), jnp.int32)
+
+
+def evaluate(
+    state: TrainState, x: Shaped[Array, "examples ..."], y: Shaped[Array, " examples"], *, objective: Objective
+) -> Metrics:
+    """Loss and correctness of each example, normalized by the running statistics.
+
+    Args:
+      state: parameters and running statistics.
+      x: inputs of all examples.
+      y: labels of all examples.
+      objective: loss and correctness of each example; static.
+
+    Returns:
+      `Metrics` of one value for each example: take the mean over the examples of a data set.
+
+    Raises:
+      ValueError: for a state whose groups of devices keep their statistics apart.
+    """
+    check_groups(state, None, "evaluate")
+    outputs = state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
+    losses, correct = objective(outputs, y)
+    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    return Metrics(losses, correct.astype(losses.dtype))
+
+
+def evaluate_in_batches(
+    state: TrainState,
+    x: Any,
+    y: Any,
+    *,
+    objective: Objective,
+    batch_size: int,
+    mesh: Mesh | None = None,
+    preprocess: Preprocess | None = None,
+) -> Metrics:
+    """Means of the metrics over a data set, with the running statistics, each example counted once.
+
+    The last batch is padded to the common size with examples of weight zero.
+
+    Args:
+      state: parameters and running statistics, on the mesh.
+      x: inputs of all examples, on the host, the same in every process.
+      y: labels of all examples.
+      objective: loss and correctness of each example.
+      batch_size: examples at a time; made a multiple of the devices.
+      mesh: devices to split each batch over; by default that on which the state is, or one device.
+      preprocess: as that of `make_train_step`, called without keys.
+
+    Returns:
+      `Metrics` of floats.
+
+    Raises:
+      ValueError: for a state whose groups of devices keep their statistics apart, or no examples.
+    """
+    if len(x) == 0:
+        raise ValueError("x must hold at least one example to evaluate, got none.")
+    if mesh is None:
+        mesh = getattr(getattr(state.step, "sharding", None), "mesh", None)
+        mesh = mesh or devices.make_mesh(devices=jax.devices()[:1])
+    batch_size += -batch_size % mesh.size
+    sums = np.zeros(2)
+    for start in range(0, len(x), batch_size):
+        batch = pad_batch(Batch(x[start : start + batch_size], y[start : start + batch_size]), batch_size)
+        batch = devices.shard_batch(jax.tree.map(devices.local_part, batch), mesh)
+        sums += np.asarray(_weighted_sums(state, batch, objective, preprocess))
+    return Metrics(*(float(value) for value in sums / len(x)))
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "preprocess"))
+def _weighted_sums(state: TrainState, batch: Batch, objective: Objective, preprocess: Preprocess | None) -> Array:
+    x = batch.x if preprocess is None else preprocess(batch.x, None)
+    metrics = evaluate(state, x, batch.y, objective=objective)
+    return jnp.stack([(batch.weights * values).sum() for values in metrics])

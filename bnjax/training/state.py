@@ -1,0 +1,196 @@
+"""Flax's train state with running statistics: one set, or one for each of several groups of devices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax.training import train_state
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+from jaxtyping import Array, Shaped
+
+from bnjax._moments import Moments, merge_moments
+from bnjax.linen import LpBatchNorm
+from bnjax.training import mesh as devices
+from bnjax.training.mesh import SYNC_AXIS
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState` with the running statistics of the model's batch norms.
+
+    Attributes:
+      batch_stats: the 'batch_stats' collection; empty for a model without batch norm.
+      examples_seen: None for one set of running statistics. Where groups of devices keep their own, `batch_stats` has a
+        leading axis of groups, and this says from how many examples (by weight) each group's come.
+    """
+
+    step: Any
+    params: Any  # of any container, where Flax's annotation says FrozenDict
+    batch_stats: Any
+    examples_seen: Any = None  # float array [groups]
+
+    @property
+    def stats_groups(self) -> int | None:
+        """How many sets of running statistics are kept apart; None where there is one, for all."""
+        return None if self.examples_seen is None else self.examples_seen.shape[0]
+
+
+def create_train_state(
+    model: Any, optimizer: optax.GradientTransformation, key: Array, x: Shaped[Array, "batch ..."]
+) -> TrainState:
+    """The state at step 0 of a Flax model, initialized for inputs like `x`.
+
+    Args:
+      model: linen module whose call takes `(x, training=…)`.
+      optimizer: optax gradient transformation.
+      key: random key of the initial parameters.
+      x: a batch of inputs; only its shape and dtype matter.
+    """
+    variables = model.init(key, x, training=False)
+    state = TrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=optimizer,
+        batch_stats=variables.get("batch_stats", {}),
+    )
+    return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile a second time
+
+
+def split_batch_stats(state: TrainState, groups: int) -> TrainState:
+    """Gives each of several groups of devices its own copy of the running statistics.
+
+    Args:
+      state: with one set of running statistics.
+      groups: how many sets to make.
+
+    Returns:
+      The state with a leading axis of groups in `batch_stats`, and `examples_seen` zero.
+
+    Raises:
+      ValueError: if the statistics are kept apart already.
+    """
+    check_groups(state, None, "split_batch_stats")
+    stats = jax.tree.map(lambda v: jnp.broadcast_to(v, (groups, *jnp.shape(v))), state.batch_stats)
+    return state.replace(batch_stats=stats, examples_seen=jnp.zeros(groups))
+
+
+def merge_batch_stats(state: TrainState) -> TrainState:
+    """Merges running statistics that groups of devices kept apart, by the examples that each has seen.
+
+    With n_g the examples of group g and n = Σ n_g:
+
+        mean = Σ n_g mean_g / n        var = Σ n_g (var_g + (mean_g − mean)²) / n
+
+    Args:
+      state: with statistics kept apart (one set is returned as it is).
+
+    Returns:
+      The state with one set of statistics, to evaluate and to save before the next step: that donates what both share.
+
+    Raises:
+      ValueError: if there are other statistics than means and variances.
+    """
+    if state.examples_seen is None:
+        return state
+    return state.replace(batch_stats=_merged(state.batch_stats, state.examples_seen), examples_seen=None)
+
+
+@jax.jit  # one program: many small ones, each with sums over the devices, wait for each other where cores are few
+def _merged(batch_stats: Any, examples_seen: Array) -> Any:
+    seen = jnp.where(examples_seen.sum() > 0, examples_seen, 1)  # before the first step all are the same
+
+    def merge(stats):
+        if not isinstance(stats, Mapping):
+            raise ValueError("batch_stats must hold means and variances only to be merged; there is another statistic.")
+        if set(stats) != {"mean", "var"}:
+            return {name: merge(v) for name, v in stats.items()}
+        m = Moments(stats["mean"][0], stats["var"][0], seen[0])
+        for g in range(1, seen.shape[0]):
+            m = merge_moments(m, Moments(stats["mean"][g], stats["var"][g], seen[g]))
+        return {"mean": m.mean.astype(stats["mean"].dtype), "var": m.var.astype(stats["var"].dtype)}
+
+    return merge(batch_stats)
+
+
+def check_groups(state: TrainState, groups: int | None, caller: str) -> None:
+    """Raises unless the state keeps as many sets of running statistics as expected (None: one for all)."""
+    if state.stats_groups == groups:
+        return
+    if groups is None:
+        raise ValueError(
+            f"{caller} needs a state with one set of running statistics, this one holds those of "
+            f"{state.stats_groups} groups of devices. Merge them with bnjax.training.merge_batch_stats(state)."
+        )
+    held = "one set" if state.stats_groups is None else f"those of {state.stats_groups} groups"
+    raise ValueError(
+        f"{caller} keeps the running statistics of {groups} groups of devices apart, this state holds {held}. "
+        f"Pass bnjax.training.split_batch_stats(bnjax.training.merge_batch_stats(state), {groups})."
+    )
+
+
+def check_statistics(batch_stats: Any, checked: set[tuple[str, ...]]) -> None:
+    """Raises for statistics of which pmap would silently keep one device's: those of other layers than batch norms."""
+    others = sorted("/".join(path) for path in flatten_dict(batch_stats) if path[:-1] not in checked)
+    if others:
+        raise ValueError(
+            f"the statistics {', '.join(others)} belong to no batch norm layer, and under pmap may differ from device "
+            "to device. Use parallel='shard_map', which checks that they do not."
+        )
+
+
+def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
+    """A Flax interceptor that raises for batch norms that synchronize otherwise than the mesh's groups ask for."""
+    size, groups = mesh.shape[SYNC_AXIS], devices.index_groups(mesh)
+
+    def intercept(next_function, arguments, options, context):
+        module = context.module
+        if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
+            return next_function(*arguments, **options)
+        checked.add(module.path)
+        if groups is not None and isinstance(module, LpBatchNorm):
+            raise ValueError(
+                f"the running norms of {'/'.join(module.path)} (LpBatchNorm) in several groups of devices can't be "
+                "merged as moments can. Make the mesh without group_size."
+            )
+        given = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
+        frozen = module.use_running_average if given is None else given
+        if mesh.size > 1 and not frozen:
+            names = module.axis_name if isinstance(module.axis_name, tuple) else (module.axis_name,)
+            expected = groups if way == "pmap" else None
+            found = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))
+            not_needed = module.axis_name is None and (way == "jit" or size == 1)
+            if not not_needed and (SYNC_AXIS not in names or found != expected):
+                wanted = f"axis_name={SYNC_AXIS!r}, axis_index_groups={expected}"
+                raise ValueError(
+                    f"the batch norm {'/'.join(module.path)} must be made with {wanted} to synchronize over {size} of "
+                    f"{mesh.size} devices under {way}, got axis_name={module.axis_name!r}, "
+                    f"axis_index_groups={module.axis_index_groups}. For statistics of each device make the mesh with "
+                    "group_size=1."
+                )
+        return next_function(*arguments, **options)
+
+    return intercept
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """Places a state on a mesh: whole on every device, but statistics kept apart each with its group.
+
+    Args:
+      state: the same in every process.
+      mesh: from `bnjax.training.make_mesh`.
+
+    Raises:
+      ValueError: if the state does not keep as many sets of statistics as the mesh has groups.
+    """
+    groups = devices.num_groups(mesh)
+    check_groups(state, None if groups == 1 else groups, "this mesh")
+    if groups == 1:
+        return devices.replicate(state, mesh)
+    sharding = devices.stats_sharding(mesh)
+    stats = jax.tree.map(
+        lambda v: jax.make_array_from_callback(v.shape, sharding, jax.device_get(v).__getitem__), state.batch_stats
+    )
+    return devices.replicate(state.replace(batch_stats=None), mesh).replace(batch_stats=stats)

@@ -1,0 +1,244 @@
+"""The one step body of all training: on one device, on several together, and in micro-batches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from bnjax._moments import Moments, merge_moments
+from bnjax._sync import AxisName, vary_like
+from bnjax.linen import BatchNorm
+from bnjax.norm import update_batch_stats
+from bnjax.training.state import TrainState
+
+Objective = Callable[[Array, Array], tuple[Array, Array]]
+"""Maps outputs and labels of a batch to the loss of each example and whether each is classified correctly."""
+
+
+class Metrics(NamedTuple):
+    """Of one example, or the means over several.
+
+    Attributes:
+      loss: what training minimizes.
+      accuracy: whether the example is classified correctly (1 or 0); the fraction of those that are.
+    """
+
+    loss: Float[ArrayLike, "..."]
+    accuracy: Float[ArrayLike, "..."]
+
+
+def binary_cross_entropy(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
+    """Cross-entropy of a sigmoid output: `log(1 + exp(−logit))` for label 1, `log(1 + exp(logit))` for label 0."""
+    logits = logits[:, 0]
+    return optax.sigmoid_binary_cross_entropy(logits, labels), (logits > 0) == (labels > 0)
+
+
+def cross_entropy(logits: Float[Array, "batch classes"], labels: Shaped[Array, " batch"]):
+    """Cross-entropy of a softmax output: `−log softmax(logits)[label]`."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), logits.argmax(-1) == labels
+
+
+def squared_error(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
+    """Squared error of a sigmoid output: `(sigmoid(logit) − label)²`."""
+    logits = logits[:, 0]
+    return jnp.square(jax.nn.sigmoid(logits) - labels), (logits > 0) == (labels > 0)
+
+
+class Batch(NamedTuple):
+    """What a step trains on, the example axis first in each array.
+
+    Attributes:
+      x: inputs.
+      y: labels.
+      weights: of the examples, in the loss and (as `mask`) in the batch norms; zero for padding; all one by default.
+      keys: a random key for each example, for models that take `keys` (dropout).
+    """
+
+    x: Any  # arrays of JAX or NumPy
+    y: Any
+    weights: Any = None
+    keys: Any = None
+
+
+def pad_batch(batch: Batch, multiple: int) -> Batch:
+    """Pads a batch to a multiple of some number with copies of its first example, of weight zero.
+
+    Args:
+      batch: host arrays.
+      multiple: such as `mesh.size · accumulate_steps`, or a batch size.
+
+    Returns:
+      The batch with `weights`; with all of weight one where nothing was missing.
+    """
+    count = len(batch.x)
+    missing = -count % multiple
+    weights = np.ones(count, np.float32) if batch.weights is None else np.asarray(batch.weights)
+
+    index = np.concatenate([np.arange(count), np.zeros(missing, np.int64)])
+    keys = None if batch.keys is None else batch.keys[index]
+    padded_weights = np.concatenate([weights, np.zeros(missing, weights.dtype)])
+    return Batch(np.asarray(batch.x)[index], np.asarray(batch.y)[index], padded_weights, keys)
+
+
+class _Sums(NamedTuple):
+    """Sums over examples; of the gradients, those of `weight · loss / expected number of examples`."""
+
+    grads: Any
+    metrics: Metrics
+    weight: Array
+
+
+def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objective, mutable: str, rngs: Any):
+    """Sums over a batch: the weighted loss, and beside it the metrics, the weight and the updated collection."""
+    x, y, weights, keys = batch
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    options = {} if weights is None else {"mask": weights}
+    if keys is not None:
+        options["keys"] = keys
+    if rngs is not None:
+        options["rngs"] = rngs
+    outputs, updates = state.apply_fn(variables, x, training=True, mutable=[mutable], **options)
+    losses, correct = objective(outputs, y)
+    losses = losses.astype(_sum_dtype(params, x))
+    weights = jnp.ones_like(losses) if weights is None else weights.astype(losses.dtype)
+    metrics = Metrics((weights * losses).sum(), (weights * correct).sum())
+    return metrics.loss, (metrics, weights.sum(), updates.get(mutable, {}))
+
+
+def _sum_dtype(params: Any, x: Any) -> Any:
+    """In which sums over examples are taken: at least float32."""
+    floating = [leaf for leaf in jax.tree.leaves((params, x)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.result_type(jnp.float32, *floating)
+
+
+def train_step(
+    state: TrainState,
+    x: Shaped[Array, "batch ..."],
+    y: Shaped[Array, " batch"],
+    weights: Shaped[Array, " batch"] | None = None,
+    keys: Shaped[Array, " batch"] | None = None,
+    *,
+    objective: Objective,
+    axis_name: AxisName | None = None,
+    accumulate_steps: int = 1,
+    rngs: Mapping[str, Array] | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One step of gradient descent on the mean loss of a batch: the one step body of all training.
+
+    Args:
+      state: parameters, running statistics and optimizer state.
+      x: inputs of the batch; with `axis_name`, the part of this member.
+      y: labels of the batch.
+      weights: of the examples, in the loss and (as `mask`) in the batch norms; zero for padding.
+      keys: a random key for each example, for models that take `keys`.
+      objective: loss and correctness of each example; static.
+      axis_name: mapped axis or axes whose members train on one batch together; static.
+      accumulate_steps: number k of micro-batches, of the examples j, j + k, j + 2k, …, whose gradients are accumulated
+        in a scan; the running statistics move once, by the merged moments of all (which needs
+        `bnjax.linen.BatchNorm`); static.
+      rngs: random keys by name for what the model draws for a whole batch, such as the 'noise' of
+        `bnjax.linen.NoisyBatchNorm`.
+
+    Returns:
+      The next state, and the means over the batch of the metrics before the update.
+
+    Raises:
+      ValueError: if `accumulate_steps` is not positive or does not divide the batch.
+    """
+    check_accumulate_steps(accumulate_steps)
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if jnp.issubdtype(weights.dtype, jnp.integer):
+            weights = weights.astype(jnp.float32)  # batch norms take integers for booleans, as Flax does
+        if jnp.issubdtype(x.dtype, jnp.floating):  # of a padding example not even NaN may reach the parameters
+            x = jnp.where(weights.reshape((-1,) + (1,) * (x.ndim - 1)) > 0, x, 0)
+    batch = Batch(x, y, weights, keys)
+    expected = x.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, expected, rngs)
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    total = jnp.where(sums.weight > 0, sums.weight, 1)
+    grads = jax.tree.map(lambda g: g * (expected / total).astype(g.dtype), sums.grads)
+    metrics = jax.tree.map(lambda m: m / total, sums.metrics)
+    return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
+
+
+def check_accumulate_steps(steps: int) -> None:
+    """Raises `ValueError` unless there is at least one micro-batch."""
+    if steps < 1:
+        raise ValueError(f"accumulate_steps must be at least 1, got {steps}.")
+
+
+def _accumulate(
+    state: TrainState, batch: Batch, objective: Objective, steps: int, expected: int, rngs: Any = None
+) -> tuple[_Sums, Any]:
+    """The sums over the examples of this member, in micro-batches, and the moved running statistics."""
+    params = vary_like(state.params, batch.x)
+
+    def sums_of(batch: Batch, mutable: str):
+        def loss(params):
+            value, aux = _loss_sums(params, state, batch, objective, mutable, rngs)
+            return value / expected, aux
+
+        grads, (metrics, weight, updates) = jax.grad(loss, has_aux=True)(params)
+        return _Sums(grads, metrics, weight), updates
+
+    if steps == 1:
+        return sums_of(batch, "batch_stats")
+    if batch.x.shape[0] % steps:
+        raise ValueError(f"accumulate_steps must divide the {batch.x.shape[0]} examples of a device, got {steps}.")
+    layers: dict[tuple[str, ...], BatchNorm] = {}
+
+    def micro_step(sums, micro_batch):
+        with nn.intercept_methods(_remember_batch_norms(layers)):
+            more, moments = sums_of(micro_batch, "moments")
+        return jax.tree.map(jnp.add, sums, more), moments
+
+    micro_batches = jax.tree.map(lambda v: v.reshape((-1, steps, *v.shape[1:])).swapaxes(0, 1), batch)
+    zero = jnp.zeros((), _sum_dtype(params, batch.x))
+    start = _Sums(jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero), zero)
+    sums, moments = lax.scan(micro_step, vary_like(start, batch.x), micro_batches)
+    return sums, _moved_once(state.batch_stats, moments, layers)
+
+
+def _remember_batch_norms(layers: dict[tuple[str, ...], BatchNorm]):
+    """A Flax interceptor that notes the batch norms by their path."""
+
+    def intercept(next_function, arguments, options, context):
+        module = context.module
+        if isinstance(module, BatchNorm):
+            layers[module.path] = module
+        elif isinstance(module, nn.BatchNorm):
+            raise ValueError(
+                f"accumulate_steps moves the running statistics once, by merged moments, which "
+                f"{'/'.join(module.path)} ({type(module).__name__}) does not give. Use bnjax.linen.BatchNorm."
+            )
+        return next_function(*arguments, **options)
+
+    return intercept
+
+
+def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...], BatchNorm]) -> Any:
+    """Running statistics moved by the moments of all micro-batches, stacked along the first axis, merged."""
+    stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
+    stacked: dict[tuple[str, ...], Any] = dict(flatten_dict(moments))
+    for path, layer in layers.items():
+        for calls in stacked.get((*path, "batch"), ()):
+            first, rest = (Moments(*(v[part] for v in calls)) for part in (0, slice(1, None)))
+            merged = lax.scan(lambda a, b: (merge_moments(a, b), None), first, rest)[0]
+            old = {name: stats[*path, name] for name in ("mean", "var")}
+            new = update_batch_stats(old, merged, momentum=layer.momentum, bessel_correction=layer.bessel_correction)
+            stats.update({(*path, name): value for name, value in new.items()})
+    return unflatten_dict(stats)
+
+
+def gradients(state: TrainState, x: Shaped[Array, "batch ..."], y: Shaped[Array, " batch"], *, objective: Objective):
+    """Gradient of the mean training loss of a batch by the parameters."""
+    return _accumulate(state, Batch(x, y), objective, 1, x.shape[0])[0].grads

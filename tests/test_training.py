@@ -1,0 +1,167 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from bnjax import training
+from bnjax.linen import BatchNorm
+from bnjax.models import Perceptron
+
+KEY = jax.random.key(0)
+
+
+def classifier(place="before"):
+    return Perceptron((8,), 3, None if place == "none" else functools.partial(BatchNorm, momentum=0.9), place)
+
+
+def new_state(place="before", optimizer=None):
+    return training.create_train_state(classifier(place), optimizer or optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
+
+
+def examples(n, seed=1):
+    x = jax.random.normal(jax.random.key(seed), (n, 4))
+    return x, jnp.argmax(x[:, :3], axis=1)
+
+
+@pytest.mark.parametrize("place", ["none", "before", "after", "input"])
+def test_perceptron_places_its_normalizer(place):
+    state = new_state(place)
+    x, _ = examples(16)
+    shapes = jax.tree.map(jnp.shape, state.batch_stats)
+    features = {"before": 8, "after": 8, "input": 4}.get(place)
+    assert shapes == ({"BatchNorm_0": {"mean": (features,), "var": (features,)}} if features else {})
+    captured = state.apply_fn(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        x,
+        training=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=lambda module, _: isinstance(module, nn.BatchNorm | nn.Dense),
+    )[1]["intermediates"]
+    kernel, bias = state.params["Dense_0"]["kernel"], state.params["Dense_0"]["bias"]
+    if place != "none":
+        before = {"input": x, "before": x @ kernel + bias[None], "after": nn.relu(x @ kernel + bias[None])}[place]
+        expected = (before - before.mean(0)[None]) / jnp.sqrt(before.var(0)[None] + 1e-5)
+        chex.assert_trees_all_close(captured["BatchNorm_0"]["__call__"][0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_perceptron_rejects_contradictions():
+    with pytest.raises(ValueError, match="place must be one of none, before, after, input"):
+        Perceptron((8,), 1, BatchNorm, "inside")
+    with pytest.raises(ValueError, match="norm must be given exactly where"):
+        Perceptron((8,), 1, None, "before")
+
+
+def test_objectives_are_the_textbook_formulas():
+    logits, labels = jnp.array([[2.0], [-1.0], [0.5]]), jnp.array([1, 0, 0])
+    probability = 1 / (1 + np.exp(-np.array([2.0, -1.0, 0.5])))
+    losses, correct = training.binary_cross_entropy(logits, labels)
+    np.testing.assert_allclose(losses, -np.log([probability[0], 1 - probability[1], 1 - probability[2]]), rtol=1e-6)
+    np.testing.assert_array_equal(correct, [True, True, False])
+    losses, _ = training.squared_error(logits, labels)
+    np.testing.assert_allclose(losses, (probability - [1, 0, 0]) ** 2, rtol=1e-6)
+    logits = jnp.array([[1.0, 2.0, 0.0]])
+    losses, correct = training.cross_entropy(logits, jnp.array([1]))
+    np.testing.assert_allclose(losses, [-np.log(np.exp(2) / np.exp([1, 2, 0]).sum())], rtol=1e-6)
+    assert correct.all()
+
+
+def test_a_step_descends_the_gradient_and_moves_the_statistics():
+    state = new_state()
+    x, y = examples(16)
+    after, metrics = training.train_step(state, x, y, objective=training.cross_entropy)
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        outputs, updates = state.apply_fn(variables, x, training=True, mutable=["batch_stats"])
+        return training.cross_entropy(outputs, y)[0].mean(), updates["batch_stats"]
+
+    (value, batch_stats), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
+    chex.assert_trees_all_close(after.params, expected, rtol=1e-6)
+    chex.assert_trees_all_close(after.batch_stats, batch_stats, rtol=1e-6)
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-6)
+    assert after.step == 1
+
+
+def test_padding_changes_nothing():
+    state = new_state()
+    x, y = examples(11)
+    expected = training.train_step(state, x, y, objective=training.cross_entropy)
+    padded_x, padded_y = jnp.pad(x, ((0, 5), (0, 0)), constant_values=1e6), jnp.pad(y, (0, 5))
+    weights = (jnp.arange(16) < 11).astype(jnp.float32)
+    got = training.train_step(state, padded_x, padded_y, weights, objective=training.cross_entropy)
+    relevant = [(state.params, state.batch_stats, metrics) for state, metrics in (got, expected)]
+    chex.assert_trees_all_close(*relevant, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [32, 27])
+def test_an_epoch_visits_every_example_once(count):
+    state = new_state("before", optax.sgd(0.0))  # parameters stay, so that the metrics are those of fixed batches
+    x, y = examples(count)
+    order = jnp.argsort(jax.random.bits(jax.random.key(5), (count,)))
+    assert sorted(order.tolist()) == list(range(count))
+    after, metrics = training.train_epoch(
+        state, jax.random.key(5), x, y, batch_size=8, objective=training.cross_entropy
+    )
+    expected, losses = state, []
+    for start in range(0, count, 8):
+        batch = order[start : start + 8]
+        expected, one = training.train_step(expected, x[batch], y[batch], objective=training.cross_entropy)
+        losses.append(one.loss * len(batch))
+    chex.assert_trees_all_close(after.batch_stats, expected.batch_stats, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics.loss, sum(losses) / count, rtol=1e-5)
+    assert after.step == -(-count // 8)
+
+
+def test_the_order_is_that_of_a_stable_sort():
+    bits = jnp.array([[3, 0, 2**32 - 1, 3, 2**31, 0, 3]] * 2, jnp.uint32)
+    order = jax.vmap(training._order)(bits)
+    assert order.dtype == jnp.int32
+    chex.assert_trees_all_equal(order, jnp.argsort(bits, stable=True))
+    jax.block_until_ready(jax.jit(training._order)(bits[0]) + 1)  # nothing of 64 bits is left behind
+    assert (jnp.ones(1) / 3).dtype == jnp.float32
+
+
+def test_evaluation_uses_running_statistics_and_changes_nothing():
+    state = new_state()
+    x, y = examples(16)
+    got = training.evaluate(state, x, y, objective=training.cross_entropy)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    losses, correct = training.cross_entropy(state.apply_fn(variables, x, training=False), y)
+    chex.assert_trees_all_close(got, training.Metrics(losses, correct.astype(jnp.float32)))
+
+
+def test_training_vmaps_over_seeds_with_one_trace_and_learns():
+    x, y = examples(64)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def fit(keys):
+        def one(key):
+            state = training.create_train_state(classifier(), optax.adam(0.05), key, x[:1])
+
+            def epoch(state, e):
+                return training.train_epoch(
+                    state, jax.random.fold_in(key, e), x, y, batch_size=16, objective=training.cross_entropy
+                )
+
+            state, metrics = jax.lax.scan(epoch, state, jnp.arange(15))
+            return metrics, training.evaluate(state, x, y, objective=training.cross_entropy).accuracy.mean()
+
+        return jax.vmap(one)(keys)
+
+    keys = jax.random.split(KEY, 4)
+    metrics, accuracy = fit(keys)
+    assert metrics.loss.shape == (4, 15)
+    assert (metrics.loss[:, -1] < 0.6 * metrics.loss[:, 0]).all()
+    assert (accuracy > 0.8).all()
+    again, _ = fit(keys[::-1])
+    chex.assert_trees_all_close(
+        again.loss[::-1], metrics.loss, rtol=1e-4, atol=1e-5
+    )  # a seed does not depend on the others
