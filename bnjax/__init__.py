@@ -5,8 +5,9 @@ import importlib.util
 import pkgutil
 from typing import Any
 
-from bnjax._moments import Moments, merge_moments, moments
+from bnjax._moments import moments
 from bnjax._remat import save_batch_norm_inputs
+from bnjax._sync import Moments, merge_moments
 from bnjax.norm import batch_norm, init_batch_norm, update_batch_stats
 
 __version__ = "0.1.0"

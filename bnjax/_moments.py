@@ -1,16 +1,13 @@
-"""Mean and variance of a batch: local, masked or weighted, merged, and synchronized over devices."""
+"""Mean and variance of a batch, plain, masked or weighted, in one read of it; `_sync` merges those of its parts."""
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, ArrayLike, Float, Inexact, Shaped
+from jaxtyping import Array, ArrayLike, Shaped
 
 from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
@@ -18,36 +15,22 @@ from bnjax._remat import keeping_arguments
 from bnjax._sync import (
     AxisName,
     Groups,
+    Moments,
     broadcast_explicitly,
     explicitly_sharded,
-    group_size,
     is_mesh_axis,
+    merge_over_mesh_axis,
+    merge_over_shards,
+    merge_over_vmapped_axis,
+    nonzero,
     num_shards,
     psum,
     shard_like,
     split_axis,
-    vary_like,
-    without_explicit_sharding,
 )
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
-_POOR_SHARED_SHIFT = 256  # how many the squared joint mean may be when members' moments are merged
-
-
-class Moments(NamedTuple):
-    """Mean and biased variance of each feature, and the count (total weight) they were taken over.
-
-    Attributes:
-      mean: `Σ w x / n`, of the shape of the feature axes; float32, or float64 for float64 input; complex for complex
-        input. Zero where n = 0.
-      var: `Σ w |x − mean|² / n`, alike, and real.
-      count: `n = Σ w`, a scalar; of the features' shape where the mask differs between features.
-    """
-
-    mean: Inexact[Array, "*features"]
-    var: Float[Array, "*features"]
-    count: Float[Array, "..."]
 
 
 def moments(
@@ -99,44 +82,6 @@ def moments(
     return checked_moments(x, weights, axes, axis_name, groups)
 
 
-def merge_moments(a: Moments, b: Moments) -> Moments:
-    """Moments of two batches together, from the moments of each.
-
-        n = n_a + n_b        δ = mean_b − mean_a        t = n_b / n
-        mean = mean_a + δ t        var = (1 − t) var_a + t var_b + t (1 − t) |δ|²
-
-    Args:
-      a: moments over n_a elements; an empty batch (count zero) leaves the other unchanged.
-      b: moments over n_b elements, with means of the same shape.
-
-    Returns:
-      Moments over `n_a + n_b` elements, exact up to rounding, whatever the counts.
-
-    Raises:
-      ValueError: if the shapes of the means differ.
-
-    References:
-      Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eq. (2.1).
-
-    >>> whole = moments(jnp.arange(10.)[:, None])
-    >>> parts = merge_moments(moments(jnp.arange(3.)[:, None]), moments(jnp.arange(3., 10.)[:, None]))
-    >>> print(whole.var, parts.var, parts.count)
-    [8.25] [8.25] 10.0
-    """
-    if jnp.shape(a.mean) != jnp.shape(b.mean):
-        raise ValueError(
-            f"b must hold moments of the same features as a, with means of shape {jnp.shape(a.mean)}, "
-            f"got {jnp.shape(b.mean)}. Take both with the same axis."
-        )
-    count = a.count + b.count
-    t = b.count / jnp.where(count > 0, count, 1)
-    delta = b.mean - a.mean
-    mean = a.mean + delta * t
-    square = jnp.square(delta.real) + jnp.square(delta.imag) if jnp.iscomplexobj(delta) else jnp.square(delta)
-    var = a.var * (1 - t) + b.var * t + square * (t * (1 - t))
-    return Moments(mean, var, count)
-
-
 def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
     """Puts back the reduced axes, with size one, so that per-feature values broadcast against the input."""
     return features if features.ndim == 0 else jnp.expand_dims(features, tuple(a for a in range(ndim) if a not in axes))
@@ -154,15 +99,18 @@ def checked_moments(
     if axis_name is None or is_mesh_axis(axis_name):
         return _real_moments(x, weights, axes, axis_name, groups)
     local = _real_moments(x, weights, axes, None, None)
-    return _joined(local, axis_name, groups, counts_differ=weights is not None)
+    return merge_over_vmapped_axis(local, axis_name, groups, counts_differ=weights is not None)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _real_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
+    """Moments of real `x`, with a hand-made rule for their derivatives: over all members of a mesh axis, or local."""
     local = _moments_of_shards(x, weights, axes)
-    return local if axis_name is None else _synchronized(local, axis_name, groups, counts_differ=weights is not None)
+    if axis_name is None:
+        return local
+    return merge_over_mesh_axis(local, axis_name, groups, counts_differ=weights is not None)
 
 
 @functools.partial(_real_moments.defjvp, symbolic_zeros=True)
@@ -198,7 +146,7 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
         sums = [a + b for a, b in zip(sums, of_weights, strict=True)]
         sums[2] = psum(sums[2], axis_name, groups)
     both = psum(jnp.stack(sums[:2]), axis_name, groups)
-    return m, Moments(both[0] / _nonzero(m.count), both[1] / _nonzero(m.count), sums[2])
+    return m, Moments(both[0] / nonzero(m.count), both[1] / nonzero(m.count), sums[2])
 
 
 def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
@@ -219,15 +167,7 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     local = jax.vmap(lambda x, weights: _local_moments(x, weights, axes, True), (batch, weights_axis), axes_of_parts)(
         split_axis(x, batch, shards), weights
     )
-    counts_differ = count_axis is not None
-
-    def total(shift: Array) -> Array:
-        return jax.vmap(lambda part: _sums_about(shift, part, counts_differ), (axes_of_parts,))(local).sum(0)
-
-    zeros = Moments(
-        *(jnp.zeros(v.shape[axis is not None :], v.dtype) for v, axis in zip(local, axes_of_parts, strict=True))
-    )
-    return _merged(total, vary_like(zeros, x), shards, None if counts_differ else local.count)
+    return merge_over_shards(local, shards, x, counts_differ=count_axis is not None)
 
 
 def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapped: bool = False) -> Moments:
@@ -240,7 +180,7 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapp
         shift = _sum(sampled, axes) / max(1, _reduced_size(sampled.shape, axes))
         return _moments_about(shift, x, None, axes, jnp.asarray(n, dtype))[0]
     sampled_weights = _thin(weights, steps)
-    sampled_count = _nonzero(_count(sampled_weights.astype(dtype), sampled.shape, axes))
+    sampled_count = nonzero(_count(sampled_weights.astype(dtype), sampled.shape, axes))
     shift = _sum(_weigh(sampled, sampled_weights), axes) / sampled_count
     count = _count(weights.astype(dtype), x.shape, axes)
     m, offset = _moments_about(shift, x, weights, axes, count)
@@ -260,8 +200,8 @@ def _moments_about(
     first = expand(shift, x.ndim, axes)
     # The same shift, opaque to XLA: with one shared difference its CPU backend would write out an array of x's size.
     second = lax.optimization_barrier(first)
-    offset = _sum(_weigh(x.astype(shift.dtype) - first, weights), axes) / _nonzero(count)
-    square = _sum(_weigh(jnp.square(x.astype(shift.dtype) - second), weights), axes) / _nonzero(count)
+    offset = _sum(_weigh(x.astype(shift.dtype) - first, weights), axes) / nonzero(count)
+    square = _sum(_weigh(jnp.square(x.astype(shift.dtype) - second), weights), axes) / nonzero(count)
     return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count), offset
 
 
@@ -281,81 +221,6 @@ def _sampling(x: Array, axes: tuple[int, ...]) -> list[slice]:
 
 def _thin(values: Array, steps: list[slice]) -> Array:
     return values[tuple(slice(None) if size == 1 else step for size, step in zip(values.shape, steps, strict=True))]
-
-
-def _synchronized(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
-    """Merges the moments of all members of the group."""
-    size = group_size(axis_name, groups)
-    if size == 1:  # nothing to merge, but the sum types the moments as shared by all
-        count = psum(local.count, axis_name, groups) if counts_differ else local.count
-        return Moments(psum(local.mean, axis_name, groups), psum(local.var, axis_name, groups), count)
-    zeros = Moments(*(jnp.zeros(v.shape, v.dtype) for v in local))
-
-    def total(shift: Array) -> Array:
-        return psum(_sums_about(shift, local, counts_differ), axis_name, groups)
-
-    zeros = vary_like(zeros, local.mean, but=axis_name)
-    return _merged(total, zeros, size, None if counts_differ else local.count)
-
-
-def _joined(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
-    """Merges the moments of all members of the group of a vmapped axis, where sums cost no communication.
-
-    JAX may trace a derivative rule when such an axis is no longer bound, so that none may hold its sums.
-    """
-    count = psum(local.count, axis_name, groups) if counts_differ else local.count * group_size(axis_name, groups)
-    share = local.count / _nonzero(count)
-    mean = psum(share * local.mean, axis_name, groups)
-    var = psum(share * (local.var + jnp.square(local.mean - mean)), axis_name, groups)
-    return Moments(mean, var, count)
-
-
-def _merged(total: Callable[[Array], Array], zeros: Moments, size: int, count: Array | None) -> Moments:
-    """Merges the moments of several parts by one sum over them of 2 numbers for each feature (and the count).
-
-    With each part's mean and variance about a shift that all know, o_i = mean_i − s and q_i = var_i + o_i²:
-
-        n = Σ n_i        mean = s + Σ n_i o_i / n        var = Σ n_i q_i / n − (Σ n_i o_i / n)²
-
-    First s = 0. That loses what mean² / var costs; where it is much, another turn takes s = mean. Whether to, all
-    parts decide alike, from what they have in common.
-
-    Args:
-      total: the sum of `_sums_about` a shift over the parts.
-      zeros: of the shapes of the moments.
-      size: number of parts.
-      count: of each part; None where they differ.
-    """
-    ends = np.cumsum([v.size for v in zeros])[: 2 if count is None else 1]
-    if count is not None:
-        zeros = zeros._replace(count=jnp.zeros_like(count))
-
-    def another_turn(carry):
-        turn, poor, _ = carry
-        return (turn == 0) | ((turn == 1) & poor)
-
-    def take_turn(carry):
-        turn, _, previous = carry
-        sums = [v.reshape(z.shape) for v, z in zip(jnp.split(total(previous.mean), ends), zeros, strict=False)]
-        offset, square = (v / (size if count is not None else _nonzero(sums[2])) for v in sums[:2])
-        n = sums[2] if count is None else size * count
-        m = Moments(previous.mean + offset, jnp.maximum(square - jnp.square(offset), 0), n)
-        poor = ~jnp.all(jnp.square(offset) <= _POOR_SHARED_SHIFT * m.var)  # also where the squares overflow
-        return turn + 1, poor, m
-
-    poor = vary_like(jnp.array(True), zeros.mean)
-    return lax.while_loop(another_turn, take_turn, (0, poor, zeros))[2]
-
-
-def _sums_about(shift: Array, part: Moments, counts_differ: bool) -> Array:
-    """What a part puts into the sum: its mean and mean square about the shift, by its count, and this if it differs."""
-    offset = part.mean - shift
-    if counts_differ:
-        offset *= (part.count > 0).astype(offset.dtype)  # of an empty part the square may be infinite
-    values = [offset, part.var + jnp.square(offset)]
-    if counts_differ:
-        values = [*(part.count * value for value in values), part.count]
-    return jnp.concatenate([without_explicit_sharding(value).ravel() for value in values])
 
 
 def _sum(values: Array, axes: tuple[int, ...]) -> Array:
@@ -392,7 +257,3 @@ def without_masked_extremes(x: Array, weights: Array) -> Array:
     """
     weights = broadcast_explicitly(weights, x)
     return jnp.where((weights > 0) | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
-
-
-def _nonzero(count: Array) -> Array:
-    return jnp.where(count > 0, count, 1)

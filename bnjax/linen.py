@@ -9,25 +9,42 @@ from flax.errors import InvalidRngError
 from flax.linen import dtypes
 from jaxtyping import ArrayLike
 
-from bnjax import _checks
-from bnjax._moments import Moments
-from bnjax.norm import batch_norm_and_moments
-from bnjax.variants import (
-    batch_renorm,
-    frozen_batch_norm,
-    ghost_batch_norm,
-    lp_batch_norm,
-    moving_batch_norm,
-    noisy_batch_norm,
-    split_batch_norm,
-)
+from bnjax import _checks, _layers
+from bnjax._layers import Statistics
+
+
+def statistics_of(module: nn.Module) -> Statistics | None:
+    """What the running statistics of a batch norm of this module or of Flax are; None for other modules."""
+    if isinstance(module, _Normalizer):
+        return module.statistics
+    return _layers.FLAX if isinstance(module, nn.BatchNorm) else None
+
+
+def is_running(module: Any, use_running_average: bool | None) -> bool:
+    """Whether a call of a batch norm normalizes by the running statistics, by its argument or else its attribute."""
+    return bool(module.use_running_average if use_running_average is None else use_running_average)
+
+
+def take_batch_statistics(module: Any, use_running_average: bool | None) -> None:
+    """Lets a batch norm's call put the batch's statistics in place of the running ones, where it would move these.
+
+    Args:
+      module: the copy of the module that Flax makes for a call, as an interceptor gets it.
+      use_running_average: the argument of the call.
+    """
+    if isinstance(module, _Normalizer):
+        object.__setattr__(module, "takes_batch_statistics", True)
+    elif not is_running(module, use_running_average):
+        object.__setattr__(module, "momentum", 0.0)
+        for name in ("mean", "var"):  # zero times what is not finite would not be zero
+            module.put_variable("batch_stats", name, jnp.zeros_like(module.get_variable("batch_stats", name)))
 
 
 class _Normalizer(nn.BatchNorm):
-    """What the layers share: arguments, variables and call; each has a function of its own.
+    """What the layers share: arguments, variables and call; each declares its function."""
 
-    Only those whose statistics merge as moments are `BatchNorm`s, as the accumulation of micro-batches needs them.
-    """
+    declared = _layers.BATCH_NORM
+    takes_batch_statistics = False
 
     axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
     axis_name: str | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -47,12 +64,18 @@ class _Normalizer(nn.BatchNorm):
         """
         return self._call(x, use_running_average, mask)
 
+    @property
+    def statistics(self) -> Statistics:
+        """What the running statistics are."""
+        return self.declared.statistics
+
     @nn.nowrap
-    def _call(self, x, use_running_average, mask, kinds: tuple[int, ...] = (), **call_options):
-        """The call, with statistics of the shape `kinds` before the features', and further options of the function."""
+    def _call(self, x, use_running_average, mask, **call_options):
+        """The call, with further options of the function."""
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = jnp.asarray(x)
         features = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.ndim))
+        kinds = () if self.statistics.kinds is None else (self.statistics.kinds,)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean_dtype = jnp.promote_types(stats_dtype, x.dtype) if jnp.iscomplexobj(x) else stats_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, kinds + features, mean_dtype)
@@ -63,7 +86,8 @@ class _Normalizer(nn.BatchNorm):
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        y, batch_stats, m = self._normalized(
+        y, batch_stats, m = _layers.call_layer(
+            self,
             x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
             params,
             {"mean": mean.value.astype(mean_dtype) if jnp.iscomplexobj(x) else mean.value, "var": var.value},
@@ -75,18 +99,20 @@ class _Normalizer(nn.BatchNorm):
             axis_name=None if self.is_initializing() else self.axis_name,
             axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
             dtype=dtype,
+            key=None if use_running_average else self._key(),
             **call_options,
         )
-        if self.is_mutable_collection("moments") and m is not None and not self.is_initializing():
-            self.sow("moments", "batch", m)
-        elif not (use_running_average or self.is_initializing()):
-            mean.value, var.value = batch_stats["mean"], batch_stats["var"]
+        if m is not None and not self.is_initializing():
+            if self.is_mutable_collection("moments"):
+                self.sow("moments", "batch", m)
+            else:
+                mean.value, var.value = batch_stats["mean"], batch_stats["var"]
         return y
 
     @nn.nowrap
-    def _normalized(self, *arrays, training: bool, **options) -> tuple[Any, Any, Moments | None]:
-        """The output, the running statistics, and the batch's moments if these may be sown and merged."""
-        raise NotImplementedError
+    def _key(self) -> Any:
+        """The random key of the call's noise, if there is any."""
+        return None
 
 
 class BatchNorm(_Normalizer):
@@ -125,11 +151,9 @@ class BatchNorm(_Normalizer):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
     """
 
-    bessel_correction: bool = False
+    declared = _layers.BATCH_NORM
 
-    @nn.nowrap
-    def _normalized(self, *arrays, **options):
-        return batch_norm_and_moments(*arrays, bessel_correction=self.bessel_correction, **options)
+    bessel_correction: bool = False
 
 
 class NoisyBatchNorm(_Normalizer):
@@ -156,17 +180,13 @@ class NoisyBatchNorm(_Normalizer):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), rngs=rngs, mutable=['batch_stats'])
     """
 
+    declared = _layers.NOISY
+
     bessel_correction: bool = False
     unit_shift: Any = 0.5
     unit_scale: Any = 1.25
     sample_shift: Any = 0.1
     sample_scale: Any = 0.1
-
-    @nn.nowrap
-    def _normalized(self, *arrays, training, **options):
-        strengths = {name: getattr(self, name) for name in ("unit_shift", "unit_scale", "sample_shift", "sample_scale")}
-        options |= {"training": training, "key": self._key() if training else None, **strengths}
-        return *noisy_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options), None
 
     def _key(self):
         try:
@@ -197,11 +217,9 @@ class LpBatchNorm(_Normalizer, kw_only=True):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
     """
 
-    p: float
+    declared = _layers.LP
 
-    @nn.nowrap
-    def _normalized(self, *arrays, **options):
-        return *lp_batch_norm(*arrays, p=self.p, **options), None
+    p: float
 
 
 class BatchRenorm(_Normalizer):
@@ -225,14 +243,11 @@ class BatchRenorm(_Normalizer):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
     """
 
+    declared = _layers.RENORM
+
     bessel_correction: bool = False
     r_max: Any = 3.0
     d_max: Any = 5.0
-
-    @nn.nowrap
-    def _normalized(self, *arrays, **options):
-        options |= {"bessel_correction": self.bessel_correction, "r_max": self.r_max, "d_max": self.d_max}
-        return *batch_renorm(*arrays, **options), None
 
 
 class GhostBatchNorm(_Normalizer, kw_only=True):
@@ -254,13 +269,10 @@ class GhostBatchNorm(_Normalizer, kw_only=True):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
     """
 
+    declared = _layers.GHOST
+
     ghost_size: int
     bessel_correction: bool = False
-
-    @nn.nowrap
-    def _normalized(self, *arrays, **options):
-        options |= {"bessel_correction": self.bessel_correction, "ghost_size": self.ghost_size}
-        return *ghost_batch_norm(*arrays, **options), None
 
 
 class MovingBatchNorm(_Normalizer):
@@ -283,11 +295,9 @@ class MovingBatchNorm(_Normalizer):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
     """
 
-    bessel_correction: bool = False
+    declared = _layers.MOVING
 
-    @nn.nowrap
-    def _normalized(self, *arrays, **options):
-        return *moving_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options), None
+    bessel_correction: bool = False
 
 
 class FrozenBatchNorm(_Normalizer):
@@ -307,9 +317,7 @@ class FrozenBatchNorm(_Normalizer):
     >>> y, updates = model.apply(variables, jnp.ones((8, 3)), mutable=['batch_stats'])
     """
 
-    @nn.nowrap
-    def _normalized(self, *arrays, **options):
-        return *frozen_batch_norm(*arrays, **options), None
+    declared = _layers.FROZEN
 
 
 class SplitBatchNorm(_Normalizer, kw_only=True):
@@ -334,8 +342,15 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
     (2, 3)
     """
 
+    declared = _layers.SPLIT
+
     num_splits: int
     bessel_correction: bool = False
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the running statistics are."""
+        return self.declared.statistics._replace(kinds=self.num_splits)
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
@@ -350,8 +365,4 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
         Returns:
           An array of the shape of `x`.
         """
-        return self._call(x, use_running_average, mask, (self.num_splits,), split=split)
-
-    @nn.nowrap
-    def _normalized(self, *arrays, **options):
-        return *split_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options), None
+        return self._call(x, use_running_average, mask, split=split)

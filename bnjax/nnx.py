@@ -8,22 +8,36 @@ from flax import nnx
 from flax.nnx import rnglib
 from jaxtyping import ArrayLike
 
-from bnjax import _checks, _compat
-from bnjax.norm import batch_norm
-from bnjax.variants import (
-    batch_renorm,
-    frozen_batch_norm,
-    ghost_batch_norm,
-    init_split_batch_norm,
-    lp_batch_norm,
-    moving_batch_norm,
-    noisy_batch_norm,
-    split_batch_norm,
-)
+from bnjax import _checks, _compat, _layers
+from bnjax._layers import Statistics
+from bnjax.variants import init_split_batch_norm
+
+
+def statistics_of(module: Any) -> Statistics | None:
+    """What the running statistics of a batch norm of this module or of Flax are; None for other modules."""
+    if isinstance(module, _Normalizer):
+        return module.statistics
+    return _layers.FLAX if isinstance(module, nnx.BatchNorm) else None
+
+
+def take_batch_statistics(module: Any) -> None:
+    """Lets the calls of a batch norm put the batch's statistics in place of the running ones, where they move these."""
+    if isinstance(module, _Normalizer):
+        module.takes_batch_statistics = True
+    else:
+        module.momentum = 0.0
 
 
 class _Normalizer(nnx.BatchNorm):
-    """What the layers share: arguments, variables and call; each has a function of its own."""
+    """What the layers share: arguments, variables and call; each declares its function."""
+
+    declared = _layers.BATCH_NORM
+    takes_batch_statistics = False
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the running statistics are."""
+        return self.declared.statistics
 
     def __init__(self, num_features: int, **kwargs: Any):
         super().__init__(num_features, **kwargs)
@@ -65,7 +79,8 @@ class _Normalizer(nnx.BatchNorm):
         if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
             mean = mean.astype(jnp.promote_types(mean.dtype, x.dtype))
             _compat.set_value(self.mean, mean)
-        y, batch_stats = self._normalized(
+        y, batch_stats, m = _layers.call_layer(
+            self,
             x,
             {k: v for k, v in (("scale", scale), ("bias", bias)) if v is not None},
             {"mean": mean, "var": var},
@@ -77,18 +92,19 @@ class _Normalizer(nnx.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             dtype=dtype,
+            key=None if use_running_average else self._key(),
             **call_options,
         )
-        if not use_running_average:
+        if m is not None:
             # Variables that are mutable array references can't hold values that are being differentiated.
             is_mutable = _compat.is_mutable(self.mean) or _compat.is_mutable(self.var)
             keep = jax.lax.stop_gradient if is_mutable else lambda value: value
             self.mean[...], self.var[...] = keep(batch_stats["mean"]), keep(batch_stats["var"])
         return y
 
-    def _normalized(self, *arrays, **options) -> tuple[Any, Any]:
-        """The output and the running statistics."""
-        raise NotImplementedError
+    def _key(self) -> Any:
+        """The random key of the call's noise, if there is any."""
+        return None
 
 
 class BatchNorm(_Normalizer):
@@ -117,9 +133,6 @@ class BatchNorm(_Normalizer):
         super().__init__(num_features, **kwargs)
         self.bessel_correction = bessel_correction
 
-    def _normalized(self, *arrays, **options):
-        return batch_norm(*arrays, bessel_correction=self.bessel_correction, **options)
-
 
 class NoisyBatchNorm(BatchNorm):
     """`bnjax.variants.noisy_batch_norm` as a layer: `BatchNorm`, then noise where the batch's statistics are used.
@@ -145,6 +158,8 @@ class NoisyBatchNorm(BatchNorm):
     >>> y = layer(jnp.ones((8, 3)))
     """
 
+    declared = _layers.NOISY
+
     def __init__(
         self,
         num_features: int,
@@ -161,10 +176,8 @@ class NoisyBatchNorm(BatchNorm):
         self.sample_shift, self.sample_scale = sample_shift, sample_scale
         self.rngs = rngs["noise"].fork()
 
-    def _normalized(self, *arrays, training, **options):
-        strengths = {name: getattr(self, name) for name in ("unit_shift", "unit_scale", "sample_shift", "sample_scale")}
-        options |= {"training": training, "key": self.rngs() if training else None, **strengths}
-        return noisy_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options)
+    def _key(self) -> Any:
+        return self.rngs()
 
 
 class LpBatchNorm(_Normalizer):
@@ -184,12 +197,11 @@ class LpBatchNorm(_Normalizer):
     >>> y = layer(jnp.ones((8, 3)))
     """
 
+    declared = _layers.LP
+
     def __init__(self, num_features: int, *, p: float, **kwargs: Any):
         super().__init__(num_features, **kwargs)
         self.p = p
-
-    def _normalized(self, *arrays, **options):
-        return lp_batch_norm(*arrays, p=self.p, **options)
 
 
 class BatchRenorm(BatchNorm):
@@ -210,13 +222,11 @@ class BatchRenorm(BatchNorm):
     >>> y = layer(jnp.ones((8, 3)))
     """
 
+    declared = _layers.RENORM
+
     def __init__(self, num_features: int, *, r_max: Any = 3.0, d_max: Any = 5.0, **kwargs: Any):
         super().__init__(num_features, **kwargs)
         self.r_max, self.d_max = r_max, d_max
-
-    def _normalized(self, *arrays, **options):
-        options |= {"bessel_correction": self.bessel_correction, "r_max": self.r_max, "d_max": self.d_max}
-        return batch_renorm(*arrays, **options)
 
 
 class GhostBatchNorm(BatchNorm):
@@ -236,13 +246,11 @@ class GhostBatchNorm(BatchNorm):
     >>> y = layer(jnp.ones((8, 3)))
     """
 
+    declared = _layers.GHOST
+
     def __init__(self, num_features: int, *, ghost_size: int, **kwargs: Any):
         super().__init__(num_features, **kwargs)
         self.ghost_size = ghost_size
-
-    def _normalized(self, *arrays, **options):
-        options |= {"bessel_correction": self.bessel_correction, "ghost_size": self.ghost_size}
-        return ghost_batch_norm(*arrays, **options)
 
 
 class MovingBatchNorm(BatchNorm):
@@ -258,8 +266,7 @@ class MovingBatchNorm(BatchNorm):
     >>> y = layer(jnp.ones((8, 3)))
     """
 
-    def _normalized(self, *arrays, **options):
-        return moving_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options)
+    declared = _layers.MOVING
 
 
 class FrozenBatchNorm(_Normalizer):
@@ -275,8 +282,7 @@ class FrozenBatchNorm(_Normalizer):
     >>> y = layer(jnp.ones((8, 3)))
     """
 
-    def _normalized(self, *arrays, **options):
-        return frozen_batch_norm(*arrays, **options)
+    declared = _layers.FROZEN
 
 
 class SplitBatchNorm(BatchNorm):
@@ -299,11 +305,18 @@ class SplitBatchNorm(BatchNorm):
     (2, 3)
     """
 
+    declared = _layers.SPLIT
+
     def __init__(self, num_features: int, *, num_splits: int, **kwargs: Any):
         super().__init__(num_features, **kwargs)
         _, batch_stats = init_split_batch_norm(num_features, num_splits)
         self.num_splits = num_splits
         self.mean, self.var = nnx.BatchStat(batch_stats["mean"]), nnx.BatchStat(batch_stats["var"])
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the running statistics are."""
+        return self.declared.statistics._replace(kinds=self.num_splits)
 
     def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
         """Normalizes `x`, and moves the running statistics of its kind where the batch's are used.
@@ -318,6 +331,3 @@ class SplitBatchNorm(BatchNorm):
           An array of the shape of `x`.
         """
         return self._call(x, use_running_average, mask, split=split)
-
-    def _normalized(self, *arrays, **options):
-        return split_batch_norm(*arrays, bessel_correction=self.bessel_correction, **options)

@@ -1,9 +1,10 @@
 """Batch normalization as a pure function, and its running statistics."""
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
-from bnjax._moments import Moments, checked_moments, expand, without_masked_extremes
+from bnjax._moments import checked_moments, expand, without_masked_extremes
 from bnjax._remat import keeping_arguments, named_input
-from bnjax._sync import AxisName, vary_like
+from bnjax._sync import AxisName, Groups, Moments, vary_like
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
 BatchStats = Mapping[str, Any]
@@ -126,11 +127,11 @@ def batch_norm(
     >>> print(y.ravel().round(3), batch_stats['mean'], batch_stats['var'])
     [-1.  1.] [1.] [1.]
     """
-    return batch_norm_and_moments(
+    call = check_call(
         x,
         params,
         batch_stats,
-        training=training,
+        training,
         axis=axis,
         momentum=momentum,
         epsilon=epsilon,
@@ -139,33 +140,119 @@ def batch_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         bessel_correction=bessel_correction,
-    )[:2]
+    )
+    return normalized_by_batch(call)[:2]
 
 
-def batch_norm_and_moments(
+Normalized = tuple[Array, BatchStats, Moments | None]
+"""The output, the running statistics, and the moments towards which these moved; None for these where they did not."""
+
+
+def normalized_by_batch(call: "Call") -> Normalized:
+    """`batch_norm` of a checked call; its variants differ in these lines."""
+    if not call.training:
+        return call.normalized_by_running()
+    m = call.moments()
+    return call.normalized(*call.batch_statistics(m)), call.moved(m), m
+
+
+class Options(TypedDict, total=False):
+    """The options that `batch_norm`, which describes them, shares with its variants; the defaults are its own."""
+
+    axis: Axes
+    momentum: Any
+    epsilon: Any
+    mask: Any
+    axis_name: AxisName | None
+    axis_index_groups: object
+    dtype: DTypeLike | None
+    bessel_correction: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of `batch_norm` or of a variant, its arguments checked by `check_call`."""
+
+    x: Array
+    params: Params
+    batch_stats: BatchStats
+    training: bool
+    axes: tuple[int, ...]  # the feature axes, non-negative and ascending
+    weights: Array | None  # the mask, with as many axes as `x`
+    groups: Groups | None  # of indices of `axis_name`
+    momentum: Any
+    epsilon: Any
+    axis_name: AxisName | None
+    dtype: DTypeLike | None
+    bessel_correction: bool
+
+    def moments(self) -> Moments:
+        """Moments of the batch, merged over the members of the mapped axis."""
+        return checked_moments(self.x, self.weights, self.axes, self.axis_name, self.groups)
+
+    def running(self) -> tuple[Array, Array]:
+        """The running mean and variance."""
+        return jnp.asarray(self.batch_stats["mean"]), jnp.asarray(self.batch_stats["var"])
+
+    def batch_statistics(self, m: Moments) -> tuple[Array, Array]:
+        """Mean and variance of the batch, and the running ones of features on which it has no weight."""
+        mean, var = (
+            jnp.where(m.count > 0, batch, running.astype(batch.dtype))
+            for batch, running in zip((m.mean, m.var), self.running(), strict=True)
+        )
+        return self.of_each_member(mean, var)
+
+    def of_each_member(self, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Mean and variance as arrays of each member of the mapped axis, whose derivatives are summed over members."""
+        if self.axis_name is None:
+            return mean, var
+        # As one array, so that one sum serves both.
+        mean, var = vary_like((mean, var) if jnp.iscomplexobj(self.x) else jnp.stack([mean, var]), self.x)
+        return mean, var
+
+    def moved(self, m: Moments) -> BatchStats:
+        """The running statistics moved towards moments."""
+        return update_batch_stats(self.batch_stats, m, momentum=self.momentum, bessel_correction=self.bessel_correction)
+
+    def normalized(self, mean: Array, var: Array, params: Params | None = None) -> Array:
+        """`scale · (x − mean) / sqrt(var + epsilon) + bias`, by other parameters where these are given."""
+        return normalize(
+            self.x,
+            mean,
+            var,
+            self.params if params is None else params,
+            axes=self.axes,
+            epsilon=self.epsilon,
+            weights=self.weights,
+            dtype=self.dtype,
+        )
+
+    def normalized_by_running(self) -> Normalized:
+        """What inference returns."""
+        return self.normalized(*self.running()), self.batch_stats, None
+
+
+def check_call(
     x: Any,
     params: Any,
     batch_stats: Any,
-    *,
     training: Any,
-    axis: Any,
-    momentum: Any,
-    epsilon: Any,
-    mask: Any,
-    axis_name: Any,
-    axis_index_groups: Any,
-    dtype: Any,
-    bessel_correction: bool,
-    moments_of: Callable[..., Moments] = checked_moments,
-    params_of: Callable[[Params, Array, Array], Params] | None = None,
-    is_moving: bool = False,
-) -> tuple[Array, Any, Moments | None]:
-    """`batch_norm`, with the batch's moments too in training, or what `moments_of` gives in their place.
-
-    In training, `params_of` may replace the parameters by some that depend on the batch's mean and variance, and
-    `is_moving` normalizes by the running statistics that have moved.
-    """
-    x = _checks.check_input(x, or_complex=params_of is None and moments_of is checked_moments)
+    *,
+    axis: Any = -1,
+    momentum: Any = 0.99,
+    epsilon: Any = 1e-5,
+    mask: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: Any = None,
+    bessel_correction: bool = False,
+    or_complex: bool = True,
+    **unknown: Any,
+) -> Call:
+    """Checks the arguments of `batch_norm`, with its errors; returns their call. `or_complex` allows a complex `x`."""
+    if unknown:
+        raise TypeError(f"the options are {', '.join(Options.__annotations__)}, got {', '.join(unknown)}. Rename it.")
+    x = _checks.check_input(x, or_complex=or_complex)
     axes = _checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
     weights = _checks.sample_weights(mask, x.shape, axes)
@@ -177,25 +264,11 @@ def batch_norm_and_moments(
     if dtype is not None:
         _checks.check_dtype(dtype, or_complex=True)
     _checks.check_complex(x, params, batch_stats, dtype)
-    x = named_input(x)
-    mean, var = jnp.asarray(batch_stats["mean"]), jnp.asarray(batch_stats["var"])
-    m = None
-    if training:
-        groups = _checks.check_axis_name(axis_name, axis_index_groups)
-        m = moments_of(x, weights, axes, axis_name, groups)
-        new_stats = update_batch_stats(batch_stats, m, momentum=momentum, bessel_correction=bessel_correction)
-        if is_moving:
-            mean, var = (jnp.asarray(new_stats[name]).astype(m.mean.dtype) for name in ("mean", "var"))
-        else:
-            mean = jnp.where(m.count > 0, m.mean, mean.astype(m.mean.dtype))
-            var = jnp.where(m.count > 0, m.var, var.astype(m.var.dtype))
-        if axis_name is not None:
-            # As one: a single sum serves both in the derivative.
-            mean, var = vary_like((mean, var) if jnp.iscomplexobj(x) else jnp.stack([mean, var]), x)
-        params = params if params_of is None else params_of(params, mean, var)
-    else:
-        new_stats = batch_stats
-    return normalize(x, mean, var, params, axes=axes, epsilon=epsilon, weights=weights, dtype=dtype), new_stats, m
+    groups = _checks.check_axis_name(axis_name, axis_index_groups) if training else None
+    return Call(
+        named_input(x), params, batch_stats, bool(training), axes, weights, groups,
+        momentum, epsilon, axis_name, dtype, bessel_correction,
+    )  # fmt: skip
 
 
 def update_batch_stats(
@@ -236,6 +309,8 @@ def update_batch_stats(
     var = unbiased_var(m) if bessel_correction else m.var
 
     def move(running, batch):
+        if isinstance(momentum, int | float) and momentum == 0:  # what was is forgotten, even where it was not finite
+            return batch.astype(running.dtype)
         dtype = _dtypes.wide(running.dtype, batch.dtype)
         rho = jnp.asarray(momentum, dtype)
         return (rho * running.astype(dtype) + (1 - rho) * batch.astype(dtype)).astype(running.dtype)

@@ -11,7 +11,8 @@ from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import _checks, linen
-from bnjax._moments import Moments, merge_moments, moments
+from bnjax._moments import moments
+from bnjax._sync import Moments, merge_moments
 from bnjax.inference import _calls
 from bnjax.norm import update_batch_stats
 

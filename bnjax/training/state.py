@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
-from bnjax._moments import Moments, merge_moments
+from bnjax._sync import Moments, merge_moments
 from bnjax.linen import LpBatchNorm
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import SYNC_AXIS

@@ -12,8 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from bnjax._moments import Moments, merge_moments
-from bnjax._sync import AxisName, vary_like
+from bnjax._sync import AxisName, Moments, merge_moments, vary_like
 from bnjax.linen import BatchNorm
 from bnjax.norm import update_batch_stats
 from bnjax.training.state import TrainState

@@ -1,14 +1,12 @@
 """Frozen batch norm: a fixed affine map."""
 
-from typing import Any
+import dataclasses
+from typing import Unpack
 
 import jax
-from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
+from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
-from bnjax import _checks
-from bnjax._checks import Axes
-from bnjax._sync import AxisName
-from bnjax.norm import BatchStats, Params, batch_norm
+from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call
 
 
 def frozen_batch_norm(
@@ -17,14 +15,7 @@ def frozen_batch_norm(
     batch_stats: BatchStats,
     *,
     training: bool,
-    axis: Axes = -1,
-    momentum: Any = 0.99,
-    epsilon: Any = 1e-5,
-    mask: Shaped[ArrayLike, "..."] | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: object = None,
-    dtype: DTypeLike | None = None,
-    bessel_correction: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
     """Batch norm by the running statistics, in training too, with neither these nor the parameters moving.
 
@@ -38,14 +29,9 @@ def frozen_batch_norm(
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
       batch_stats: running 'mean' and 'var' of that shape.
       training: accepted, without effect; static.
-      axis: feature axis or axes, static; this, epsilon and dtype as in `batch_norm`.
-      momentum: accepted, without effect, as are all of the following but `dtype`.
-      epsilon: number added to the variance.
-      mask: of no statistics here; what `x` holds where it is zero makes no gradient NaN.
-      axis_name: there is nothing to merge.
-      axis_index_groups: alike.
-      dtype: dtype of `y`; that of `x` by default.
-      bessel_correction: the running variance does not move.
+      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+        bessel_correction. All but axis, epsilon and dtype are without effect: the statistics don't move, and there is
+        nothing to merge. What `x` holds where a mask is zero makes no gradient NaN.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and the statistics as they were given.
@@ -62,7 +48,11 @@ def frozen_batch_norm(
     >>> print(y.ravel())
     [0. 2.]
     """
-    _checks.check_training(training)
-    fixed = jax.lax.stop_gradient((dict(params), dict(batch_stats)))
-    y, _ = batch_norm(x, *fixed, training=False, axis=axis, momentum=momentum, epsilon=epsilon, mask=mask, dtype=dtype)
-    return y, batch_stats
+    return frozen(check_call(x, params, batch_stats, training, **options))[:2]
+
+
+def frozen(call: Call) -> Normalized:
+    """`frozen_batch_norm` of a checked call."""
+    params, batch_stats = jax.lax.stop_gradient((dict(call.params), dict(call.batch_stats)))
+    fixed = dataclasses.replace(call, params=params, batch_stats=batch_stats, training=False)
+    return fixed.normalized(*fixed.running()), call.batch_stats, None

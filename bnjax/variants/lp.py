@@ -2,19 +2,18 @@
 
 import functools
 import math
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _dtypes
-from bnjax._checks import Axes
-from bnjax._moments import Moments, checked_moments, expand, without_masked_extremes
+from bnjax._moments import checked_moments, expand, without_masked_extremes
 from bnjax._remat import keeping_arguments
-from bnjax._sync import AxisName, Groups, broadcast_explicitly, psum
-from bnjax.norm import BatchStats, Params, batch_norm_and_moments
+from bnjax._sync import AxisName, Groups, Moments, broadcast_explicitly, nonzero, psum
+from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call
 
 
 def lp_batch_norm(
@@ -24,13 +23,7 @@ def lp_batch_norm(
     *,
     p: float,
     training: bool,
-    axis: Axes = -1,
-    momentum: Any = 0.99,
-    epsilon: Any = 1e-5,
-    mask: Shaped[ArrayLike, "..."] | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: object = None,
-    dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Float[Array, "..."], BatchStats]:
     """Batch norm that divides by the average l_p norm of each feature, taken before the mean is subtracted.
 
@@ -51,13 +44,8 @@ def lp_batch_norm(
         `init_batch_norm`.
       p: 1, 2 or infinity (`math.inf`); static.
       training: whether to use the batch's statistics and to move the running ones; static.
-      axis: feature axis or axes, static; this and the following as in `batch_norm`.
-      momentum: weight of the old running value.
-      epsilon: number added to the squared norm.
-      mask: boolean, or sample weights, of the statistics; of these p = ∞ minds only which are positive.
-      axis_name: mapped axis over which mean and norm are those of all members together.
-      axis_index_groups: groups of indices of that axis that are normalized separately.
-      dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
+      **options: `batch_norm`'s, `Options`, but for bessel_correction: axis, momentum, epsilon, mask, axis_name,
+        axis_index_groups and dtype. Of weights p = ∞ minds only which are positive.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
@@ -74,42 +62,31 @@ def lp_batch_norm(
     >>> print(y.ravel().round(3), batch_stats['mean'], batch_stats['var'])
     [-0.5  0.5] [1.] [2.5]
     """
+    if "bessel_correction" in options:
+        raise TypeError("lp_batch_norm takes no bessel_correction: an l_p norm has none. Leave it out.")
+    return normalized_by_norm(check_call(x, params, batch_stats, training, **options, or_complex=False), p)[:2]
+
+
+def normalized_by_norm(call: Call, p: float) -> Normalized:
+    """`lp_batch_norm` of a checked call; its moments have the squared norm as `var`."""
     if not isinstance(p, int | float | np.number) or p not in (1, 2, math.inf):
         raise ValueError(
             f"p must be 1, 2 or infinity, a static number, got {p!r}. Pass 1 (mean magnitude), 2 (root mean square) or "
             "math.inf (largest magnitude)."
         )
-    return batch_norm_and_moments(
-        x,
-        params,
-        batch_stats,
-        training=training,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-        bessel_correction=False,
-        moments_of=functools.partial(_mean_and_squared_norm, p),
-    )[:2]
-
-
-def _mean_and_squared_norm(
-    p: float, x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
-) -> Moments:
-    """Moments with the squared norm as `var`."""
-    m = checked_moments(x, weights, axes, axis_name, groups)
+    if not call.training:
+        return call.normalized_by_running()
+    m = call.moments()
     if p == 2:
-        return m._replace(var=m.var + jnp.square(m.mean))
-    if p == 1:
-        local = _moments_of_magnitude(x, weights, axes)
-        share = local.count / jnp.where(m.count > 0, m.count, 1)
-        norm = psum(share * local.mean, axis_name, groups)
+        m = m._replace(var=m.var + jnp.square(m.mean))
+    elif p == 1:
+        local = _moments_of_magnitude(call.x, call.weights, call.axes)
+        share = local.count / nonzero(m.count)
+        m = m._replace(var=jnp.square(psum(share * local.mean, call.axis_name, call.groups)))
     else:
-        norm = _largest_magnitude(x, weights, axes, axis_name, groups)
-    return m._replace(var=jnp.square(norm))
+        norm = _largest_magnitude(call.x, call.weights, call.axes, call.axis_name, call.groups)
+        m = m._replace(var=jnp.square(norm))
+    return call.normalized(*call.batch_statistics(m)), call.moved(m), m
 
 
 @functools.partial(keeping_arguments, static_argnums=2)

@@ -1,12 +1,11 @@
 """Batch norm by the running statistics in training too."""
 
-from typing import Any
+from typing import Unpack
 
-from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
-from bnjax._checks import Axes
-from bnjax._sync import AxisName
-from bnjax.norm import BatchStats, Params, batch_norm_and_moments
+from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call
 
 
 def moving_batch_norm(
@@ -15,14 +14,7 @@ def moving_batch_norm(
     batch_stats: BatchStats,
     *,
     training: bool,
-    axis: Axes = -1,
-    momentum: Any = 0.99,
-    epsilon: Any = 1e-5,
-    mask: Shaped[ArrayLike, "..."] | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: object = None,
-    dtype: DTypeLike | None = None,
-    bessel_correction: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
     """Batch norm that normalizes by the running statistics in training as well, after these have moved.
 
@@ -38,15 +30,9 @@ def moving_batch_norm(
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
       batch_stats: running 'mean' and 'var' of that shape.
       training: whether to move the running statistics before they are used; static.
-      axis: feature axis or axes, static; this and the following as in `batch_norm`.
-      momentum: weight of the old running value; may be traced. The cumulative average `1 − 1 / (t + 1)` begins with
-        the first batch's statistics, in place of the initial values.
-      epsilon: number added to the variance.
-      mask: boolean, or sample weights, of the statistics.
-      axis_name: mapped axis over which the moments are merged.
-      axis_index_groups: groups of indices of that axis that are normalized separately.
-      dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
-      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+        bessel_correction. The cumulative average, a momentum of `1 − 1 / (t + 1)`, begins with the first batch's
+        statistics, in place of the initial values.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
@@ -65,18 +51,14 @@ def moving_batch_norm(
     >>> print(y.ravel().round(3), batch_stats['mean'])
     [0. 2.] [1.]
     """
-    return batch_norm_and_moments(
-        x,
-        params,
-        batch_stats,
-        training=training,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-        bessel_correction=bessel_correction,
-        is_moving=True,
-    )[:2]
+    return moving(check_call(x, params, batch_stats, training, **options))[:2]
+
+
+def moving(call: Call) -> Normalized:
+    """`moving_batch_norm` of a checked call."""
+    if not call.training:
+        return call.normalized_by_running()
+    m = call.moments()
+    batch_stats = call.moved(m)
+    mean, var = (jnp.asarray(batch_stats[name]).astype(m.mean.dtype) for name in ("mean", "var"))
+    return call.normalized(*call.of_each_member(mean, var)), batch_stats, m

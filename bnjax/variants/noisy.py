@@ -1,18 +1,18 @@
 """Noisy batch norm: batch norm, then noise that shifts the distribution of each unit at every call."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, Key, Shaped, UInt32
+from jaxtyping import Array, ArrayLike, Float, Key, Shaped, UInt32
 
 from bnjax import _checks, _dtypes
-from bnjax._checks import Axes
 from bnjax._sync import AxisName
-from bnjax.norm import BatchStats, Params, batch_norm
+from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call, normalized_by_batch
 
 
 def noisy_batch_norm(
@@ -26,14 +26,7 @@ def noisy_batch_norm(
     unit_scale: Any = 1.25,
     sample_shift: Any = 0.1,
     sample_scale: Any = 0.1,
-    axis: Axes = -1,
-    momentum: Any = 0.99,
-    epsilon: Any = 1e-5,
-    mask: Shaped[ArrayLike, "..."] | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: object = None,
-    dtype: DTypeLike | None = None,
-    bessel_correction: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[Float[Array, "..."], BatchStats]:
     """Batch norm, then in training noise of non-zero mean and non-unit variance, of a distribution new at every call.
 
@@ -57,14 +50,9 @@ def noisy_batch_norm(
       unit_scale: n_σ of the paper, at least 1.
       sample_shift: r_μ of the paper, at least 0.
       sample_scale: r_σ of the paper, at least 0. Strengths of 0, 1, 0 and 0 give `batch_norm`.
-      axis: feature axis or axes, static; this and the following as in `batch_norm`.
-      momentum: weight of the old running value.
-      epsilon: number added to the variance.
-      mask: boolean, or sample weights, of the statistics.
-      axis_name: mapped axis over which the moments are merged.
-      axis_index_groups: groups of indices of that axis with moments of their own; the draws of units are common to all.
-      dtype: dtype of `y`; that of `x` by default. Noise is drawn and added in float32 at least.
-      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+        bessel_correction. The draws of units are common to all groups of axis_index_groups, and noise is drawn and
+        added in float32 at least.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
@@ -84,33 +72,27 @@ def noisy_batch_norm(
     >>> print(-0.5 <= shift <= 0.5, 1 <= scale <= 1.25)
     True True
     """
-    x = _checks.check_input(x)
-    dtype = x.dtype if dtype is None else dtype
-    _checks.check_dtype(dtype)
+    call = check_call(x, params, batch_stats, training, **options, or_complex=False)
+    return with_noise(call, key, unit_shift, unit_scale, sample_shift, sample_scale)[:2]
+
+
+def with_noise(
+    call: Call, key: Any, unit_shift: Any, unit_scale: Any, sample_shift: Any, sample_scale: Any
+) -> Normalized:
+    """`noisy_batch_norm` of a checked call."""
+    dtype = call.x.dtype if call.dtype is None else call.dtype
     strengths = {"unit_shift": unit_shift, "unit_scale": unit_scale}
     strengths |= {"sample_shift": sample_shift, "sample_scale": sample_scale}
     for name, value in strengths.items():
         least = 1 if name == "unit_scale" else 0
         _checks.check_in_range(name, value, least, float("inf"), f"Pass {least} for none of this noise.")
-    activation, batch_stats = batch_norm(
-        x,
-        params,
-        batch_stats,
-        training=training,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=_dtypes.wide(x.dtype, dtype) if training else dtype,
-        bessel_correction=bessel_correction,
-    )
-    if not training:
-        return activation, batch_stats
+    if not call.training:
+        return call.normalized_by_running()
     _check_key(key)
-    shift, scale = _draw_noise(key, activation, _checks.feature_axes(axis, x.ndim), axis_name, strengths)
-    return (scale * activation + shift).astype(dtype), batch_stats
+    wide = dataclasses.replace(call, dtype=_dtypes.wide(call.x.dtype, dtype))
+    activation, batch_stats, m = normalized_by_batch(wide)
+    shift, scale = _draw_noise(key, activation, call.axes, call.axis_name, strengths)
+    return (scale * activation + shift).astype(dtype), batch_stats, m
 
 
 def _draw_noise(

@@ -1,15 +1,13 @@
 """Batch renormalization: in training too, close to what inference does."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, DTypeLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _checks
-from bnjax._checks import Axes
-from bnjax._sync import AxisName
-from bnjax.norm import BatchStats, Params, batch_norm_and_moments
+from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call
 
 
 def batch_renorm(
@@ -20,14 +18,7 @@ def batch_renorm(
     training: bool,
     r_max: Any = 3.0,
     d_max: Any = 5.0,
-    axis: Axes = -1,
-    momentum: Any = 0.99,
-    epsilon: Any = 1e-5,
-    mask: Shaped[ArrayLike, "..."] | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: object = None,
-    dtype: DTypeLike | None = None,
-    bessel_correction: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[Float[Array, "..."], BatchStats]:
     """Batch norm whose output in training is moved towards what the running statistics would give.
 
@@ -47,14 +38,8 @@ def batch_renorm(
       r_max: at least 1; may be traced, as a schedule is: the paper starts at 1, which with d_max = 0 is batch norm, and
         raises it to 3 when the running statistics have settled.
       d_max: at least 0; may be traced: the paper raises it from 0 to 5.
-      axis: feature axis or axes, static; this and the following as in `batch_norm`.
-      momentum: weight of the old running value.
-      epsilon: number added to the variance.
-      mask: boolean, or sample weights, of the statistics.
-      axis_name: mapped axis over which the moments are merged.
-      axis_index_groups: groups of indices of that axis that are normalized separately.
-      dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
-      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+        bessel_correction.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
@@ -72,30 +57,22 @@ def batch_renorm(
     >>> [f'{value:.3f}' for value in (*y[:, 0], *batch_stats['mean'])]  # mean 0 and variance 1 were the running ones
     ['1.000', '3.000', '0.020']
     """
+    return renormalized(check_call(x, params, batch_stats, training, **options, or_complex=False), r_max, d_max)[:2]
+
+
+def renormalized(call: Call, r_max: Any, d_max: Any) -> Normalized:
+    """`batch_renorm` of a checked call."""
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
         _checks.check_in_range(name, value, least, float("inf"), f"Pass {least} for batch norm without correction.")
-
-    def corrected(params: Params, mean: Array, var: Array) -> Params:
-        old_mean, old_var = (jnp.asarray(batch_stats[name]).astype(mean.dtype) for name in ("mean", "var"))
-        deviation, old = (jnp.sqrt(v + jnp.asarray(epsilon, v.dtype)) for v in (var, old_var))
-        largest, furthest = jnp.asarray(r_max, mean.dtype), jnp.asarray(d_max, mean.dtype)
-        r = lax.stop_gradient(jnp.clip(deviation / old, 1 / largest, largest))
-        d = lax.stop_gradient(jnp.clip((mean - old_mean) / old, -furthest, furthest))
-        scale, bias = (jnp.asarray(params.get(name, v)).astype(r.dtype) for name, v in (("scale", 1), ("bias", 0)))
-        return {"scale": scale * r, "bias": bias + scale * d}
-
-    return batch_norm_and_moments(
-        x,
-        params,
-        batch_stats,
-        training=training,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-        bessel_correction=bessel_correction,
-        params_of=corrected,
-    )[:2]
+    if not call.training:
+        return call.normalized_by_running()
+    m = call.moments()
+    mean, var = call.batch_statistics(m)
+    old_mean, old_var = (value.astype(mean.dtype) for value in call.running())
+    deviation, old = (jnp.sqrt(v + jnp.asarray(call.epsilon, v.dtype)) for v in (var, old_var))
+    largest, furthest = jnp.asarray(r_max, mean.dtype), jnp.asarray(d_max, mean.dtype)
+    r = lax.stop_gradient(jnp.clip(deviation / old, 1 / largest, largest))
+    d = lax.stop_gradient(jnp.clip((mean - old_mean) / old, -furthest, furthest))
+    scale, bias = (jnp.asarray(call.params.get(name, v)).astype(r.dtype) for name, v in (("scale", 1), ("bias", 0)))
+    corrected = {"scale": scale * r, "bias": bias + scale * d}
+    return call.normalized(mean, var, corrected), call.moved(m), m

@@ -1,17 +1,15 @@
 """Split batch norm: one scale and bias, and statistics for each of several kinds of batches."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
+from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
 from bnjax import _checks
-from bnjax._checks import Axes
-from bnjax._sync import AxisName
-from bnjax.norm import BatchStats, Params, batch_norm, init_batch_norm
+from bnjax.norm import BatchStats, Options, Params, check_call, init_batch_norm, normalized_by_batch
 
 
 def init_split_batch_norm(
@@ -44,14 +42,7 @@ def split_batch_norm(
     *,
     training: bool,
     split: Any,
-    axis: Axes = -1,
-    momentum: Any = 0.99,
-    epsilon: Any = 1e-5,
-    mask: Shaped[ArrayLike, "..."] | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: object = None,
-    dtype: DTypeLike | None = None,
-    bessel_correction: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
     """Batch norm with the running statistics of one of several kinds of batches, such as clean and adversarial ones.
 
@@ -64,14 +55,8 @@ def split_batch_norm(
       batch_stats: running 'mean' and 'var' with a leading axis of kinds before that shape.
       training: whether to use the batch's statistics and to move the running ones; static.
       split: which kind, from 0; may be traced, and then counts as the nearest one where it is out of range.
-      axis: feature axis or axes, static; this and the following as in `batch_norm`.
-      momentum: weight of the old running value.
-      epsilon: number added to the variance.
-      mask: boolean, or sample weights, of the statistics.
-      axis_name: mapped axis over which the moments are merged; `split` has to be the same for all its members.
-      axis_index_groups: groups of indices of that axis that are normalized separately.
-      dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
-      bessel_correction: whether the running variance takes the batch's times n / (n − 1).
+      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+        bessel_correction. The split has to be the same for all members of axis_name.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
@@ -90,27 +75,21 @@ def split_batch_norm(
     >>> print(batch_stats['mean'].ravel())
     [0. 1.]
     """
-    num_splits = _num_splits(batch_stats)
-    split = _checked_split(split, num_splits)
-    own = {name: jax.lax.dynamic_index_in_dim(value, split, keepdims=False) for name, value in batch_stats.items()}
-    y, moved = batch_norm(
-        x,
-        params,
-        own,
-        training=training,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-        bessel_correction=bessel_correction,
-    )
-    if not training:
-        return y, batch_stats
-    new = {n: jax.lax.dynamic_update_index_in_dim(v, moved[n], split, 0) for n, v in batch_stats.items()}
-    return y, type(batch_stats)(new)  # pyright: ignore[reportCallIssue]
+    split = checked_split(split, _num_splits(batch_stats))
+    call = check_call(x, params, of_kind(batch_stats, split), training, **options)
+    y, moved, _ = normalized_by_batch(call)
+    return y, put_kind(batch_stats, moved, split) if call.training else batch_stats
+
+
+def of_kind(batch_stats: BatchStats, split: Any) -> dict[str, Array]:
+    """The running statistics of one kind."""
+    return {name: jax.lax.dynamic_index_in_dim(value, split, keepdims=False) for name, value in batch_stats.items()}
+
+
+def put_kind(batch_stats: BatchStats, own: BatchStats, split: Any) -> BatchStats:
+    """The running statistics of all kinds, those of one kind replaced."""
+    new = {n: jax.lax.dynamic_update_index_in_dim(v, own[n], split, 0) for n, v in batch_stats.items()}
+    return type(batch_stats)(new)  # pyright: ignore[reportCallIssue]
 
 
 def _num_splits(batch_stats: Any) -> int:
@@ -125,7 +104,8 @@ def _num_splits(batch_stats: Any) -> int:
     return kinds.pop()
 
 
-def _checked_split(split: Any, count: int) -> Array:
+def checked_split(split: Any, count: int) -> Array:
+    """The kind as an index in range; raises unless it is an integer scalar, in range where that is known."""
     array = isinstance(split, jax.Array | np.ndarray | np.generic)
     is_integer = (
         jnp.issubdtype(split.dtype, jnp.integer) if array else isinstance(split, int) and not isinstance(split, bool)
