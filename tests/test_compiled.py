@@ -1,7 +1,7 @@
 """What the compiled programs of the key functions hold: a guard against losing speed that needs no timer.
 
 Counted in the programs that XLA makes for the CPU: arrays of the input's size that are written, collectives, temporary
-memory, traces and transfers. What TPU's compiler makes is counted in tests/test_ahead_of_time.py, where it is installed.
+memory, traces and transfers. What TPU's compiler makes, where it is installed, tests/test_ahead_of_time.py counts.
 """
 
 import functools

@@ -12,7 +12,7 @@ from flax.core import freeze
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bnjax import batch_norm, models
+from bnjax import batch_norm, linen, models
 from bnjax.inference import adapt_batch_stats, fold, fold_before, fold_model, foldable_pairs, reestimate_batch_stats
 from bnjax.linen import BatchNorm, LpBatchNorm, NoisyBatchNorm, SplitBatchNorm
 
@@ -504,6 +504,21 @@ def test_batch_norms_that_cannot_be_seen_are_errors():
     layer = LpBatchNorm(p=1, use_running_average=False)
     with pytest.raises(ValueError, match="whose 'var' is a variance, got LpBatchNorm"):
         adapt_batch_stats(layer.apply, layer.init(KEY, x), x, prior=1.0)
+
+
+def test_statistics_that_never_move_stay():
+    model = nn.Sequential(
+        [linen.FrozenBatchNorm(use_running_average=False), nn.Dense(2), BatchNorm(use_running_average=False)]
+    )
+    x = 3 + jax.random.normal(KEY, (12, 3))
+    variables = model.init(KEY, x)
+    frozen = variables["batch_stats"]["layers_0"]
+    outputs = (x / np.sqrt(1 + 1e-5)) @ variables["params"]["layers_1"]["kernel"]
+    for exactly in (False, True):
+        found = reestimate_batch_stats(model.apply, variables, [x[:5], x[5:]], exactly=exactly)
+        close(found, {"layers_0": frozen, "layers_2": {"mean": outputs.mean(0), "var": outputs.var(0)}})
+    _, adapted = adapt_batch_stats(model.apply, variables, x, prior=0.0)
+    close(adapted, {"layers_0": frozen, "layers_2": {"mean": outputs.mean(0), "var": outputs.var(0)}})
 
 
 def test_each_kind_of_batches_is_reestimated_and_adapted_by_itself():

@@ -19,6 +19,7 @@ FLOORS = """
     norm
     <root>
     variants: frozen ghost lp moving noisy renorm split .
+    _layers
     linen nnx
     analysis: _draw _trees _lanczos probe activations shift sharding curvature gradients loop spectrum surface . plots
     analysis: losses
@@ -35,7 +36,7 @@ FLOORS = """
 """
 # What wings that stand by themselves may use, whatever the order.
 APART = {
-    "analysis": {"_compat", "_extras", "analysis"},
+    "analysis": {"_extras", "analysis"},
     "models": {"_sync", "models"},
     "convert": {"_extras", "convert"},
 }
@@ -93,9 +94,22 @@ def test_imports_go_one_way():
 
 def test_wings_stand_apart():
     for name, path in modules().items():
-        wing = name.split(".")[0]
+        wing = name.split(".")[0] if name != "analysis.losses" else ""  # which knows the layers that it measures
         others = {used.split(".")[0] for used in imports_within(path)} - APART.get(wing, set())
         assert wing not in APART or not others, f"{name} imports {sorted(others)}"
+
+
+def test_no_kind_of_norm_is_asked_by_isinstance_outside_the_layers():
+    for name, path in modules().items():
+        if name in ("linen", "nnx"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                kinds = ast.unparse(node.args[1])
+                asks = re.search(r"[A-Za-z]Norm\b|BatchRenorm|_Normalizer", kinds)
+                assert not asks, f"{name}, line {node.lineno}: {kinds}"
+                    f"{name}, line {node.lineno}: {kinds}"
+                )
 
 
 def test_analysis_knows_neither_flax_nor_training():
@@ -173,8 +187,8 @@ print(bnjax.linen.BatchNorm.__name__, bnjax.nnx.BatchNorm.__module__, bnjax.anal
         bnjax.BatchNorm  # noqa: B018
     layers, functions = bnjax._ELSEWHERE.values()
     for module in (bnjax.linen, bnjax.nnx):
-        classes = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
-        assert set(layers) == {name for name in classes if not name.startswith("_")}
+        classes = {name for name, value in vars(module).items() if isinstance(value, type) and not name.startswith("_")}
+        assert set(layers) == {name for name in classes if getattr(module, name).__module__ == module.__name__}
     assert set(functions) == {name for name in bnjax.variants.__all__ if not name.startswith("init_")}
 
 

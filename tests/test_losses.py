@@ -338,3 +338,152 @@ class TestOnAMesh:
         found = jax.shard_map(body, mesh=self.mesh, in_specs=(P(), P("batch")), out_specs=P())(jnp.array(1.0), x)
         g = 2 * (x**2).mean()
         np.testing.assert_allclose(found, (1 - self.steps * g) ** 2 * (x**2).mean(), rtol=1e-5)
+
+
+# --- every layer in every mode, against what the layer itself computes ------------------------------------------------
+
+LAYERS = {
+    "BatchNorm": {},
+    "NoisyBatchNorm": {},
+    "LpBatchNorm": {"p": 1},
+    "BatchRenorm": {"r_max": 1.2, "d_max": 0.3},  # so that both are clipped
+    "GhostBatchNorm": {"ghost_size": 2},
+    "MovingBatchNorm": {"momentum": 0.7},
+    "FrozenBatchNorm": {},
+    "SplitBatchNorm": {"num_splits": 2},
+}
+START = {"mean": np.asarray([0.5, -1.0, 0.0, 2.0]), "var": np.asarray([4.0, 0.5, 1.0, 9.0])}
+
+
+class Deep(nn.Module):
+    """Two batch norms, so that the second one's statistics depend on how the first normalizes."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x, *, training, mask=None):
+        further = {"split": 1} if self.kind == "SplitBatchNorm" else {}
+        for i in (0, 1):
+            layer = getattr(bnjax.linen, self.kind)
+            norm = layer(use_running_average=not training, name=f"norm_{i}", **LAYERS[self.kind])
+            x = norm(nn.Dense(4, name=f"dense_{i}")(x), mask=mask, **further)
+        return x
+
+
+class NnxDeep(nnx.Module):
+    def __init__(self, kind, rngs):
+        self.kind = kind
+        layer = functools.partial(getattr(bnjax.nnx, kind), 4, rngs=rngs, **LAYERS[kind])
+        self.dense_0, self.norm_0 = nnx.Linear(3, 4, rngs=rngs), layer()
+        self.dense_1, self.norm_1 = nnx.Linear(4, 4, rngs=rngs), layer()
+
+    def __call__(self, x, mask=None):
+        further = {"split": 1} if self.kind == "SplitBatchNorm" else {}
+        x = self.norm_0(self.dense_0(x), mask=mask, **further)
+        return self.norm_1(self.dense_1(x), mask=mask, **further)
+
+
+def own_statistics(kind, h):
+    """The statistics of a batch that a layer is shown, in float64."""
+    h = np.asarray(h, np.float64)
+    if kind == "FrozenBatchNorm":
+        return START["mean"], START["var"]
+    if kind == "LpBatchNorm":
+        return h.mean(0), np.square(np.abs(h).mean(0))
+    if kind == "GhostBatchNorm":
+        return h.mean(0), h.reshape((-1, 2, 4)).var(1).mean(0)
+    return h.mean(0), h.var(0)
+
+
+def inference(params, statistics_of_layers, x):
+    """The mean loss of two layers that are normalized by given statistics, in float64."""
+    x = np.asarray(x, np.float64)
+    for i, (mean, var) in enumerate(statistics_of_layers):
+        dense, norm = (jax.tree.map(lambda v: np.asarray(v, np.float64), params[f"{n}_{i}"]) for n in ("dense", "norm"))
+        x = x @ dense["kernel"] + dense["bias"]
+        x = (x - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"]
+    return np.mean(np.log(np.exp(x).sum(1)) - x[np.arange(len(x)), Y])
+
+
+def check_modes(kind, params, shifted, loss_of, shown, own_loss):
+    """Compares the four modes with the layer's own computations.
+
+    Args:
+      kind: of layer.
+      params: W₀.
+      shifted: the parameters at which the loss is taken.
+      loss_of: mode to loss function.
+      shown: `(params, x)` to what the two layers are shown in a training call.
+      own_loss: the loss of the model's own training call at the shifted parameters.
+    """
+    at_start, at_shifted = ([own_statistics(kind, h) for h in shown(weights, OTHER)] for weights in (params, shifted))
+    running = [(START["mean"], START["var"])] * 2
+    expected = {
+        "batch": own_loss,
+        "running": inference(shifted, running, X),
+        "frozen": inference(shifted, at_start, X),
+        "reestimated": inference(shifted, at_shifted, X),
+    }
+    for mode, value in expected.items():
+        np.testing.assert_allclose(jax.jit(loss_of(mode))(shifted, X, Y), value, rtol=2e-5, err_msg=mode)
+    if kind == "FrozenBatchNorm":
+        assert expected["running"] == expected["frozen"] == expected["reestimated"]
+    else:
+        assert len({round(float(value), 3) for value in expected.values()}) == 4
+
+
+def shift(params):
+    return jax.tree.map(lambda p: p + 0.25 * jnp.sin(jnp.arange(p.size, dtype=p.dtype) + 1).reshape(p.shape), params)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_linen_layer_in_every_mode(kind):
+    model, rngs = Deep(kind), {"noise": jax.random.key(7)}
+    variables = dict(model.init(jax.random.key(3), X, training=False))
+    start = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), START)
+    if kind == "SplitBatchNorm":
+        start = jax.tree.map(lambda v: jnp.stack([jnp.full_like(v, jnp.nan), v]), start)
+    variables["batch_stats"] = {"norm_0": start, "norm_1": start}
+    params = variables["params"]
+
+    def train(params, x):
+        options = {"rngs": rngs, "mutable": ["batch_stats", "intermediates"], "capture_intermediates": True}
+        return model.apply({**variables, "params": params}, x, training=True, **options)
+
+    def shown(params, x):
+        seen = train(params, x)[1]["intermediates"]
+        return [seen[f"dense_{i}"]["__call__"][0] for i in (0, 1)]
+
+    own = training.cross_entropy(train(shift(params), X)[0], Y)[0].mean()
+    loss_of = lambda mode: losses.linen_loss(model, variables, training.cross_entropy, mode=mode, at=OTHER, rngs=rngs)
+    check_modes(kind, params, shift(params), loss_of, shown, own)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_nnx_layer_in_every_mode(kind):
+    model = NnxDeep(kind, nnx.Rngs(3))
+    for norm in (model.norm_0, model.norm_1):
+        for name, value in START.items():
+            value = jnp.asarray(value, jnp.float32)
+            value = jnp.stack([jnp.full_like(value, jnp.nan), value]) if kind == "SplitBatchNorm" else value
+            getattr(norm, name)[...] = value
+    params = losses.nnx_loss(model, training.cross_entropy)[1]
+
+    def copy_with(params):
+        copy = nnx.clone(model)
+        state = nnx.state(copy, nnx.Param)
+        nnx.replace_by_pure_dict(state, params)
+        nnx.update(copy, state)
+        copy.train()
+        return copy
+
+    def shown(params, x):
+        copy, further = copy_with(params), {"split": 1} if kind == "SplitBatchNorm" else {}
+        first = copy.dense_0(x)
+        return [first, copy.dense_1(copy.norm_0(first, **further))]
+
+    own = training.cross_entropy(copy_with(shift(params))(X), Y)[0].mean()
+    loss_of = lambda mode: losses.nnx_loss(model, training.cross_entropy, mode=mode, at=OTHER)[0]
+    check_modes(kind, params, shift(params), loss_of, shown, own)
+    np.testing.assert_array_equal(np.ravel(model.norm_0.mean[...])[-4:], START["mean"])
+    assert not model.norm_0.takes_batch_statistics

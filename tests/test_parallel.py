@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from versions import needs_jax_0_8
 
 import bnjax
-from bnjax import training
+from bnjax import linen, training
 from bnjax._compat import as_varying
 from bnjax.linen import BatchNorm, LpBatchNorm
 from bnjax.models import Perceptron
@@ -132,12 +132,46 @@ def test_micro_batches_move_the_statistics_once_by_the_moments_of_the_whole_batc
     chex.assert_trees_all_close(next(iter(after.batch_stats.values())), expected, rtol=1e-6)
 
 
+MERGING = {
+    "renorm": linen.BatchRenorm,
+    "moving": linen.MovingBatchNorm,
+    "split": functools.partial(linen.SplitBatchNorm, num_splits=3),
+    "frozen": linen.FrozenBatchNorm,
+}
+
+
+@pytest.mark.parametrize("kind", MERGING)
+def test_micro_batches_of_layers_whose_moments_merge(kind):
+    class OneLayer(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, training, mask=None):
+            further = {"split": 2} if kind == "split" else {}
+            layer = MERGING[kind](use_running_average=not training, momentum=0.9)
+            return layer(x, **further).sum(1, keepdims=True)
+
+    state = training.create_train_state(OneLayer(), optax.sgd(0.0), KEY, jnp.zeros((1, 4)))
+    x, y = jnp.asarray(X[0]), jnp.asarray(Y[0]) % 2
+    after, _ = training.train_step(state, x, y, objective=training.squared_error, accumulate_steps=4)
+    (stats,), (moved,) = state.batch_stats.values(), after.batch_stats.values()
+    own = jax.tree.map(lambda v: v[2], stats) if kind == "split" else stats
+    expected = own if kind == "frozen" else bnjax.update_batch_stats(own, bnjax.moments(x), momentum=0.9)
+    if kind == "split":
+        expected = jax.tree.map(lambda all_kinds, one: all_kinds.at[2].set(one), stats, expected)
+    chex.assert_trees_all_close(moved, expected, rtol=1e-5)
+
+
 def test_micro_batches_need_our_batch_norm():
     state = new_state(model(None, norm=nn.BatchNorm))
     with pytest.raises(ValueError, match=r"BatchNorm_0 \(BatchNorm\) does not give.*bnjax.linen.BatchNorm"):
         training.train_step(
             state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=training.cross_entropy, accumulate_steps=2
         )
+    for norm in (functools.partial(linen.GhostBatchNorm, ghost_size=4), functools.partial(LpBatchNorm, p=2)):
+        state = new_state(model(None, norm=norm))
+        with pytest.raises(ValueError, match=r"does not give. Use bnjax.linen.BatchNorm"):
+            training.train_step(
+                state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=training.cross_entropy, accumulate_steps=2
+            )
     with pytest.raises(ValueError, match="must divide the 32 examples"):
         training.train_step(
             state, jnp.asarray(X[0]), jnp.asarray(Y[0]), objective=training.cross_entropy, accumulate_steps=3
@@ -529,10 +563,11 @@ def test_integer_weights_and_padding_of_any_value():
 
 def test_norms_that_groups_can_not_merge_are_refused():
     mesh = training.make_mesh(2)
-    net = Perceptron((4,), 3, functools.partial(LpBatchNorm, p=2, axis_name="batch"), "before")
-    state = training.split_batch_stats(training.create_train_state(net, optax.sgd(0.1), KEY, jnp.zeros((1, 4))), 4)
-    with pytest.raises(ValueError, match=r"LpBatchNorm_0 .*can't be merged"):
-        training.make_train_step(training.cross_entropy, mesh)(state, X[0], Y[0])
+    for norm in (functools.partial(LpBatchNorm, p=2), functools.partial(linen.GhostBatchNorm, ghost_size=4)):
+        net = Perceptron((4,), 3, functools.partial(norm, axis_name="batch"), "before")
+        state = training.create_train_state(net, optax.sgd(0.1), KEY, jnp.zeros((1, 4)))
+        with pytest.raises(ValueError, match=rf"{norm.func.__name__}_0 .*can't be merged"):
+            training.make_train_step(training.cross_entropy, mesh)(training.split_batch_stats(state, 4), X[0], Y[0])
 
 
 def test_a_state_merged_and_split_again_compiles_no_second_time():

@@ -23,7 +23,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
-from bnjax import _compat
+from bnjax import _compat, linen
+from bnjax import nnx as layers_of_nnx
 
 MODES = ("batch", "running", "frozen", "reestimated")
 Objective = Callable[[Array, Any], Any]
@@ -122,20 +123,17 @@ def linen_batch_stats(
     {'mean': Array([2.], dtype=float32), 'var': Array([1.], dtype=float32)}
     """
 
-    def without_memory(next_function, arguments, options, context):
-        if isinstance(context.module, nn.BatchNorm):  # this call's own copy of the module
-            object.__setattr__(context.module, "momentum", 0.0)
-            if hasattr(context.module, "bessel_correction"):
-                object.__setattr__(context.module, "bessel_correction", False)
+    def taking_statistics(next_function, arguments, options, context):
+        if linen.statistics_of(context.module) is not None and context.method_name == "__call__":
+            given = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
+            linen.take_batch_statistics(context.module, given)
         return next_function(*arguments, **options)
 
     masked = {} if weights is None else {"mask": weights}
     keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
     # Another set of mutable collections than training has, since nn.jit remembers what it traced by this set.
     mutable = ["batch_stats", "statistics of a batch"]
-    stats = jax.tree.map(jnp.zeros_like, variables.get("batch_stats", {}))  # zero times NaN would stay NaN
-    variables = {**variables, "batch_stats": stats}
-    with nn.intercept_methods(without_memory):
+    with nn.intercept_methods(taking_statistics):
         updates = model.apply(variables, x, **_phase(argument, True), **masked, **keys, mutable=mutable)[1]
     return updates.get("batch_stats", {})
 
@@ -297,9 +295,8 @@ def nnx_loss(
     def with_statistics_of(params: Any, x: Any) -> Any:
         copy = merged(params, others)
         for _, module in _compat.iter_modules(copy):
-            if isinstance(module, nnx.BatchNorm):
-                module.momentum = 0.0
-                vars(module).update(dict.fromkeys({"bessel_correction"} & set(vars(module)), False))
+            if layers_of_nnx.statistics_of(module) is not None:
+                layers_of_nnx.take_batch_statistics(module)
         copy.train()
         copy(x)
         return nnx.split(copy, nnx.Param, ...)[2]

@@ -10,6 +10,8 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from bnjax.linen import statistics_of
+
 Call = Callable[..., Any]
 _IN, _OUT = "bnjax: into ", "bnjax: out of "
 # Compiled parts of a model (Flax's jit) keep what was traced first. Within a context of its own each call is traced
@@ -20,15 +22,15 @@ _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "check
 
 
 @contextlib.contextmanager
-def intercept(kinds: tuple[type[nn.Module], ...], replace: Callable[[Any, Call, Any, dict[str, Any]], Any]):
-    """A context in which `replace(module, call, x, options)` stands for the calls of modules of some kinds."""
+def intercept(is_wanted: Callable[[nn.Module], bool], replace: Callable[[Any, Call, Any, dict[str, Any]], Any]):
+    """A context in which `replace(module, call, x, options)` stands for the calls of the modules that are wanted."""
 
     def interceptor(next_function, arguments, options, context):
         with _own_trace(next(_number)):
             return intercepted(next_function, arguments, options, context)
 
     def intercepted(next_function, arguments, options, context):
-        if context.method_name != "__call__" or not isinstance(context.module, kinds):
+        if context.method_name != "__call__" or not is_wanted(context.module):
             return next_function(*arguments, **options)
         given = dict(zip(("x", "use_running_average"), arguments, strict=False)) | options
         name = "inputs" if "inputs" in given else "x"
@@ -37,6 +39,11 @@ def intercept(kinds: tuple[type[nn.Module], ...], replace: Callable[[Any, Call, 
 
     with _own_trace(next(_number)), nn.intercept_methods(interceptor):
         yield
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm, of `bnjax.linen` or of Flax."""
+    return statistics_of(module) is not None
 
 
 def marked(module: nn.Module, call: Call, x: Any, options: dict[str, Any]) -> Any:

@@ -10,10 +10,10 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from bnjax import _compat
+from bnjax import _compat, linen
+from bnjax import nnx as layers_of_nnx
 from bnjax.inference import _calls
 from bnjax.inference.reestimate import moments_seen, none_seen
-from bnjax.linen import LpBatchNorm, SplitBatchNorm
 
 _DEAD, _EXPLODING = 1e-3, 1e3  # beside the layer's median
 _NEAR = 10.0  # epsilons, up to which a variance is near epsilon
@@ -195,7 +195,7 @@ def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[
     """Arrays and settings of each batch norm of an nnx module, by path."""
     norms, settings = {}, {}
     for path, part in _compat.iter_modules(module):
-        if isinstance(part, nnx.BatchNorm):
+        if layers_of_nnx.statistics_of(part) is not None:
             name = "/".join(map(str, path))
             arrays = {n: getattr(part, n) for n in ("mean", "var", "scale", "bias")}
             kinds = _by_kind(name, {n: v[...] for n, v in arrays.items() if v is not None})
@@ -210,13 +210,14 @@ def _settings(model: nn.Module, variables: Any, args: Any, options: Any) -> dict
     found = {}
 
     def note(module, call, x, given):
-        running = given.get("use_running_average", module.use_running_average)
-        comparable = not isinstance(module, LpBatchNorm | SplitBatchNorm)
-        found["/".join(module.path)] = _Settings(module.epsilon, module.momentum, bool(running), comparable)
+        running = linen.is_running(module, given.get("use_running_average"))
+        statistics = linen.statistics_of(module)
+        comparable = statistics is not None and statistics.is_variance and statistics.kinds is None
+        found["/".join(module.path)] = _Settings(module.epsilon, module.momentum, running, comparable)
         return call(x, **given)
 
     def run(variables, *args):
-        with _calls.intercept((nn.BatchNorm,), note):
+        with _calls.intercept(_calls.is_norm, note):
             return model.apply(variables, *args, **options, mutable=["batch_stats"])
 
     jax.eval_shape(run, variables, *args)

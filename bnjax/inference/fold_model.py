@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import _checks
+from bnjax import _checks, linen
 from bnjax.inference import _calls
 from bnjax.inference.folding import fold, fold_before
 from bnjax.models import layers
@@ -111,7 +111,7 @@ def fold_model(
         return y
 
     def apply(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with _calls.intercept((*_LINEAR, nn.BatchNorm), without_folded):
+        with _calls.intercept(_is_norm_or_linear, without_folded):
             return model.apply(variables, *args, **kwargs)
 
     return apply, unflatten_dict(flat)
@@ -131,11 +131,11 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
         name = "/".join(module.path)
         calls[name] += 1
         y = _calls.marked(module, call, x, options)
-        found[name] = _norm(module, x, y, options) if isinstance(module, nn.BatchNorm) else _linear(module)
+        found[name] = _norm(module, x, y, options) if _calls.is_norm(module) else _linear(module)
         return y
 
     def run(variables, *args):
-        with _calls.intercept((*_LINEAR, nn.BatchNorm), note):
+        with _calls.intercept(_is_norm_or_linear, note):
             return model.apply(variables, *args, **kwargs, mutable=["batch_stats"])
 
     flat: Any = flatten_dict(dict(variables))
@@ -175,13 +175,16 @@ def _used_again(variables: Any, jaxpr: Any) -> Iterator[str]:
             yield "/".join(entry.key for entry in path[1:-1])
 
 
-def _norm(module: nn.BatchNorm, x: Any, y: Any, options: Mapping[str, Any]) -> _Norm | None:
-    given = options.get("use_running_average")
-    is_running = module.use_running_average if given is None else given
+def _norm(module: Any, x: Any, y: Any, options: Mapping[str, Any]) -> _Norm | None:
+    is_running = linen.is_running(module, options.get("use_running_average"))
     is_last = _checks.feature_axes(module.axis, np.ndim(x)) == (np.ndim(x) - 1,)
     one_each = np.shape(module.variables["batch_stats"]["mean"]) == np.shape(x)[-1:]
     alike = is_running and is_last and one_each and x.dtype == y.dtype
     return _Norm(module.path, module.epsilon, y.dtype) if alike else None
+
+
+def _is_norm_or_linear(module: nn.Module) -> bool:
+    return _calls.is_norm(module) or isinstance(module, _LINEAR)
 
 
 def _linear(module: nn.Module) -> _Linear | None:

@@ -10,10 +10,11 @@ from flax import linen as nn
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import _checks, linen
+from bnjax import _checks
 from bnjax._moments import moments
 from bnjax._sync import Moments, merge_moments
 from bnjax.inference import _calls
+from bnjax.linen import statistics_of
 from bnjax.norm import update_batch_stats
 
 _SEEN = "moments of the data"
@@ -65,8 +66,9 @@ def reestimate_batch_stats(
       section 3 ("precise" batch norm); Izmailov et al. 2018 (arXiv 1803.05407), section 3.2.
     """
     given, variables = variables, dict(nn.meta.unbox(variables))
-    means = _means(variables)
-    first = _first(batches)
+    means, first = _means(variables), _first(batches)
+    fixed = _that_never_move(apply_fn, variables, first, options)
+    means = {path: mean for path, mean in means.items() if path not in fixed}
     passes = 1 + _depth(apply_fn, variables, first, options) if exactly else 1
     moments_of = jax.jit(functools.partial(moments_seen, apply_fn, exactly, options))
     for _ in range(passes):
@@ -75,6 +77,24 @@ def reestimate_batch_stats(
             found = moments_of(variables, found, batch)
         variables["batch_stats"] = _replaced(variables["batch_stats"], found, bessel_correction)
     return nn.meta.replace_boxed(given["batch_stats"], variables["batch_stats"])
+
+
+def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> set[tuple[str, ...]]:
+    """Paths of the batch norms whose statistics never move."""
+    paths = set()
+
+    def note(module, call, x, given):
+        statistics = statistics_of(module)
+        if statistics is not None and not statistics.moves:
+            paths.add(module.path)
+        return call(x, **given)
+
+    def run(variables, *arguments):
+        with _calls.intercept(_calls.is_norm, note):
+            return apply_fn(variables, *arguments, **options, mutable=("batch_stats",))
+
+    jax.eval_shape(run, variables, *_arguments(batch))
+    return paths
 
 
 def _means(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -119,7 +139,7 @@ def _depth(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> int:
     """The largest number of batch norms before another."""
 
     def run(variables, *arguments):
-        with _calls.intercept((nn.BatchNorm,), _calls.marked):
+        with _calls.intercept(_calls.is_norm, _calls.marked):
             return apply_fn(variables, *arguments, **options, mutable=("batch_stats",))
 
     return _calls.depth(jax.make_jaxpr(run)(variables, *_arguments(batch)).jaxpr)
@@ -139,25 +159,28 @@ def moments_seen(apply_fn: Apply, exactly: bool, options: Any, variables: Any, f
 
     flat: Any = flatten_dict(dict(variables["batch_stats"]))
     places = unflatten_dict(flat | {(*path, _SEEN): m for path, m in found.items()})
-    with _calls.intercept((nn.BatchNorm,), look):
+    with _calls.intercept(_calls.is_norm, look):
         given = {**variables, "batch_stats": places}
         _, updates = apply_fn(given, *_arguments(batch), **options, mutable=("batch_stats",))
     flat = flatten_dict(dict(updates["batch_stats"]))
     return {path: flat[*path, _SEEN] for path in found}
 
 
-def _called(module: nn.BatchNorm, call: _calls.Call, x: Any, options: Mapping[str, Any], is_running: bool) -> Any:
+def _called(module: Any, call: _calls.Call, x: Any, options: Mapping[str, Any], is_running: bool) -> Any:
     """A batch norm's output by running statistics, or by the batch's."""
     options = {name: value for name, value in options.items() if name != "use_running_average"}
     object.__setattr__(module, "use_running_average", is_running)  # this call's own copy of the module
     return call(x, **options)
 
 
-def _seen_by(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> Moments:
+def _seen_by(module: Any, x: Any, options: Mapping[str, Any]) -> Moments:
     """Moments of what a batch norm is shown; with a leading axis of kinds where it has several."""
-    if isinstance(module, linen.LpBatchNorm):
+    statistics = statistics_of(module)
+    assert statistics is not None
+    if not statistics.is_variance:
         raise ValueError(
-            f"The model must have batch norms whose 'var' is a variance, got LpBatchNorm at {'/'.join(module.path)}."
+            f"The model must have batch norms whose 'var' is a variance, got {type(module).__name__} at "
+            f"{'/'.join(module.path)}."
         )
     x = jnp.asarray(x)
     m = moments(
@@ -168,9 +191,9 @@ def _seen_by(module: nn.BatchNorm, x: Any, options: Mapping[str, Any]) -> Moment
         axis_index_groups=module.axis_index_groups,
     )
     m = m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
-    if not isinstance(module, linen.SplitBatchNorm):
+    if statistics.kinds is None:
         return m
-    return jax.tree.map(lambda v: jnp.zeros((module.num_splits, *v.shape), v.dtype).at[options["split"]].set(v), m)
+    return jax.tree.map(lambda v: jnp.zeros((statistics.kinds, *v.shape), v.dtype).at[options["split"]].set(v), m)
 
 
 def _replaced(batch_stats: Any, found: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:
@@ -223,11 +246,13 @@ def adapt_batch_stats(
     momentum = jnp.where(jnp.isinf(prior), 1.0, prior / (prior + count))
 
     def mixed(module, call, x, options):
+        if not statistics_of(module).moves:  # pyright: ignore[reportOptionalMemberAccess]
+            return _called(module, call, x, options, True)
         old = {name: module.get_variable("batch_stats", name) for name in ("mean", "var")}
         for name, value in update_batch_stats(old, _seen_by(module, x, options), momentum=momentum).items():
             module.put_variable("batch_stats", name, value)
         return _called(module, call, x, options, True)
 
-    with _calls.intercept((nn.BatchNorm,), mixed):
+    with _calls.intercept(_calls.is_norm, mixed):
         outputs, updates = apply_fn(variables, *_arguments(batch), **options, mutable=("batch_stats",))
     return outputs, updates["batch_stats"]

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax.training import train_state
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
 from bnjax._sync import Moments, merge_moments
-from bnjax.linen import LpBatchNorm
+from bnjax.linen import is_running, statistics_of
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import SYNC_AXIS
 
@@ -147,17 +146,17 @@ def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
 
     def intercept(next_function, arguments, options, context):
         module = context.module
-        if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
+        statistics = statistics_of(module)
+        if statistics is None or context.method_name != "__call__":
             return next_function(*arguments, **options)
         checked.add(module.path)
-        if groups is not None and isinstance(module, LpBatchNorm):
+        if groups is not None and not statistics.merges:
             raise ValueError(
-                f"the running norms of {'/'.join(module.path)} (LpBatchNorm) in several groups of devices can't be "
-                "merged as moments can. Make the mesh without group_size."
+                f"the running statistics of {'/'.join(module.path)} ({type(module).__name__}) in several groups of "
+                "devices can't be merged as moments can. Make the mesh without group_size."
             )
         given = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
-        frozen = module.use_running_average if given is None else given
-        if mesh.size > 1 and not frozen:
+        if mesh.size > 1 and statistics.moves and not is_running(module, given):
             names = module.axis_name if isinstance(module.axis_name, tuple) else (module.axis_name,)
             expected = groups if way == "pmap" else None
             found = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax._sync import AxisName, Moments, merge_moments, vary_like
-from bnjax.linen import BatchNorm
+from bnjax.linen import statistics_of
 from bnjax.norm import update_batch_stats
 from bnjax.training.state import TrainState
 
@@ -140,8 +140,8 @@ def train_step(
       objective: loss and correctness of each example; static.
       axis_name: mapped axis or axes whose members train on one batch together; static.
       accumulate_steps: number k of micro-batches, of the examples j, j + k, j + 2k, …, whose gradients are accumulated
-        in a scan; the running statistics move once, by the merged moments of all (which needs
-        `bnjax.linen.BatchNorm`); static.
+        in a scan; the running statistics move once, by the merged moments of all (which needs layers of
+        `bnjax.linen` whose moments merge: not `LpBatchNorm` and `GhostBatchNorm`); static.
       rngs: random keys by name for what the model draws for a whole batch, such as the 'noise' of
         `bnjax.linen.NoisyBatchNorm`.
 
@@ -193,7 +193,7 @@ def _accumulate(
         return sums_of(batch, "batch_stats")
     if batch.x.shape[0] % steps:
         raise ValueError(f"accumulate_steps must divide the {batch.x.shape[0]} examples of a device, got {steps}.")
-    layers: dict[tuple[str, ...], BatchNorm] = {}
+    layers: dict[tuple[str, ...], Any] = {}
 
     def micro_step(sums, micro_batch):
         with nn.intercept_methods(_remember_batch_norms(layers)):
@@ -207,24 +207,25 @@ def _accumulate(
     return sums, _moved_once(state.batch_stats, moments, layers)
 
 
-def _remember_batch_norms(layers: dict[tuple[str, ...], BatchNorm]):
+def _remember_batch_norms(layers: dict[tuple[str, ...], Any]):
     """A Flax interceptor that notes the batch norms by their path."""
 
     def intercept(next_function, arguments, options, context):
         module = context.module
-        if isinstance(module, BatchNorm):
+        statistics = statistics_of(module)
+        if statistics is not None and statistics.moves:
+            if not (statistics.merges and statistics.are_given):
+                raise ValueError(
+                    f"accumulate_steps moves the running statistics once, by merged moments, which "
+                    f"{'/'.join(module.path)} ({type(module).__name__}) does not give. Use bnjax.linen.BatchNorm."
+                )
             layers[module.path] = module
-        elif isinstance(module, nn.BatchNorm):
-            raise ValueError(
-                f"accumulate_steps moves the running statistics once, by merged moments, which "
-                f"{'/'.join(module.path)} ({type(module).__name__}) does not give. Use bnjax.linen.BatchNorm."
-            )
         return next_function(*arguments, **options)
 
     return intercept
 
 
-def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...], BatchNorm]) -> Any:
+def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...], Any]) -> Any:
     """Running statistics moved by the moments of all micro-batches, stacked along the first axis, merged."""
     stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
     stacked: dict[tuple[str, ...], Any] = dict(flatten_dict(moments))
