@@ -108,8 +108,6 @@ def test_no_kind_of_norm_is_asked_by_isinstance_outside_the_layers():
                 kinds = ast.unparse(node.args[1])
                 asks = re.search(r"[A-Za-z]Norm\b|BatchRenorm|_Normalizer", kinds)
                 assert not asks, f"{name}, line {node.lineno}: {kinds}"
-                    f"{name}, line {node.lineno}: {kinds}"
-                )
 
 
 def test_analysis_knows_neither_flax_nor_training():
