@@ -41,6 +41,7 @@ def of_jax(
     from flax import linen as nn
 
     from bnjax import models, training
+    from bnjax.models import networks
     from bnjax.training import make_mesh
 
     options: dict[str, Any] = {"num_classes": CLASSES[network], "norm": norm}
@@ -58,8 +59,8 @@ def of_jax(
         return next_call(*args, **kwargs)
 
     step = training.make_train_step(training.cross_entropy, make_mesh(devices=jax.devices()[:1]))
-    conv, max_pool = (nn.Conv, flax_max_pool) if is_flax_throughout else (models.Conv, models.max_pool)
-    with mock.patch.multiple(models, Conv=conv, max_pool=max_pool), nn.intercept_methods(note):
+    conv, max_pool = (nn.Conv, flax_max_pool) if is_flax_throughout else (networks.Conv, networks.max_pool)
+    with mock.patch.multiple(networks, Conv=conv, max_pool=max_pool), nn.intercept_methods(note):
         state = training.create_train_state(model, optimizer, jax.random.key(0), x[:1])
         shapes.clear()
         state, _ = step(state, x, y, key=key)
