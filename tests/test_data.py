@@ -6,6 +6,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from bnjax.studies import data
+from bnjax.studies.data import sets
 
 
 class TinySet(tfds.core.GeneratorBasedBuilder):
@@ -80,7 +81,7 @@ def test_a_set_is_prepared_without_tensorflow_and_then_cached(data_dir, monkeypa
     np.testing.assert_array_equal(first.train.x[:, 0, 0, 0], 50 * first.train.y)
     assert sorted(first.train.y) == sorted(i % 3 for i in range(12))
     assert [text for text, _ in told] == ["reading tiny_set train", "reading tiny_set test"]
-    monkeypatch.setattr(data, "_records", None)  # a second reading would fail
+    monkeypatch.setattr(sets, "_records", None)  # a second reading would fail
     again = data.images("tiny_set", data_dir)
     np.testing.assert_array_equal(again.train.x, first.train.x)
 
@@ -112,7 +113,7 @@ def test_missing_without_a_network_is_a_clear_error(data_dir, monkeypatch):
     def no_network(*arguments):
         raise OSError("no such name")
 
-    monkeypatch.setattr(data.socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(sets.socket, "getaddrinfo", no_network)
     with pytest.raises(data.DataError, match=r"mnist is not in .*no network.* python -c .*images.*--data-dir"):
         data.images("mnist", data_dir)
 
@@ -144,7 +145,7 @@ def test_files_appear_only_when_complete(tmp_path):
 
 def test_decoding_checks_the_shape():
     with pytest.raises(ValueError, match="instead of"):
-        data._pixels(Image.fromarray(np.zeros((3, 3), np.uint8)), (4, 5, 1))
+        sets._pixels(Image.fromarray(np.zeros((3, 3), np.uint8)), (4, 5, 1))
 
 
 @pytest.mark.parametrize(("name", "first"), [("mnist", [4, 1, 0, 7, 8]), ("fashion_mnist", None)])

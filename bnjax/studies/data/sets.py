@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -170,11 +169,26 @@ def _download(builder, name: str, where: str) -> None:
                 f"{message} (no network: {host} can't be resolved); on a machine with a network run "
                 f"{_command(name, where)} and copy that directory here, or give its place with --data-dir."
             ) from error
+    image, _ = _feature_names(builder)
+    _encode_with_pillow(builder.info.features[image])
     try:
-        with _encoding_without_tensorflow():
-            builder.download_and_prepare(file_format="array_record")
+        builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         raise DataError(f"{message} ({_first_line(error)}); try again: {_command(name, where)}") from error
+
+
+def _encode_with_pillow(feature) -> None:
+    """Lets an image feature take arrays without TensorFlow: of what it takes, TFDS encodes pictures with Pillow."""
+    with needs("data"):
+        from PIL import Image
+    encode = feature.encode_example
+
+    def encode_example(image: Any) -> Any:
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        return encode(image)
+
+    feature.encode_example = encode_example  # of this one object, which belongs to its builder
 
 
 def _feature_names(builder) -> tuple[str, str]:
@@ -239,23 +253,6 @@ def _pixels(picture, shape: tuple[int, int, int]) -> np.ndarray:
     if pixels.size != np.prod(shape):
         raise ValueError(f"an image of shape {pixels.shape} instead of {shape}")
     return pixels.reshape(shape)
-
-
-@contextlib.contextmanager
-def _encoding_without_tensorflow() -> Iterator[None]:
-    """Lets TFDS builders that hand over pixels be prepared without TensorFlow, by encoding them as PNG with Pillow."""
-    with needs("data"):
-        from PIL import Image
-    from tensorflow_datasets.core.features import image_feature
-
-    def encode(self, pixels: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        picture.save(buffer, format=(self.encoding_format or "png").upper())
-        return buffer.getvalue()
-
-    with mock.patch.object(image_feature._ImageEncoder, "_encode_image", encode):
-        yield
 
 
 def _cache_path(builder, split: str) -> Path:
