@@ -260,6 +260,29 @@ def test_damage_to_any_file_is_reported_or_harmless(tmp_path, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.parametrize("missing", [".", "state", "metadata"])
+def test_a_checkpoint_without_one_of_its_directories_is_passed_over(tmp_path, missing):
+    reports = []
+    with Checkpoints(tmp_path, {}, every=0, report=reports.append) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(step))
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "2" / missing)
+        (tmp_path / "2").mkdir(exist_ok=True)
+        step, restored = checkpoints.restore(state())
+        assert step == len(reports) == 1
+        assert raw(restored) == raw(state(1))
+        assert checkpoints.save(2, state(2))
+        assert raw(checkpoints.restore(state())[1]) == raw(state(2))
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_an_empty_state_is_saved(tmp_path):
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(1, {})
+        assert checkpoints.restore({}) == (1, {})
+
+
 def test_where_all_checkpoints_are_damaged_it_is_said(tmp_path):
     with Checkpoints(tmp_path, {}, every=0) as checkpoints:
         for step in (1, 2):

@@ -1,11 +1,17 @@
+import gzip
+import io
 import os
+import sys
+import tarfile
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from bnjax.studies import data
+from bnjax.studies.data import sets
 
 
 class TinySet(tfds.core.GeneratorBasedBuilder):
@@ -80,7 +86,7 @@ def test_a_set_is_prepared_without_tensorflow_and_then_cached(data_dir, monkeypa
     np.testing.assert_array_equal(first.train.x[:, 0, 0, 0], 50 * first.train.y)
     assert sorted(first.train.y) == sorted(i % 3 for i in range(12))
     assert [text for text, _ in told] == ["reading tiny_set train", "reading tiny_set test"]
-    monkeypatch.setattr(data, "_records", None)  # a second reading would fail
+    monkeypatch.setattr(sets, "_records", None)  # a second reading would fail
     again = data.images("tiny_set", data_dir)
     np.testing.assert_array_equal(again.train.x, first.train.x)
 
@@ -89,6 +95,60 @@ def test_the_environment_names_the_directory(data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     data.images("tiny_set")
     assert (data_dir / "tiny_set" / "1.0.0").is_dir()
+
+
+def archives(name, directory):
+    """What is downloaded of a set, with few images; and images and labels of its splits."""
+    rng, splits = np.random.default_rng(0), {}
+    files = (
+        {"batches.meta.txt": 10} if name == "cifar10" else {"coarse_label_names.txt": 20, "fine_label_names.txt": 100}
+    )
+    files = {file: "\n".join(f"name{i}" for i in range(count)).encode() for file, count in files.items()}
+    for split, count in {"train": 10, "test": 3}.items():
+        shape = (count, 28, 28, 1) if "mnist" in name else (count, 32, 32, 3)
+        x, y = rng.integers(256, size=shape, dtype=np.uint8), rng.integers(10, size=count, dtype=np.uint8)
+        splits[split] = x, y
+        if "mnist" in name:
+            for kind, content in ("images-idx3", bytes(16) + x.tobytes()), ("labels-idx1", bytes(8) + y.tobytes()):
+                file = f"{'train' if split == 'train' else 't10k'}-{kind}-ubyte.gz"
+                (directory / file).write_bytes(gzip.compress(content))
+        else:
+            coarse = b"\x05" if name == "cifar100" else b""
+            rows = [
+                coarse + bytes([label]) + image.transpose(2, 0, 1).tobytes() for image, label in zip(x, y, strict=True)
+            ]
+            if (name, split) == ("cifar10", "train"):
+                files |= {f"data_batch_{i + 1}.bin": b"".join(rows[2 * i : 2 * i + 2]) for i in range(5)}
+            else:
+                files["test_batch.bin" if name == "cifar10" else f"{split}.bin"] = b"".join(rows)
+    if "cifar" in name:
+        with tarfile.open(directory / f"cifar-{name[5:]}-binary.tar.gz", "w:gz") as archive:
+            for file, content in files.items():
+                member = tarfile.TarInfo(f"folder/{file}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return splits
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
+def test_real_sets_are_downloaded_without_tensorflow(data_dir, tmp_path, monkeypatch, name):
+    def download(manager, urls):
+        return jax.tree.map(lambda url: tmp_path / url.rpartition("/")[2], urls)
+
+    splits = archives(name, tmp_path)
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    monkeypatch.setattr(sets.socket, "getaddrinfo", lambda *arguments: None)
+    read = data.images(name, data_dir)
+    assert read.num_classes == (100 if name == "cifar100" else 10)
+    for split, (x, y) in splits.items():
+        found = getattr(read, split)
+        places = [next(i for i in range(len(x)) if np.array_equal(x[i], image)) for image in found.x]
+        assert sorted(places) == list(range(len(x)))
+        np.testing.assert_array_equal(found.y, y[places])
+    features = tfds.builder(name, data_dir=data_dir).info.features
+    if "cifar" in name:
+        assert features["label"].names[-1] == f"name{read.num_classes - 1}"
+    assert "tensorflow" not in sys.modules
 
 
 def test_a_damaged_cache_is_made_anew(data_dir, tmp_path):
@@ -112,7 +172,7 @@ def test_missing_without_a_network_is_a_clear_error(data_dir, monkeypatch):
     def no_network(*arguments):
         raise OSError("no such name")
 
-    monkeypatch.setattr(data.socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(sets.socket, "getaddrinfo", no_network)
     with pytest.raises(data.DataError, match=r"mnist is not in .*no network.* python -c .*images.*--data-dir"):
         data.images("mnist", data_dir)
 
@@ -144,7 +204,7 @@ def test_files_appear_only_when_complete(tmp_path):
 
 def test_decoding_checks_the_shape():
     with pytest.raises(ValueError, match="instead of"):
-        data._pixels(Image.fromarray(np.zeros((3, 3), np.uint8)), (4, 5, 1))
+        sets._pixels(Image.fromarray(np.zeros((3, 3), np.uint8)), (4, 5, 1))
 
 
 @pytest.mark.parametrize(("name", "first"), [("mnist", [4, 1, 0, 7, 8]), ("fashion_mnist", None)])

@@ -1,4 +1,11 @@
-"""Checkpoints of a training: saved asynchronously and atomically by Orbax, and verified when they are restored."""
+"""Checkpoints of a training: saved asynchronously and atomically by Orbax, and verified when they are restored.
+
+Orbax is handed all leaves as one array, because each array costs it time. Against that, its own tree of the same
+arrays (`StandardSave` from the host, with a digest of each) took on two busy cores: for 100 leaves of 0.8 MB in all,
+2.2 times as long to save and 7 times as long to restore; for 10 small leaves, twice as long; for 100 leaves of 27 MB,
+about as long; for 428 leaves of 205 MB, 1.0 to 1.3 times as long to save with half the wait of the caller, and 0.8
+times as long to restore. It also refuses empty arrays and empty trees, which are held here.
+"""
 
 import contextlib
 import functools
@@ -83,7 +90,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def save(self, step: int, tree: Any, *, force: bool = False) -> bool:
         """Begins to save a state, after a save that is still running. The arrays may be donated as soon as it returns.
 
-        The copies to the host and their digest keep the caller waiting, 0.2 s for 100 MB; writing does not.
+        The copies to the host and their digest keep the caller waiting, about 0.5 s for 100 MB; writing does not.
 
         Args:
           step: its number, greater than that of any checkpoint there.
@@ -112,7 +119,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         leaves = _named_leaves(tree)
         parts = jax.device_get({name: _local(name, leaf) for name, leaf in leaves.items()})
         parts = {name: np.ascontiguousarray(part).reshape(-1).view(np.uint8) for name, part in parts.items()}
-        # As one array, and never an empty one: so the leaves cost Orbax the same however many they are.
+        # Never an empty one, which Orbax refuses.
         data = np.concatenate([*parts.values(), np.zeros(1, np.uint8)])
         metadata = {
             "configuration": self._configuration,

@@ -1,16 +1,18 @@
 """Data sets as arrays: generated ones, and image sets of TensorFlow Datasets, read without TensorFlow."""
 
 import contextlib
+import functools
+import gzip
 import hashlib
 import importlib.util
 import io
 import os
 import socket
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -98,7 +100,8 @@ def images(
     """An image classification set of TensorFlow Datasets, as arrays: uint8 `[N, H, W, C]` and int32 labels `[N]`.
 
     The records are decoded once and cached (in `$BNJAX_CACHE`, or `bnjax` in the user's cache directory); a set that is
-    not there is downloaded. TensorFlow is not needed. The order is the one of the records, which TFDS shuffles once.
+    not there is downloaded. The order is the one of the records, which TFDS shuffles once. TensorFlow is not needed for
+    the four sets below, nor to read any that is there; TFDS opens the archives of others with it.
 
     Args:
       name: of the set in TFDS, such as 'mnist', 'fashion_mnist', 'cifar10', 'cifar100', with optional ':version'.
@@ -170,11 +173,68 @@ def _download(builder, name: str, where: str) -> None:
                 f"{message} (no network: {host} can't be resolved); on a machine with a network run "
                 f"{_command(name, where)} and copy that directory here, or give its place with --data-dir."
             ) from error
+    image, _ = _feature_names(builder)
+    _encode_with_pillow(builder.info.features[image])
+    if builder.name in _READERS:
+        # The method that each builder of TFDS defines for itself; what it gives is numbered, and shuffled, as by TFDS.
+        builder._split_generators = functools.partial(_READERS[builder.name], builder)
     try:
-        with _encoding_without_tensorflow():
-            builder.download_and_prepare(file_format="array_record")
+        builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         raise DataError(f"{message} ({_first_line(error)}); try again: {_command(name, where)}") from error
+
+
+def _encode_with_pillow(feature) -> None:
+    """Lets an image feature take arrays without TensorFlow: of what it takes, TFDS encodes pictures with Pillow."""
+    with needs("data"):
+        from PIL import Image
+    encode = feature.encode_example
+
+    def encode_example(image: Any) -> Any:
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        return encode(image)
+
+    feature.encode_example = encode_example  # of this one object, which belongs to its builder
+
+
+def _mnist_splits(builder, downloads) -> dict[str, Iterator[tuple[int, dict]]]:
+    """The examples of MNIST's and Fashion-MNIST's files, which TFDS reads with TensorFlow."""
+    paths = downloads.download({url.rpartition("/")[2]: url for url in builder.url_infos})
+
+    def examples(split: str) -> Iterator[tuple[int, dict]]:
+        files = (f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+        pixels, labels = (gzip.decompress(Path(paths[file]).read_bytes()) for file in files)
+        images = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28, 1)
+        for i, (image, label) in enumerate(zip(images, np.frombuffer(labels, np.uint8, offset=8), strict=True)):
+            yield i, {"image": image, "label": label}
+
+    return {"train": examples("train"), "test": examples("t10k")}
+
+
+def _cifar_splits(builder, downloads) -> dict[str, Iterator[tuple[int, dict]]]:
+    """The examples of CIFAR-10's or CIFAR-100's archive, which TFDS reads with TensorFlow."""
+    [url] = builder.url_infos
+    features, files = builder.info.features, {}
+    with tarfile.open(Path(downloads.download(url))) as archive:
+        for member in archive:
+            if (file := archive.extractfile(member)) is not None:
+                files[Path(member.name).name] = file.read()
+    for name, text in ("label", "batches.meta"), ("label", "fine_label_names"), ("coarse_label", "coarse_label_names"):
+        if f"{text}.txt" in files:
+            features[name].names = files[f"{text}.txt"].decode().split()
+    labels = [name for name in ("coarse_label", "label") if name in features]
+
+    def examples(split: str, *starts: str) -> Iterator[tuple[int, dict]]:
+        rows = b"".join(files[file] for file in sorted(files) if file.startswith(starts) and file.endswith(".bin"))
+        for i, row in enumerate(np.frombuffer(rows, np.uint8).reshape(-1, len(labels) + 3 * 32 * 32)):
+            image = row[len(labels) :].reshape(3, 32, 32).transpose(1, 2, 0)
+            yield i, {"id": f"{split}_{i:05d}", "image": image, **dict(zip(labels, row, strict=False))}
+
+    return {"train": examples("train", "data_batch", "train"), "test": examples("test", "test")}
+
+
+_READERS = {"mnist": _mnist_splits, "fashion_mnist": _mnist_splits, "cifar10": _cifar_splits, "cifar100": _cifar_splits}
 
 
 def _feature_names(builder) -> tuple[str, str]:
@@ -239,23 +299,6 @@ def _pixels(picture, shape: tuple[int, int, int]) -> np.ndarray:
     if pixels.size != np.prod(shape):
         raise ValueError(f"an image of shape {pixels.shape} instead of {shape}")
     return pixels.reshape(shape)
-
-
-@contextlib.contextmanager
-def _encoding_without_tensorflow() -> Iterator[None]:
-    """Lets TFDS builders that hand over pixels be prepared without TensorFlow, by encoding them as PNG with Pillow."""
-    with needs("data"):
-        from PIL import Image
-    from tensorflow_datasets.core.features import image_feature
-
-    def encode(self, pixels: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        picture.save(buffer, format=(self.encoding_format or "png").upper())
-        return buffer.getvalue()
-
-    with mock.patch.object(image_feature._ImageEncoder, "_encode_image", encode):
-        yield
 
 
 def _cache_path(builder, split: str) -> Path:
