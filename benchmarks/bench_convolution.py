@@ -49,7 +49,7 @@ def training_of(network: str, way: str) -> Callable[[], Any]:
     ways: dict[str, dict[str, Any]] = {
         "XLA's convolution": {"_conv2d": by_xla},
         "windows": {"_TILED_CHANNELS": 10**9},
-        "windows and tiles": {},
+        "windows and tiles": {"_TILED_CHANNELS": layers._TILED_CHANNELS},
     }
 
     @jax.jit

@@ -25,7 +25,8 @@ class Statistics(NamedTuple):
       merges: whether the statistics of several parts of the data, merged as moments, are those of all of it.
       moves: whether training moves them.
       kinds: how many sets of them there are, along a leading axis, for as many kinds of batches; None for a single set.
-      are_given: whether the layer can give the batch's moments in place of moving its statistics, as Flax's can't.
+      are_given: whether the layer, called on parts of a batch, gives the moments of each in place of moving its
+        statistics, as Flax's can't.
     """
 
     is_variance: bool = True
@@ -57,7 +58,8 @@ class Declaration(NamedTuple):
 
 NOISE = ("unit_shift", "unit_scale", "sample_shift", "sample_scale")
 BATCH_NORM = Declaration(normalized_by_batch)
-NOISY = Declaration(with_noise, NOISE, or_complex=False)
+# The noise is drawn for a batch as a whole, so that its parts can't be normalized one after the other.
+NOISY = Declaration(with_noise, NOISE, Statistics(are_given=False), or_complex=False)
 LP = Declaration(normalized_by_norm, ("p",), Statistics(is_variance=False, merges=False), or_complex=False)
 RENORM = Declaration(renormalized, ("r_max", "d_max"), or_complex=False)
 GHOST = Declaration(normalized_by_ghosts, ("ghost_size",), Statistics(merges=False), or_complex=False)

@@ -262,7 +262,7 @@ def check_call(
     _checks.check_in_range("epsilon", epsilon, 0, float("inf"))
     _checks.check_in_range("momentum", momentum, 0, 1)
     if dtype is not None:
-        _checks.check_dtype(dtype, or_complex=True)
+        _checks.check_dtype(dtype, or_complex=or_complex)
     _checks.check_complex(x, params, batch_stats, dtype)
     groups = _checks.check_axis_name(axis_name, axis_index_groups) if training else None
     return Call(

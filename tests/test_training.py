@@ -11,6 +11,7 @@ from flax import linen as nn
 from bnjax import training
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
+from bnjax.training import loop
 
 KEY = jax.random.key(0)
 
@@ -120,10 +121,10 @@ def test_an_epoch_visits_every_example_once(count):
 
 def test_the_order_is_that_of_a_stable_sort():
     bits = jnp.array([[3, 0, 2**32 - 1, 3, 2**31, 0, 3]] * 2, jnp.uint32)
-    order = jax.vmap(training._order)(bits)
+    order = jax.vmap(loop._order)(bits)
     assert order.dtype == jnp.int32
     chex.assert_trees_all_equal(order, jnp.argsort(bits, stable=True))
-    jax.block_until_ready(jax.jit(training._order)(bits[0]) + 1)  # nothing of 64 bits is left behind
+    jax.block_until_ready(jax.jit(loop._order)(bits[0]) + 1)  # nothing of 64 bits is left behind
     assert (jnp.ones(1) / 3).dtype == jnp.float32
 
 

@@ -2,8 +2,7 @@
 
 import numpy as np
 import tensorflow_datasets as tfds
-
-from bnjax.studies import data
+from PIL import Image
 
 _SETS = {"mnist": ((28, 28, 1), "3.0.1"), "cifar10": ((32, 32, 3), "3.0.2")}
 
@@ -31,8 +30,7 @@ def prepare(name, directory, counts=(96, 24)):
 
         def _generate_examples(self, count):
             for i in range(count):
-                yield i, {"image": np.full(shape, 25 * (i % 10), np.uint8), "label": i % 10}
+                yield i, {"image": Image.fromarray(np.full(shape, 25 * (i % 10), np.uint8).squeeze()), "label": i % 10}
 
     Tiny.name = name
-    with data._encoding_without_tensorflow():
-        Tiny(data_dir=directory).download_and_prepare(file_format="array_record")
+    Tiny(data_dir=directory).download_and_prepare(file_format="array_record")

@@ -65,7 +65,7 @@ def ghost_batch_norm(
     return normalized_by_ghosts(call, ghost_size)[:2]
 
 
-def normalized_by_ghosts(call: Call, ghost_size: int) -> Normalized:
+def normalized_by_ghosts(call: Call, ghost_size: Any) -> Normalized:
     """`ghost_batch_norm` of a checked call."""
     if isinstance(ghost_size, bool) or not isinstance(ghost_size, int | np.integer) or ghost_size < 1:
         raise ValueError(

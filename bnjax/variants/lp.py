@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +67,7 @@ def lp_batch_norm(
     return normalized_by_norm(check_call(x, params, batch_stats, training, **options, or_complex=False), p)[:2]
 
 
-def normalized_by_norm(call: Call, p: float) -> Normalized:
+def normalized_by_norm(call: Call, p: Any) -> Normalized:
     """`lp_batch_norm` of a checked call; its moments have the squared norm as `var`."""
     if not isinstance(p, int | float | np.number) or p not in (1, 2, math.inf):
         raise ValueError(
