@@ -13,7 +13,7 @@ import bnjax
 PACKAGE = Path(bnjax.__file__).parent
 # The floors of the house, from the ground up. Each module may import those before it, and no others.
 FLOORS = """
-    _compat _extras _checks _dtypes _remat
+    _compat _extras _objective _checks _dtypes _remat
     _sync
     _moments
     norm

@@ -2,9 +2,11 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -487,3 +489,21 @@ def test_every_nnx_layer_in_every_mode(kind):
     check_modes(kind, params, shift(params), loss_of, shown, own)
     np.testing.assert_array_equal(np.ravel(model.norm_0.mean[...])[-4:], START["mean"])
     assert not model.norm_0.takes_batch_statistics
+
+
+def test_objectives_with_and_without_correctness():
+    model, variables = make(bnjax.linen.BatchNorm)
+    only_losses = lambda outputs, labels: training.cross_entropy(outputs, labels)[0]
+    values = [
+        losses.linen_loss(model, variables, objective)(variables["params"], X, Y)
+        for objective in (training.cross_entropy, only_losses)
+    ]
+    assert values[0] == values[1]
+    state = training.create_train_state(model, optax.sgd(0.1), jax.random.key(0), X)
+    for take in (training.train_step, lambda *args, **options: (state, training.evaluate(*args, **options))):
+        (after, metrics), (same, without) = (
+            take(state, X, Y, objective=objective) for objective in (training.cross_entropy, only_losses)
+        )
+        chex.assert_trees_all_equal(after.params, same.params)
+        np.testing.assert_array_equal(metrics.loss, without.loss)
+        assert np.isnan(without.accuracy).all() and np.isfinite(metrics.accuracy).all()

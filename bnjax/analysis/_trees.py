@@ -115,7 +115,7 @@ def path_name(path: Any) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
-def layers_in_order(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
+def ordered_layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
     """The leaves (by their number) of each layer, the layers in the order of the network.
 
     Args:

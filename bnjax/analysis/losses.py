@@ -25,10 +25,9 @@ from jaxtyping import Array
 
 from bnjax import _compat, linen
 from bnjax import nnx as layers_of_nnx
+from bnjax._objective import Objective, losses_and_correctness
 
 MODES = ("batch", "running", "frozen", "reestimated")
-Objective = Callable[[Array, Any], Any]
-"""Maps outputs and labels to each example's loss `[batch]`; of a pair, as in `bnjax.training`, the first counts."""
 _INVERTED = ("use_running_average", "deterministic", "eval", "inference", "test")
 
 
@@ -48,7 +47,8 @@ def linen_loss(
     Args:
       model: linen module, with batch norms of `bnjax.linen` or of Flax.
       variables: its collections; 'params' matters in mode 'frozen' alone, where it is W₀.
-      objective: maps outputs and labels to the loss of each example, such as `bnjax.training.cross_entropy`.
+      objective: maps outputs and labels to the loss of each example, such as `bnjax.training.cross_entropy`; of a pair
+        with whether each is classified correctly, the loss counts.
       mode: how the batch norms normalize: 'batch', 'running', 'frozen' or 'reestimated'; see the module.
       at: inputs of the batch whose statistics are taken, for 'frozen' and 'reestimated'.
       argument: the argument of the model's call that says whether it trains: 'training', 'train', …, or the contrary:
@@ -88,7 +88,7 @@ def linen_loss(
         outputs = model.apply(
             collections, x, **_phase(argument, mode == "batch"), **masked, **options, mutable=list(others)
         )[0]
-        return _mean(objective(outputs, y), weights, axis_name)
+        return _mean(losses_and_correctness(objective, outputs, y)[0], weights, axis_name)
 
     return loss
 
@@ -310,7 +310,7 @@ def nnx_loss(
         else:
             copy.eval()
         outputs: Any = copy(x) if weights is None else copy(x, mask=weights)
-        return _mean(objective(outputs, y), weights, axis_name)
+        return _mean(losses_and_correctness(objective, outputs, y)[0], weights, axis_name)
 
     return loss, params
 
@@ -322,10 +322,8 @@ def _phase(argument: str | None, training: bool) -> dict[str, Any]:
     return {argument: training != (argument in _INVERTED)}
 
 
-def _mean(losses: Any, weights: Any, axis_name: Any) -> Array:
+def _mean(losses: Array, weights: Any, axis_name: Any) -> Array:
     """Weighted mean of the losses of the examples; with `axis_name`, what has that mean as its mean over members."""
-    losses = jnp.asarray(losses[0] if isinstance(losses, tuple) else losses)
-    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
     if weights is None:
         return losses.mean()
     weights = jnp.asarray(weights).astype(losses.dtype)

@@ -73,7 +73,7 @@ def covariate_shift(
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
     following = _trees.free_part("next_params", next_params, free)
-    leaves = _trees.layers_in_order(free, layers)
+    leaves = _trees.ordered_layer_leaves(free, layers)
     number = {leaf: i for i, numbers in enumerate(leaves.values()) for leaf in numbers}
     tree = jax.tree.structure(free, is_leaf=lambda leaf: leaf is None)
     # The layer of each leaf, as a tree; those of no layer come after all.

@@ -3,6 +3,7 @@
 Checkpoints are in `bnjax.training.checkpoint`, and steps compiled ahead of time in `bnjax.training.ahead_of_time`.
 """
 
+from bnjax._objective import Objective
 from bnjax.training.loop import (
     PARALLEL,
     ParallelStep,
@@ -38,7 +39,6 @@ from bnjax.training.state import (
 from bnjax.training.step import (
     Batch,
     Metrics,
-    Objective,
     binary_cross_entropy,
     cross_entropy,
     gradients,

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from bnjax._compat import check_pmap, enable_x64
+from bnjax._objective import Objective, losses_and_correctness
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import GROUP_AXIS, SYNC_AXIS
 from bnjax.training.state import TrainState, check_groups, check_statistics, check_sync, place_state
-from bnjax.training.step import Batch, Metrics, Objective, check_accumulate_steps, pad_batch, train_step
+from bnjax.training.step import Batch, Metrics, check_accumulate_steps, pad_batch, train_step
 
 PARALLEL = ("jit", "shard_map", "pmap")
 Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
@@ -302,8 +303,7 @@ def evaluate(
     """
     check_groups(state, None, "evaluate")
     outputs = state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
-    losses, correct = objective(outputs, y)
-    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    losses, correct = losses_and_correctness(objective, outputs, y)
     return Metrics(losses, correct.astype(losses.dtype))
 
 

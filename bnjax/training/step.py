@@ -1,6 +1,6 @@
 """The one step body of all training: on one device, on several together, and in micro-batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
+from bnjax._objective import Objective, losses_and_correctness
 from bnjax._sync import AxisName, Moments, merge_moments, vary_like
 from bnjax.linen import statistics_of
 from bnjax.norm import update_batch_stats
 from bnjax.training.state import TrainState
-
-Objective = Callable[[Array, Array], tuple[Array, Array]]
-"""Maps outputs and labels of a batch to the loss of each example and whether each is classified correctly."""
 
 
 class Metrics(NamedTuple):
@@ -104,7 +102,7 @@ def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objectiv
     if rngs is not None:
         options["rngs"] = rngs
     outputs, updates = state.apply_fn(variables, x, training=True, mutable=[mutable], **options)
-    losses, correct = objective(outputs, y)
+    losses, correct = losses_and_correctness(objective, outputs, y)
     losses = losses.astype(_sum_dtype(params, x))
     weights = jnp.ones_like(losses) if weights is None else weights.astype(losses.dtype)
     metrics = Metrics((weights * losses).sum(), (weights * correct).sum())
@@ -137,7 +135,7 @@ def train_step(
       y: labels of the batch.
       weights: of the examples, in the loss and (as `mask`) in the batch norms; zero for padding.
       keys: a random key for each example, for models that take `keys`.
-      objective: loss and correctness of each example; static.
+      objective: loss of each example, and whether it is classified correctly (else the accuracy is NaN); static.
       axis_name: mapped axis or axes whose members train on one batch together; static.
       accumulate_steps: number k of micro-batches, of the examples j, j + k, j + 2k, …, whose gradients are accumulated
         in a scan; the running statistics move once, by the merged moments of all (which needs layers of

@@ -74,7 +74,7 @@ def normalized_by_ghosts(call: Call, ghost_size: Any) -> Normalized:
         )
     if not call.training:
         return call.normalized_by_running()
-    x, weights, axes = call.x, call.weights, call.axes
+    x, weights, axes, ghost_size = call.x, call.weights, call.axes, int(ghost_size)
     if len(axes) == x.ndim:
         raise ValueError(
             f"x must have an axis of examples beside its feature axes {axes}, got shape {x.shape}. Add one: x[None]."
