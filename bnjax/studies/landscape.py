@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import analysis
-from bnjax.studies.engine.experiment import compiler_options
-from bnjax.studies.engine.measured import Measured
+from bnjax.studies.engine.plan import Trained, compiler_options
 from bnjax.studies.evidence.plots import Figure, drawing
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
@@ -66,7 +65,7 @@ class Ends:
 
 def at_the_end(
     network: Any,
-    seen: Measured,
+    seen: Trained,
     keys: Any,
     examples: Any,
     rates: Any,
@@ -78,7 +77,7 @@ def at_the_end(
     All on one batch of the training set, in the mode that training descends, with one draw of the noise.
 
     Args:
-      network: a `bnjax.studies.smoothness.Network`.
+      network: a `bnjax.studies.vgg.Network`.
       seen: its training.
       keys: of the seeds.
       examples: images and labels of the training set.
@@ -89,7 +88,7 @@ def at_the_end(
     progress(0.0)
     batch = tuple(jnp.asarray(v[:EXAMPLES]) for v in examples)
     noise = jax.random.key(0)
-    states = seen.states
+    states = seen.state
 
     kernels = [f"{layer[0]}/kernel" for layer in network.layers if layer[0].startswith("Conv")]
 
@@ -115,7 +114,9 @@ def at_the_end(
     found = [measured(of_seed(i), key, *batch) for i, key in enumerate(keys)]
     progress(0.4)
     metrics = {name: np.array([float(one[name]) for one in found]) for name in found[0]}
-    metrics["test_accuracy"] = np.array([network.test_accuracy(of_seed(i)) for i in range(len(keys))])
+    metrics["test_accuracy"] = np.array(
+        [network.variant.evaluate(of_seed(i), *network.test).accuracy for i in range(len(keys))]
+    )
     if rates is not None:
         metrics["largest_rate"] = np.asarray(rates.largest)
     progress(0.5)
@@ -128,9 +129,9 @@ def at_the_end(
     return Ends(metrics, rates, path, around)
 
 
-def _landscape(network: Any, seen: Measured, state: Any, noise: Any, batch: Any) -> Around:
+def _landscape(network: Any, seen: Trained, state: Any, noise: Any, batch: Any) -> Around:
     key = jax.random.key(1)
-    kept = jax.tree.map(lambda v: jnp.asarray(v[0]), seen.kept)
+    kept = jax.tree.map(lambda v: jnp.asarray(v[0]), seen.looked)
     plane = _jit_once(analysis.trajectory_plane)(kept)
     ends = np.asarray(plane.coordinates)
     margin = 0.2 * (np.ptp(ends, axis=0) + 1e-6)
@@ -171,8 +172,8 @@ def _path(network: Any, state: Any, other: Any, noise: Any, batch: Any) -> analy
 
 
 def figures(
-    vgg: Mapping[str, Measured],
-    linear: Mapping[str, Measured],
+    vgg: Mapping[str, Trained],
+    linear: Mapping[str, Trained],
     ends: Mapping[str, Ends],
     labels: Mapping[str, str],
     title: str,
@@ -218,7 +219,7 @@ def figures(
     return found
 
 
-def _training(seen: Mapping[str, Measured], labels: Mapping[str, str], title: str, *, log: bool = False) -> Figure:
+def _training(seen: Mapping[str, Trained], labels: Mapping[str, str], title: str, *, log: bool = False) -> Figure:
     """Losses over training, as means over a hundred equal parts of it."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     ax = figure.subplots()
@@ -234,7 +235,7 @@ def _training(seen: Mapping[str, Measured], labels: Mapping[str, str], title: st
     return figure
 
 
-def _shift(seen: Mapping[str, Measured], labels: Mapping[str, str], title: str) -> Figure:
+def _shift(seen: Mapping[str, Trained], labels: Mapping[str, str], title: str) -> Figure:
     """Covariate shift of a middle layer and of the last."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     figure.suptitle(title, fontsize=10)

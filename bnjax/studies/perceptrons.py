@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from bnjax.linen import BatchNorm, BatchRenorm
 from bnjax.models import Perceptron, of_example
+from bnjax.studies.engine.plan import step_keys
 
 HIDDEN, DEEP = (64, 64), (64,) * 8
 BATCH_SIZE = 32
@@ -130,12 +131,13 @@ def optimizer(steps: int, learning_rate: Any, l2: Any, decay: Any) -> optax.Grad
     return optax.inject_hyperparams(make)(learning_rate=learning_rate, l2=l2, decay=decay)
 
 
-def fixed_batch(batch_size: int) -> Callable[[Any, Any], tuple]:
-    """Draws one of the batches into which the examples are divided once and for all."""
+def fixed_batch(batch_size: int) -> Callable[[Any, Any, Any], tuple]:
+    """Draws one of the batches into which the examples are divided once and for all, and the step's key."""
 
-    def draw(examples, key):
+    def draw(examples, setting, number):
         x, y = examples
-        index = jax.random.randint(key, (), 0, y.shape[0] // batch_size) * batch_size + jnp.arange(batch_size)
-        return x[index], y[index]
+        of_batch, of_step = step_keys(setting, number)
+        index = jax.random.randint(of_batch, (), 0, y.shape[0] // batch_size) * batch_size + jnp.arange(batch_size)
+        return x[index], y[index], of_step
 
     return draw

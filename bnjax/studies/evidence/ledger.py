@@ -199,5 +199,5 @@ def _is_to_be_replaced(saved: Saved, study: Study, choices: Sequence[Options]) -
     alike = [options for options in wanted if {**options, "seeds": seeds} == {**found, "seeds": seeds}]
     if alike:
         return all(seeds < options["seeds"] for options in alike)
-    fast = Options(**{**(study.fast or {}), "seeds": seeds}).to_json()
+    fast = study.options(**{**(study.fast or {}), "seeds": seeds}).to_json()
     return bool(choices and study.fast) and {**found, "seeds": seeds, "dataset": None} == {**fast, "dataset": None}

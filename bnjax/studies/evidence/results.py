@@ -78,11 +78,18 @@ class Results:
     figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     parameters: dict[str, Mapping[str, Mapping[str, Sequence[int]]]] = dataclasses.field(default_factory=dict)
 
-    def add(self, trained, settings: Mapping[str, Any], metrics: Mapping[str, np.ndarray]) -> None:
-        """Adds a trained variant with its curves, histograms and the metrics computed from them."""
-        name = trained.variant.name
-        self.variants[name] = (trained.variant.label, settings, metrics)
-        self.arrays.update({f"{name}/{curve}": values for curve, values in trained.curves.items()})
+    def add(
+        self,
+        trained: Any,
+        settings: Mapping[str, Any],
+        metrics: Mapping[str, np.ndarray],
+        curves: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Adds a `bnjax.studies.engine.plan.Trained` with its histograms, metrics and curves (its own by default)."""
+        name = trained.plan.name
+        self.variants[name] = (trained.plan.label, settings, metrics)
+        curves = trained.curves if curves is None else curves
+        self.arrays.update({f"{name}/{curve}": values for curve, values in curves.items()})
         self.add_parameters(name, trained.parameters, trained.histograms)
 
     def add_parameters(self, name: str, shapes: Mapping[str, Any], histograms: Mapping[str, Any]) -> None:
@@ -186,10 +193,9 @@ def save(
 def command(study: str, options: Mapping[str, Any]) -> str:
     """The command that runs a study with some options, as `Options.to_json` gives them."""
     words = ["bnjax", "run", study]
-    known = STUDIES.get(study)
-    defaults = {"seeds": known.seeds, "dataset": (*known.datasets, None)[0]} if known else {}
+    fields = STUDIES[study].fields if study in STUDIES else {}
     for key, value in options.items():
-        if value != defaults.get(key):
+        if key not in fields or value != fields[key].default:
             words.append(f"--{key.replace('_', '-')}")
             if value is not True:
                 words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
