@@ -8,7 +8,9 @@ import pytest
 import small_studies
 from scipy import stats
 
-from bnjax.studies import STUDIES, Options, blobs, circles, data, mnist
+from bnjax import training
+from bnjax.studies import COMPILABLE, STUDIES, Options, blobs, circles, data, mnist
+from bnjax.studies.engine import steps
 from bnjax.studies.engine.plan import Examples, Variant, compiler_options, seed_keys
 from bnjax.studies.engine.training import Job, train, train_all
 from bnjax.studies.evidence import results
@@ -18,7 +20,6 @@ from bnjax.studies.evidence.statistics import Interval, interval, prediction_int
 def small_variant(name="after"):
     import optax
 
-    from bnjax import training
     from bnjax.linen import BatchNorm
     from bnjax.models import Perceptron
 
@@ -63,8 +64,6 @@ def test_a_seed_gives_the_same_in_any_company():
 
 
 def test_a_plan_carried_out_again_compiles_nothing():
-    from bnjax import training
-
     traces = []
 
     def objective(logits, labels):
@@ -92,9 +91,9 @@ def test_xla_knows_the_compiler_options_and_its_flags_win(monkeypatch, steps):
 
 def test_seeds_may_have_data_of_their_own():
     sets, plan = [data.blobs(seed) for seed in (0, 1)], small_variant().epochs(4, 750)
-    training = data.Split(*(np.stack(parts) for parts in zip(*(s.train for s in sets), strict=True)))
+    joined = data.Split(*(np.stack(parts) for parts in zip(*(s.train for s in sets), strict=True)))
     test = data.Split(*(np.stack(parts) for parts in zip(*(s.test for s in sets), strict=True)))
-    joint = train(plan, {"key": seed_keys([0, 1]), "examples": Examples.of(training, {"test": test}, axis=1)})
+    joint = train(plan, {"key": seed_keys([0, 1]), "examples": Examples.of(joined, {"test": test}, axis=1)})
     for seed, one in enumerate(sets):
         alone = train(plan, {"key": seed_keys([seed])}, Examples.of(one.train, {"test": one.test}))
         np.testing.assert_allclose(joint.curves["test_loss"][seed], alone.curves["test_loss"][0], rtol=1e-4)
@@ -216,6 +215,27 @@ def test_mnist_sweeps_batch_sizes(monkeypatch):
         mnist.run(mnist.Options(2, epochs=2, batch_sizes=(401,)), small_studies.Silent(by="name"))
 
 
-def test_every_listed_study_can_be_loaded():
-    for study in STUDIES.values():
-        assert callable(study.load().run)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_what_its_declaration_says(name):
+    study, module = STUDIES[name], STUDIES[name].load()
+    assert callable(module.run) and module.CLAIMS
+    assert (module.STUDY.name, module.STUDY.options) == (name, module.Options)
+    ours = {field: (of.type, of.default, of.metadata) for field, of in module.STUDY.fields.items()}
+    assert ours == {field: (of.type, of.default, of.metadata) for field, of in study.fields.items()}
+    assert module.Options(**(study.fast or {})).to_json() == study.options(**(study.fast or {})).to_json()
+    assert study.length and study.fields["seeds"].default >= 3
+
+
+@pytest.mark.parametrize("name", COMPILABLE)
+def test_every_step_is_that_of_a_network_with_synchronized_batch_norms(name):
+    network = steps.network_of(name)
+    assert network.model.norm is not None
+    assert name not in STUDIES or network.name in (STUDIES[name].compiled, f"vgg_{STUDIES[name].compiled}")
+    _, (state, batch, key) = steps.abstract_step(network, training.make_mesh(), parallel_by="jit", batch_size=2)
+    assert jax.tree.leaves(state.batch_stats) and batch.x.shape == (16, *network.input_shape)
+    assert (key is None) == (batch.x.dtype != np.uint8)
+
+
+def test_unknown_steps_are_named():
+    with pytest.raises(ValueError, match=r"the step must be one of circles, .*resnet50, got 'squares'"):
+        steps.network_of("squares")

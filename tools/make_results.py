@@ -1,8 +1,8 @@
 """Publishes what the studies measured: `python tools/make_results.py RUNS`.
 
 Copies `results.json` and the figures of each study's directory in RUNS to `docs/results/` and `docs/figures/`, and
-writes the ledger (`docs/ledger.md`) and the tables of `docs/results.md` from them. Without RUNS it writes the pages
-anew from what is in `docs/results/`; every number on them is in those files.
+writes the ledger (`docs/ledger.md`), the tables of `docs/results.md` and that of `docs/studies.md`. Without RUNS it
+writes the pages anew from what is in `docs/results/`; every number on them is in those files.
 """
 
 import io
@@ -22,6 +22,7 @@ from bnjax.studies.evidence.results import claim_rows, markdown_table, metric_ta
 DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = 6  # of numbers in a table
 JPEG = "The images of CIFAR-10 were those of a copy compressed as JPEG, not the original ones."
+STUDIES_BLOCK = re.compile(r"(<!-- studies -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,6 +35,15 @@ def main(runs: Path | None) -> None:
     (DOCS / "ledger.md").write_text(ledger_page(studies))
     results = DOCS / "results.md"
     results.write_text(results_page(results.read_text(), studies))
+    page = DOCS / "studies.md"
+    page.write_text(studies_page(page.read_text()))
+
+
+def studies_page(text: str) -> str:
+    """The page of the studies with its table made anew, of what each says of itself."""
+    rows = [[f"`bnjax run {study.name}`", study.summary, study.source] for study in STUDIES.values()]
+    table = markdown_table(["command", "what", "source"], rows)
+    return STUDIES_BLOCK.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
 
 
 def publish(run: Path, name: str, document: dict[str, Any]) -> None:

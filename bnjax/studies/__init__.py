@@ -8,10 +8,8 @@ import ast
 import dataclasses
 import importlib
 import os
-import pkgutil
 import sys
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,7 +195,11 @@ def _declared(path: Path) -> Study | None:
     text = path.read_text(encoding="utf-8")
     if "\nSTUDY = " not in text:
         return None
-    declaration = [node for node in ast.parse(text).body if _name(node) in ("Options", "STUDY")]
+    declaration = []
+    for node in ast.parse(text).body:
+        match node:
+            case ast.ClassDef(name="Options") | ast.Assign(targets=[ast.Name(id="STUDY")]):
+                declaration.append(node)
     names = {**globals(), "studies": sys.modules[__name__]}
     try:
         exec(compile(ast.Module(declaration, []), str(path), "exec"), names)
@@ -207,19 +209,11 @@ def _declared(path: Path) -> Study | None:
     return names["STUDY"]
 
 
-def _name(node: ast.stmt) -> str | None:
-    """Of a class or a variable that a statement of a module defines."""
-    if isinstance(node, ast.ClassDef):
-        return node.name
-    is_name = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    return typing.cast(ast.Name, node.targets[0]).id if is_name else None
-
-
 def find_studies() -> dict[str, Study]:
     """All studies by name, in the order of lists."""
-    files = [Path(module.module_finder.path, f"{module.name}.py") for module in pkgutil.iter_modules(__path__)]
-    found = [study for path in files if path.is_file() and (study := _declared(path))]
-    return {study.name: study for study in sorted(found, key=lambda study: (study.order, study.name))}
+    files = (file for directory in __path__ for file in Path(directory).glob("*.py"))
+    found = sorted((study for file in files if (study := _declared(file))), key=lambda study: (study.order, study.name))
+    return {study.name: study for study in found}
 
 
 __path__ += [directory for directory in os.environ.get("BNJAX_STUDIES", "").split(os.pathsep) if directory]

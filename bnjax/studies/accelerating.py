@@ -104,7 +104,7 @@ def run(options: Options, report: Report):
 def _distorted_step(network: Variant):
     """A training step on distorted images."""
     plain = dataclasses.replace(network, preprocess=None)
-    return lambda state, x, y, key: plain.step(state, _distorted(network.preprocess(x, None), key), y, key)
+    return lambda state, x, y, key: plain.step(state, _distorted(network.prepared(x), key), y, key)
 
 
 def _distorted(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -138,8 +138,8 @@ CLAIMS = (
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """The networks without and with batch norm, by name."""
     init, shape = nn.initializers.normal(1.0), (images.train.x[0].size,)  # scaled by the setting's deviation
-    places = {"none": (None, "none"), "bn": (BatchNorm, "before")}
-    models = {name: Perceptron(HIDDEN, 10, *place, nn.sigmoid, init, init) for name, place in places.items()}
+    model = Perceptron(HIDDEN, 10, None, "none", nn.sigmoid, init, init)
+    models = {"none": model, "bn": model.clone(norm=BatchNorm, place="before")}
     optimizer = optax.sgd(LEARNING_RATE)
     return {name: Variant(name, LABELS[name], model, optimizer, shape, BATCH_SIZE) for name, model in models.items()}
 

@@ -220,7 +220,7 @@ def _late_gain(accuracy: np.ndarray) -> np.ndarray:
 def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) -> np.ndarray:
     """The norm of the first kernel's gradient over the last's, at the start, for each seed."""
     x, y = (jnp.asarray(part[: network.batch_size]) for part in train)
-    x = network.preprocess(x, None)
+    x = network.prepared(x)
     norm = None if network.model.norm is None else functools.partial(BatchNorm, epsilon=SETTINGS["epsilon"])
     alone = dataclasses.replace(network, model=network.model.clone(norm=norm))  # without an axis to synchronize over
 

@@ -164,7 +164,7 @@ def _path(network: Any, state: Any, other: Any, noise: Any, batch: Any) -> analy
 
     @_jit_once
     def path(state: Any, other: Any, x: Any, y: Any):
-        at = network.prepare(x)
+        at = network.variant.prepared(x)
         loss = network.loss(state.batch_stats, noise, mode="reestimated", at=at)
         return analysis.linear_path(loss, state.params, other, x, y, coordinates=jnp.linspace(0, 1, PATH_POINTS))
 

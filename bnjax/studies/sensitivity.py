@@ -237,10 +237,11 @@ def run(options: Options, report: Report):
         label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
         named = {"name": case.name, "label": label, "batch_size": case.batch_size}
         steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
-        splits = sets[case.is_small], test
+        seen, held_out = sets[case.is_small], test
         if case.pixel_scale != 1:
-            splits = tuple(data.Split(x * np.float32(case.pixel_scale), y) for x, y in splits)
-        _train(part, case, dataclasses.replace(chosen[case.network], **named), *splits, steps, report, options)
+            seen, held_out = (data.Split(x * np.float32(case.pixel_scale), y) for x, y in (seen, held_out))
+        network = dataclasses.replace(chosen[case.network], **named)
+        _train(part, case, network, seen, held_out, steps, report, options)
         return part
 
     for part in in_threads(work, [case for case in CASES if case.network in chosen], report):

@@ -67,15 +67,11 @@ class Network:
         variables = variant.model.init(jax.random.key(0), example, training=False)
         self.layers = losses.layers_in_order(variant.model, variables, example)
 
-    def prepare(self, x):
-        """Pixels of mean 0 and deviation 1 over the training set."""
-        return self.variant.preprocess(x, None) if self.variant.preprocess else x
-
     def loss(self, batch_stats: Any, key: Any, **options: Any):
         """`loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
         variables = {"batch_stats": batch_stats}
         loss = losses.linen_loss(self.variant.model, variables, training.cross_entropy, rngs={"noise": key}, **options)
-        return lambda params, x, y: loss(params, self.prepare(x), y)
+        return lambda params, x, y: loss(params, self.variant.prepared(x), y)
 
     def plan(self, steps: int, every: int) -> Plan:
         """How to train and measure it: K + 1 gradients for the probe, one for the next step, one for each layer."""

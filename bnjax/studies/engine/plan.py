@@ -70,7 +70,7 @@ class Plan:
     look: Callable[[Any, Any], dict[str, Any]] = lambda state, examples: {}
     watch: Callable[..., tuple[Any, Any]] | None = None
     unit: int = 1
-    compiler_options: Mapping[str, Any] | None = None
+    compiler_options: dict[str, Any] | None = None
     configuration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -157,15 +157,15 @@ class Examples:
       splits: name, first and last index of each split in these.
     """
 
-    train: Split
-    held_out: Split | None
+    train: Any
+    held_out: Any
     splits: tuple[tuple[str, int, int], ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, train: Split, evaluation: Mapping[str, Split], axis: int = 0) -> "Examples":
         """Those of some splits, whose axis of examples is the first, or the second where each seed has its own."""
         ends = np.cumsum([0, *(split.y.shape[-1] for split in evaluation.values())]).tolist()
-        held_out = [jnp.concatenate(parts, axis) for parts in zip(*evaluation.values(), strict=True)]
+        held_out: list[Any] = [jnp.concatenate(parts, axis) for parts in zip(*evaluation.values(), strict=True)]
         splits = tuple(zip(evaluation, ends[:-1], ends[1:], strict=True))
         return cls(train, Split(*held_out) if held_out else None, splits)
 
@@ -202,13 +202,16 @@ class Variant:
         key, example = jax.random.fold_in(setting["key"], 0), jnp.zeros((1, *self.input_shape), self.input_dtype)
         return training.create_train_state(self.model, self.optimizer, key, example)
 
+    def prepared(self, x) -> Any:
+        """Inputs of the model, of examples."""
+        return x if self.preprocess is None else self.preprocess(x, None)
+
     def step(self, state, x, y, key) -> tuple[training.TrainState, training.Metrics]:
         """One training step, whose key is that of dropout and of noise."""
-        x = x if self.preprocess is None else self.preprocess(x, None)
         rngs = {"dropout": key, "noise": key}
-        return training.train_step(state, x, y, objective=self.objective, rngs=rngs)
+        return training.train_step(state, self.prepared(x), y, objective=self.objective, rngs=rngs)
 
-    def evaluate(self, state, x, y) -> training.Metrics:
+    def evaluate(self, state, x: Any, y: Any) -> training.Metrics:
         """Means over some examples, in batches, with running statistics."""
         options: Any = {"objective": self.objective, "batch_size": _EVALUATED, "preprocess": self.preprocess}
         return training.evaluate_in_batches(state, x, y, **options)
@@ -258,7 +261,7 @@ class Variant:
             return _of_permutation(examples[0], self.batch_size, number, int(setting["seed"]))
 
         def look(state, examples):
-            return {name: self.evaluate(state, *split) for name, split in examples[1].items()}
+            return {name: self.evaluate(state, split.x, split.y) for name, split in examples[1].items()}
 
         how = {"part": steps_per_epoch, "unit": steps_per_epoch, "look": look}
         return self.plan(epochs * steps_per_epoch, draw=draw, step=step, **how)

@@ -99,12 +99,13 @@ def train(
         return series, way.kept(state), counted
 
     results = [of_group(number, setting) for number, setting in enumerate(groups)]
+    series, states, counted = results[0]
     if is_split:
         series, states = jax.tree.map(lambda *v: np.stack(v), *(of[:2] for of in results))
     else:
-        (series, states, _), *_ = results
         series = jax.tree.map(lambda v: np.ascontiguousarray(v.swapaxes(0, 1)), series)
-    return Trained(plan, *series, states, way.parameters, results[0][2])
+    metrics, measurements, looked = series
+    return Trained(plan, metrics, measurements, looked, states, way.parameters, counted)
 
 
 class _Compiled:

@@ -88,8 +88,8 @@ class Results:
         """Adds a `bnjax.studies.engine.plan.Trained` with its histograms, metrics and curves (its own by default)."""
         name = trained.plan.name
         self.variants[name] = (trained.plan.label, settings, metrics)
-        curves = trained.curves if curves is None else curves
-        self.arrays.update({f"{name}/{curve}": values for curve, values in curves.items()})
+        shown: Mapping[str, np.ndarray] = trained.curves if curves is None else curves
+        self.arrays.update({f"{name}/{curve}": values for curve, values in shown.items()})
         self.add_parameters(name, trained.parameters, trained.histograms)
 
     def add_parameters(self, name: str, shapes: Mapping[str, Any], histograms: Mapping[str, Any]) -> None:
