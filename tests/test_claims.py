@@ -8,8 +8,8 @@ from bnjax.studies import STUDIES, Options, cifar, mnist, smoothness
 from bnjax.studies.cli import console
 from bnjax.studies.data import DataError
 from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
-from bnjax.studies.evidence.ledger import Saved, claims_of, make_ledger, saved_runs
-from bnjax.studies.evidence.results import command
+from bnjax.studies.evidence.ledger import claims_of, make_ledger, saved_runs
+from bnjax.studies.evidence.results import Results, command
 from bnjax.studies.evidence.statistics import interval, prediction_interval
 
 
@@ -220,8 +220,8 @@ def test_the_command_that_makes_a_run_again():
 
 
 def test_damaged_results_count_as_missing(tmp_path):
-    assert Saved.load(tmp_path) is None
+    assert Results.load(tmp_path) is None
     (tmp_path / "results.json").write_text("{")
-    assert Saved.load(tmp_path) is None
+    assert Results.load(tmp_path) is None
     (tmp_path / "results.json").write_text('{"schema": 1}')
-    assert Saved.load(tmp_path) is None
+    assert Results.load(tmp_path) is None

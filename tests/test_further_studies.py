@@ -14,6 +14,7 @@ import small_studies
 from bnjax import models, training
 from bnjax.linen import BatchNorm
 from bnjax.studies import accelerating, cifar, data, recurrent
+from bnjax.studies.data import augmentation
 
 
 def images(shape, count=40, classes=10):
@@ -82,7 +83,7 @@ def test_accelerating_study(monkeypatch):
 
 def test_distortions_change_contrast_and_brightness_of_each_image():
     x = jax.random.normal(jax.random.key(0), (200, 4, 4, 3))
-    found = np.asarray(accelerating._distorted(x, jax.random.key(1))).reshape((200, -1))
+    found = np.asarray(augmentation.distorted(x, jax.random.key(1), 0.5)).reshape((200, -1))
     flat = np.asarray(x).reshape((200, -1))
     fits = np.array([np.polyfit(a, b, 1, full=False) for a, b in zip(flat, found, strict=True)])
     scale, shift = fits.T

@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 
 from bnjax.studies import STUDIES
-from bnjax.studies.evidence.ledger import Ledger, Saved, claims_of, judge
-from bnjax.studies.evidence.results import claim_rows, markdown_table, metric_tables
+from bnjax.studies.evidence.ledger import Ledger, claims_of, judge
+from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = 6  # of numbers in a table
@@ -29,7 +29,7 @@ BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def main(runs: Path | None) -> None:
     """Copies the results of a directory of runs, if there is one, and writes the pages."""
     for name in STUDIES:
-        if runs and (saved := Saved.load(runs / name)):
+        if runs and (saved := Results.load(runs / name)):
             publish(runs / name, name, dict(saved.document))
     studies = {name: saved for name in STUDIES if (saved := published(name))}
     (DOCS / "ledger.md").write_text(ledger_page(studies))
@@ -59,12 +59,12 @@ def publish(run: Path, name: str, document: dict[str, Any]) -> None:
     (DOCS / "results" / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
-def published(name: str) -> Saved | None:
+def published(name: str) -> Results | None:
     """The published results of a study."""
-    return Saved.read(DOCS / "results" / f"{name}.json")
+    return Results.read(DOCS / "results" / f"{name}.json")
 
 
-def ledger_page(studies: dict[str, Saved]) -> str:
+def ledger_page(studies: dict[str, Results]) -> str:
     """All claims with their verdicts, and the runs that they come from."""
     judgments = [judgment for name, saved in studies.items() for judgment in judge(STUDIES[name], [saved])]
     ledger = Ledger(judgments, {name: len(saved.seeds) for name, saved in studies.items()})
@@ -137,7 +137,7 @@ def text_of(value: Any) -> str:
     return ", ".join(map(text_of, value)) if isinstance(value, list) else f"{value:,}"
 
 
-def results_page(text: str, studies: dict[str, Saved]) -> str:
+def results_page(text: str, studies: dict[str, Results]) -> str:
     """The page with its tables and figures made anew; what is written between them stays."""
 
     def block(match: re.Match[str]) -> str:

@@ -11,7 +11,8 @@ from bnjax import studies
 from bnjax.linen import BatchNorm
 from bnjax.models import VGG
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine.plan import Variant, centered, divisor_from, seed_keys
+from bnjax.studies.data import augmentation
+from bnjax.studies.engine.plan import Variant, divisor_from, seed_keys
 from bnjax.studies.engine.training import ONE_BY_ONE, Report, train
 from bnjax.studies.evidence import plots
 from bnjax.studies.evidence.claims import AtLeast, Condition, Source
@@ -70,7 +71,7 @@ CLAIMS = (
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """The six networks by name."""
-    prepare, shape = centered(images.train.x), images.train.x.shape[1:]
+    prepare, shape = augmentation.centered(images.train.x), images.train.x.shape[1:]
     found = {}
     for name, (label, norm, has_lrn, _) in VARIANTS.items():
         model = VGG(images.num_classes, norm, 11, options.width, local_response_norm=has_lrn)
@@ -104,10 +105,6 @@ def run(options: Options, report: Report):
 def _distorted_step(network: Variant):
     """A training step on distorted images."""
     plain = dataclasses.replace(network, preprocess=None)
-    return lambda state, x, y, key: plain.step(state, _distorted(network.prepared(x), key), y, key)
-
-
-def _distorted(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Each image with a random contrast and brightness."""
-    scale, shift = jax.random.uniform(key, (2, x.shape[0], 1, 1, 1), minval=-STRENGTH, maxval=STRENGTH)
-    return x * (1 + scale) + shift
+    return lambda state, x, y, key: plain.step(
+        state, augmentation.distorted(network.prepared(x), key, STRENGTH), y, key
+    )

@@ -11,6 +11,7 @@ import numpy as np
 
 from bnjax import analysis
 from bnjax.studies.engine.plan import Trained, compiler_options
+from bnjax.studies.evidence import plots
 from bnjax.studies.evidence.plots import Figure, drawing
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
@@ -211,28 +212,20 @@ def figures(
         found["trajectories.png"] = _trajectories(shown, title)
     rates = {labels[name]: end.rates for name, end in ends.items() if end.rates is not None}
     if rates:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        drawing.learning_rate_range(figure.subplots(), rates)
-        figure.suptitle(f"VGG after a short training ({title})", fontsize=10)
-        drawing.legend(figure)
-        found["learning_rates.png"] = figure
+        text = f"VGG after a short training ({title})"
+        found["learning_rates.png"] = plots.panel(text, lambda axis: drawing.learning_rate_range(axis, rates))
     return found
 
 
 def _training(seen: Mapping[str, Trained], labels: Mapping[str, str], title: str, *, log: bool = False) -> Figure:
     """Losses over training, as means over a hundred equal parts of it."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    ax = figure.subplots()
     values, steps = {}, np.zeros(0)
     for name, one in seen.items():
         loss = np.asarray(one.metrics.loss, float)
         size = max(1, loss.shape[1] // 100)
         loss = loss[:, : loss.shape[1] // size * size].reshape((len(loss), -1, size)).mean(2)
         values[labels[name]], steps = loss, size * np.arange(loss.shape[1])
-    drawing.curves(ax, values, steps, ylabel="loss", log=log)
-    ax.set_title(title, fontsize=10)
-    drawing.legend(figure)
-    return figure
+    return plots.curves(values, steps, "loss", title, log=log)
 
 
 def _shift(seen: Mapping[str, Trained], labels: Mapping[str, str], title: str) -> Figure:
@@ -273,29 +266,28 @@ def _curvature(ends: Mapping[str, Ends], labels: Mapping[str, str], title: str) 
 
 def _surfaces(shown: Mapping[str, Around], title: str) -> Figure:
     """Contours and relief along filter-normalized random directions."""
-    figure = Figure(figsize=(max(7.5, 4.8 * len(shown)), 8.4), layout="constrained")
-    figure.suptitle(f"Loss around the trained VGG, filter-normalized random directions ({title})", fontsize=10)
-    for i, (label, around) in enumerate(shown.items()):
-        ax = figure.add_subplot(2, len(shown), i + 1)
-        contours = drawing.loss_surface(ax, around.surface, (GRID, GRID))
-        figure.colorbar(contours, ax=ax, label="loss", shrink=0.8)
-        ax.set_title(label)
-        relief: Any = figure.add_subplot(2, len(shown), len(shown) + i + 1, projection="3d")
-        drawing.loss_surface(relief, around.surface, (GRID, GRID))
-    return figure
+    title = f"Loss around the trained VGG, filter-normalized random directions ({title})"
+    return _reliefs({label: (around.surface, (GRID, GRID)) for label, around in shown.items()}, title)
 
 
 def _trajectories(shown: Mapping[str, Around], title: str) -> Figure:
     """The path of training in the plane of its principal components, as contours and as a relief."""
-    figure = Figure(figsize=(max(7.5, 4.8 * len(shown)), 8.4), layout="constrained")
-    figure.suptitle(f"The path of training in its principal plane, from circle to star ({title})", fontsize=10)
-    for i, (label, around) in enumerate(shown.items()):
-        ax = figure.add_subplot(2, len(shown), i + 1)
-        contours = drawing.loss_surface(ax, around.plane_loss, around.plane_grid)
-        figure.colorbar(contours, ax=ax, label="loss", shrink=0.8)
-        drawing.trajectory(ax, around.plane)
+    title = f"The path of training in its principal plane, from circle to star ({title})"
+    planes = {label: (around.plane_loss, around.plane_grid) for label, around in shown.items()}
+    return _reliefs(planes, title, {label: around.plane for label, around in shown.items()})
+
+
+def _reliefs(surfaces: Mapping[str, tuple[Any, Any]], title: str, paths: Mapping[str, Any] | None = None) -> Figure:
+    """Contours above and reliefs below of losses on grids, beside each other by label, with the paths on them."""
+    figure = Figure(figsize=(max(7.5, 4.8 * len(surfaces)), 8.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for i, (label, surface) in enumerate(surfaces.items()):
+        ax = figure.add_subplot(2, len(surfaces), i + 1)
+        figure.colorbar(drawing.loss_surface(ax, *surface), ax=ax, label="loss", shrink=0.8)
+        relief: Any = figure.add_subplot(2, len(surfaces), len(surfaces) + i + 1, projection="3d")
+        drawing.loss_surface(relief, *surface)
         ax.set_title(label)
-        relief: Any = figure.add_subplot(2, len(shown), len(shown) + i + 1, projection="3d")
-        drawing.loss_surface(relief, around.plane_loss, around.plane_grid)
-        drawing.trajectory(relief, around.plane, heights=(around.plane_loss, around.plane_grid))
+        if paths:
+            drawing.trajectory(ax, paths[label])
+            drawing.trajectory(relief, paths[label], heights=surface)
     return figure

@@ -11,7 +11,7 @@ from bnjax.studies.engine.training import Job, Report, train_all
 from bnjax.studies.evidence import plots
 from bnjax.studies.evidence.claims import Claim, Condition, Source
 from bnjax.studies.evidence.results import Results
-from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS, pixels
+from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +106,10 @@ def run(options: Options, report: Report):
     """Trains with and without batch norm at each batch size, and the other normalizers, and judges S2.1 to S2.4."""
     dataset, epochs, batch_sizes = options.dataset, options.epochs, options.batch_sizes
     images = data.images(dataset, options.data_dir, report.reading)
-    x, y = pixels(images.train.x), images.train.y
+    x, y = data.pixels(images.train.x), images.train.y
     kept = len(x) - len(x) // 5
     train, validation = data.Split(x[:kept], y[:kept]), data.Split(x[kept:], y[kept:])
-    test = data.Split(pixels(images.test.x), images.test.y)
+    test = data.Split(data.pixels(images.test.x), images.test.y)
     too_large = [size for size in batch_sizes if size > kept]
     if too_large:
         raise ValueError(f"--batch-sizes must not exceed the {kept} training examples, got {too_large[0]}.")

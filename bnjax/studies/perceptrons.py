@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 
@@ -114,11 +113,6 @@ CASES = (
     *(Case(name, {}, pixel_scale=255) for name in ("none", "bn")),
     *(Case(name, {}, is_small=True) for name in NETWORKS if "dropout" in name),
 )
-
-
-def pixels(images: np.ndarray) -> np.ndarray:
-    """Pixels in [0, 1], one float32 vector for each image."""
-    return (images.reshape(len(images), -1) / np.float32(255)).astype(np.float32)
 
 
 def optimizer(steps: int, learning_rate: Any, l2: Any, decay: Any) -> optax.GradientTransformation:

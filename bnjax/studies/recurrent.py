@@ -18,7 +18,6 @@ from bnjax.studies.evidence import plots
 from bnjax.studies.evidence.claims import AtLeast, Condition, Source
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
-from bnjax.studies.perceptrons import pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ def run(options: Options, report: Report):
     every = divisor_from(steps // MEASURED, steps)
     images = data.images(dataset, options.data_dir, report.reading)
     train_set, test = (
-        data.Split(pixels(split.x).reshape(split.x.shape[:3]), split.y) for split in (images.train, images.test)
+        data.Split(data.pixels(split.x).reshape(split.x.shape[:3]), split.y) for split in (images.train, images.test)
     )
     held_out = jax.tree.map(jnp.asarray, test)
     settings = {"hidden": HIDDEN, "optimizer": "Adam", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}

@@ -28,7 +28,6 @@ from bnjax.studies.perceptrons import (
     Case,
     fixed_batch,
     optimizer,
-    pixels,
 )
 
 
@@ -227,7 +226,7 @@ def run(options: Options, report: Report):
     dataset, examples = options.dataset, BATCH_SIZE * options.steps
     images = data.images(dataset, options.data_dir, report.reading)
     chosen = networks(options, images)
-    train_set, test = (data.Split(pixels(split.x), split.y) for split in (images.train, images.test))
+    train_set, test = (data.Split(data.pixels(split.x), split.y) for split in (images.train, images.test))
     sets = {False: train_set, True: data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])}
     settings = {"optimizer": "Adam", "dataset": dataset, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
     results = Results(STUDY.name, settings, range(options.seeds))

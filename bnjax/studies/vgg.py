@@ -17,7 +17,7 @@ from bnjax.linen import BatchNorm, BatchRenorm, LpBatchNorm, NoisyBatchNorm
 from bnjax.models import VGG, of_example
 from bnjax.studies import data
 from bnjax.studies.data import augmentation
-from bnjax.studies.engine.plan import Plan, Variant, centered, random_batch, step_keys
+from bnjax.studies.engine.plan import Plan, Variant, random_batch, step_keys
 
 NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
     "none": lambda width: None,
@@ -40,7 +40,7 @@ LEARNT = 0.9  # of the loss of an even guess
 
 def variants(images: data.Dataset, width: int, labels: Mapping[str, str]) -> dict[str, Variant]:
     """VGG of some width with each normalizer, by name."""
-    prepare, shape = centered(images.train.x), images.train.x.shape[1:]
+    prepare, shape = augmentation.centered(images.train.x), images.train.x.shape[1:]
     return {
         name: Variant(
             f"vgg_{name}",

@@ -102,6 +102,11 @@ def blank(name: str) -> Dataset:
     return Dataset(name, split, split, 100 if name == "cifar100" else 10)
 
 
+def pixels(images: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1], one float32 vector for each image."""
+    return (images.reshape(len(images), -1) / np.float32(255)).astype(np.float32)
+
+
 def images(
     name: str,
     data_dir: str | os.PathLike | None = None,

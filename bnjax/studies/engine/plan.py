@@ -267,12 +267,6 @@ class Variant:
         return self.plan(epochs * steps_per_epoch, draw=draw, step=step, **how)
 
 
-def centered(images: np.ndarray) -> training.Preprocess:
-    """Maps images of bytes to pixels of mean 0 and deviation 1 over a training set."""
-    mean, deviation = float(np.mean(images)), float(np.std(images))
-    return lambda x, keys: (x.astype(jnp.float32) - mean) / deviation
-
-
 def random_batch(batch_size: int) -> Callable[[Any, Any, Any], tuple]:
     """Draws as many examples `(x, y)` at random, with replacement, and the step's key."""
 

@@ -48,7 +48,7 @@ _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn",
 
 @dataclasses.dataclass
 class Results:
-    """All that a study measured.
+    """All that a study measured, just now or as its `results.json` says.
 
     Attributes:
       study: its name.
@@ -62,6 +62,7 @@ class Results:
       options: of the run, as chosen.
       figures: file name to what it shows.
       parameters: of each variant, collection ('params', 'batch_stats') to path to shape.
+      document: the content of the file that it was read from.
     """
 
     study: str
@@ -77,6 +78,33 @@ class Results:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     parameters: dict[str, Mapping[str, Mapping[str, Sequence[int]]]] = dataclasses.field(default_factory=dict)
+    document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Results | None":
+        """What a study left in a directory; None where there is nothing, or something else."""
+        return cls.read(directory / "results.json")
+
+    @classmethod
+    def read(cls, file: Path) -> "Results | None":
+        """What a file holds, alike."""
+        try:
+            document = json.loads(file.read_text())
+            if document["schema"] != 2 or document["study"] not in STUDIES:
+                return None
+            variants = {
+                name: (of["label"], of["settings"], {metric: _values(entry) for metric, entry in of["metrics"].items()})
+                for name, of in document["variants"].items()
+            }
+            common = document["study"], document["settings"], document["seeds"]
+            return cls(*common, variants, options=document["options"], document=document)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def command(self) -> str:
+        """Makes them again."""
+        return command(self.study, self.options)
 
     def add(
         self,
@@ -124,7 +152,7 @@ class Results:
         return {
             "schema": 2,
             "study": self.study,
-            "command": command(self.study, self.options),
+            "command": self.command,
             "options": dict(self.options),
             "settings": dict(self.settings),
             "seeds": list(self.seeds),
@@ -202,6 +230,11 @@ def command(study: str, options: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def _values(entry: Mapping[str, Any]) -> np.ndarray:
+    """A metric at each seed, as a file has it."""
+    return np.array([np.nan if value is None else value for value in entry["values"]], np.float64)
+
+
 def _installed_versions() -> dict[str, str]:
     """Versions of the packages that results may depend on, of those that are installed."""
     versions = {}
@@ -246,12 +279,8 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def metric_rows(results: Any) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of variants: mean ± 95 % interval (and, where not at all, at how many seeds).
-
-    Args:
-      results: has the `variants` and `seeds` of `Results`.
-    """
+def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of variants: mean ± 95 % interval (and, where not at all, at how many seeds)."""
     names = list(dict.fromkeys(metric for _, _, metrics in results.variants.values() for metric in metrics))
     rows = []
     for label, _, metrics in results.variants.values():
@@ -271,7 +300,7 @@ def metric_rows(results: Any) -> tuple[list[str], list[list[str]]]:
     return ["variant", *header], rows
 
 
-def metric_tables(results: Any, columns: int) -> list[tuple[list[str], list[list[str]]]]:
+def metric_tables(results: Results, columns: int) -> list[tuple[list[str], list[list[str]]]]:
     """`metric_rows` as several tables of so many numbers, rather than one too wide to read; without empty rows."""
     header, rows = metric_rows(results)
     tables = []
