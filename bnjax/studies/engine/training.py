@@ -14,17 +14,16 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 
-from bnjax import analysis, training
+from bnjax import training
 from bnjax.studies import Options
-from bnjax.studies.engine.histograms import count_values, empty_histograms, parameter_shapes, watched
-from bnjax.studies.engine.plan import Plan, Setting, Trained, compiler_options
+from bnjax.studies.engine.histograms import count_values
+from bnjax.studies.engine.mappings import Compiled, OnMesh, steps_of
+from bnjax.studies.engine.plan import Plan, Setting, Trained
 from bnjax.studies.engine.saving import Saved
 
 TOGETHER, ONE_BY_ONE = "together", "one by one"
-_SHOWN = 20  # steps on a mesh between two signs of progress; the host runs ahead of the devices by no more
 
 Update = Callable[[float, dict[str, float]], Any]
 """Is told the steps or epochs done, and the latest means over seeds."""
@@ -65,13 +64,17 @@ def train(
       mapped: 'together' for all settings at once by vmap; 'one by one'; or the mesh over whose devices the plan's step,
         a `bnjax.training.ParallelStep`, splits each batch, one setting after the other.
       report: is told the progress.
-      options: of the study: where checkpoints are, and whether to count histograms.
-      histograms: whether to count weights and gradients of the first setting after each part, whatever the options say.
+      options: of the study: where checkpoints are, and whether to count weights and gradients of the first setting
+        after each part, beside the training, whose numbers that leaves as they are.
+      histograms: whether to count them in any case, within the compiled program.
     """
     update = report.task(plan) if report else lambda done, means: None
-    is_counted = histograms or bool(options and options.histograms)
     is_split = mapped != TOGETHER
-    way = (_OnMesh if isinstance(mapped, Mesh) else _Compiled)(plan, examples, is_counted, is_split)
+    is_beside = not histograms and bool(options and options.histograms)
+    if isinstance(mapped, Mesh):
+        way = OnMesh(plan, examples, histograms or is_beside)
+    else:
+        way = Compiled(plan, examples, is_split, histograms, is_beside)
     count = len(settings["key"])
     groups = [jax.tree.map(lambda v, i=i: v[i], settings) for i in range(count)] if is_split else [settings]
     configuration = {"settings": _digest(settings), "steps": plan.steps, "every": plan.every, "part": plan.part}
@@ -92,7 +95,7 @@ def train(
                 values = jax.device_get(values)
                 jax.tree.map(functools.partial(_put, first / plan.steps), series, values)
                 if number == 0:
-                    _count(counted, first // plan.part, jax.device_get(leaves))
+                    _count(counted, first // plan.part, jax.device_get(leaves or way.watch(state, setting, end)))
                 so_far = (number * plan.steps + end) / (plan.unit * len(groups))
                 update(int(so_far) if plan.unit == 1 else so_far, _means(plan, series[0], end, values[2]))
                 saved.save(end, lambda state=state: (way.whole(state), series, counted))
@@ -106,159 +109,6 @@ def train(
         series = jax.tree.map(lambda v: np.ascontiguousarray(v.swapaxes(0, 1)), series)
     metrics, measurements, looked = series
     return Trained(plan, metrics, measurements, looked, states, way.parameters, counted)
-
-
-class _Compiled:
-    """The compiled programs of a plan, for all settings at once or for one at a time."""
-
-    configuration: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, plan: Plan, examples: Any, is_counted: bool, is_split: bool):
-        self._examples = jax.tree.map(jnp.asarray, examples)
-        self._create, self._run = _programs(plan, not is_split, is_counted)
-        self._plan, self._leading = plan, int(not is_split)
-        self.parameters = {}
-        self.calls = [(first, first + plan.call) for first in range(0, plan.steps, plan.call)]
-
-    def create(self, setting: Setting) -> Any:
-        """The state at step 0."""
-        state = self._create(setting)
-        self.parameters = parameter_shapes(state, self._leading)
-        return state
-
-    def empty(self, state: Any, setting: Setting) -> tuple[Any, Any]:
-        """Arrays for the metrics, the measurements and the looks of the whole training, and its histograms."""
-        calls = len(self.calls)
-        _, values, leaves = jax.eval_shape(self._run, state, setting, self._examples, 0)
-        series = jax.tree.map(lambda v: np.zeros((calls * v.shape[0], *v.shape[1:]), v.dtype), values)
-        return series, empty_histograms(leaves["weight"], self._plan.parts) if leaves else {}
-
-    def run(self, state: Any, setting: Setting, first: Any, end: int) -> tuple[Any, Any, Any]:
-        """Some steps: the next state, `(metrics, measurements, looks)` in the order of time, and watched leaves."""
-        return self._run(state, setting, self._examples, first)
-
-    def kept(self, state: Any) -> Any:
-        """The final state, on the host."""
-        return jax.device_get(state)
-
-    whole = placed = staticmethod(lambda state: state)  # as it is saved, and as it goes on
-
-
-@functools.lru_cache(maxsize=32)
-def _programs(plan: Plan, is_vmapped: bool, is_counted: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The compiled parts of a plan, kept for its next training: initial states, and some parts of the training."""
-    over = jax.vmap if is_vmapped else lambda function, *_: function
-
-    def leaves_of_first(state, setting, examples, number):
-        if is_vmapped:
-            state, setting = jax.tree.map(lambda v: v[0], (state, setting))
-        inputs = _inputs(plan, setting, examples, number)
-        watch = plan.watch or functools.partial(watched, plan.step)
-        return dict(zip(("weight", "gradient"), watch(state, *inputs), strict=True))
-
-    look = over(lambda state, setting, examples: plan.look(state, setting.get("examples", examples)), (0, 0, None))
-
-    def run(state, setting, examples, first):
-        def part(state, first):
-            numbers = first + jnp.arange(plan.part)
-            state, *measured = _steps(plan, state, setting, examples, numbers, over=over)
-            leaves = leaves_of_first(state, setting, examples, first + plan.part) if is_counted else {}
-            return state, (measured, look(state, setting, examples), leaves)
-
-        parts = plan.call // plan.part
-        state, (measured, looked, leaves) = lax.scan(part, state, first + plan.part * jnp.arange(parts))
-        metrics, measurements = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), measured)
-        return state, (metrics, measurements, looked), leaves
-
-    of_creation = plan.compiler_options and compiler_options()
-    create = jax.jit(over(plan.create), compiler_options=of_creation)
-    return create, jax.jit(run, donate_argnums=0, compiler_options=plan.compiler_options)
-
-
-def _inputs(plan: Plan, setting: Setting, examples: Any, number: Any) -> tuple:
-    """What a step takes besides the state."""
-    return plan.draw(setting.get("examples", examples), setting, number)
-
-
-def _steps(plan: Plan, state, setting: Setting, examples, numbers, *, over=lambda function, *_: function) -> tuple:
-    """Some steps, traced: `(state, metrics, measurements)`, where `over` maps a function over settings."""
-
-    def of(function):
-        mapped = over(lambda s, setting, e, number: function(s, *_inputs(plan, setting, e, number)), (0, 0, None, None))
-        return lambda state, number: mapped(state, setting, examples, number)
-
-    if plan.measure is not None:
-        return analysis.measured_scan(of(plan.step), state, numbers, measure=of(plan.measure), every=plan.every)
-    return (*lax.scan(of(plan.step), state, numbers), ())
-
-
-class _OnMesh:
-    """A plan whose step splits each batch over the devices of all processes."""
-
-    def __init__(self, plan: Plan, examples: Any, is_counted: bool, is_split: bool):
-        self._plan, self._examples, self._is_counted = plan, examples, is_counted
-        self._step: Any = plan.step
-        mesh = self._step.mesh
-        self._groups, self.parameters = training.num_groups(mesh), {}
-        self.configuration = {"groups": self._groups, "accumulate_steps": self._step.multiple // mesh.size}
-        if self._groups > 1:  # else the number of devices changes nothing but rounding
-            self.configuration["devices"] = mesh.size
-        ends = [
-            min(first + _SHOWN, part + plan.part)
-            for part in range(0, plan.steps, plan.part)
-            for first in range(part, part + plan.part, _SHOWN)
-        ]
-        self.calls = list(zip([0, *ends], ends, strict=False))
-
-    def create(self, setting: Setting) -> Any:
-        """The state at step 0, on the mesh."""
-        state = self._plan.create(setting)
-        self.parameters = parameter_shapes(state, 0)
-        return self.placed(training.split_batch_stats(state, self._groups) if self._groups > 1 else state)
-
-    def empty(self, state: Any, setting: Setting) -> tuple[Any, Any]:
-        """Arrays for the metrics and the looks of the whole training, and its histograms."""
-
-        def metrics(times):
-            return training.Metrics(*(np.zeros(times, np.float32) for _ in training.Metrics._fields))
-
-        looked = {name: metrics(self._plan.parts) for name in self._examples[1]}
-        counted = empty_histograms(state.params, self._plan.parts) if self._is_counted else {}
-        return (metrics(self._plan.steps), (), looked), counted
-
-    def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
-        """Some steps: the next state, `(metrics, measurements, looks)` in the order of time, and watched leaves."""
-        pending, inputs = [], ()
-        for number in range(first, end):
-            batch = training.pad_batch(
-                training.Batch(*self._plan.draw(self._examples, setting, number)), self._step.multiple
-            )
-            batch = jax.tree.map(training.local_part, batch)
-            inputs = (batch.x, batch.y, batch.weights, jax.random.fold_in(setting["key"], number + 1))
-            state, metrics = self._step(state, *inputs)
-            pending.append(metrics)
-        leaves, looked = {}, {name: training.Metrics(np.zeros(0), np.zeros(0)) for name in self._examples[1]}
-        if end % self._plan.part == 0:
-            if self._is_counted:
-                pair = watched(self._step, state, *inputs)
-                leaves = jax.tree.map(
-                    lambda v: np.asarray(v)[None], dict(zip(("weight", "gradient"), pair, strict=True))
-                )
-            looked = self._plan.look(training.merge_batch_stats(state), self._examples)
-            looked = jax.tree.map(np.atleast_1d, looked)
-        return state, (jax.tree.map(lambda *v: np.stack(v), *jax.device_get(pending)), (), looked), leaves
-
-    def whole(self, state: Any) -> Any:
-        """The state as it is saved: statistics of the groups of all processes together."""
-        is_apart = self._groups > 1 and jax.process_count() > 1
-        return state.replace(batch_stats=training.to_host(state.batch_stats)) if is_apart else state
-
-    def placed(self, state: Any) -> Any:
-        """The state on the mesh."""
-        return training.place_state(state, self._step.mesh)
-
-    def kept(self, state: Any) -> None:
-        """Nothing: it may be large."""
 
 
 def _put(where: float, buffer: np.ndarray, values: np.ndarray) -> None:
@@ -374,7 +224,9 @@ def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -
     state = jax.jit(plan.create)(setting)
     plans = {True: plan, False: dataclasses.replace(plan, measure=None)}
     run = jax.jit(
-        lambda state, examples, measured: _steps(plans[measured], state, setting, examples, jnp.arange(plan.every))[1:],
+        lambda state, examples, measured: steps_of(plans[measured], state, setting, examples, jnp.arange(plan.every))[
+            1:
+        ],
         static_argnums=2,
     )
     times: dict[bool, list[float]] = {True: [], False: []}

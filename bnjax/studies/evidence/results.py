@@ -92,7 +92,7 @@ class Results:
             document = json.loads(file.read_text())
             if document["schema"] != 2 or document["study"] not in STUDIES:
                 return None
-            variants = {
+            variants: Any = {
                 name: (of["label"], of["settings"], {metric: _values(entry) for metric, entry in of["metrics"].items()})
                 for name, of in document["variants"].items()
             }
