@@ -71,7 +71,7 @@ class Options:
             if field.name in _ALWAYS_RECORDED or value != field.default
         }
 
-    def chosen(self, networks: Mapping[str, Any]) -> dict[str, Any]:
+    def selected(self, networks: Mapping[str, Any]) -> dict[str, Any]:
         """The networks named by the option `variants`; all of them where it names none.
 
         Raises:
@@ -212,8 +212,10 @@ def _declared(path: Path) -> Study | None:
 def find_studies() -> dict[str, Study]:
     """All studies by name, in the order of lists."""
     files = (file for directory in __path__ for file in Path(directory).glob("*.py"))
-    found = sorted((study for file in files if (study := _declared(file))), key=lambda study: (study.order, study.name))
-    return {study.name: study for study in found}
+    declared = sorted(
+        (study for file in files if (study := _declared(file))), key=lambda study: (study.order, study.name)
+    )
+    return {study.name: study for study in declared}
 
 
 __path__ += [directory for directory in os.environ.get("BNJAX_STUDIES", "").split(os.pathsep) if directory]

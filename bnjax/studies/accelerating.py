@@ -72,11 +72,11 @@ CLAIMS = (
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """The six networks by name."""
     prepare, shape = augmentation.centered(images.train.x), images.train.x.shape[1:]
-    found = {}
+    variants = {}
     for name, (label, norm, has_lrn, _) in VARIANTS.items():
         model = VGG(images.num_classes, norm, 11, options.width, local_response_norm=has_lrn)
-        found[name] = Variant(name, label, model, optax.sgd(LEARNING_RATE), shape, BATCH_SIZE, preprocess=prepare)
-    return found
+        variants[name] = Variant(name, label, model, optax.sgd(LEARNING_RATE), shape, BATCH_SIZE, preprocess=prepare)
+    return variants
 
 
 def run(options: Options, report: Report):

@@ -165,16 +165,16 @@ def run(options: Options, report: Report):
     }
     results = Results(STUDY.name, settings, range(options.seeds))
     full = jnp.full((options.seeds,), 1.0)
-    chosen = {"key": seed_keys(results.seeds), "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
+    of_seeds = {"key": seed_keys(results.seeds), "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
     all_trained, ranges = {}, {}
     for name, variant in networks(options, images).items():
         network = _Network(variant, test)
         plan = network.plan(steps, every)
-        all_trained[name] = train(plan, chosen, train_set, report=report, options=options)
+        all_trained[name] = train(plan, of_seeds, train_set, report=report, options=options)
         _add(results, all_trained[name])
-        _add_grid(results, network, train_set, chosen["key"], settings["grid_steps"], report)
+        _add_grid(results, network, train_set, of_seeds["key"], settings["grid_steps"], report)
         rates = RATES if name == "none" else _multiples(ranges["none"])
-        ranges[name] = network.learning_rates(chosen["key"], jnp.asarray(rates), train_set)
+        ranges[name] = network.learning_rates(of_seeds["key"], jnp.asarray(rates), train_set)
     results.notes["learning_rates"] = {
         name: {"rates": np.asarray(of.learning_rates[0]).tolist(), "trains": np.asarray(of.trains).tolist()}
         for name, of in ranges.items()

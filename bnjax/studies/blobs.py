@@ -91,14 +91,14 @@ CLAIMS = (
 
 def networks(options: Options) -> dict[str, Variant]:
     """The networks of parts (a) and (b) by name."""
-    found = {}
+    variants = {}
     for name, (label, layers, place, _, epsilon) in VARIANTS.items():
         norm = None if place == "none" else functools.partial(BatchNorm, epsilon=epsilon)
         model = Perceptron((SETTINGS["width"],) * layers, 1, norm, place, use_hidden_bias=False)
         optimizer = optax.adam(SETTINGS["learning_rate"], eps=1e-7)
         objective = training.binary_cross_entropy
-        found[name] = Variant(name, label, model, optimizer, (2,), SETTINGS["batch_size"], objective)
-    return found
+        variants[name] = Variant(name, label, model, optimizer, (2,), SETTINGS["batch_size"], objective)
+    return variants
 
 
 def run(options: Options, report: Report):

@@ -134,15 +134,15 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     )
     optimizer = optax.rmsprop(SETTINGS["learning_rate"], decay=SETTINGS["decay"], eps=1e-7)
     preprocess = functools.partial(prepare, mean=float(images.train.x.mean()))
-    found = {}
+    variants = {}
     for activation, function in ACTIVATIONS.items():
         for place, label in (("none", "no batch norm"), ("bn", "batch norm")):
             of_place = norm if place == "bn" else None
             model = CifarNetwork(images.num_classes, of_place, function, filters, _last_filters(filters))
             name, shape = f"{activation}_{place}", images.train.x.shape[1:]
             given = (model, optimizer, shape, options.batch_size)
-            found[name] = Variant(name, f"{activation}, {label}", *given, preprocess=preprocess)
-    return options.chosen(found)
+            variants[name] = Variant(name, f"{activation}, {label}", *given, preprocess=preprocess)
+    return options.selected(variants)
 
 
 def run(options: Options, report: Report):

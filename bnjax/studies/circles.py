@@ -122,7 +122,7 @@ CLAIMS = (
 
 def networks(options: Options) -> dict[str, Variant]:
     """The ten networks by name."""
-    found = {}
+    variants = {}
     for name, (label, place, arguments) in VARIANTS.items():
         given: dict[str, Any] = {"epsilon": SETTINGS["epsilon"], **arguments}
         kind = given.pop("norm", "batch norm")
@@ -131,8 +131,8 @@ def networks(options: Options) -> dict[str, Variant]:
         model = Perceptron((50,), 1, norm, place, hidden_init=init, weight_norm=kind == "weight norm")
         optimizer = optax.sgd(SETTINGS["learning_rate"], SETTINGS["momentum"])
         objective = training.binary_cross_entropy
-        found[name] = Variant(name, label, model, optimizer, (2,), SETTINGS["batch_size"], objective)
-    return found
+        variants[name] = Variant(name, label, model, optimizer, (2,), SETTINGS["batch_size"], objective)
+    return variants
 
 
 def run(options: Options, report: Report):

@@ -213,7 +213,7 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """The networks at the default settings, by name."""
     at_default = optimizer(options.steps, *(DEFAULTS[key] for key in ("learning_rate", "l2", "decay")))
     shape = (images.train.x[0].size,)
-    return options.chosen(
+    return options.selected(
         {
             name: Variant(name, label, build(), at_default, shape, BATCH_SIZE)
             for name, (label, build) in NETWORKS.items()
@@ -225,7 +225,7 @@ def run(options: Options, report: Report):
     """Trains `CASES` and judges the claims on what a network depends on."""
     dataset, examples = options.dataset, BATCH_SIZE * options.steps
     images = data.images(dataset, options.data_dir, report.reading)
-    chosen = networks(options, images)
+    variants = networks(options, images)
     train_set, test = (data.Split(data.pixels(split.x), split.y) for split in (images.train, images.test))
     sets = {False: train_set, True: data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])}
     settings = {"optimizer": "Adam", "dataset": dataset, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
@@ -236,14 +236,16 @@ def run(options: Options, report: Report):
         label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
         named = {"name": case.name, "label": label, "batch_size": case.batch_size}
         steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
-        seen, held_out = sets[case.is_small], test
+        train_part, test_part = sets[case.is_small], test
         if case.pixel_scale != 1:
-            seen, held_out = (data.Split(x * np.float32(case.pixel_scale), y) for x, y in (seen, held_out))
-        network = dataclasses.replace(chosen[case.network], **named)
-        _train(part, case, network, seen, held_out, steps, report, options)
+            train_part, test_part = (
+                data.Split(x * np.float32(case.pixel_scale), y) for x, y in (train_part, test_part)
+            )
+        network = dataclasses.replace(variants[case.network], **named)
+        _train(part, case, network, train_part, test_part, steps, report, options)
         return part
 
-    for part in in_threads(work, [case for case in CASES if case.network in chosen], report):
+    for part in in_threads(work, [case for case in CASES if case.network in variants], report):
         results.variants |= part.variants
         results.arrays |= part.arrays
         results.parameters |= part.parameters

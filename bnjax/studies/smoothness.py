@@ -156,7 +156,7 @@ CLAIMS = (
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """VGG with each normalizer, by name."""
-    return vgg.variants(images, options.width or _scale()["width"], options.chosen(LABELS))
+    return vgg.variants(images, options.width or _scale()["width"], options.selected(LABELS))
 
 
 def run(options: Options, report: Report):
@@ -164,7 +164,7 @@ def run(options: Options, report: Report):
 
     By default VGG has its full length and width on an accelerator, else 500 steps of a quarter of the width.
     """
-    dataset, chosen, scale = options.dataset, options.chosen(LABELS), _scale()
+    dataset, chosen, scale = options.dataset, options.selected(LABELS), _scale()
     steps, width = options.steps or scale["steps"], options.width or scale["width"]
     parts = [n for n in range(1, steps // 10 + 1) if steps % n == 0 and steps // n <= 200]
     if not parts:

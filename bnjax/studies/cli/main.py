@@ -240,11 +240,11 @@ def _run(options: argparse.Namespace) -> int:
     saving = {"resume": options.resume, "checkpoint_every": options.checkpoint_every, "log": options.log}
     study = STUDIES[options.study]
     try:
-        chosen = study.load().Options(**{name: getattr(options, name) for name in study.fields})
-        if isinstance(chosen, ParallelOptions):
-            _start_devices(chosen)
+        values = study.load().Options(**{name: getattr(options, name) for name in study.fields})
+        if isinstance(values, ParallelOptions):
+            _start_devices(values)
         out.mkdir(parents=True, exist_ok=True)
-        console.run_study(study, chosen, out, options.quiet, **saving)
+        console.run_study(study, values, out, options.quiet, **saving)
     except (CheckpointError, DataError, RuntimeError, ValueError, OSError) as error:
         if not _several_processes(options) and isinstance(error, RuntimeError):
             raise

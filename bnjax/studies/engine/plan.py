@@ -218,9 +218,9 @@ class Variant:
 
     def plan(self, steps: int, **options: Any) -> Plan:
         """Steps of batches drawn at random, measured as the attributes of `Plan` say that are given."""
-        chosen: dict[str, Any] = {"create": self.create, "draw": random_batch(self.batch_size), "step": self.step}
-        chosen["configuration"] = {"batch_size": self.batch_size}
-        return Plan(self.name, self.label, steps=steps, **(chosen | options))
+        given: dict[str, Any] = {"create": self.create, "draw": random_batch(self.batch_size), "step": self.step}
+        given["configuration"] = {"batch_size": self.batch_size}
+        return Plan(self.name, self.label, steps=steps, **(given | options))
 
     def epochs(self, epochs: int, count: int) -> Plan:
         """Passes over so many examples, in an order drawn anew for each, all splits of `Examples` evaluated after each.
