@@ -94,26 +94,26 @@ print(time.perf_counter() - start, len(models))
 OURS = """
 import importlib, json, sys, time
 from unittest import mock
-from bnjax.studies import Options
-from bnjax.studies.engine import experiment
+from bnjax.studies.engine import training
 
 class Silent:
-    def task(self, variant):
+    def task(self, plan):
         return lambda done, means: None
     def reading(self, text, fraction):
         pass
 
 def twice(jobs, *arguments):
-    of_keras = [job for job in jobs if job.variant.name in sys.argv[3].split(",")]
-    experiment.train_variants(of_keras, *arguments)
+    of_keras = [job for job in jobs if job.plan.name in sys.argv[3].split(",")]
+    training.train_all(of_keras, *arguments)
     start = time.perf_counter()
-    experiment.train_variants(of_keras, *arguments)
-    print(time.perf_counter() - start, len(of_keras) * len(arguments[0]), len(jobs) * len(arguments[0]))
+    training.train_all(of_keras, *arguments)
+    seeds = arguments[-1].seeds
+    print(time.perf_counter() - start, len(of_keras) * seeds, len(jobs) * seeds)
     sys.exit()
 
 study = importlib.import_module("bnjax.studies." + sys.argv[1])
-with mock.patch.object(study, "train_variants", twice):
-    study.run(Options(**json.loads(sys.argv[2])), Silent())
+with mock.patch.object(study, "train_all", twice):
+    study.run(study.Options(**json.loads(sys.argv[2])), Silent())
 """
 
 

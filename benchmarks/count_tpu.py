@@ -10,10 +10,10 @@ the same network with bnjax's batch norm, with Flax's and with none.
 
 import argparse
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 from common import save
 
@@ -88,7 +88,7 @@ def passes(norm: str, dtype: Any, masked: bool, topology: str) -> dict[str, floa
 
 
 def step(name: str, norm: str) -> dict[str, float]:
-    """Of one training step of a network in `bnjax.studies.engine.steps`, on one chip."""
+    """Of one training step of a network of `bnjax.studies.engine.steps.network_of`, on one chip."""
     from flax import linen as nn
 
     import bnjax
@@ -108,9 +108,12 @@ def step(name: str, norm: str) -> dict[str, float]:
         def __call__(self, x, **_):
             return x
 
-    of = steps.STEPS[name]
+    network = steps.network_of(name)
     layer = {"bnjax": linen.BatchNorm, "bnjax, by the policy": linen.BatchNorm, "flax": nn.BatchNorm, "none": Nothing}
+    given = {key: value for key, value in network.model.norm.keywords.items() if key in ("epsilon", "dtype")}
+    model = network.model.clone(norm=functools.partial(layer[norm], **given))
     if norm == "bnjax, by the policy":
+        inner = model
 
         class Checkpointed(nn.Module):
             """The network, of which the backward pass is given the batch norms' inputs only."""
@@ -119,19 +122,15 @@ def step(name: str, norm: str) -> dict[str, float]:
 
             @nn.compact
             def __call__(self, x, *, training: bool, **options):
-                network = of.model(self.norm)
                 run = nn.remat(
                     lambda network, x: network(x, training=training, **options), policy=bnjax.save_batch_norm_inputs
                 )
-                return run(network, x)
+                return run(inner.clone(norm=self.norm, parent=self), x)
 
-        of_step = dataclasses.replace(of, model=Checkpointed)
-    else:
-        of_step = of
+        model = Checkpointed(model.norm)
     mesh = training.make_mesh(devices=topology_devices(TOPOLOGY))
-    with mock.patch.object(steps, "BatchNorm", layer[norm]):
-        compiled, args = steps.abstract_step(of_step, mesh, parallel_by="jit", batch_size=None)
-        report = compile_report(compiled, *args, topology=TOPOLOGY)
+    compiled, args = steps.abstract_step(dataclasses.replace(network, model=model), mesh, parallel_by="jit")
+    report = compile_report(compiled, *args, topology=TOPOLOGY)
     if report.memory is None:
         raise RuntimeError(f"{name} with {norm} does not compile: {report.error}")
     return {"GiB": report.hbm_bytes / 2**30, "memory": report.memory.total / 2**30}

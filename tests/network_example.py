@@ -9,8 +9,8 @@ from flax import linen as nn
 from bnjax import training
 from bnjax.linen import BatchNorm
 from bnjax.studies.data import Split
-from bnjax.studies.engine.experiment import Variant
-from bnjax.studies.engine.network import Data, train_network
+from bnjax.studies.engine import training as engine
+from bnjax.studies.engine.plan import Variant, seed_keys
 
 EPOCHS, STEPS, BATCH = 3, 30, 20
 
@@ -40,10 +40,14 @@ def data():
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (173, 4)).astype(np.uint8)
     y = x[:, :3].argmax(1).astype(np.int32)
-    return Data(Split(x[:130], y[:130]), {"test": Split(x[130:], y[130:])}, prepare)
+    return Split(x[:130], y[:130]), {"test": Split(x[130:], y[130:])}
 
 
 def train(options, report, groups=None):
     """Curves of three epochs of thirty steps, batches of twenty."""
-    variant = Variant("net", "net", Network(groups), optax.adam(0.02), training.cross_entropy, BATCH, EPOCHS)
-    return train_network(variant, data(), options, STEPS, report)
+    variant = Variant("net", "net", Network(groups), optax.adam(0.02), (4,), BATCH, preprocess=prepare)
+    mesh = training.make_mesh(options.group_size)
+    how = {"parallel": options.parallel, "accumulate_steps": options.accumulate_steps, "preprocess": prepare}
+    plan = variant.parallel_epochs(EPOCHS, STEPS, training.make_train_step(variant.objective, mesh, **how))
+    seeds = {"key": seed_keys(range(options.seeds)), "seed": np.arange(options.seeds)}
+    return engine.train(plan, seeds, data(), mapped=mesh, report=report, options=options)

@@ -6,13 +6,13 @@ from bnjax.studies import data
 
 
 class Silent:
-    """A report that remembers what it was told, by the variants' labels or names."""
+    """A report that remembers what it was told, by the plans' labels or names."""
 
     def __init__(self, by="label"):
         self.by, self.told, self.read = by, {}, []
 
-    def task(self, variant):
-        return lambda done, means: self.told.setdefault(getattr(variant, self.by), []).append((done, means))
+    def task(self, plan):
+        return lambda done, means: self.told.setdefault(getattr(plan, self.by), []).append((done, means))
 
     def reading(self, text, fraction):
         self.read.append((text, fraction))

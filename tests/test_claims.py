@@ -4,12 +4,12 @@ import math
 import numpy as np
 import pytest
 
-from bnjax.studies import STUDIES, Options
+from bnjax.studies import STUDIES, Options, cifar, mnist, smoothness
 from bnjax.studies.cli import console
 from bnjax.studies.data import DataError
 from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
-from bnjax.studies.evidence.ledger import Saved, claims_of, make_ledger, saved_runs
-from bnjax.studies.evidence.results import command
+from bnjax.studies.evidence.ledger import claims_of, make_ledger, saved_runs
+from bnjax.studies.evidence.results import Results, command
 from bnjax.studies.evidence.statistics import interval, prediction_interval
 
 
@@ -121,7 +121,7 @@ def test_ledger_runs_what_is_missing_only(tmp_path):
     ran = []
 
     def options_of(study):
-        return [] if study.name == "cifar" else [Options(seeds=2)]
+        return [] if study.name == "cifar" else [study.options(seeds=2)]
 
     def run(study, options, directory):
         if study.name == "mnist":
@@ -163,16 +163,18 @@ def test_ledger_runs_what_is_missing_only(tmp_path):
 def test_only_shorter_runs_are_replaced(tmp_path, found, wanted, is_run):
     name = "mnist" if "batch_sizes" in found else "activations" if "dataset" in wanted else "circles"
     assert STUDIES["activations"].fast["steps"] == 2000
-    save_run(tmp_path / name, name, Options(**found), (0.8, 0.9))
+    save_run(tmp_path / name, name, STUDIES[name].options(**found), (0.8, 0.9))
     ran = []
-    make_ledger([name], lambda study: [Options(**wanted)], tmp_path, lambda *args: ran.append(args), lambda text: None)
+    make_ledger(
+        [name], lambda study: [study.options(**wanted)], tmp_path, lambda *args: ran.append(args), lambda text: None
+    )
     assert bool(ran) == is_run
 
 
 def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path):
     options = Options(seeds=3)
     save_run(tmp_path / "circles", "circles", options, settings={"epochs": 5})
-    save_run(tmp_path / "circles_longer", "circles", Options(3, epochs=100), (0.84, 0.841, 0.839))
+    save_run(tmp_path / "circles_longer", "circles", STUDIES["circles"].options(3, epochs=100), (0.84, 0.841, 0.839))
     save_run(tmp_path / "another", "blobs", options)
     runs = saved_runs(tmp_path)
     assert list(runs) == ["circles", "blobs"] and [path.name for path in runs["circles"]] == [
@@ -208,17 +210,18 @@ def test_checkpoints_of_other_options_do_not_stop_the_ledger(tmp_path, monkeypat
 
 
 def test_the_command_that_makes_a_run_again():
-    assert command("circles", Options(32).to_json()) == "bnjax run circles"
-    options = Options(3, dataset="mnist", batch_sizes=(2, 4), epochs=7).to_json()
+    assert command("circles", STUDIES["circles"].options().to_json()) == "bnjax run circles"
+    options = mnist.Options(3, batch_sizes=(2, 4), epochs=7).to_json()
     assert command("mnist", options) == "bnjax run mnist --seeds 3 --epochs 7 --batch-sizes 2,4"
-    options = Options(3, dataset="cifar10", augment=True, data_dir="somewhere").to_json()
+    options = smoothness.Options(3, augment=True, data_dir="somewhere").to_json()
     assert command("smoothness", options) == "bnjax run smoothness --augment"
-    assert command("cifar", options) == "bnjax run cifar --dataset cifar10 --augment"
+    options = cifar.Options(3, dataset="cifar10", group_size=2, data_dir="somewhere", devices=4).to_json()
+    assert command("cifar", options) == "bnjax run cifar --dataset cifar10 --group-size 2"
 
 
 def test_damaged_results_count_as_missing(tmp_path):
-    assert Saved.load(tmp_path) is None
+    assert Results.load(tmp_path) is None
     (tmp_path / "results.json").write_text("{")
-    assert Saved.load(tmp_path) is None
+    assert Results.load(tmp_path) is None
     (tmp_path / "results.json").write_text('{"schema": 1}')
-    assert Saved.load(tmp_path) is None
+    assert Results.load(tmp_path) is None

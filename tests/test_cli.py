@@ -73,10 +73,12 @@ def test_a_run_prints_its_tables_and_saves_its_files(tmp_path, capsys, monkeypat
 
 def test_quiet_prints_nothing(tmp_path, capsys, monkeypatch):
     class Quick:
+        Options = circles.Options
+
         def run(self, options, report):
             from bnjax.studies.evidence.results import Results
 
-            report.task(type("V", (), {"name": "a", "label": "a", "epochs": 1}))(1, {"test_accuracy": 0.5})
+            report.task(type("P", (), {"name": "a", "label": "a", "length": 1}))(1, {"test_accuracy": 0.5})
             return Results("circles", {}, range(options.seeds)), {}
 
     monkeypatch.setattr(console.Study, "load", lambda self: Quick())

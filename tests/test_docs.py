@@ -99,6 +99,9 @@ def test_published_pages_show_the_published_records():
     assert (ROOT / "docs" / "ledger.md").read_text() == pages.ledger_page(studies), again
     text = (ROOT / "docs" / "results.md").read_text()
     assert text == pages.results_page(text, studies), again
+    text = (ROOT / "docs" / "studies.md").read_text()
+    assert text == pages.studies_page(text), again
+    assert all(f"bnjax run {name}`" in text for name in pages.STUDIES)
     for name, saved in studies.items():
         assert "/" not in saved.document["command"]  # no machine's paths
         assert all((ROOT / "docs" / "figures" / f"{name}_{file}").exists() for file in saved.document["figures"])

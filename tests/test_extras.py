@@ -29,7 +29,6 @@ NEEDS_EXTRAS = {  # modules that can't be imported without, and the extra that t
     "bnjax.studies.cli.report": "studies",
     "bnjax.studies.sensitivity": "studies",
     "bnjax.studies.smoothness": "studies",
-    "bnjax.studies.engine.steps": "studies",
 }
 BLOCK = f"""
 import sys

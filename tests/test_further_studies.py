@@ -1,5 +1,6 @@
 """The recurrent and the accelerating study at a small size, and what the CIFAR study measures beside its curves."""
 
+import dataclasses
 import functools
 
 import chex
@@ -12,7 +13,8 @@ import small_studies
 
 from bnjax import models, training
 from bnjax.linen import BatchNorm
-from bnjax.studies import Options, accelerating, cifar, data, recurrent
+from bnjax.studies import accelerating, cifar, data, recurrent
+from bnjax.studies.data import augmentation
 
 
 def images(shape, count=40, classes=10):
@@ -27,7 +29,7 @@ def test_recurrent_study(monkeypatch):
     monkeypatch.setattr(data, "images", lambda *arguments: images((4, 3, 1)))
     kept = {name: one for name, one in recurrent.VARIANTS.items() if "epsilon" not in name}
     monkeypatch.setattr(recurrent, "VARIANTS", kept)
-    results, figures = recurrent.run(Options(2, steps=20, histograms=True), small_studies.Silent())
+    results, figures = recurrent.run(recurrent.Options(2, steps=20, histograms=True), small_studies.Silent())
     assert list(results.variants) == ["none", "per_step", "shared"]
     for name in results.variants:
         assert results.metric(name, "test_accuracy").shape == (2,)
@@ -70,7 +72,7 @@ def test_accelerating_study(monkeypatch):
     monkeypatch.setattr(accelerating, "BATCH_SIZE", 8)
     chosen = {"both": (*accelerating.VARIANTS["bn_lrn"][:3], True)}
     monkeypatch.setattr(accelerating, "VARIANTS", chosen)
-    results, figures = accelerating.run(Options(2, steps=10, width=2), small_studies.Silent())
+    results, figures = accelerating.run(accelerating.Options(2, steps=10, width=2), small_studies.Silent())
     assert list(results.variants) == list(chosen)
     for name in chosen:
         assert results.metric(name, "test_accuracy").shape == (2,)
@@ -81,7 +83,7 @@ def test_accelerating_study(monkeypatch):
 
 def test_distortions_change_contrast_and_brightness_of_each_image():
     x = jax.random.normal(jax.random.key(0), (200, 4, 4, 3))
-    found = np.asarray(accelerating._distorted(x, jax.random.key(1))).reshape((200, -1))
+    found = np.asarray(augmentation.distorted(x, jax.random.key(1), 0.5)).reshape((200, -1))
     flat = np.asarray(x).reshape((200, -1))
     fits = np.array([np.polyfit(a, b, 1, full=False) for a, b in zip(flat, found, strict=True)])
     scale, shift = fits.T
@@ -95,7 +97,8 @@ def test_distortions_change_contrast_and_brightness_of_each_image():
 def cifar_run():
     patch = pytest.MonkeyPatch()
     patch.setattr(data, "images", lambda *arguments: images((16, 16, 3), classes=2))
-    options = Options(2, epochs=4, steps_per_epoch=2, width=3, batch_size=8, variants=("sigmoid_none", "sigmoid_bn"))
+    chosen = {"epochs": 4, "steps_per_epoch": 2, "width": 3, "batch_size": 8}
+    options = cifar.Options(2, variants=("sigmoid_none", "sigmoid_bn"), **chosen)
     yield cifar.run(options, small_studies.Silent())
     patch.undo()
 
@@ -117,10 +120,11 @@ def test_cifar_study(cifar_run):
 
 
 def test_cifar_gradient_ratio_is_that_of_the_training_loss(cifar_run):
-    examples = cifar.Data(images((16, 16, 3), classes=2).train, {}, functools.partial(cifar.prepare, mean=0.0))
-    variant = cifar.variants(2, 4, 8, 3, Options(2))["relu_none"]
-    (ratio,) = cifar._gradient_ratios(variant, examples, 1)
-    x, y = (part[:8] for part in examples.train)
+    small = images((16, 16, 3), classes=2)
+    network = cifar.networks(cifar.Options(2, width=3, batch_size=8), small)["relu_none"]
+    network = dataclasses.replace(network, preprocess=functools.partial(cifar.prepare, mean=0.0))
+    (ratio,) = cifar._gradient_ratios(network, small.train, [0])
+    x, y = (part[:8] for part in small.train)
     x = jnp.asarray(x, jnp.float32)
     model = models.CifarNetwork(2, None, filters=3, last_filters=5)
     params = model.init(jax.random.fold_in(jax.random.key(0), 0), x[:1], training=False)["params"]

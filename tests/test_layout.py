@@ -28,9 +28,9 @@ FLOORS = """
     inference: _calls folding fold_model reestimate description .
     training: _hlo host mesh state step loop . checkpoint ahead_of_time
     studies: . data.sets data data.augmentation evidence.statistics evidence.claims evidence.results evidence
-    studies: engine.saving engine.experiment evidence.plots evidence.ledger engine.network engine.measured engine
-    studies: landscape deep_linear perceptrons vgg
-    studies: circles blobs mnist sensitivity recurrent cifar accelerating activations smoothness engine.steps
+    studies: engine.saving engine.histograms engine.plan engine.mappings engine.training engine.steps engine
+    studies: evidence.plots evidence.ledger landscape deep_linear perceptrons vgg
+    studies: circles blobs mnist sensitivity recurrent cifar accelerating activations smoothness
     studies: cli.logs cli.report cli.notebook cli.console cli.main cli
     __main__
 """

@@ -17,9 +17,10 @@ from bnjax import analysis, models, training
 from bnjax.linen import BatchNorm, NoisyBatchNorm
 from bnjax.models.layers import Conv
 from bnjax.studies import Options, activations, data, deep_linear, landscape, smoothness, vgg
-from bnjax.studies.engine.experiment import count_values, empty_histograms, recording
-from bnjax.studies.engine.measured import Plan, overhead, random_batch, train_measured
+from bnjax.studies.engine.histograms import count_values, empty_histograms, recording
+from bnjax.studies.engine.plan import Plan, random_batch
 from bnjax.studies.engine.saving import Saving
+from bnjax.studies.engine.training import ONE_BY_ONE, TOGETHER, overhead, train
 from bnjax.studies.evidence.results import Results
 from bnjax.training.checkpoint import CheckpointError
 
@@ -28,7 +29,7 @@ EXAMPLES = tuple(data.circles().train)
 SETTINGS = {"key": jax.vmap(jax.random.key)(jnp.arange(2)), "rate": jnp.array([0.1, 0.3])}
 
 
-def plan(together, count=None):
+def plan(count=None):
     def create(setting):
         optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=setting["rate"])
         return training.create_train_state(MODEL, optimizer, setting["key"], jnp.ones((1, 2)))
@@ -41,60 +42,65 @@ def plan(together, count=None):
             jax.debug.callback(count)
         return {"step": state.step, "mean": x.mean()}
 
-    return Plan(create, random_batch(16), step, measure, 12, 3, together, lambda state: state.params)
+    look = lambda state, examples: state.params
+    return Plan("a", "a", create, random_batch(16), step, 12, measure=measure, every=3, look=look)
 
 
 def test_settings_together_and_one_after_the_other():
-    seen = [train_measured(plan(together), SETTINGS, EXAMPLES) for together in (True, False)]
+    seen = [train(plan(), SETTINGS, EXAMPLES, mapped=mapped) for mapped in (TOGETHER, ONE_BY_ONE)]
     for a, b in zip(
-        *(jax.tree.leaves((s.metrics, s.measurements, s.states.params, s.kept)) for s in seen), strict=True
+        *(jax.tree.leaves((s.metrics, s.measurements, s.state.params, s.looked)) for s in seen), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     one = seen[0]
     assert one.metrics.loss.shape == (2, 12)
     assert one.measurements["step"].tolist() == [[0, 3, 6, 9]] * 2
     assert one.measured_at.tolist() == [0, 3, 6, 9]
-    kept = one.kept["Dense_0"]["kernel"]
+    kept = one.looked["Dense_0"]["kernel"]
     assert kept.shape == (2, 4, 2, 4)
-    np.testing.assert_array_equal(kept[:, -1], one.states.params["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(kept[:, -1], one.state.params["Dense_0"]["kernel"])
 
 
 def test_an_interrupted_training_continues(tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(steps, means):
-        if steps >= 6:
-            raise Stop
+    class Stopping(small_studies.Silent):
+        def task(self, plan):
+            def update(steps, means):
+                if steps >= 6:
+                    raise Stop
 
-    def saving(resume):
-        return Saving(tmp_path, {"study": "test"}, 0.0, resume)
+            return update
+
+    def options(resume):
+        return Options(saving=Saving(tmp_path, {"study": "test"}, 0.0, resume))
 
     with pytest.raises(Stop):
-        train_measured(plan(True), SETTINGS, EXAMPLES, name="a", saving=saving(False), progress=stop)
+        train(plan(), SETTINGS, EXAMPLES, report=Stopping(), options=options(False), histograms=True)
     others = {**SETTINGS, "rate": 2 * SETTINGS["rate"]}
     with pytest.raises(CheckpointError, match="settings"):
-        train_measured(plan(True), others, EXAMPLES, name="a", saving=saving(True))
-    told = []
-    options = {"name": "a", "saving": saving(True), "progress": lambda steps, means: told.append(steps)}
-    continued = train_measured(plan(True), SETTINGS, EXAMPLES, **options)
+        train(plan(), others, EXAMPLES, options=options(True), histograms=True)
+    report = small_studies.Silent()
+    continued = train(plan(), SETTINGS, EXAMPLES, report=report, options=options(True), histograms=True)
+    told = [steps for steps, _ in report.told["a"]]
     assert told[0] > 3 and told[-1] == 12
-    whole = train_measured(plan(True), SETTINGS, EXAMPLES)
-    trees = [(s.metrics, s.measurements, s.states.params) for s in (continued, whole)]
+    whole = train(plan(), SETTINGS, EXAMPLES, histograms=True)
+    trees = [(s.metrics, s.measurements, s.state.params, s.histograms) for s in (continued, whole)]
     for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_overhead_runs_with_and_without_measurements():
     calls = []
-    with_, without = overhead(plan(True, lambda: calls.append(1)), jax.tree.map(lambda v: v[0], SETTINGS), EXAMPLES)
+    with_, without = overhead(plan(lambda: calls.append(1)), jax.tree.map(lambda v: v[0], SETTINGS), EXAMPLES)
     jax.effects_barrier()
     assert len(calls) == 4 and with_ > 0 and without > 0
 
 
 def test_measurements_divide_the_steps():
     with pytest.raises(ValueError, match="multiple of those between measurements, 3, got 10"):
-        train_measured(Plan(*[len] * 4, 10, 3), SETTINGS, EXAMPLES)
+        train(Plan("a", "a", *[len] * 3, 10, measure=len, every=3), SETTINGS, EXAMPLES)
 
 
 images = functools.partial(small_studies.images, counts=(256, 1000))
@@ -125,7 +131,7 @@ def test_activations(monkeypatch):
     monkeypatch.setattr(data, "images", lambda *arguments: images((28, 28, 1)))
     monkeypatch.setattr(activations, "RATE_STEPS", 20)
     report = small_studies.Silent()
-    results, figures = activations.run(Options(2, steps=40), report)
+    results, figures = activations.run(activations.Options(2, steps=40), report)
     assert list(results.variants) == ["none", "bn"]
     assert (
         results.metric("bn", "largest_scale_cosine").max() < 0.05 < results.metric("none", "largest_scale_cosine").min()
@@ -134,7 +140,7 @@ def test_activations(monkeypatch):
         *("S3.1", "S3.2", "S3.3", "S3.4", "S3.5", "S3.5 (saturated)", "S3.5 (range)", "S4.4")
     ]
     reasons = {judgment.claim.id: judgment.reason for judgment in results.claims}
-    assert reasons["S3.1"] == "needs dataset mnist, pixels above 127, steps of at least 10,000"
+    assert reasons["S3.1"] == "needs steps of at least 10,000" and not reasons["S3.3"]
     for claim in results.claims:
         found = dataclasses.replace(claim.claim, needs={}).judge(results)
         assert all(outcome.measured.n or "times" in outcome.condition.label for outcome in found.outcomes)
@@ -174,7 +180,7 @@ def smooth():
     for name, value in (("EIGENPAIRS", 1), ("LANCZOS_STEPS", 5), ("GRID", np.linspace(-1, 1, 3)), ("PATH_POINTS", 3)):
         patch.setattr(landscape, name, value)
     report = small_studies.Silent()
-    options = Options(2, steps=10, variants=("none", "bn", "noisy"), histograms=True)
+    options = smoothness.Options(2, steps=10, variants=("none", "bn", "noisy"), histograms=True)
     yield *smoothness.run(options, report), report
     patch.undo()
 
@@ -263,9 +269,9 @@ def test_verdicts_on_made_up_numbers(smooth):
 
 
 def test_what_is_measured_is_the_training_loss_of_the_next_step():
-    network = vgg.Network("noisy", images((32, 32, 3)), 2)
-    network.model = Tiny(10, NoisyBatchNorm)
-    state = network.create({"key": jax.random.key(0)})
+    (variant,) = vgg.variants(images((32, 32, 3)), 2, {"noisy": "noisy"}).values()
+    network = vgg.Network(dataclasses.replace(variant, model=Tiny(10, NoisyBatchNorm)), images((32, 32, 3)))
+    state = network.variant.create({"key": jax.random.key(0)})
     x, y = (jnp.asarray(v[:16]) for v in images((32, 32, 3)).train)
     key = jax.random.key(3)
     _, metrics = network.plan(10, 1).step(state, x, y, key)
@@ -276,13 +282,15 @@ def test_what_is_measured_is_the_training_loss_of_the_next_step():
 @pytest.mark.parametrize("variant", ["weight", "group"])
 def test_every_normalizer_has_its_place_in_vgg(variant, monkeypatch):
     monkeypatch.setattr(vgg, "VGG", models.VGG)
-    network = vgg.Network(variant, images((32, 32, 3)), 4, augmented=True)
-    state = jax.eval_shape(network.create, {"key": jax.random.key(0)})
+    (of_name,) = vgg.variants(images((32, 32, 3)), 4, {variant: variant}).values()
+    network = vgg.Network(of_name, images((32, 32, 3)), augmented=True)
+    state = jax.eval_shape(of_name.create, {"key": jax.random.key(0)})
     of = state.params["WeightNorm_0" if variant == "weight" else "GroupNorm_0"]
     assert {leaf.shape for leaf in jax.tree.leaves(of)} == {(4,)}
     assert not state.batch_stats and len(network.layers) == 11
-    x, y = network.draw(tuple(map(jnp.asarray, images((32, 32, 3)).train)), jax.random.key(1))
-    plain, labels = random_batch(vgg.BATCH_SIZE)(tuple(map(jnp.asarray, images((32, 32, 3)).train)), jax.random.key(1))
+    examples, setting = tuple(map(jnp.asarray, images((32, 32, 3)).train)), {"key": jax.random.key(1)}
+    x, y, _ = network.draw(examples, setting, 0)
+    plain, labels, _ = random_batch(vgg.BATCH_SIZE)(examples, setting, 0)
     assert x.dtype == plain.dtype and (y == labels).all() and 0.005 < (x == plain).mean() < 0.5
 
 
@@ -309,16 +317,16 @@ def test_bad_options():
     with pytest.raises(
         ValueError, match="--variants must be among none, bn, noisy, l1, l2, linf, renorm, layer, group, weight, got bm"
     ):
-        smoothness.run(Options(1, steps=10, variants=("bm",)), small_studies.Silent())
+        smoothness.run(smoothness.Options(1, steps=10, variants=("bm",)), small_studies.Silent())
     with pytest.raises(ValueError, match=r"--steps must be a multiple of a number from 10 to 200, got 5\. Say 10"):
-        smoothness.run(Options(1, steps=5), small_studies.Silent())
+        smoothness.run(smoothness.Options(1, steps=5), small_studies.Silent())
 
 
 def test_deep_linear_network_is_the_product_of_its_matrices(monkeypatch):
     monkeypatch.setattr(deep_linear, "DEPTH", 3)
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    seen = deep_linear.train_network("none", keys, 4, 2, progress=lambda *told: None)
-    layers, (x, target) = seen.states
+    seen = train(deep_linear.plan_of("none", "plain", 4, 2), {"key": keys})
+    layers, (x, target) = seen.state
     product = layers[0]["kernel"] @ layers[1]["kernel"] @ layers[2]["kernel"]
     found = np.square(x @ product - target).sum((1, 2))
     assert (found < seen.metrics.loss[:, -1]).all() and (found > 0.9 * seen.metrics.loss[:, -1]).all()

@@ -18,7 +18,7 @@ import tiny_sets
 from versions import needs_jax_0_8
 
 from bnjax import training
-from bnjax.studies import Options
+from bnjax.studies import ParallelOptions as Options
 from bnjax.studies.engine.saving import Saving
 from bnjax.training.checkpoint import CheckpointError
 
@@ -31,7 +31,7 @@ class Silent:
     def __init__(self, stop_after=None):
         self.stop_after, self.told = stop_after, []
 
-    def task(self, variant):
+    def task(self, plan):
         def update(epoch, means):
             self.told.append((epoch, means))
             if self.stop_after is not None and epoch >= self.stop_after:
@@ -57,7 +57,8 @@ def test_a_network_learns_and_reports(on_eight_devices):
     report = Silent()
     network_example.train(Options(1), report)
     assert [epoch for epoch, _ in report.told] == pytest.approx([2 / 3, 1, 5 / 3, 2, 8 / 3, 3])
-    assert report.told[1][1].keys() == {"test_accuracy"}
+    assert report.told[0][1].keys() == {"train_loss", "train_accuracy"}
+    assert report.told[1][1].keys() == {"train_loss", "train_accuracy", "test_loss", "test_accuracy"}
 
 
 @pytest.mark.parametrize("way", ["shard_map", pytest.param("pmap", marks=needs_jax_0_8)])
@@ -87,12 +88,15 @@ def test_an_interrupted_training_continues_bit_identically(group_size, tmp_path)
 
 
 def test_evaluation_counts_each_example_once():
-    example = network_example.data()
+    _, evaluation = network_example.data()
     network = network_example.Network()
     state = training.create_train_state(network, optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 4)))
-    split = example.evaluation["test"]
+    split = evaluation["test"]
     one = training.evaluate(
-        state, example.preprocess(jnp.asarray(split.x), None), jnp.asarray(split.y), objective=training.cross_entropy
+        state,
+        network_example.prepare(jnp.asarray(split.x), None),
+        jnp.asarray(split.y),
+        objective=training.cross_entropy,
     )
     for devices, batch_size in ((8, 16), (3, 43), (1, 10)):
         mesh = training.make_mesh(devices=jax.devices()[:devices])
@@ -102,7 +106,7 @@ def test_evaluation_counts_each_example_once():
             objective=training.cross_entropy,
             batch_size=batch_size,
             mesh=mesh,
-            preprocess=example.preprocess,
+            preprocess=network_example.prepare,
         )
         np.testing.assert_allclose(got, [one.loss.mean(), one.accuracy.mean()], rtol=1e-5)
 
@@ -116,7 +120,8 @@ def free_port():
 def start(*arguments):
     command = [sys.executable, str(TESTS / "two_processes.py"), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONPATH": str(TESTS)})
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONPATH": path})
 
 
 @pytest.mark.parametrize("way", ["shard_map", "jit"])

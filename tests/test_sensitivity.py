@@ -5,7 +5,7 @@ import optax
 import pytest
 import small_studies
 
-from bnjax.studies import Options, data, perceptrons, sensitivity
+from bnjax.studies import data, perceptrons, sensitivity
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_optimizer_is_adam_with_decay_and_l2():
 def test_fixed_batches_stay_together():
     x = jnp.arange(10)
     draw = jax.jit(perceptrons.fixed_batch(3))
-    drawn = {tuple(np.asarray(draw((x, x), jax.random.key(i))[0]).tolist()) for i in range(50)}
+    drawn = {tuple(np.asarray(draw((x, x), {"key": jax.random.key(i)}, 0)[0]).tolist()) for i in range(50)}
     assert drawn == {(0, 1, 2), (3, 4, 5), (6, 7, 8)}
 
 
@@ -58,7 +58,7 @@ def test_a_cell_is_trained_at_its_settings(monkeypatch, small_images):
     monkeypatch.setattr(sensitivity, "_figures", lambda results, networks, title: {})
     monkeypatch.setattr(sensitivity, "SMALL_SET", 64)
     report = small_studies.Silent(by="name")
-    results, _ = sensitivity.run(Options(2, steps=12, dataset="mnist"), report)
+    results, _ = sensitivity.run(sensitivity.Options(2, steps=12), report)
     assert set(results.variants) == {name for case in kept for name in case.settings}
     accuracy = {name: results.metric(name, "test_accuracy") for name in results.variants}
     assert all(values.shape == (2,) for values in accuracy.values())

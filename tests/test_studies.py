@@ -8,27 +8,35 @@ import pytest
 import small_studies
 from scipy import stats
 
-from bnjax.studies import STUDIES, Options, blobs, circles, data, mnist
-from bnjax.studies.engine.experiment import Job, Variant, compiler_options, train_variant, train_variants
+from bnjax import training
+from bnjax.studies import COMPILABLE, STUDIES, Options, blobs, circles, data, mnist
+from bnjax.studies.engine import steps
+from bnjax.studies.engine.plan import Examples, Variant, compiler_options, seed_keys
+from bnjax.studies.engine.training import Job, train, train_all
 from bnjax.studies.evidence import results
 from bnjax.studies.evidence.statistics import Interval, interval, prediction_interval, within
 
 
-def small_variant(name="after", epochs=4):
+def small_variant(name="after"):
     import optax
 
-    from bnjax import training
     from bnjax.linen import BatchNorm
     from bnjax.models import Perceptron
 
     model = Perceptron((8,), 1, BatchNorm, "after")
-    return Variant(name, name, model, optax.sgd(0.1), training.binary_cross_entropy, 32, epochs)
+    return Variant(name, name, model, optax.sgd(0.1), (2,), 32, training.binary_cross_entropy)
+
+
+def train_circles(seeds, plan=None):
+    d = data.circles()
+    plan = plan or small_variant().epochs(4, len(d.train.y))
+    return train(plan, {"key": seed_keys(seeds)}, Examples.of(d.train, {"test": d.test}))
 
 
 @pytest.fixture(scope="module")
 def circles_run():
     report = small_studies.Silent(by="name")
-    return *circles.run(Options(seeds=2, epochs=6), report), report
+    return *circles.run(circles.Options(seeds=2, epochs=6), report), report
 
 
 def test_intervals_are_students():
@@ -49,28 +57,23 @@ def test_an_interval_lies_in_a_range_or_not_or_that_is_undecided():
 
 
 def test_a_seed_gives_the_same_in_any_company():
-    d = data.circles()
-    both = train_variant(small_variant(), d.train, {"test": d.test}, [3, 8])
-    alone = train_variant(small_variant(), d.train, {"test": d.test}, [8])
+    both, alone = train_circles([3, 8]), train_circles([8])
     for name, curve in both.curves.items():
         assert curve.shape == (2, 4)
         np.testing.assert_allclose(curve[1], alone.curves[name][0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_variant_trained_again_compiles_nothing():
-    from bnjax import training
-
+def test_a_plan_carried_out_again_compiles_nothing():
     traces = []
 
     def objective(logits, labels):
         traces.append(None)
         return training.binary_cross_entropy(logits, labels)
 
-    d = data.circles()
-    variant = dataclasses.replace(small_variant(epochs=2), objective=objective)
-    first = train_variant(variant, d.train, {"test": d.test}, [3, 8])
+    plan = dataclasses.replace(small_variant(), objective=objective).epochs(2, 500)
+    first = train_circles([3, 8], plan)
     count = len(traces)
-    again = train_variant(variant, d.train, {"test": d.test}, [8, 3])
+    again = train_circles([8, 3], plan)
     assert len(traces) == count > 0
     for name, curve in first.curves.items():
         np.testing.assert_allclose(again.curves[name][::-1], curve, rtol=1e-4, atol=1e-5)
@@ -87,18 +90,17 @@ def test_xla_knows_the_compiler_options_and_its_flags_win(monkeypatch, steps):
 
 
 def test_seeds_may_have_data_of_their_own():
-    sets = [data.blobs(seed) for seed in (0, 1)]
-    training = data.Split(*(np.stack(parts) for parts in zip(*(s.train for s in sets), strict=True)))
+    sets, plan = [data.blobs(seed) for seed in (0, 1)], small_variant().epochs(4, 750)
+    joined = data.Split(*(np.stack(parts) for parts in zip(*(s.train for s in sets), strict=True)))
     test = data.Split(*(np.stack(parts) for parts in zip(*(s.test for s in sets), strict=True)))
-    joint = train_variant(small_variant(), training, {"test": test}, [0, 1], per_seed_data=True)
+    joint = train(plan, {"key": seed_keys([0, 1]), "examples": Examples.of(joined, {"test": test}, axis=1)})
     for seed, one in enumerate(sets):
-        alone = train_variant(small_variant(), one.train, {"test": one.test}, [seed])
+        alone = train(plan, {"key": seed_keys([seed])}, Examples.of(one.train, {"test": one.test}))
         np.testing.assert_allclose(joint.curves["test_loss"][seed], alone.curves["test_loss"][0], rtol=1e-4)
 
 
 def test_epochs_to_a_threshold_count_from_one():
-    d = data.circles()
-    trained = train_variant(small_variant(), d.train, {"test": d.test}, [0])
+    trained = train_circles([0])
     trained.curves["test_accuracy"] = np.array([[0.5, 0.8, 0.7, 0.9], [0.5, 0.5, 0.5, 0.5]])
     np.testing.assert_array_equal(trained.epochs_to("test_accuracy", 0.8), [2, 5])
     np.testing.assert_allclose(trained.final("test_accuracy", 2), [0.8, 0.5])
@@ -108,14 +110,15 @@ def test_a_failure_stops_all_trainings():
     d = data.circles()
 
     class Failing(small_studies.Silent):
-        def task(self, variant):
-            if variant.name == "bad":
+        def task(self, plan):
+            if plan.name == "bad":
                 raise RuntimeError("this one fails")
-            return super().task(variant)
+            return super().task(plan)
 
-    jobs = [Job(small_variant(name), d.train, {"test": d.test}) for name in ("good", "bad", "good")]
+    examples, keys = Examples.of(d.train, {"test": d.test}), {"key": seed_keys([0])}
+    jobs = [Job(small_variant(name).epochs(4, 500), keys, examples) for name in ("good", "bad", "good")]
     with pytest.raises(RuntimeError, match="this one fails"):
-        train_variants(jobs, [0], Failing(by="name"))
+        train_all(jobs, Failing(by="name"), Options())
     assert threading.active_count() < 10
 
 
@@ -183,7 +186,7 @@ def test_results_follow_their_schema(circles_run, tmp_path):
 
 
 def test_blobs_prints_the_stored_numbers_beside_the_calculation():
-    measured, _ = blobs.run(Options(seeds=2, epochs=2), small_studies.Silent(by="name"))
+    measured, _ = blobs.run(blobs.Options(seeds=2, epochs=2), small_studies.Silent(by="name"))
     for part in measured.notes["inside"].values():
         h, gamma, beta, mean, var = (np.array(part[key]) for key in ("h", "gamma", "beta", "mean", "var"))
         np.testing.assert_allclose(part["r"], gamma * (h - mean) / np.sqrt(var + 1e-3) + beta, rtol=1e-3, atol=1e-4)
@@ -200,7 +203,7 @@ def test_mnist_sweeps_batch_sizes(monkeypatch):
     found = small_studies.images((28, 28, 1), (500, 100), name="mnist")
     monkeypatch.setattr(data, "images", lambda *arguments: found)
     monkeypatch.setattr(mnist, "NORMALIZERS", mnist.NORMALIZERS[:1])
-    measured, figures = mnist.run(Options(2, 2, "mnist", None, (64, 100)), small_studies.Silent(by="name"))
+    measured, figures = mnist.run(mnist.Options(2, epochs=2, batch_sizes=(64, 100)), small_studies.Silent(by="name"))
     assert list(measured.variants) == [
         *("none_64", "before_64", "none_100", "before_100"),
         *(f"{name}_64" for name in mnist.NORMALIZERS),
@@ -209,9 +212,30 @@ def test_mnist_sweeps_batch_sizes(monkeypatch):
     assert set(figures) == {"learning_curves.png", "normalizers.png", "batch_sizes.png", "histograms.png"}
     assert {judgment.verdict for judgment in measured.claims} == {"undecided"}  # they are about ten epochs
     with pytest.raises(ValueError, match="400 training examples, got 401"):
-        mnist.run(Options(2, 2, "mnist", None, (401,)), small_studies.Silent(by="name"))
+        mnist.run(mnist.Options(2, epochs=2, batch_sizes=(401,)), small_studies.Silent(by="name"))
 
 
-def test_every_listed_study_can_be_loaded():
-    for study in STUDIES.values():
-        assert callable(study.load().run)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_what_its_declaration_says(name):
+    study, module = STUDIES[name], STUDIES[name].load()
+    assert callable(module.run) and module.CLAIMS
+    assert (module.STUDY.name, module.STUDY.options) == (name, module.Options)
+    ours = {field: (of.type, of.default, of.metadata) for field, of in module.STUDY.fields.items()}
+    assert ours == {field: (of.type, of.default, of.metadata) for field, of in study.fields.items()}
+    assert module.Options(**(study.fast or {})).to_json() == study.options(**(study.fast or {})).to_json()
+    assert study.length and study.fields["seeds"].default >= 3
+
+
+@pytest.mark.parametrize("name", COMPILABLE)
+def test_every_step_is_that_of_a_network_with_synchronized_batch_norms(name):
+    network = steps.network_of(name)
+    assert network.model.norm is not None
+    assert name not in STUDIES or network.name in (STUDIES[name].compiled, f"vgg_{STUDIES[name].compiled}")
+    _, (state, batch, key) = steps.abstract_step(network, training.make_mesh(), parallel_by="jit", batch_size=2)
+    assert jax.tree.leaves(state.batch_stats) and batch.x.shape == (16, *network.input_shape)
+    assert (key is None) == (batch.x.dtype != np.uint8)
+
+
+def test_unknown_steps_are_named():
+    with pytest.raises(ValueError, match=r"the step must be one of circles, .*resnet50, got 'squares'"):
+        steps.network_of("squares")

@@ -21,13 +21,13 @@ if processes > 1:
 
 import network_example  # noqa: E402
 
-from bnjax.studies import Options  # noqa: E402
+from bnjax.studies import ParallelOptions  # noqa: E402
 
 
 class Report:
     """Ends process 1 without a word at a step."""
 
-    def task(self, variant):
+    def task(self, plan):
         def update(epoch, means):
             if dies_at is not None and process == 1 and epoch * network_example.STEPS >= dies_at:
                 os._exit(9)
@@ -39,7 +39,7 @@ class Report:
 
 
 try:
-    trained = network_example.train(Options(1, parallel=way), Report())
+    trained = network_example.train(ParallelOptions(1, parallel=way), Report())
 except Exception as error:
     print(f"bnjax: error: {error}", file=sys.stderr, flush=True)
     os._exit(3)

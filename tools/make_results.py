@@ -1,8 +1,8 @@
 """Publishes what the studies measured: `python tools/make_results.py RUNS`.
 
 Copies `results.json` and the figures of each study's directory in RUNS to `docs/results/` and `docs/figures/`, and
-writes the ledger (`docs/ledger.md`) and the tables of `docs/results.md` from them. Without RUNS it writes the pages
-anew from what is in `docs/results/`; every number on them is in those files.
+writes the ledger (`docs/ledger.md`), the tables of `docs/results.md` and that of `docs/studies.md`. Without RUNS it
+writes the pages anew from what is in `docs/results/`; every number on them is in those files.
 """
 
 import io
@@ -16,24 +16,34 @@ from typing import Any
 from PIL import Image
 
 from bnjax.studies import STUDIES
-from bnjax.studies.evidence.ledger import Ledger, Saved, claims_of, judge
-from bnjax.studies.evidence.results import claim_rows, markdown_table, metric_tables
+from bnjax.studies.evidence.ledger import Ledger, claims_of, judge
+from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = 6  # of numbers in a table
 JPEG = "The images of CIFAR-10 were those of a copy compressed as JPEG, not the original ones."
+STUDIES_BLOCK = re.compile(r"(<!-- studies -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(runs: Path | None) -> None:
     """Copies the results of a directory of runs, if there is one, and writes the pages."""
     for name in STUDIES:
-        if runs and (saved := Saved.load(runs / name)):
+        if runs and (saved := Results.load(runs / name)):
             publish(runs / name, name, dict(saved.document))
     studies = {name: saved for name in STUDIES if (saved := published(name))}
     (DOCS / "ledger.md").write_text(ledger_page(studies))
     results = DOCS / "results.md"
     results.write_text(results_page(results.read_text(), studies))
+    page = DOCS / "studies.md"
+    page.write_text(studies_page(page.read_text()))
+
+
+def studies_page(text: str) -> str:
+    """The page of the studies with its table made anew, of what each says of itself."""
+    rows = [[f"`bnjax run {study.name}`", study.summary, study.source] for study in STUDIES.values()]
+    table = markdown_table(["command", "what", "source"], rows)
+    return STUDIES_BLOCK.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
 
 
 def publish(run: Path, name: str, document: dict[str, Any]) -> None:
@@ -49,12 +59,12 @@ def publish(run: Path, name: str, document: dict[str, Any]) -> None:
     (DOCS / "results" / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
-def published(name: str) -> Saved | None:
+def published(name: str) -> Results | None:
     """The published results of a study."""
-    return Saved.read(DOCS / "results" / f"{name}.json")
+    return Results.read(DOCS / "results" / f"{name}.json")
 
 
-def ledger_page(studies: dict[str, Saved]) -> str:
+def ledger_page(studies: dict[str, Results]) -> str:
     """All claims with their verdicts, and the runs that they come from."""
     judgments = [judgment for name, saved in studies.items() for judgment in judge(STUDIES[name], [saved])]
     ledger = Ledger(judgments, {name: len(saved.seeds) for name, saved in studies.items()})
@@ -127,7 +137,7 @@ def text_of(value: Any) -> str:
     return ", ".join(map(text_of, value)) if isinstance(value, list) else f"{value:,}"
 
 
-def results_page(text: str, studies: dict[str, Saved]) -> str:
+def results_page(text: str, studies: dict[str, Results]) -> str:
     """The page with its tables and figures made anew; what is written between them stays."""
 
     def block(match: re.Match[str]) -> str:

@@ -1,191 +1,224 @@
-"""The classic studies of batch norm, each a module with `run(options, report)`; this list imports nothing heavy."""
+"""The classic studies of batch norm, each one module of this package with `STUDY`, `CLAIMS`, `networks` and `run`.
 
+What the list and the command line say of a study is read from its file, without importing what it trains with.
+Directories in the environment variable BNJAX_STUDIES, separated as those of PATH, are searched for studies too.
+"""
+
+import ast
 import dataclasses
 import importlib
-from collections.abc import Mapping
-from types import ModuleType
+import os
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+LOGS = ("tensorboard", "wandb")
+"""Where a run can be logged."""
+
+_ALWAYS_RECORDED = ("seeds", "dataset")
+
+
+def option(
+    default: Any, text: str, *, shown: str = "", choices: Sequence[str] = (), group: str = "", **more: Any
+) -> Any:
+    """A field of `Options` that is an option of the command line too, named as the field.
+
+    Args:
+      default: its value where it is not given.
+      text: what `--help` says of it.
+      shown: the default in words, where it is not that value.
+      choices: the only values that it may have.
+      group: heading under which `--help` shows it.
+      **more: `metavar`, how `--help` shows its value; `read`, which makes it of a text, where its type does not say
+        that; and `is_recorded`, whether it may change what is measured.
+    """
+    about = {"help": text, "default": shown, "choices": choices, "group": group, "metavar": None, "read": None}
+    return dataclasses.field(default=default, metadata={**about, "is_recorded": True, **more})
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """The default of an option in words; empty where there is none worth saying."""
+    return field.metadata["default"] or ("" if field.default in (None, False) else str(field.default))
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a run of a study may choose; None stands for the study's own default.
+    """What a run of any study may choose; a study's own options are a dataclass made of this one.
 
     Attributes:
       seeds: number of seeds, 0 to seeds − 1.
-      epochs: passes over the training examples.
-      dataset: name of an image set.
-      data_dir: where prepared image sets are.
-      batch_sizes: for a sweep.
-      batch_size: examples in a step, over all devices.
-      steps_per_epoch: steps after which a network is evaluated.
-      steps: of training, in studies that count these.
-      width: of the network.
-      variants: names of those to train; all by default.
-      augment: whether training images are varied at random, in studies that leave the choice.
-      parallel: how a step is mapped over devices: 'jit', 'shard_map' or 'pmap'.
-      group_size: devices whose batch norms synchronize; all by default.
-      accumulate_steps: micro-batches in a step.
-      saving: where and how often trainings are saved; not at all by default.
+      saving: where and how often trainings are saved, a `bnjax.studies.engine.saving.Saving`; not at all by default.
       histograms: whether weights and gradients are counted on the way in studies that else don't.
     """
 
-    seeds: int
-    epochs: int | None = None
-    dataset: str | None = None
-    data_dir: str | None = None
-    batch_sizes: tuple[int, ...] | None = None
-    batch_size: int | None = None
-    steps_per_epoch: int | None = None
-    steps: int | None = None
-    width: int | None = None
-    variants: tuple[str, ...] | None = None
-    augment: bool = False
-    parallel: str = "jit"
-    group_size: int | None = None
-    accumulate_steps: int = 1
-    saving: Any = None  # a bnjax.studies.engine.saving.Saving
+    seeds: int = option(8, "number of seeds")
+    saving: Any = None
     histograms: bool = False
+
+    @classmethod
+    def shown(cls) -> list[dataclasses.Field]:
+        """The fields that are options of the command line."""
+        return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
 
     def to_json(self) -> dict[str, Any]:
         """Those that change what is measured, without the defaults."""
+        values = {field: getattr(self, field.name) for field in self.shown() if field.metadata["is_recorded"]}
         return {
             field.name: list(value) if isinstance(value, tuple) else value
-            for field in dataclasses.fields(self)
-            if field.name not in ("data_dir", "saving", "histograms")
-            and (value := getattr(self, field.name)) != field.default
+            for field, value in values.items()
+            if field.name in _ALWAYS_RECORDED or value != field.default
         }
+
+    def selected(self, networks: Mapping[str, Any]) -> dict[str, Any]:
+        """The networks named by the option `variants`; all of them where it names none.
+
+        Raises:
+          ValueError: for a name that is not among them.
+        """
+        names: Sequence[str] = getattr(self, "variants", None) or tuple(networks)
+        if unknown := sorted(set(names) - set(networks)):
+            raise ValueError(f"--variants must be among {', '.join(networks)}, got {', '.join(unknown)}.")
+        return {name: networks[name] for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions(Options):
+    """Options of a study of an image set of TensorFlow Datasets.
+
+    Attributes:
+      dataset: its name; a study that takes others says so in a field of its own.
+      data_dir: where prepared image sets are.
+    """
+
+    dataset: str = option("mnist", "image set", choices=("mnist", "fashion_mnist"))
+    data_dir: str | None = option(
+        None,
+        "where TFDS's prepared sets are",
+        shown="$TFDS_DATA_DIR or TFDS's own",
+        metavar="DIR",
+        is_recorded=False,
+    )
+
+
+_MANY: Mapping[str, Any] = {"group": "many devices"}
+_HERE: Mapping[str, Any] = {**_MANY, "is_recorded": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelOptions(Options):
+    """Options of a study that trains one network on several devices.
+
+    Attributes:
+      devices: of this process.
+      parallel: how a step is mapped over devices: 'jit', 'shard_map' or 'pmap'.
+      group_size: devices whose batch norms synchronize; all by default.
+      accumulate_steps: micro-batches in a step.
+      coordinator: address of process 0.
+      processes: how many there are.
+      process_id: which of them this is.
+      distributed: whether JAX finds the processes in the environment.
+    """
+
+    devices: int | None = option(
+        None, "devices of this process (default all; on CPU, simulated ones)", metavar="N", **_HERE
+    )
+    parallel: str = option("jit", "how a step is mapped", choices=("jit", "shard_map", "pmap"), **_MANY)
+    group_size: int | None = option(
+        None, "devices whose batch norms synchronize (default all; 1 for statistics of each device)", **_MANY
+    )
+    accumulate_steps: int = option(1, "micro-batches in a step", metavar="K", **_MANY)
+    coordinator: str | None = option(
+        None, "address of process 0, the same for all processes", metavar="HOST:PORT", **_HERE
+    )
+    processes: int | None = option(None, "number of processes", **_HERE)
+    process_id: int | None = option(None, "which of them this is, from 0", metavar="I", read=int, **_HERE)
+    distributed: bool = option(
+        False, "several processes, which JAX finds in the environment (TPU pod, Slurm, Open MPI)", **_HERE
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What the command line says of a study before its module is imported.
+    """What a study's module says of itself, as `STUDY`.
+
+    The module also has `CLAIMS`; `networks(options)`, or `networks(options, images)` where it takes image sets, by name
+    what it trains (each a `bnjax.studies.engine.plan.Variant`); and `run(options, report)`, which trains, judges the
+    claims, and returns the results and the figures by file name.
 
     Attributes:
-      name: on the command line.
+      name: on the command line, that of the file.
       summary: one line.
       source: where the study comes from.
-      seeds: default number of seeds.
-      epochs: default numbers of epochs, as text; empty where the study counts steps.
-      datasets: the image sets that it takes, its default first; none for generated data.
-      distributed: whether one network is trained on several devices, so that the options for them apply.
-      steps: default numbers of steps, as text.
+      options: its own options, a dataclass made of `Options`.
+      compiled: the network whose training step `bnjax compile` compiles; empty for none.
+      compiled_options: options with which it has the size that it has on an accelerator.
       fast: the options of `bnjax claims --fast`; None where that leaves the study out.
       source_size: what the source trained, where the study's default on a CPU is smaller.
+      order: place in lists.
     """
 
     name: str
     summary: str
     source: str
-    seeds: int
-    epochs: str
-    datasets: tuple[str, ...] = ()
-    distributed: bool = False
-    steps: str = ""
+    options: type[Options] = Options
+    compiled: str = ""
+    compiled_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fast: Mapping[str, Any] | None = None
     source_size: str = ""
+    order: int = 100
 
-    def load(self) -> ModuleType:
+    @property
+    def fields(self) -> dict[str, dataclasses.Field]:
+        """Its options of the command line, by name."""
+        return {field.name: field for field in self.options.shown()}
+
+    @property
+    def datasets(self) -> Sequence[str]:
+        """The image sets that it takes, its default first; none for generated data."""
+        return self.fields["dataset"].metadata["choices"] if "dataset" in self.fields else ()
+
+    @property
+    def length(self) -> str:
+        """How long its trainings are by default, such as 'epochs: 100'."""
+        lengths = (f"{name}: {default_text(self.fields[name])}" for name in ("steps", "epochs") if name in self.fields)
+        return next(lengths, "")
+
+    def load(self) -> types.ModuleType:
         """Imports the study's module."""
-        return importlib.import_module(f"bnjax.studies.{self.name}")
+        return importlib.import_module(f"{__name__}.{self.name}")
 
 
-STUDIES = {
-    study.name: study
-    for study in (
-        Study(
-            "circles",
-            "two circles, one hidden layer: batch norm after, before the activation, on the input; other normalizers",
-            "S1, circles case study (Keras)",
-            32,
-            "100",
-            fast={"seeds": 16},
-        ),
-        Study(
-            "blobs",
-            "two blobs: a shallow and an eleven-layer network, and a look inside the layer",
-            "S4, training and inference slides (Keras)",
-            32,
-            "50 shallow, 100 deep, 10 inside",
-            fast={"seeds": 4},
-        ),
-        Study(
-            "mnist",
-            "a perceptron on MNIST or Fashion-MNIST with and without batch norm, over batch sizes; other normalizers",
-            "S2, MNIST assignment (Keras)",
-            8,
-            "10",
-            datasets=("mnist", "fashion_mnist"),
-            fast={"seeds": 3, "batch_sizes": (32, 128)},
-        ),
-        Study(
-            "sensitivity",
-            "a perceptron on MNIST over learning rates, initial scales, batch sizes, regularizers and normalizers",
-            "S1 to S3, statements without numbers",
-            8,
-            "",
-            datasets=("mnist", "fashion_mnist"),
-            steps="750 of 32 examples, as many examples at other batch sizes",
-            fast={"seeds": 6, "steps": 90, "variants": ("deep_none", "deep_bn")},
-            source_size="statements only",
-        ),
-        Study(
-            "accelerating",
-            "a narrow VGG on CIFAR-10 with and without local response normalization and photometric distortions",
-            "original paper notes, 'Accelerating BN networks'",
-            3,
-            "",
-            datasets=("cifar10", "cifar100"),
-            steps="500",
-            source_size="a variant of Inception on ImageNet",
-        ),
-        Study(
-            "recurrent",
-            "a recurrent network that reads MNIST row by row: statistics for each time step, shared, and none",
-            "S1, circles case study; Cooijmans et al. 2016",
-            16,
-            "",
-            datasets=("mnist", "fashion_mnist"),
-            steps="1000",
-            fast={"seeds": 3},
-            source_size="statements only",
-        ),
-        Study(
-            "cifar",
-            "a ten-layer convolutional network on CIFAR-100 or CIFAR-10: sigmoid and ReLU, with and without batch norm",
-            "S5, CIFAR-100 article (Keras)",
-            3,
-            "20, of 80 steps with 16 filters on CPU, of 2000 with 60 on GPU and TPU",
-            datasets=("cifar100", "cifar10"),
-            distributed=True,
-            source_size="CIFAR-100, 20 epochs of 2000 steps, 60 filters",
-        ),
-        Study(
-            "activations",
-            "a sigmoid network on binary MNIST, its activations and gradients watched with and without batch norm",
-            "S3, original paper notes; Ioffe & Szegedy 2015, section 4.1",
-            4,
-            "",
-            datasets=("mnist", "fashion_mnist"),
-            steps="10,000 on CPU, 50,000 on GPU and TPU",
-            fast={"seeds": 2, "steps": 2000},
-            source_size="50,000 steps",
-        ),
-        Study(
-            "smoothness",
-            "VGG and a deep linear network, plain, normalized and noisy: smoothness, covariate shift, curvature",
-            "S6, Santurkar et al. 2018",
-            3,
-            "",
-            datasets=("cifar10", "cifar100"),
-            steps="500 of VGG at width 16 on CPU, 15,000 at width 64 on GPU and TPU",
-            source_size="15,000 steps of VGG at width 64",
-        ),
+def _declared(path: Path) -> Study | None:
+    """The `STUDY` of a file, of which only that and the class of its options are run; None for a file without."""
+    text = path.read_text(encoding="utf-8")
+    if "\nSTUDY = " not in text:
+        return None
+    declaration = []
+    for node in ast.parse(text).body:
+        match node:
+            case ast.ClassDef(name="Options") | ast.Assign(targets=[ast.Name(id="STUDY")]):
+                declaration.append(node)
+    names = {**globals(), "studies": sys.modules[__name__]}
+    try:
+        exec(compile(ast.Module(declaration, []), str(path), "exec"), names)
+    except NameError as error:
+        text = "Options and STUDY are read without the rest of the file: use literals, dataclasses and bnjax.studies."
+        raise NameError(f"{path}: {error}. {text}", name=error.name) from None
+    return names["STUDY"]
+
+
+def find_studies() -> dict[str, Study]:
+    """All studies by name, in the order of lists."""
+    files = (file for directory in __path__ for file in Path(directory).glob("*.py"))
+    declared = sorted(
+        (study for file in files if (study := _declared(file))), key=lambda study: (study.order, study.name)
     )
-}
+    return {study.name: study for study in declared}
 
-COMPILABLE = (*STUDIES, "resnet18", "resnet50")
+
+__path__ += [directory for directory in os.environ.get("BNJAX_STUDIES", "").split(os.pathsep) if directory]
+STUDIES = find_studies()
+COMPILABLE = (*(study.name for study in STUDIES.values() if study.compiled), "resnet18", "resnet50")
 """The training steps that can be compiled ahead of time."""
-
-LOGS = ("tensorboard", "wandb")
-"""Where a run can be logged."""

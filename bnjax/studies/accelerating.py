@@ -1,25 +1,46 @@
 """Two more of the changes that batch norm is said to allow: no local response normalization, and fewer distortions."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnjax import training
+from bnjax import studies
 from bnjax.linen import BatchNorm
 from bnjax.models import VGG
-from bnjax.studies import Options, data
-from bnjax.studies.engine.experiment import Report, Variant, divisor_from, seed_keys
-from bnjax.studies.engine.measured import Plan, random_batch, train_measured
-from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
-from bnjax.studies.evidence.plots import Figure, drawing
+from bnjax.studies import Study, data, option
+from bnjax.studies.data import augmentation
+from bnjax.studies.engine.plan import Variant, divisor_from, seed_keys
+from bnjax.studies.engine.training import ONE_BY_ONE, Report, train
+from bnjax.studies.evidence import plots
+from bnjax.studies.evidence.claims import AtLeast, Condition, Source
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
 
-SOURCE = "original paper notes, 'Accelerating BN networks'"
-BATCH_SIZE, LEARNING_RATE, STEPS, WIDTH, PARTS = 128, 0.1, 500, 8, 10
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.ImageOptions):
+    """What a run of the narrow VGGs may choose."""
+
+    seeds: int = option(3, "number of seeds")
+    steps: int = option(500, "steps of training")
+    dataset: str = option("cifar10", "image set", choices=("cifar10", "cifar100"))
+    width: int = option(8, "filters of VGG's first stage")
+
+
+STUDY = Study(
+    "accelerating",
+    "a narrow VGG on CIFAR-10 with and without local response normalization and photometric distortions",
+    "original paper notes, 'Accelerating BN networks'",
+    Options,
+    compiled="bn_lrn",
+    source_size="a variant of Inception on ImageNet",
+    order=5,
+)
+
+BATCH_SIZE, LEARNING_RATE, PARTS = 128, 0.1, 10
 STRENGTH = 0.5  # of the photometric distortions
 # name: (label, norm, local response normalization, distorted)
 VARIANTS = {
@@ -30,89 +51,60 @@ VARIANTS = {
     "none_distorted": ("no batch norm, distorted", None, False, True),
     "bn_distorted": ("batch norm, distorted", BatchNorm, False, True),
 }
-_NEEDS = {"dataset": "cifar10", "steps": AtLeast(STEPS), "width": AtLeast(WIDTH)}
+_NEEDS = {"dataset": "cifar10", "steps": AtLeast(500), "width": AtLeast(8)}
+_SOURCE = Source("original paper notes, 'Accelerating BN networks'", _NEEDS)
 CLAIMS = (
-    Claim(
+    _SOURCE.claim(
         "A.5",
-        SOURCE,
         "with batch norm local response normalization can be removed",
-        "–",
         "without it the test accuracy is at most half a point lower",
-        (Condition("without − with LRN", "test_accuracy", "bn", "bn_lrn", low=-0.005),),
-        _NEEDS,
+        Condition("without − with LRN", "test_accuracy", "bn", "bn_lrn", low=-0.005),
     ),
-    Claim(
+    _SOURCE.claim(
         "A.7",
-        SOURCE,
         "a batch-normalized network, which trains faster, profits from fewer photometric distortions",
-        "–",
         "images as they are give a higher test accuracy than images of random brightness and contrast",
-        (Condition("plain − distorted", "test_accuracy", "bn", "bn_distorted", low=0),),
-        _NEEDS,
+        Condition("plain − distorted", "test_accuracy", "bn", "bn_distorted", low=0),
     ),
 )
 
 
+def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
+    """The six networks by name."""
+    prepare, shape = augmentation.centered(images.train.x), images.train.x.shape[1:]
+    variants = {}
+    for name, (label, norm, has_lrn, _) in VARIANTS.items():
+        model = VGG(images.num_classes, norm, 11, options.width, local_response_norm=has_lrn)
+        variants[name] = Variant(name, label, model, optax.sgd(LEARNING_RATE), shape, BATCH_SIZE, preprocess=prepare)
+    return variants
+
+
 def run(options: Options, report: Report):
-    """Trains six narrow VGGs and judges A.5 and A.7.
-
-    Args:
-      options: seeds, steps (500), width (8), dataset ('cifar10') and data_dir.
-      report: is told the progress.
-
-    Returns:
-      The results, and the figures by file name.
-    """
-    name, steps, width = options.dataset or "cifar10", options.steps or STEPS, options.width or WIDTH
+    """Trains six narrow VGGs and judges A.5 and A.7."""
+    dataset, steps, width = options.dataset, options.steps, options.width
     every = divisor_from(steps // PARTS, steps)
-    images = data.images(name, options.data_dir, report.reading)
-    mean, deviation = (float(f(images.train.x)) for f in (np.mean, np.std))
+    images = data.images(dataset, options.data_dir, report.reading)
     settings = {"network": f"VGG-11 of width {width}", "optimizer": "SGD", "learning_rate": LEARNING_RATE}
-    settings |= {"batch_size": BATCH_SIZE, "distortions": STRENGTH, "dataset": name, "steps": steps, "width": width}
-    results = Results("accelerating", settings, range(options.seeds))
-    keys = seed_keys(results.seeds)
-    example = jnp.zeros((1, *images.train.x.shape[1:]))
-
-    def prepare(x, keys=None):
-        return (x.astype(jnp.float32) - mean) / deviation
-
-    curves = {}
-    for variant, (label, norm, has_lrn, is_distorted) in VARIANTS.items():
-        model = VGG(images.num_classes, norm, 11, width, local_response_norm=has_lrn)
-        optimizer = optax.sgd(LEARNING_RATE)
-
-        def create(setting, model=model, optimizer=optimizer):
-            return training.create_train_state(model, optimizer, jax.random.fold_in(setting["key"], 0), example)
-
-        def step(state, x, y, key, is_distorted=is_distorted):
-            x = _distorted(prepare(x), key) if is_distorted else prepare(x)
-            return training.train_step(state, x, y, objective=training.cross_entropy)
-
-        described = Variant(variant, label, model, optimizer, training.cross_entropy, BATCH_SIZE, steps)
-        draw = random_batch(BATCH_SIZE)
-        plan = Plan(create, draw, step, lambda state, x, y, key: jnp.zeros(()), steps, every, together=False)
-        tell = report.task(described)
-        further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
-        seen = train_measured(plan, {"key": keys}, tuple(images.train), name=variant, **further)
-        evaluate = functools.partial(
-            training.evaluate_in_batches, objective=training.cross_entropy, batch_size=1000, preprocess=prepare
-        )
-        states = [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), seen.states) for i in range(options.seeds)]
-        accuracy = np.array([np.asarray(evaluate(state, *images.test).accuracy) for state in states])
-        loss = np.asarray(seen.metrics.loss)
-        parts = loss.reshape((len(loss), -1, every)).mean(2)
-        curves[label] = parts
-        found = {"test_accuracy": accuracy, "final_loss": parts[:, -1]}
-        results.add(seen.trained(described, {"train_loss": loss}), {"variant": variant}, found)
+    settings |= {"batch_size": BATCH_SIZE, "distortions": STRENGTH, "dataset": dataset, "steps": steps, "width": width}
+    results = Results(STUDY.name, settings, range(options.seeds))
+    keys, curves = {"key": seed_keys(results.seeds)}, {}
+    for name, network in networks(options, images).items():
+        step = _distorted_step(network) if VARIANTS[name][3] else network.step
+        plan = network.plan(steps, step=step, part=every)
+        trained = train(plan, keys, tuple(images.train), mapped=ONE_BY_ONE, report=report, options=options)
+        states = [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), trained.state) for i in results.seeds]
+        accuracy = np.array([np.asarray(network.evaluate(state, *images.test).accuracy) for state in states])
+        curves[network.label] = parts = trained.curves["train_loss"]
+        metrics = {"test_accuracy": accuracy, "final_loss": parts[:, -1]}
+        results.add(trained, {"variant": name}, metrics, {"train_loss": np.asarray(trained.metrics.loss)})
     results.judge(CLAIMS)
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    drawing.curves(figure.subplots(), curves, every * np.arange(steps // every), ylabel="training loss")
-    figure.suptitle(f"{name}, {seeds_in_words(options.seeds)}", fontsize=10)
-    drawing.legend(figure)
-    return results, {"training.png": figure}
+    title = f"{dataset}, {seeds_in_words(options.seeds)}"
+    return results, {"training.png": plots.curves(curves, every * np.arange(steps // every), "training loss", title)}
 
 
-def _distorted(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Each image with a random contrast and brightness."""
-    scale, shift = jax.random.uniform(key, (2, x.shape[0], 1, 1, 1), minval=-STRENGTH, maxval=STRENGTH)
-    return x * (1 + scale) + shift
+def _distorted_step(network: Variant):
+    """A training step on distorted images."""
+    plain = dataclasses.replace(network, preprocess=None)
+    return lambda state, x, y, key: plain.step(
+        state, augmentation.distorted(network.prepared(x), key, STRENGTH), y, key
+    )

@@ -1,5 +1,6 @@
 """S3: three hidden layers of 100 sigmoid units on binary MNIST, with and without batch norm, watched in training."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,19 +10,39 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from bnjax import analysis, training
+from bnjax import analysis, studies, training
 from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
-from bnjax.studies import Options, data
-from bnjax.studies.engine.experiment import Report, Variant, divisor_from, seed_keys
-from bnjax.studies.engine.measured import Measured, Plan, random_batch, train_measured
-from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
+from bnjax.studies import Study, data, option
+from bnjax.studies.engine.plan import Plan, Trained, Variant, divisor_from, seed_keys
+from bnjax.studies.engine.training import Report, train
+from bnjax.studies.evidence import plots
+from bnjax.studies.evidence.claims import AtLeast, Condition, Source
 from bnjax.studies.evidence.plots import Figure, drawing
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import interval, seeds_in_words
 
-SOURCE = "original paper notes; Ioffe & Szegedy 2015, section 4.1"
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.ImageOptions):
+    """What a run of the sigmoid networks may choose."""
+
+    seeds: int = option(4, "number of seeds")
+    steps: int | None = option(None, "steps of training", shown="10,000 on CPU, 50,000 on GPU and TPU")
+
+
+STUDY = Study(
+    "activations",
+    "a sigmoid network on binary MNIST, its activations and gradients watched with and without batch norm",
+    "S3, original paper notes; Ioffe & Szegedy 2015, section 4.1",
+    Options,
+    compiled="bn",
+    fast={"seeds": 2, "steps": 2000},
+    source_size="50,000 steps",
+    order=8,
+)
+
 HIDDEN = (100, 100, 100)
 BATCH_SIZE = 60
 STEPS = {"cpu": 10_000, "gpu": 50_000, "tpu": 50_000}
@@ -38,121 +59,100 @@ LABELS = {"none": "no batch norm", "bn": "batch norm"}
 
 _MNIST = {"dataset": "mnist, pixels above 127"}
 _LONG = {**_MNIST, "steps": AtLeast(STEPS["cpu"])}
+_SOURCE = Source("original paper notes; Ioffe & Szegedy 2015, section 4.1", _LONG)
+_SLIDES = Source("training and inference slides, abstract", _LONG)
 CLAIMS = (
-    Claim(
+    _SOURCE.claim(
         "S3.1",
-        SOURCE,
         "test accuracy is higher with batch norm at every point of training",
-        "higher",
         "the paired difference is positive on average over training, and at the measured step where its mean is least",
-        (
-            Condition("mean gain", "mean_test_accuracy", "bn", "none", low=0),
-            Condition("least gain", "least_gain", "bn", low=0, is_difference=True),
-        ),
-        _LONG,
+        Condition("mean gain", "mean_test_accuracy", "bn", "none", low=0),
+        Condition("least gain", "least_gain", "bn", low=0, is_difference=True),
+        published="higher",
     ),
-    Claim(
+    _SOURCE.claim(
         "S3.2",
-        SOURCE,
         "the distribution of the inputs to a sigmoid of the last hidden layer is more stable with batch norm",
-        "more stable",
         "the deviation over training of the units' median input, mean over units, is smaller at paired seeds",
-        (Condition("movement with − without", "movement_of_medians", "bn", "none", high=0, digits=3),),
-        _LONG,
+        Condition("movement with − without", "movement_of_medians", "bn", "none", high=0, digits=3),
+        published="more stable",
     ),
-    Claim(
+    _SOURCE.claim(
         "S3.3",
-        SOURCE,
         "with batch norm the loss does not depend on the scale of a layer's weights",
-        "⟨w, ∂L/∂w⟩ = 0",
         "the largest cosine of a hidden unit's weights and their gradient stays below 0.01 at all measured steps",
-        (Condition("largest cosine", "largest_scale_cosine", "bn", low=0, high=0.01, digits=6),),
-        _MNIST,
+        Condition("largest cosine", "largest_scale_cosine", "bn", low=0, high=0.01, digits=6),
+        published="⟨w, ∂L/∂w⟩ = 0",
+        needs=_MNIST,
     ),
-    Claim(
+    _SOURCE.claim(
         "S3.4",
-        SOURCE,
         "with batch norm a network trains at 5 and 30 times the learning rate that the plain one tolerates",
-        "5 and 30 times",
         f"at every seed, {RATE_STEPS} steps at 5 and at 30 times the largest rate of {RATES[0]:g} to {RATES[-1]:g} "
         "that trains without it there bring the loss below half of chance's",
-        (
-            Condition("seeds that train at 5 times", "trains_at_5_times", "bn", low=1, every_seed=True, digits=2),
-            Condition("at 30 times", "trains_at_30_times", "bn", low=1, every_seed=True, digits=2),
-        ),
-        _MNIST,
-        "the rate that the plain network tolerates is now that of the same seed; it was the largest of all seeds'",
+        Condition("seeds that train at 5 times", "trains_at_5_times", "bn", low=1, every_seed=True, digits=2),
+        Condition("at 30 times", "trains_at_30_times", "bn", low=1, every_seed=True, digits=2),
+        published="5 and 30 times",
+        needs=_MNIST,
+        amended="the rate that the plain network tolerates is now that of the same seed; it was the largest of all "
+        "seeds'",
     ),
-    Claim(
+    _SOURCE.claim(
         "S3.5",
-        SOURCE,
         "networks of saturating units train with batch norm, and get stuck without: from small kernels",
-        "trains / stuck",
         f"from kernels of deviation {GRID['deviation'][0]:g}, a tenth of the steps at rate {LEARNING_RATE:g} reach a "
         "test accuracy above 0.9 with it, and leave it below 0.2 without",
-        (
-            Condition("with", "accuracy_from_small_kernels", "bn", low=0.9),
-            Condition("without", "accuracy_from_small_kernels", "none", high=0.2),
-        ),
-        _LONG,
+        Condition("with", "accuracy_from_small_kernels", "bn", low=0.9),
+        Condition("without", "accuracy_from_small_kernels", "none", high=0.2),
+        published="trains / stuck",
     ),
-    Claim(
+    _SOURCE.claim(
         "S3.5 (saturated)",
-        SOURCE,
         "… from kernels so large that most units begin in saturation",
-        "trains / stuck",
         f"the same, from kernels of deviation {GRID['deviation'][-1]:g}",
-        (
-            Condition("with", "accuracy_from_large_kernels", "bn", low=0.9),
-            Condition("without", "accuracy_from_large_kernels", "none", high=0.2),
-        ),
-        _LONG,
+        Condition("with", "accuracy_from_large_kernels", "bn", low=0.9),
+        Condition("without", "accuracy_from_large_kernels", "none", high=0.2),
+        published="trains / stuck",
     ),
-    Claim(
+    _SOURCE.claim(
         "S3.5 (range)",
-        SOURCE,
         "… at all learning rates and initial kernels",
-        "trains / stuck",
         "the same, for the least accuracy with it and the largest without over the grid of "
         f"{' '.join(f'{value:g}' for value in GRID['learning_rate'])} and deviations "
         f"{' '.join(f'{value:g}' for value in GRID['deviation'])}",
-        (
-            Condition("with", "least_accuracy_in_grid", "bn", low=0.9),
-            Condition("without", "largest_accuracy_in_grid", "none", high=0.2),
-        ),
-        _LONG,
-        "added after such a grid had been seen in which the plain network learns in most places",
+        Condition("with", "least_accuracy_in_grid", "bn", low=0.9),
+        Condition("without", "largest_accuracy_in_grid", "none", high=0.2),
+        published="trains / stuck",
+        amended="added after such a grid had been seen in which the plain network learns in most places",
     ),
-    Claim(
+    _SLIDES.claim(
         "S4.4",
-        "training and inference slides, abstract",
         "batch norm achieves the same accuracy with 14 times fewer training steps",
-        "14 times (ImageNet)",
         "all steps divided by those after which the test accuracy reaches what the plain network has at the end",
-        (Condition("times fewer", "times_fewer_steps", "bn", low=14, digits=1),),
-        _LONG,
+        Condition("times fewer", "times_fewer_steps", "bn", low=14, digits=1),
+        published="14 times (ImageNet)",
     ),
 )
 
 
+def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
+    """The networks without and with batch norm, by name."""
+    init, shape = nn.initializers.normal(1.0), (images.train.x[0].size,)  # scaled by the setting's deviation
+    model = Perceptron(HIDDEN, 10, None, "none", nn.sigmoid, init, init)
+    models = {"none": model, "bn": model.clone(norm=BatchNorm, place="before")}
+    optimizer = optax.sgd(LEARNING_RATE)
+    return {name: Variant(name, LABELS[name], model, optimizer, shape, BATCH_SIZE) for name, model in models.items()}
+
+
 def run(options: Options, report: Report):
-    """Trains with and without batch norm, measures activations and gradients on the way, and judges S3.1 to S3.5.
-
-    Args:
-      options: seeds, steps (10,000 on CPU, 50,000 elsewhere), dataset ('mnist') and data_dir.
-      report: is told the progress.
-
-    Returns:
-      The results, and the figures by file name.
-    """
-    name = options.dataset or "mnist"
-    steps = options.steps or STEPS[jax.default_backend()]
-    images = data.images(name, options.data_dir, report.reading)
-    train, test = (data.Split(_binary(split.x), split.y) for split in (images.train, images.test))
+    """Trains with and without batch norm, measures activations and gradients on the way, and judges S3.1 to S3.5."""
+    dataset, steps = options.dataset, options.steps or STEPS[jax.default_backend()]
+    images = data.images(dataset, options.data_dir, report.reading)
+    train_set, test = (data.Split(_binary(split.x), split.y) for split in (images.train, images.test))
     every = divisor_from(steps // 100, steps)
     settings = {
         "hidden": list(HIDDEN),
-        "dataset": f"{name}, pixels above 127",
+        "dataset": f"{dataset}, pixels above 127",
         "optimizer": "SGD",
         "learning_rate": LEARNING_RATE,
         "init": f"normal of deviation {DEVIATION}",
@@ -163,37 +163,32 @@ def run(options: Options, report: Report):
         "grid_steps": max(1, steps // 10),
         "learning_rate_steps": RATE_STEPS,
     }
-    results = Results("activations", settings, range(options.seeds))
-    keys = seed_keys(results.seeds)
-    seen, ranges = {}, {}
-    for variant, label in LABELS.items():
-        network = _Network(variant == "bn", test)
+    results = Results(STUDY.name, settings, range(options.seeds))
+    full = jnp.full((options.seeds,), 1.0)
+    of_seeds = {"key": seed_keys(results.seeds), "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
+    all_trained, ranges = {}, {}
+    for name, variant in networks(options, images).items():
+        network = _Network(variant, test)
         plan = network.plan(steps, every)
-        full = jnp.full((options.seeds,), 1.0)
-        chosen = {"key": keys, "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
-        tell = report.task(_variant(variant, label, network.model, steps))
-        further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
-        seen[variant] = train_measured(plan, chosen, train, name=variant, **further)
-        _add(results, variant, label, network, seen[variant])
-        _add_grid(results, variant, label, network, train, keys, settings["grid_steps"], report)
-        rates = RATES if variant == "none" else _multiples(ranges["none"])
-        ranges[variant] = network.learning_rates(keys, jnp.asarray(rates), train)
+        all_trained[name] = train(plan, of_seeds, train_set, report=report, options=options)
+        _add(results, all_trained[name])
+        _add_grid(results, network, train_set, of_seeds["key"], settings["grid_steps"], report)
+        rates = RATES if name == "none" else _multiples(ranges["none"])
+        ranges[name] = network.learning_rates(of_seeds["key"], jnp.asarray(rates), train_set)
     results.notes["learning_rates"] = {
-        variant: {"rates": np.asarray(found.learning_rates[0]).tolist(), "trains": np.asarray(found.trains).tolist()}
-        for variant, found in ranges.items()
+        name: {"rates": np.asarray(of.learning_rates[0]).tolist(), "trains": np.asarray(of.trains).tolist()}
+        for name, of in ranges.items()
     }
     _add_pairs(results, ranges)
     results.judge(CLAIMS)
-    return results, _figures(seen, ranges, f"{name}, {seeds_in_words(options.seeds)}")
+    return results, _figures(all_trained, ranges, f"{dataset}, {seeds_in_words(options.seeds)}")
 
 
 class _Network:
     """The network with or without batch norm, and what is measured of it."""
 
-    def __init__(self, batch_norm: bool, test: data.Split):
-        init = nn.initializers.normal(1.0)  # scaled by the setting's deviation
-        norm, place = (BatchNorm, "before") if batch_norm else (None, "none")
-        self.model = Perceptron(HIDDEN, 10, norm, place, nn.sigmoid, init, init)
+    def __init__(self, variant: Variant, test: data.Split):
+        self.variant, self.model = variant, variant.model
         self.test = jax.tree.map(jnp.asarray, test)
         variables = self.model.init(jax.random.key(0), self.test.x[:1], training=False)
         self.layers = losses.layers_in_order(self.model, variables, self.test.x[:1])
@@ -202,21 +197,19 @@ class _Network:
     def create(self, setting):
         """The state at step 0, of a seed, a learning rate and a deviation of the initial kernels."""
         optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=setting["learning_rate"])
-        key = jax.random.fold_in(setting["key"], 0)
-        state = training.create_train_state(self.model, optimizer, key, self.test.x[:1])
+        state = dataclasses.replace(self.variant, optimizer=optimizer).create(setting)
         return state.replace(params=_scaled(state.params, setting["deviation"]))
 
-    def plan(self, steps: int, every: int, *, only_accuracy: bool = False) -> Plan:
-        """How to train and measure it."""
-
-        def step(state, x, y, key):
-            return training.train_step(state, x, y, objective=training.cross_entropy)
+    def plan(self, steps: int, every: int, *, is_of_grid: bool = False) -> Plan:
+        """How to train and measure it: in the grid only its accuracy."""
 
         def measure(state, x, y, key):
             accuracy = jnp.mean(training.evaluate(state, *self.test, objective=training.cross_entropy).accuracy)
-            return {"accuracy": accuracy} | ({} if only_accuracy else self.look(state, x, y))
+            return {"accuracy": accuracy} | ({} if is_of_grid else self.look(state, x, y))
 
-        return Plan(self.create, random_batch(BATCH_SIZE), step, measure, steps, every)
+        label = self.variant.label + ", grid" * is_of_grid
+        named = dataclasses.replace(self.variant, label=label)
+        return named.plan(steps, create=self.create, measure=measure, every=every)
 
     def look(self, state, x, y) -> dict[str, Any]:
         """Activations by layer, and the norms and scale invariance of gradients, in training mode."""
@@ -231,9 +224,9 @@ class _Network:
             "invariance": analysis.scale_invariance(loss, state.params, x, y, layers=self.kernels, learning_rate=rate),
         }
 
-    def learning_rates(self, keys, rates, train: data.Split) -> analysis.LearningRateRange:
+    def learning_rates(self, keys, rates, examples: data.Split) -> analysis.LearningRateRange:
         """Which rates train, for each seed."""
-        x, y = jax.tree.map(jnp.asarray, tuple(train))
+        x, y = jax.tree.map(jnp.asarray, tuple(examples))
 
         def of_seed(key, x, y):
             setting = {"key": key, "learning_rate": rates[0], "deviation": jnp.asarray(DEVIATION)}
@@ -248,37 +241,34 @@ class _Network:
         return jax.jit(lambda keys, x, y: jax.lax.map(lambda key: of_seed(key, x, y), keys))(keys, x, y)
 
 
-def _add(results: Results, name: str, label: str, network: _Network, seen: Measured) -> None:
+def _add(results: Results, trained: Trained) -> None:
     """The numbers of the main training."""
-    found = seen.measurements
-    last = found["activations"][LAST_HIDDEN]  # percentiles [seeds, times, 3, units]
+    measured = trained.measurements
+    last = measured["activations"][LAST_HIDDEN]  # percentiles [seeds, times, 3, units]
     median, width = last.percentiles[:, :, 1], last.percentiles[:, :, 2] - last.percentiles[:, :, 0]
     movement = median.std(1)
     relative = movement / np.maximum(width.mean(1), 1e-12)
-    curves = {"test_accuracy": found["accuracy"], "batch_loss": np.asarray(seen.metrics.loss)}
-    for layer, statistics in found["activations"].items():
+    curves = {"test_accuracy": measured["accuracy"], "batch_loss": np.asarray(trained.metrics.loss)}
+    for layer, statistics in measured["activations"].items():
         curves |= {f"saturated_{layer}": statistics.saturated, f"dead_{layer}": statistics.dead}
-    for layer, norms in found["gradient_norms"].items():
+    for layer, norms in measured["gradient_norms"].items():
         curves[f"gradient_norm_{layer}"] = norms
-    ratio = found["gradient_norms"]["Dense_0"] / found["gradient_norms"][f"Dense_{len(HIDDEN)}"]
-    results.add(
-        seen.trained(_variant(name, label, network.model, 0), curves),
-        {"learning_rate": LEARNING_RATE, "deviation": DEVIATION},
-        {
-            "test_accuracy": found["accuracy"][:, -1],
-            "mean_test_accuracy": found["accuracy"][:, 1:].mean(1),
-            "movement_of_medians": movement.mean(1),
-            "relative_movement": np.median(relative, 1),
-            "largest_scale_cosine": found["invariance"].cosine.max((1, 2)),
-            "saturated_at_end": last.saturated[:, -1],
-            "first_to_last_gradient": np.median(ratio, 1),
-        },
-    )
+    ratio = measured["gradient_norms"]["Dense_0"] / measured["gradient_norms"][f"Dense_{len(HIDDEN)}"]
+    metrics = {
+        "test_accuracy": measured["accuracy"][:, -1],
+        "mean_test_accuracy": measured["accuracy"][:, 1:].mean(1),
+        "movement_of_medians": movement.mean(1),
+        "relative_movement": np.median(relative, 1),
+        "largest_scale_cosine": measured["invariance"].cosine.max((1, 2)),
+        "saturated_at_end": last.saturated[:, -1],
+        "first_to_last_gradient": np.median(ratio, 1),
+    }
+    results.add(trained, {"learning_rate": LEARNING_RATE, "deviation": DEVIATION}, metrics, curves)
 
 
-def _add_grid(results, name, label, network: _Network, train, keys, steps: int, report: Report) -> None:
+def _add_grid(results: Results, network: _Network, examples: data.Split, keys, steps: int, report: Report) -> None:
     """Shorter trainings over initial deviations and learning rates, all at once."""
-    rates, deviations = GRID["learning_rate"], GRID["deviation"]
+    name, rates, deviations = network.variant.name, GRID["learning_rate"], GRID["deviation"]
     cells = [(rate, deviation) for deviation in deviations for rate in rates]
     count = len(keys)
     settings = {
@@ -286,11 +276,10 @@ def _add_grid(results, name, label, network: _Network, train, keys, steps: int, 
         "learning_rate": jnp.repeat(jnp.array([rate for rate, _ in cells]), count),
         "deviation": jnp.repeat(jnp.array([deviation for _, deviation in cells]), count),
     }
-    every = divisor_from(steps // 2, steps)
-    tell = report.task(_variant(name, f"{label}, grid", network.model, steps))
-    seen = train_measured(network.plan(steps, every, only_accuracy=True), settings, train, progress=tell)
+    plan = network.plan(steps, divisor_from(steps // 2, steps), is_of_grid=True)
+    trained = train(plan, settings, examples, report=report)
     final = jax.jit(jax.vmap(lambda state: training.evaluate(state, *network.test, objective=training.cross_entropy)))
-    accuracy = np.asarray(final(seen.states).accuracy.mean(1)).reshape((len(cells), count))
+    accuracy = np.asarray(final(trained.state).accuracy.mean(1)).reshape((len(cells), count))
     results.notes.setdefault("grid", {})[name] = [
         {"learning_rate": rate, "deviation": deviation, "test_accuracy": values.tolist()}
         for (rate, deviation), values in zip(cells, accuracy, strict=True)
@@ -302,7 +291,7 @@ def _add_grid(results, name, label, network: _Network, train, keys, steps: int, 
     results.set_metric(name, "largest_accuracy_in_grid", accuracy.max(0))
     for deviation, row in zip(deviations, accuracy.reshape((len(deviations), len(rates), count)), strict=True):
         lines.append(f"{deviation:<12g}" + "".join(f"{interval(values).text(3):<17}" for values in row))
-    results.texts.append((f"{label}: test accuracy after {steps} steps", "\n".join(lines)))
+    results.texts.append((f"{network.variant.label}: test accuracy after {steps} steps", "\n".join(lines)))
 
 
 def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) -> None:
@@ -324,24 +313,21 @@ def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) 
     results.set_metric("none", "largest_rate", largest)
 
 
-def _figures(seen: dict[str, Measured], ranges: dict[str, Any], title: str) -> dict[str, Figure]:
-    times = next(iter(seen.values())).measured_at
-    found = {LABELS[name]: one.measurements for name, one in seen.items()}
-    accuracy, rates = (Figure(figsize=(6, 4), layout="constrained") for _ in range(2))
-    drawing.curves(accuracy.subplots(), {k: m["accuracy"] for k, m in found.items()}, times, ylabel="test accuracy")
-    accuracy.suptitle(title, fontsize=10)
-    drawing.learning_rate_range(rates.subplots(), {LABELS[name]: range_ for name, range_ in ranges.items()})
-    rates.suptitle(f"After {RATE_STEPS} steps ({title})", fontsize=10)
-    for figure in (accuracy, rates):
-        drawing.legend(figure)
-    one_unit = {k: m["activations"][LAST_HIDDEN].percentiles[0, :, :, UNIT] for k, m in found.items()}
-    saturated = {k: {n: s.saturated for n, s in m["activations"].items()} for k, m in found.items()}
-    norms = {k: m["gradient_norms"] for k, m in found.items()}
-    unit = "Inputs to one sigmoid of the last hidden layer, the first seed"
+def _figures(all_trained: dict[str, Trained], ranges: dict[str, Any], title: str) -> dict[str, Figure]:
+    times = next(iter(all_trained.values())).measured_at
+    measured = {trained.plan.label: trained.measurements for trained in all_trained.values()}
+    one_unit = {k: m["activations"][LAST_HIDDEN].percentiles[0, :, :, UNIT] for k, m in measured.items()}
+    saturated = {k: {n: s.saturated for n, s in m["activations"].items()} for k, m in measured.items()}
+    norms = {k: m["gradient_norms"] for k, m in measured.items()}
+    of_label = {LABELS[name]: of for name, of in ranges.items()}
+    accuracies = {k: m["accuracy"] for k, m in measured.items()}
     return {
-        "test_accuracy.png": accuracy,
+        "test_accuracy.png": plots.curves(accuracies, times, "test accuracy", title),
         "percentiles.png": _pair(
-            unit, one_unit, lambda ax, k, v: drawing.activation_percentiles(ax, {k: v}, times), legend=False
+            "Inputs to one sigmoid of the last hidden layer, the first seed",
+            one_unit,
+            lambda ax, k, v: drawing.activation_percentiles(ax, {k: v}, times),
+            legend=False,
         ),
         "saturation.png": _pair(
             f"Inputs at which the sigmoid is flat ({title})",
@@ -353,7 +339,9 @@ def _figures(seen: dict[str, Measured], ranges: dict[str, Any], title: str) -> d
             norms,
             lambda ax, k, v: drawing.curves(ax, v, times, ylabel="‖∂L/∂W‖₂", log=True, ordered=True),
         ),
-        "learning_rates.png": rates,
+        "learning_rates.png": plots.panel(
+            f"After {RATE_STEPS} steps ({title})", lambda axis: drawing.learning_rate_range(axis, of_label)
+        ),
     }
 
 
@@ -382,7 +370,3 @@ def _scaled(params: Any, deviation: Any) -> Any:
 def _binary(images: np.ndarray) -> np.ndarray:
     """Pixels 0 or 1, one float32 vector for each image."""
     return (images.reshape(len(images), -1) > 127).astype(np.float32)
-
-
-def _variant(name: str, label: str, model: Any, steps: int) -> Variant:
-    return Variant(name, label, model, optax.sgd(LEARNING_RATE), training.cross_entropy, BATCH_SIZE, steps)

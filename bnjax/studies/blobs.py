@@ -4,23 +4,43 @@ The source draws its blobs once, from an unknown seed: here each seed has blobs 
 running variance at 0, with a layer of its own; here it starts at 1, as in Keras.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 import optax
 
-from bnjax import training
+from bnjax import studies, training
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
-from bnjax.studies import Options, data
-from bnjax.studies.engine.experiment import Job, Report, Trained, Variant, train_variants
-from bnjax.studies.engine.saving import Saving
+from bnjax.studies import Study, data, option
+from bnjax.studies.engine.plan import Examples, Trained, Variant, seed_keys
+from bnjax.studies.engine.training import Job, Report, train_all
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax.studies.evidence.claims import Condition, Source
 from bnjax.studies.evidence.results import Results
 
-SOURCE = "training and inference slides"
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.Options):
+    """What a run of the blobs may choose."""
+
+    seeds: int = option(32, "number of seeds")
+    epochs: int | None = option(None, "epochs of training", shown="50 shallow, 100 deep, 10 inside")
+
+
+STUDY = Study(
+    "blobs",
+    "two blobs: a shallow and an eleven-layer network, and a look inside the layer",
+    "S4, training and inference slides (Keras)",
+    Options,
+    compiled="deep_before",
+    fast={"seeds": 4},
+    order=2,
+)
+
 PUBLISHED = {"deep_none": 0.86, "deep_before": 0.84}
 SETTINGS = {
     "width": 128,
@@ -38,70 +58,63 @@ VARIANTS = {
     "deep_before": ("(b) eleven, batch norm", 11, "before", 100, 1e-3),
 }
 
+_SOURCE = Source("training and inference slides", {"deep_epochs": 100})
 CLAIMS = (
-    Claim(
+    _SOURCE.claim(
         "S4.1",
-        SOURCE,
         "inference equals gamma (h − mean) / sqrt(var + epsilon) + beta from the stored numbers",
-        "equal to 3 decimals",
         "largest difference to a float64 calculation, over all seeds, below 1e-5 of the largest value",
-        (Condition("relative error", "relative_error", "inside", high=1e-5, exact=True, digits=None),),
+        Condition("relative error", "relative_error", "inside", high=1e-5, exact=True, digits=None),
+        published="equal to 3 decimals",
+        needs={},
     ),
-    Claim(
+    _SOURCE.claim(
         "S4.2",
-        SOURCE,
         "test accuracy of the deep network is about 0.86 without and 0.84 with batch norm",
-        "0.86, 0.84 (one run each)",
         "each published number lies in the 95 % prediction interval of one run",
-        tuple(
+        *(
             Condition(label, "test_accuracy", name, low=PUBLISHED[name], high=PUBLISHED[name], one_run=True)
             for label, name in (("without", "deep_none"), ("with", "deep_before"))
         ),
-        {"deep_epochs": 100},
+        published="0.86, 0.84 (one run each)",
     ),
-    Claim(
+    _SOURCE.claim(
         "S4.3",
-        SOURCE,
         "batch norm prevents overfitting: training and validation loss stay together in the deep network",
-        "a figure",
         "the gap between validation and training loss (both with running statistics, at the end) is smaller with batch "
         "norm, paired over seeds",
-        (Condition("gap with − without", "loss_gap", "deep_before", "deep_none", high=0),),
-        {"deep_epochs": 100},
+        Condition("gap with − without", "loss_gap", "deep_before", "deep_none", high=0),
+        published="a figure",
     ),
 )
 
 
-def run(options: Options, report: Report):
-    """Trains parts (a), (b) and (c), each seed on blobs of its own, and judges S4.1 to S4.3.
-
-    Args:
-      options: seeds and epochs (50 for (a), 100 for (b); (c) always takes its 10).
-      report: is told the progress.
-
-    Returns:
-      The results, and the figures by file name.
-    """
-    seeds = range(options.seeds)
-    sets = [data.blobs(seed) for seed in seeds]
-    train, test = (
-        data.Split(*map(np.stack, zip(*split, strict=True)))
-        for split in zip(*((s.train, s.test) for s in sets), strict=True)
-    )
-    results = Results(
-        "blobs", {**SETTINGS, "deep_epochs": options.epochs or 100, "shallow_epochs": options.epochs or 50}, seeds
-    )
-    jobs = []
-    for name, (label, layers, place, epochs, epsilon) in VARIANTS.items():
+def networks(options: Options) -> dict[str, Variant]:
+    """The networks of parts (a) and (b) by name."""
+    variants = {}
+    for name, (label, layers, place, _, epsilon) in VARIANTS.items():
         norm = None if place == "none" else functools.partial(BatchNorm, epsilon=epsilon)
         model = Perceptron((SETTINGS["width"],) * layers, 1, norm, place, use_hidden_bias=False)
         optimizer = optax.adam(SETTINGS["learning_rate"], eps=1e-7)
-        objective, size = training.binary_cross_entropy, SETTINGS["batch_size"]
-        variant = Variant(name, label, model, optimizer, objective, size, options.epochs or epochs)
-        jobs.append(Job(variant, train, {"fitted": train, "test": test}, per_seed_data=True))
-    all_trained = train_variants(jobs, seeds, report, options.saving)
+        objective = training.binary_cross_entropy
+        variants[name] = Variant(name, label, model, optimizer, (2,), SETTINGS["batch_size"], objective)
+    return variants
+
+
+def run(options: Options, report: Report):
+    """Trains parts (a), (b) and (c), each seed on blobs of its own, and judges S4.1 to S4.3."""
+    seeds = range(options.seeds)
+    sets = [data.blobs(seed) for seed in seeds]
+    train, test = (_stacked(splits) for splits in zip(*((of.train, of.test) for of in sets), strict=True))
+    deep, shallow = options.epochs or 100, options.epochs or 50
+    results = Results(STUDY.name, {**SETTINGS, "deep_epochs": deep, "shallow_epochs": shallow}, seeds)
+    settings = {"key": seed_keys(seeds), "examples": Examples.of(train, {"fitted": train, "test": test}, axis=1)}
+    epochs = {name: options.epochs or epochs for name, (_, _, _, epochs, _) in VARIANTS.items()}
+    count = train.y.shape[1]
+    jobs = [Job(network.epochs(epochs[name], count), settings) for name, network in networks(options).items()]
+    all_trained = train_all(jobs, report, options)
     for trained in all_trained:
-        _, layers, place, _, epsilon = VARIANTS[trained.variant.name]
+        _, layers, place, _, epsilon = VARIANTS[trained.plan.name]
         metrics = {
             "train_accuracy": trained.final("fitted_accuracy"),
             "test_accuracy": trained.final("test_accuracy"),
@@ -109,9 +122,9 @@ def run(options: Options, report: Report):
             "validation_loss": trained.final("test_loss"),
             "loss_gap": trained.final("test_loss") - trained.final("fitted_loss"),
         }
-        settings = {"layers": layers, "place": place, "epochs": trained.variant.epochs, "epsilon": epsilon}
-        results.add(trained, settings, metrics)
-    results.notes["inside"] = inside(options.seeds, report, options.saving)
+        shown = {"layers": layers, "place": place, "epochs": trained.plan.steps, "epsilon": epsilon}
+        results.add(trained, shown, metrics)
+    results.notes["inside"] = inside(options, report)
     results.texts = inside_texts(results)
     inner = results.notes["inside"].values()
     error = max(part["difference"] for part in inner) / max(part["largest"] for part in inner)
@@ -123,45 +136,47 @@ def run(options: Options, report: Report):
         "train_accuracy": "training accuracy (during the epoch)",
         "test_accuracy": "validation accuracy",
     }
+    title = f"Two blobs, {options.seeds} seeds: mean and 95 % interval"
     figures = {
-        "histograms.png": plots.histograms(
-            all_trained, "First seed: values over training, darker where there are more"
-        ),
-        "learning_curves.png": plots.learning_curves(
-            all_trained, panels, f"Two blobs, {options.seeds} seeds: mean and 95 % interval"
-        ),
-        "decision_boundaries.png": plots.decision_boundaries(
-            all_trained, sets[0].test, "Test examples and the decision boundary of the first seed"
-        ),
+        "histograms.png": plots.histograms(all_trained),
+        "learning_curves.png": plots.learning_curves(all_trained, panels, title),
+        "decision_boundaries.png": plots.decision_boundaries(all_trained, sets[0].test),
     }
     return results, figures
 
 
-def inside(seeds: int, report: Report, saving: Saving | None = None) -> dict[str, dict]:
+def _stacked(splits: Sequence[data.Split]) -> data.Split:
+    return data.Split(*(np.stack(parts) for parts in zip(*splits, strict=True)))
+
+
+def inside(options: Options, report: Report) -> dict[str, dict]:
     """Part (c): trains 2 or 3 features → 4 units and compares inference with a calculation from the stored numbers.
 
     Args:
-      seeds: for how many seeds.
+      options: the number of seeds, and where checkpoints are.
       report: is told the progress.
-      saving: where checkpoints are, if anywhere.
 
     Returns:
       For each number of features: 'h' and 'r' of the first seed's first three examples, 'gamma', 'beta', 'mean' and
       'var' as stored, the 'manual' `gamma (h − mean) / sqrt(var + epsilon) + beta` in NumPy, and the largest absolute
       'difference' between layer and calculation over all examples and seeds.
     """
-    jobs = []
+    seeds, jobs = range(options.seeds), []
     for features in (2, 3):
-        rngs = [np.random.default_rng([seed, features]) for seed in range(seeds)]
+        rngs = [np.random.default_rng([seed, features]) for seed in seeds]
         x = np.stack([rng.normal(size=(100, features)) for rng in rngs]).astype(np.float32)
         y = np.stack([rng.integers(0, 2, 100) for rng in rngs]).astype(np.int32)
         norm = functools.partial(BatchNorm, momentum=SETTINGS["momentum"], epsilon=SETTINGS["epsilon"])
         model = Perceptron((4,), 1, norm, "before", use_hidden_bias=False)
         name, label, optimizer = f"{features} features", f"(c) inside, {features} features", optax.adam(1e-3, eps=1e-7)
-        variant = Variant(name, label, model, optimizer, training.squared_error, batch_size=10, epochs=10)
-        jobs.append(Job(variant, data.Split(x, y), {}, per_seed_data=True))
-    trained = train_variants(jobs, range(seeds), report, saving)
-    return {job.variant.name: _compare(one, job.train.x) for job, one in zip(jobs, trained, strict=True)}
+        variant = Variant(name, label, model, optimizer, (features,), 10, training.squared_error)
+        settings = {"key": seed_keys(seeds), "examples": Examples.of(data.Split(x, y), {})}
+        jobs.append(Job(variant.epochs(10, 100), settings))
+    all_trained = train_all(jobs, report, options)
+    return {
+        one.plan.name: _compare(one, job.settings["examples"].train.x)
+        for job, one in zip(jobs, all_trained, strict=True)
+    }
 
 
 def _compare(trained: Trained, x: np.ndarray) -> dict:

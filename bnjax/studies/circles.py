@@ -1,20 +1,41 @@
 """S1: two circles, one hidden layer of 50 units, with batch norm in six places or forms, and other normalizers."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import optax
 from flax import linen as nn
 
-from bnjax import training
+from bnjax import studies, training
 from bnjax.linen import BatchNorm, BatchRenorm
 from bnjax.models import Perceptron, of_example
-from bnjax.studies import Options, data
-from bnjax.studies.engine.experiment import Job, Report, Variant, train_variants
+from bnjax.studies import Study, data, option
+from bnjax.studies.engine.plan import Examples, Variant, seed_keys
+from bnjax.studies.engine.training import Job, Report, train_all
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax.studies.evidence.claims import Condition, Source
 from bnjax.studies.evidence.results import Results
 
-SOURCE = "circles case study"
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.Options):
+    """What a run of the circles may choose."""
+
+    seeds: int = option(32, "number of seeds")
+    epochs: int = option(100, "epochs of training")
+
+
+STUDY = Study(
+    "circles",
+    "two circles, one hidden layer: batch norm after, before the activation, on the input; other normalizers",
+    "S1, circles case study (Keras)",
+    Options,
+    compiled="after",
+    fast={"seeds": 16},
+    order=1,
+)
+
 THRESHOLD = 0.8
 LAST = 10  # epochs over which accuracies that fluctuate are averaged
 
@@ -39,114 +60,91 @@ NORMS = {
 }
 SETTINGS = {"hidden": 50, "optimizer": "SGD", "learning_rate": 0.01, "momentum": 0.9, "batch_size": 32, "epsilon": 1e-3}
 
-_AS_PUBLISHED = {"epochs": 100}
+_SOURCE = Source("circles case study", {"epochs": 100})
 CLAIMS = (
-    Claim(
+    _SOURCE.claim(
         "S1.1",
-        SOURCE,
         "test accuracy ends near 84 % with batch norm after the activation, similar to none",
-        "about 0.84",
         "the mean lies in 0.84 ± 0.02, and the paired difference to none in ± 0.02",
-        (
-            Condition("after", "test_accuracy", "after", low=0.82, high=0.86),
-            Condition("after − none", "test_accuracy", "after", "none", low=-0.02, high=0.02),
-        ),
-        _AS_PUBLISHED,
+        Condition("after", "test_accuracy", "after", low=0.82, high=0.86),
+        Condition("after − none", "test_accuracy", "after", "none", low=-0.02, high=0.02),
+        published="about 0.84",
     ),
-    Claim(
+    _SOURCE.claim(
         "S1.2",
-        SOURCE,
         "test accuracy passes 80 % within 20 epochs with batch norm after the activation, instead of 30 to 40",
-        "≤ 20 against 30 to 40",
         "the mean epoch is at most 20 with it, and in 30 to 40 without",
-        (
-            Condition("after", "epochs_to_80_percent", "after", high=20, digits=1),
-            Condition("none", "epochs_to_80_percent", "none", low=30, high=40, digits=1),
-        ),
-        _AS_PUBLISHED,
+        Condition("after", "epochs_to_80_percent", "after", high=20, digits=1),
+        Condition("none", "epochs_to_80_percent", "none", low=30, high=40, digits=1),
+        published="≤ 20 against 30 to 40",
     ),
-    Claim(
+    _SOURCE.claim(
         "S1.3",
-        SOURCE,
         "with batch norm the training accuracy measured during the epoch ends below the test accuracy",
-        "below",
         f"mean over the last {LAST} epochs minus final test accuracy is negative, after and before",
-        (
-            Condition("after", "during_epoch_minus_test", "after", high=0, is_difference=True),
-            Condition("before", "during_epoch_minus_test", "before", high=0, is_difference=True),
-        ),
-        _AS_PUBLISHED,
+        Condition("after", "during_epoch_minus_test", "after", high=0, is_difference=True),
+        Condition("before", "during_epoch_minus_test", "before", high=0, is_difference=True),
+        published="below",
     ),
-    Claim(
+    _SOURCE.claim(
         "S1.4",
-        SOURCE,
         "before the activation it learns about as fast as none, with training accuracy around 70 to 75 %",
-        "0.70 to 0.75",
         f"mean training accuracy of the last {LAST} epochs in 0.70 to 0.75, and the paired difference in epochs to "
         "80 % within ± 10",
-        (
-            Condition("before", "train_accuracy_during_epoch", "before", low=0.70, high=0.75),
-            Condition("epochs later", "epochs_to_80_percent", "before", "none", low=-10, high=10, digits=1),
-        ),
-        _AS_PUBLISHED,
+        Condition("before", "train_accuracy_during_epoch", "before", low=0.70, high=0.75),
+        Condition("epochs later", "epochs_to_80_percent", "before", "none", low=-10, high=10, digits=1),
+        published="0.70 to 0.75",
     ),
-    Claim(
+    _SOURCE.claim(
         "S1.5",
-        SOURCE,
         "batch norm after the activation ends better than before it",
-        "better",
         "the paired difference in final test accuracy is positive",
-        (Condition("after − before", "test_accuracy", "after", "before", low=0),),
-        _AS_PUBLISHED,
+        Condition("after − before", "test_accuracy", "after", "before", low=0),
+        published="better",
     ),
-    Claim(
+    _SOURCE.claim(
         "S1.10",
-        SOURCE,
         "batch norm can halve the number of epochs, or better",
-        "a half or less",
         "epochs to 80 % after the activation minus half of those without, at paired seeds, is at most 0",
-        (Condition("epochs beyond half", "epochs_beyond_half", "after", high=0, is_difference=True, digits=1),),
-        _AS_PUBLISHED,
+        Condition("epochs beyond half", "epochs_beyond_half", "after", high=0, is_difference=True, digits=1),
+        published="a half or less",
     ),
-    Claim(
+    _SOURCE.claim(
         "S1.11",
-        SOURCE,
         "before the activation the network ends slightly worse than without batch norm",
-        "slightly worse",
         "the paired difference in final test accuracy is negative, and above −0.05",
-        (Condition("before − none", "test_accuracy", "before", "none", low=-0.05, high=0),),
-        _AS_PUBLISHED,
-        "added after both accuracies had been published here",
+        Condition("before − none", "test_accuracy", "before", "none", low=-0.05, high=0),
+        published="slightly worse",
+        amended="added after both accuracies had been published here",
     ),
 )
 
 
-def run(options: Options, report: Report):
-    """Trains all variants and judges the claims.
-
-    Args:
-      options: seeds and epochs (100).
-      report: is told the progress.
-
-    Returns:
-      The results, and the figures by file name.
-    """
-    circles, epochs = data.circles(), options.epochs or 100
-    results = Results("circles", {**SETTINGS, "epochs": epochs}, range(options.seeds))
-    jobs = []
-    splits = {"fitted": circles.train, "test": circles.test}
+def networks(options: Options) -> dict[str, Variant]:
+    """The ten networks by name."""
+    variants = {}
     for name, (label, place, arguments) in VARIANTS.items():
-        chosen = {"epsilon": SETTINGS["epsilon"], **arguments}
-        kind = chosen.pop("norm", "batch norm")
-        norm = None if place == "none" else functools.partial(NORMS[kind], **chosen)
+        given: dict[str, Any] = {"epsilon": SETTINGS["epsilon"], **arguments}
+        kind = given.pop("norm", "batch norm")
+        norm = None if place == "none" else functools.partial(NORMS[kind], **given)
         init = nn.initializers.he_uniform()
         model = Perceptron((50,), 1, norm, place, hidden_init=init, weight_norm=kind == "weight norm")
         optimizer = optax.sgd(SETTINGS["learning_rate"], SETTINGS["momentum"])
-        variant = Variant(name, label, model, optimizer, training.binary_cross_entropy, SETTINGS["batch_size"], epochs)
-        jobs.append(Job(variant, circles.train, splits))
-    all_trained = train_variants(jobs, results.seeds, report, options.saving)
+        objective = training.binary_cross_entropy
+        variants[name] = Variant(name, label, model, optimizer, (2,), SETTINGS["batch_size"], objective)
+    return variants
+
+
+def run(options: Options, report: Report):
+    """Trains all variants and judges the claims."""
+    circles, epochs = data.circles(), options.epochs
+    results = Results(STUDY.name, {**SETTINGS, "epochs": epochs}, range(options.seeds))
+    examples = Examples.of(circles.train, {"fitted": circles.train, "test": circles.test})
+    keys, count = {"key": seed_keys(results.seeds)}, len(circles.train.y)
+    jobs = [Job(network.epochs(epochs, count), keys, examples) for network in networks(options).values()]
+    all_trained = train_all(jobs, report, options)
     for trained in all_trained:
-        _, place, arguments = VARIANTS[trained.variant.name]
+        _, place, arguments = VARIANTS[trained.plan.name]
         results.add(
             trained,
             {"place": place, **arguments},
@@ -163,24 +161,16 @@ def run(options: Options, report: Report):
     results.judge(CLAIMS)
     main = all_trained[:3]
     marks = {"train_accuracy": THRESHOLD, "test_accuracy": THRESHOLD}
-    title = f"Two circles, {options.seeds} seeds: mean and 95 % interval"
+    ending = f", {options.seeds} seeds: mean and 95 % interval"
     figures = {
-        "histograms.png": plots.histograms(main, "First seed: values over training, darker where there are more"),
-        "learning_curves.png": plots.learning_curves(main, plots.PANELS, title, marks),
+        "histograms.png": plots.histograms(main),
+        "learning_curves.png": plots.learning_curves(main, plots.PANELS, "Two circles" + ending, marks),
         "extensions.png": plots.learning_curves(
-            [all_trained[1], *all_trained[3:6]],
-            plots.PANELS,
-            f"Extensions, {options.seeds} seeds: mean and 95 % interval",
-            marks,
+            [all_trained[1], *all_trained[3:6]], plots.PANELS, "Extensions" + ending, marks
         ),
         "normalizers.png": plots.learning_curves(
-            [all_trained[1], *all_trained[6:]],
-            plots.PANELS,
-            f"Normalizers, {options.seeds} seeds: mean and 95 % interval",
-            marks,
+            [all_trained[1], *all_trained[6:]], plots.PANELS, "Normalizers" + ending, marks
         ),
-        "decision_boundaries.png": plots.decision_boundaries(
-            all_trained[:6], circles.test, "Test examples and the decision boundary of the first seed"
-        ),
+        "decision_boundaries.png": plots.decision_boundaries(all_trained[:6], circles.test),
     }
     return results, figures

@@ -13,8 +13,7 @@ from jax import lax
 
 import bnjax
 from bnjax import analysis, training, variants
-from bnjax.studies.engine.measured import Measured, Plan, train_measured
-from bnjax.studies.engine.saving import Saving
+from bnjax.studies.engine.plan import Plan, step_keys
 
 DEPTH, SIZE, EXAMPLES = 25, 10, 1000
 LEARNING_RATE = 1e-6
@@ -38,17 +37,8 @@ NORMALIZERS: Mapping[str, Normalizer | None] = {
 }
 
 
-def train_network(
-    name: str,
-    keys: Any,
-    steps: int,
-    every: int,
-    *,
-    progress: Callable[[int, dict[str, float]], Any],
-    saving: Saving | None = None,
-    histograms: bool = False,
-) -> Measured:
-    """Trains the network from every seed at once by gradient descent on all examples.
+def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
+    """How the network is trained, from every seed at once, by gradient descent on all examples.
 
     `‖x W₁ … W₂₅ − x A‖²`, summed over 1000 examples x: with the sum the source's learning rate of 1e-6 is just below
     where the plain network diverges, with the mean it would hardly move. The normalizer follows every matrix but the
@@ -56,12 +46,9 @@ def train_network(
 
     Args:
       name: in `NORMALIZERS`.
-      keys: random keys of the seeds, which decide A, x and the Glorot-normal matrices.
+      label: for tables and figures.
       steps: number of steps.
       every: steps between measurements: a gradient probe, and the internal covariate shift of the 25 layers.
-      progress: is told the steps done.
-      saving: where checkpoints are, if anywhere.
-      histograms: whether to count weights and gradients.
     """
     normalize = NORMALIZERS[name]
 
@@ -110,11 +97,13 @@ def train_network(
     def kernels(layers):
         return {f"Dense_{i}": {"kernel": layer["kernel"]} for i, layer in enumerate(layers)}
 
-    def parameters(state, key):
+    def watch(state, key):
         layers, data = state
         gradient = jax.grad(loss_fn)(layers, *data, key)
         return kernels(layers), kernels(gradient)
 
-    plan = Plan(create, lambda examples, key: (), step, measure, steps, every, parameters=parameters)
-    further = {"progress": progress, "saving": saving, "histograms": histograms}
-    return train_measured(plan, {"key": keys}, (), name=f"linear_{name}", **further)
+    def draw(examples, setting, number):
+        return step_keys(setting, number)[1:]
+
+    how: Any = {"measure": measure, "every": every, "watch": watch}
+    return Plan(f"linear_{name}", label, create, draw, step, steps, **how)

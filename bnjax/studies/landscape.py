@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import analysis
-from bnjax.studies.engine.experiment import compiler_options
-from bnjax.studies.engine.measured import Measured
+from bnjax.studies.engine.plan import Trained, compiler_options
+from bnjax.studies.evidence import plots
 from bnjax.studies.evidence.plots import Figure, drawing
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
@@ -66,7 +66,7 @@ class Ends:
 
 def at_the_end(
     network: Any,
-    seen: Measured,
+    seen: Trained,
     keys: Any,
     examples: Any,
     rates: Any,
@@ -78,7 +78,7 @@ def at_the_end(
     All on one batch of the training set, in the mode that training descends, with one draw of the noise.
 
     Args:
-      network: a `bnjax.studies.smoothness.Network`.
+      network: a `bnjax.studies.vgg.Network`.
       seen: its training.
       keys: of the seeds.
       examples: images and labels of the training set.
@@ -89,7 +89,7 @@ def at_the_end(
     progress(0.0)
     batch = tuple(jnp.asarray(v[:EXAMPLES]) for v in examples)
     noise = jax.random.key(0)
-    states = seen.states
+    states = seen.state
 
     kernels = [f"{layer[0]}/kernel" for layer in network.layers if layer[0].startswith("Conv")]
 
@@ -115,7 +115,9 @@ def at_the_end(
     found = [measured(of_seed(i), key, *batch) for i, key in enumerate(keys)]
     progress(0.4)
     metrics = {name: np.array([float(one[name]) for one in found]) for name in found[0]}
-    metrics["test_accuracy"] = np.array([network.test_accuracy(of_seed(i)) for i in range(len(keys))])
+    metrics["test_accuracy"] = np.array(
+        [network.variant.evaluate(of_seed(i), *network.test).accuracy for i in range(len(keys))]
+    )
     if rates is not None:
         metrics["largest_rate"] = np.asarray(rates.largest)
     progress(0.5)
@@ -128,9 +130,9 @@ def at_the_end(
     return Ends(metrics, rates, path, around)
 
 
-def _landscape(network: Any, seen: Measured, state: Any, noise: Any, batch: Any) -> Around:
+def _landscape(network: Any, seen: Trained, state: Any, noise: Any, batch: Any) -> Around:
     key = jax.random.key(1)
-    kept = jax.tree.map(lambda v: jnp.asarray(v[0]), seen.kept)
+    kept = jax.tree.map(lambda v: jnp.asarray(v[0]), seen.looked)
     plane = _jit_once(analysis.trajectory_plane)(kept)
     ends = np.asarray(plane.coordinates)
     margin = 0.2 * (np.ptp(ends, axis=0) + 1e-6)
@@ -163,7 +165,7 @@ def _path(network: Any, state: Any, other: Any, noise: Any, batch: Any) -> analy
 
     @_jit_once
     def path(state: Any, other: Any, x: Any, y: Any):
-        at = network.prepare(x)
+        at = network.variant.prepared(x)
         loss = network.loss(state.batch_stats, noise, mode="reestimated", at=at)
         return analysis.linear_path(loss, state.params, other, x, y, coordinates=jnp.linspace(0, 1, PATH_POINTS))
 
@@ -171,8 +173,8 @@ def _path(network: Any, state: Any, other: Any, noise: Any, batch: Any) -> analy
 
 
 def figures(
-    vgg: Mapping[str, Measured],
-    linear: Mapping[str, Measured],
+    vgg: Mapping[str, Trained],
+    linear: Mapping[str, Trained],
     ends: Mapping[str, Ends],
     labels: Mapping[str, str],
     title: str,
@@ -210,31 +212,23 @@ def figures(
         found["trajectories.png"] = _trajectories(shown, title)
     rates = {labels[name]: end.rates for name, end in ends.items() if end.rates is not None}
     if rates:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        drawing.learning_rate_range(figure.subplots(), rates)
-        figure.suptitle(f"VGG after a short training ({title})", fontsize=10)
-        drawing.legend(figure)
-        found["learning_rates.png"] = figure
+        text = f"VGG after a short training ({title})"
+        found["learning_rates.png"] = plots.panel(text, lambda axis: drawing.learning_rate_range(axis, rates))
     return found
 
 
-def _training(seen: Mapping[str, Measured], labels: Mapping[str, str], title: str, *, log: bool = False) -> Figure:
+def _training(seen: Mapping[str, Trained], labels: Mapping[str, str], title: str, *, log: bool = False) -> Figure:
     """Losses over training, as means over a hundred equal parts of it."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    ax = figure.subplots()
     values, steps = {}, np.zeros(0)
     for name, one in seen.items():
         loss = np.asarray(one.metrics.loss, float)
         size = max(1, loss.shape[1] // 100)
         loss = loss[:, : loss.shape[1] // size * size].reshape((len(loss), -1, size)).mean(2)
         values[labels[name]], steps = loss, size * np.arange(loss.shape[1])
-    drawing.curves(ax, values, steps, ylabel="loss", log=log)
-    ax.set_title(title, fontsize=10)
-    drawing.legend(figure)
-    return figure
+    return plots.curves(values, steps, "loss", title, log=log)
 
 
-def _shift(seen: Mapping[str, Measured], labels: Mapping[str, str], title: str) -> Figure:
+def _shift(seen: Mapping[str, Trained], labels: Mapping[str, str], title: str) -> Figure:
     """Covariate shift of a middle layer and of the last."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -272,29 +266,28 @@ def _curvature(ends: Mapping[str, Ends], labels: Mapping[str, str], title: str) 
 
 def _surfaces(shown: Mapping[str, Around], title: str) -> Figure:
     """Contours and relief along filter-normalized random directions."""
-    figure = Figure(figsize=(max(7.5, 4.8 * len(shown)), 8.4), layout="constrained")
-    figure.suptitle(f"Loss around the trained VGG, filter-normalized random directions ({title})", fontsize=10)
-    for i, (label, around) in enumerate(shown.items()):
-        ax = figure.add_subplot(2, len(shown), i + 1)
-        contours = drawing.loss_surface(ax, around.surface, (GRID, GRID))
-        figure.colorbar(contours, ax=ax, label="loss", shrink=0.8)
-        ax.set_title(label)
-        relief: Any = figure.add_subplot(2, len(shown), len(shown) + i + 1, projection="3d")
-        drawing.loss_surface(relief, around.surface, (GRID, GRID))
-    return figure
+    title = f"Loss around the trained VGG, filter-normalized random directions ({title})"
+    return _reliefs({label: (around.surface, (GRID, GRID)) for label, around in shown.items()}, title)
 
 
 def _trajectories(shown: Mapping[str, Around], title: str) -> Figure:
     """The path of training in the plane of its principal components, as contours and as a relief."""
-    figure = Figure(figsize=(max(7.5, 4.8 * len(shown)), 8.4), layout="constrained")
-    figure.suptitle(f"The path of training in its principal plane, from circle to star ({title})", fontsize=10)
-    for i, (label, around) in enumerate(shown.items()):
-        ax = figure.add_subplot(2, len(shown), i + 1)
-        contours = drawing.loss_surface(ax, around.plane_loss, around.plane_grid)
-        figure.colorbar(contours, ax=ax, label="loss", shrink=0.8)
-        drawing.trajectory(ax, around.plane)
+    title = f"The path of training in its principal plane, from circle to star ({title})"
+    planes = {label: (around.plane_loss, around.plane_grid) for label, around in shown.items()}
+    return _reliefs(planes, title, {label: around.plane for label, around in shown.items()})
+
+
+def _reliefs(surfaces: Mapping[str, tuple[Any, Any]], title: str, paths: Mapping[str, Any] | None = None) -> Figure:
+    """Contours above and reliefs below of losses on grids, beside each other by label, with the paths on them."""
+    figure = Figure(figsize=(max(7.5, 4.8 * len(surfaces)), 8.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for i, (label, surface) in enumerate(surfaces.items()):
+        ax = figure.add_subplot(2, len(surfaces), i + 1)
+        figure.colorbar(drawing.loss_surface(ax, *surface), ax=ax, label="loss", shrink=0.8)
+        relief: Any = figure.add_subplot(2, len(surfaces), len(surfaces) + i + 1, projection="3d")
+        drawing.loss_surface(relief, *surface)
         ax.set_title(label)
-        relief: Any = figure.add_subplot(2, len(shown), len(shown) + i + 1, projection="3d")
-        drawing.loss_surface(relief, around.plane_loss, around.plane_grid)
-        drawing.trajectory(relief, around.plane, heights=(around.plane_loss, around.plane_grid))
+        if paths:
+            drawing.trajectory(ax, paths[label])
+            drawing.trajectory(relief, paths[label], heights=surface)
     return figure

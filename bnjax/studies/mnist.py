@@ -1,19 +1,42 @@
 """S2: a perceptron 784 → 64 → 64 → 10 on MNIST with and without batch norm, over batch sizes, and other normalizers."""
 
+import dataclasses
+
 import optax
 
-from bnjax import training
-from bnjax.studies import Options, data
-from bnjax.studies.engine.experiment import Job, Report, Variant, train_variants
+from bnjax import studies
+from bnjax.studies import Study, data, option
+from bnjax.studies.engine.plan import Examples, Variant, seed_keys
+from bnjax.studies.engine.training import Job, Report, train_all
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax.studies.evidence.claims import Claim, Condition, Source
 from bnjax.studies.evidence.results import Results
-from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS, pixels
+from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS
 
-SOURCE = "MNIST assignment"
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.ImageOptions):
+    """What a run on MNIST may choose."""
+
+    seeds: int = option(8, "number of seeds")
+    epochs: int = option(10, "epochs of training")
+    batch_sizes: tuple[int, ...] = option(
+        (16, 32, 64, 128, 256), "batch sizes to sweep", shown="16,32,64,128,256", metavar="A,B,…"
+    )
+
+
+STUDY = Study(
+    "mnist",
+    "a perceptron on MNIST or Fashion-MNIST with and without batch norm, over batch sizes; other normalizers",
+    "S2, MNIST assignment (Keras)",
+    Options,
+    compiled="before_32",
+    fast={"seeds": 3, "batch_sizes": (32, 128)},
+    order=3,
+)
+
 PLACES = {"none": "no batch norm", "before": "batch norm"}
 NORMALIZERS = ("renorm", "layer", "group", "weight")  # before the activation, at one batch size
-BATCH_SIZES = (16, 32, 64, 128, 256)
 PUBLISHED_WITHOUT = {16: 0.9745, 32: 0.9718, 64: 0.9709, 128: 0.9720}
 PUBLISHED = {"none": 0.9706, "before": 0.9723}
 THRESHOLD = 0.97
@@ -25,13 +48,19 @@ SETTINGS = {
     "epsilon": EPSILON,
 }
 
-_AS_PUBLISHED = {"dataset": "mnist", "epochs": 10}
+_SOURCE = Source("MNIST assignment", {"dataset": "mnist", "epochs": 10})
 
 
 def _one_run(claim: str, variant: str, statement: str, published: float) -> Claim:
     condition = Condition("accuracy", "test_accuracy", variant, low=published, high=published, one_run=True)
     rule = "the published number lies in the 95 % prediction interval of one run"
-    return Claim(claim, SOURCE, statement, f"{published:.4f} (one run)", rule, (condition,), _AS_PUBLISHED)
+    return _SOURCE.claim(
+        claim,
+        statement,
+        rule,
+        condition,
+        published=f"{published:.4f} (one run)",
+    )
 
 
 CLAIMS = (
@@ -41,58 +70,57 @@ CLAIMS = (
         _one_run(f"S2.3 ({size})", f"none_{size}", f"test accuracy without batch norm, batch {size}", published)
         for size, published in PUBLISHED_WITHOUT.items()
     ),
-    Claim(
+    _SOURCE.claim(
         "S2.4",
-        SOURCE,
         "with batch norm training converges in fewer epochs",
-        "fewer",
         "first epoch of 97 % validation accuracy, batch 32 (one more than there are where it is never reached): the "
         "paired difference is negative",
-        (Condition("with − without", "epochs_to_97_percent", "before_32", "none_32", high=0, digits=1),),
-        _AS_PUBLISHED,
+        Condition("with − without", "epochs_to_97_percent", "before_32", "none_32", high=0, digits=1),
+        published="fewer",
     ),
 )
 
 
+def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
+    """With and without batch norm at each batch size, and the other normalizers at one, by name and size."""
+    shown = 32 if 32 in options.batch_sizes else options.batch_sizes[0]
+    kinds = {"none": "none", "before": "bn"} | {name: name for name in NORMALIZERS}
+    labels = PLACES | {name: NETWORKS[name][0] for name in NORMALIZERS}
+    models = {name: NETWORKS[kind][1]() for name, kind in kinds.items()}
+    trainings = [(name, size) for size in options.batch_sizes for name in PLACES]
+    trainings += [(name, shown) for name in NORMALIZERS]
+    return {
+        f"{name}_{size}": Variant(
+            f"{name}_{size}",
+            f"{labels[name]}, batch {size}",
+            models[name],
+            optax.adam(SETTINGS["learning_rate"], eps=1e-7),
+            (images.train.x[0].size,),
+            size,
+        )
+        for name, size in trainings
+    }
+
+
 def run(options: Options, report: Report):
-    """Trains with and without batch norm at each batch size, and the other normalizers, and judges S2.1 to S2.4.
-
-    Args:
-      options: seeds, epochs (10), dataset ('mnist'), data_dir and batch sizes (16 to 256).
-      report: is told the progress.
-
-    Returns:
-      The results, and the figures by file name.
-    """
-    dataset, epochs = options.dataset or "mnist", options.epochs or 10
-    batch_sizes = options.batch_sizes or BATCH_SIZES
+    """Trains with and without batch norm at each batch size, and the other normalizers, and judges S2.1 to S2.4."""
+    dataset, epochs, batch_sizes = options.dataset, options.epochs, options.batch_sizes
     images = data.images(dataset, options.data_dir, report.reading)
-    x, y = pixels(images.train.x), images.train.y
+    x, y = data.pixels(images.train.x), images.train.y
     kept = len(x) - len(x) // 5
     train, validation = data.Split(x[:kept], y[:kept]), data.Split(x[kept:], y[kept:])
-    test = data.Split(pixels(images.test.x), images.test.y)
+    test = data.Split(data.pixels(images.test.x), images.test.y)
     too_large = [size for size in batch_sizes if size > kept]
     if too_large:
         raise ValueError(f"--batch-sizes must not exceed the {kept} training examples, got {too_large[0]}.")
-    results = Results(
-        "mnist",
-        {**SETTINGS, "dataset": dataset, "epochs": epochs, "batch_sizes": list(batch_sizes)},
-        range(options.seeds),
-    )
+    settings = {**SETTINGS, "dataset": dataset, "epochs": epochs, "batch_sizes": list(batch_sizes)}
+    results = Results(STUDY.name, settings, range(options.seeds))
     shown = 32 if 32 in batch_sizes else batch_sizes[0]
-    models = {name: NETWORKS[name][1]() for name in ("none", *NORMALIZERS)} | {"before": NETWORKS["bn"][1]()}
-    labels = PLACES | {name: NETWORKS[name][0] for name in NORMALIZERS}
-    trainings = [(name, size) for size in batch_sizes for name in PLACES] + [(name, shown) for name in NORMALIZERS]
-    jobs = []
-    for name, size in trainings:
-        optimizer = optax.adam(SETTINGS["learning_rate"], eps=1e-7)
-        label = f"{labels[name]}, batch {size}"
-        variant = Variant(f"{name}_{size}", label, models[name], optimizer, training.cross_entropy, size, epochs)
-        jobs.append(Job(variant, train, {"validation": validation, "test": test}))
-    all_trained = {
-        trained.variant.name: trained for trained in train_variants(jobs, results.seeds, report, options.saving)
-    }
-    for trained in all_trained.values():
+    examples = Examples.of(train, {"validation": validation, "test": test})
+    keys = {"key": seed_keys(results.seeds)}
+    jobs = [Job(network.epochs(epochs, kept), keys, examples) for network in networks(options, images).values()]
+    all_trained = {trained.plan.name: trained for trained in train_all(jobs, report, options)}
+    for name, trained in all_trained.items():
         metrics = {
             "test_accuracy": trained.final("test_accuracy"),
             "validation_accuracy": trained.final("validation_accuracy"),
@@ -100,7 +128,7 @@ def run(options: Options, report: Report):
             "validation_loss": trained.final("validation_loss"),
             "epochs_to_97_percent": trained.epochs_to("validation_accuracy", THRESHOLD),
         }
-        network, size = trained.variant.name.split("_")
+        network, size = name.split("_")
         results.add(trained, {"network": network, "batch_size": int(size)}, metrics)
     results.judge(CLAIMS)
     pair = [all_trained[f"{place}_{shown}"] for place in ("none", "before")]
@@ -116,7 +144,7 @@ def run(options: Options, report: Report):
     }
     published = PUBLISHED_WITHOUT if dataset == "mnist" else {}
     figures = {
-        "histograms.png": plots.histograms(pair, "First seed: values over training, darker where there are more"),
+        "histograms.png": plots.histograms(pair),
         "learning_curves.png": plots.learning_curves(
             pair, panels, f"{dataset}, batch {shown}, {options.seeds} seeds: mean and 95 % interval"
         ),

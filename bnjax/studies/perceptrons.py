@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 
 from bnjax.linen import BatchNorm, BatchRenorm
 from bnjax.models import Perceptron, of_example
+from bnjax.studies.engine.plan import step_keys
 
 HIDDEN, DEEP = (64, 64), (64,) * 8
 BATCH_SIZE = 32
@@ -115,11 +115,6 @@ CASES = (
 )
 
 
-def pixels(images: np.ndarray) -> np.ndarray:
-    """Pixels in [0, 1], one float32 vector for each image."""
-    return (images.reshape(len(images), -1) / np.float32(255)).astype(np.float32)
-
-
 def optimizer(steps: int, learning_rate: Any, l2: Any, decay: Any) -> optax.GradientTransformation:
     """Adam, with the gradient of `l2 / 2 · ‖W‖²`, and a learning rate that falls exponentially by exp(−decay)."""
 
@@ -130,12 +125,13 @@ def optimizer(steps: int, learning_rate: Any, l2: Any, decay: Any) -> optax.Grad
     return optax.inject_hyperparams(make)(learning_rate=learning_rate, l2=l2, decay=decay)
 
 
-def fixed_batch(batch_size: int) -> Callable[[Any, Any], tuple]:
-    """Draws one of the batches into which the examples are divided once and for all."""
+def fixed_batch(batch_size: int) -> Callable[[Any, Any, Any], tuple]:
+    """Draws one of the batches into which the examples are divided once and for all, and the step's key."""
 
-    def draw(examples, key):
+    def draw(examples, setting, number):
         x, y = examples
-        index = jax.random.randint(key, (), 0, y.shape[0] // batch_size) * batch_size + jnp.arange(batch_size)
-        return x[index], y[index]
+        of_batch, of_step = step_keys(setting, number)
+        index = jax.random.randint(of_batch, (), 0, y.shape[0] // batch_size) * batch_size + jnp.arange(batch_size)
+        return x[index], y[index], of_step
 
     return draw

@@ -1,5 +1,6 @@
 """A recurrent network that reads MNIST row by row: statistics for each time step, shared ones, and none."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,19 +8,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnjax import training
+from bnjax import studies, training
 from bnjax.linen import BatchNorm
 from bnjax.models import RecurrentNetwork
-from bnjax.studies import Options, data
-from bnjax.studies.engine.experiment import Report, Variant, compiler_options, divisor_from, seed_keys
-from bnjax.studies.engine.measured import Plan, random_batch, train_measured
-from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
-from bnjax.studies.evidence.plots import Figure, drawing
+from bnjax.studies import Study, data, option
+from bnjax.studies.engine.plan import Variant, compiler_options, divisor_from, seed_keys
+from bnjax.studies.engine.training import Report, train
+from bnjax.studies.evidence import plots
+from bnjax.studies.evidence.claims import AtLeast, Condition, Source
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
-from bnjax.studies.perceptrons import pixels
 
-BATCH_SIZE, HIDDEN, STEPS, MEASURED = 64, 64, 1000, 10
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.ImageOptions):
+    """What a run of the recurrent networks may choose."""
+
+    seeds: int = option(16, "number of seeds")
+    steps: int = option(1000, "steps of training")
+
+
+STUDY = Study(
+    "recurrent",
+    "a recurrent network that reads MNIST row by row: statistics for each time step, shared, and none",
+    "S1, circles case study; Cooijmans et al. 2016",
+    Options,
+    compiled="per_step_epsilon",
+    fast={"seeds": 3},
+    source_size="statements only",
+    order=6,
+)
+
+BATCH_SIZE, HIDDEN, MEASURED = 64, 64, 10
 POPULATION_BATCH = 5000
 LEARNING_RATE = 1e-3
 EPSILON = 1e-3
@@ -30,111 +50,91 @@ VARIANTS = {
     "per_step_epsilon": (f"for each time step, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), False),
     "shared_epsilon": (f"shared over time, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), True),
 }
-_NEEDS = {"dataset": "mnist", "steps": AtLeast(STEPS)}
+_NEEDS = {"dataset": "mnist", "steps": AtLeast(1000)}
+_CIRCLES = Source("circles case study", _NEEDS)
+_COOIJMANS = Source("Cooijmans et al. 2016 (arXiv 1603.09025), section 3", _NEEDS)
 _ADDED = "added after running averages had been seen to fail; ε and the size of these batches were tried at three seeds"
 CLAIMS = (
-    Claim(
+    _CIRCLES.claim(
         "S1.9",
-        "circles case study",
         "batch norm can be used with recurrent networks",
-        "–",
         "with statistics for each time step the test accuracy is at most a point below the plain network's",
-        (Condition("per step − none", "test_accuracy", "per_step", "none", low=-0.01),),
-        _NEEDS,
+        Condition("per step − none", "test_accuracy", "per_step", "none", low=-0.01),
     ),
-    Claim(
+    _CIRCLES.claim(
         "S1.9 (population)",
-        "circles case study",
         f"… with statistics computed from the training set after the training, and ε = {EPSILON:g}",
-        "–",
         f"the same bound, with statistics of batches of {POPULATION_BATCH} examples instead of running averages",
-        (Condition("per step − none", "population_accuracy", "per_step_epsilon", "none", low=-0.01),),
-        _NEEDS,
-        _ADDED,
+        Condition("per step − none", "population_accuracy", "per_step_epsilon", "none", low=-0.01),
+        amended=_ADDED,
     ),
-    Claim(
+    _COOIJMANS.claim(
         "R.2",
-        "Cooijmans et al. 2016 (arXiv 1603.09025), section 3",
         "in a recurrent network statistics shared over time do worse than those for each time step",
-        "–",
         "the paired difference in test accuracy is negative",
-        (Condition("shared − per step", "test_accuracy", "shared", "per_step", high=0),),
-        _NEEDS,
+        Condition("shared − per step", "test_accuracy", "shared", "per_step", high=0),
     ),
-    Claim(
+    _COOIJMANS.claim(
         "R.2 (population)",
-        "Cooijmans et al. 2016 (arXiv 1603.09025), section 3",
         f"… with statistics computed from the training set after the training, and ε = {EPSILON:g}",
-        "–",
         "the same, with the mean over time of the statistics of each step as what is shared",
-        (Condition("shared − per step", "population_accuracy", "shared_epsilon", "per_step_epsilon", high=0),),
-        _NEEDS,
-        _ADDED,
+        Condition("shared − per step", "population_accuracy", "shared_epsilon", "per_step_epsilon", high=0),
+        amended=_ADDED,
     ),
 )
 
 
+def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
+    """The five networks by name."""
+    return {
+        name: Variant(
+            name,
+            label,
+            RecurrentNetwork(images.num_classes, HIDDEN, norm, is_shared),
+            optax.adam(LEARNING_RATE),
+            images.train.x.shape[1:3],
+            BATCH_SIZE,
+        )
+        for name, (label, norm, is_shared) in VARIANTS.items()
+    }
+
+
 def run(options: Options, report: Report):
-    """Trains the networks and judges the claims.
-
-    Args:
-      options: seeds, steps (1000), dataset ('mnist') and data_dir.
-      report: is told the progress.
-
-    Returns:
-      The results, and the figures by file name.
-    """
-    name, steps = options.dataset or "mnist", options.steps or STEPS
+    """Trains the networks and judges the claims."""
+    dataset, steps = options.dataset, options.steps
     every = divisor_from(steps // MEASURED, steps)
-    images = data.images(name, options.data_dir, report.reading)
-    train, test = (
-        data.Split(pixels(split.x).reshape(split.x.shape[:3]), split.y) for split in (images.train, images.test)
+    images = data.images(dataset, options.data_dir, report.reading)
+    train_set, test = (
+        data.Split(data.pixels(split.x).reshape(split.x.shape[:3]), split.y) for split in (images.train, images.test)
     )
     held_out = jax.tree.map(jnp.asarray, test)
     settings = {"hidden": HIDDEN, "optimizer": "Adam", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
-    results = Results("recurrent", {**settings, "dataset": name, "steps": steps}, range(options.seeds))
-    keys = seed_keys(results.seeds)
+    results = Results(STUDY.name, {**settings, "dataset": dataset, "steps": steps}, range(options.seeds))
+    keys = {"key": seed_keys(results.seeds)}
 
-    def step(state, x, y, key):
-        return training.train_step(state, x, y, objective=training.cross_entropy)
-
-    def measure(state, x, y, key):
+    def accuracy(state, *inputs):
         return jnp.mean(training.evaluate(state, *held_out, objective=training.cross_entropy).accuracy)
 
-    accuracies = jax.jit(jax.vmap(lambda state: measure(state, None, None, None)))
+    accuracies = jax.jit(jax.vmap(accuracy))
     curves = {}
-    for variant, (label, norm, is_shared) in VARIANTS.items():
-        model = RecurrentNetwork(images.num_classes, HIDDEN, norm, is_shared)
-
-        def create(setting, model=model):
-            key = jax.random.fold_in(setting["key"], 0)
-            return training.create_train_state(model, optax.adam(LEARNING_RATE), key, held_out.x[:1])
-
-        described = Variant(variant, label, model, optax.adam(LEARNING_RATE), training.cross_entropy, BATCH_SIZE, steps)
-        plan = Plan(
-            create, random_batch(BATCH_SIZE), step, measure, steps, every, compiler_options=compiler_options(steps)
-        )
-        tell = report.task(described)
-        further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
-        seen = train_measured(plan, {"key": keys}, tuple(train), name=variant, **further)
-        loss = np.asarray(seen.metrics.loss)
-        found = {
-            "test_accuracy": np.asarray(accuracies(seen.states)),
+    for name, network in networks(options, images).items():
+        plan = network.plan(steps, measure=accuracy, every=every, compiler_options=compiler_options(steps))
+        trained = train(plan, keys, tuple(train_set), report=report, options=options)
+        loss = np.asarray(trained.metrics.loss)
+        metrics = {
+            "test_accuracy": np.asarray(accuracies(trained.state)),
             "final_loss": loss[:, -max(1, steps // 20) :].mean(1),
         }
-        estimate = functools.partial(with_population_statistics, model, jnp.asarray(train.x))
-        states = jax.jit(functools.partial(jax.lax.map, estimate))(seen.states)
-        found["population_accuracy"] = np.asarray(accuracies(states))
-        curves[label] = np.concatenate([seen.measurements, found["test_accuracy"][:, None]], 1)
-        trained = seen.trained(described, {"test_accuracy": curves[label], "train_loss": loss})
-        results.add(trained, {"statistics": variant}, found)
+        estimate = functools.partial(with_population_statistics, network.model, jnp.asarray(train_set.x))
+        states = jax.jit(functools.partial(jax.lax.map, estimate))(trained.state)
+        metrics["population_accuracy"] = np.asarray(accuracies(states))
+        curves[network.label] = np.concatenate([trained.measurements, metrics["test_accuracy"][:, None]], 1)
+        shown = {"test_accuracy": curves[network.label], "train_loss": loss}
+        results.add(trained, {"statistics": name}, metrics, shown)
     results.judge(CLAIMS)
-    figure = Figure(figsize=(6, 4), layout="constrained")
     times = np.append(np.arange(0, steps, every), steps)
-    drawing.curves(figure.subplots(), curves, times, ylabel="test accuracy")
-    figure.suptitle(f"{name}, row by row, {seeds_in_words(options.seeds)}", fontsize=10)
-    drawing.legend(figure)
-    return results, {"test_accuracy.png": figure}
+    title = f"{dataset}, row by row, {seeds_in_words(options.seeds)}"
+    return results, {"test_accuracy.png": plots.curves(curves, times, "test accuracy", title)}
 
 
 def with_population_statistics(

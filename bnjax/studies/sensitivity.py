@@ -1,5 +1,6 @@
 """What S2's perceptron depends on: learning rate, initial scale, batch size, regularization, place and normalizer."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax import analysis, training
+from bnjax import analysis, studies, training
 from bnjax.analysis import losses
-from bnjax.studies import Options, data
-from bnjax.studies.engine.experiment import Report, Variant, compiler_options, in_threads, parameter_shapes, seed_keys
-from bnjax.studies.engine.measured import Plan, random_batch, train_measured
+from bnjax.studies import Study, data, option
+from bnjax.studies.engine.plan import Variant, compiler_options, random_batch, seed_keys
+from bnjax.studies.engine.training import Report, in_threads, train
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
+from bnjax.studies.evidence.claims import AtLeast, Claim, Condition, Source
 from bnjax.studies.evidence.plots import Figure
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
@@ -27,144 +28,128 @@ from bnjax.studies.perceptrons import (
     Case,
     fixed_batch,
     optimizer,
-    pixels,
 )
 
-NOTES, CIRCLES, MNIST = "original paper notes", "circles case study", "MNIST assignment"
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.ImageOptions):
+    """What a run of the perceptrons may choose."""
+
+    seeds: int = option(8, "number of seeds")
+    steps: int = option(750, "steps of training", shown="750 of 32 examples, as many examples at other batch sizes")
+    variants: tuple[str, ...] | None = option(None, "which networks to train", shown="all", metavar="A,B,…")
+
+
+STUDY = Study(
+    "sensitivity",
+    "a perceptron on MNIST over learning rates, initial scales, batch sizes, regularizers and normalizers",
+    "S1 to S3, statements without numbers",
+    Options,
+    compiled="deep_bn",
+    fast={"seeds": 6, "steps": 90, "variants": ("deep_none", "deep_bn")},
+    source_size="statements only",
+    order=4,
+)
+
 EXAMPLES = 24_000  # that a training sees
 SMALL_SET = 3000  # examples of the trainings that overfit
 MEASURED = 6  # times in a training
 
+_NEEDS = {"dataset": "mnist", "examples": AtLeast(EXAMPLES)}
+_NOTES, _CIRCLES, _MNIST, _IOFFE = (
+    Source(name, _NEEDS)
+    for name in ("original paper notes", "circles case study", "MNIST assignment", "Ioffe 2017 (arXiv 1702.03275)")
+)
+
 
 def _spread(claim: str, what: str, sweep: str) -> Claim:
     values = ", ".join(f"{value:g}" for value in SWEEPS[sweep])
-    return Claim(
+    return _MNIST.claim(
         claim,
-        MNIST,
         f"with batch norm training is less sensitive to the {what}",
-        "–",
         f"largest minus smallest test accuracy over {values}: the paired difference is negative",
-        (Condition("with − without", f"range_over_{sweep}", "bn", "none", high=0),),
-        _NEEDS,
+        Condition("with − without", f"range_over_{sweep}", "bn", "none", high=0),
     )
 
 
-_NEEDS = {"dataset": "mnist", "examples": AtLeast(EXAMPLES)}
 CLAIMS = (
     _spread("S2.5", "initialization", "init_scale"),
     _spread("S2.6", "learning rate", "learning_rate"),
-    Claim(
+    _MNIST.claim(
         "S2.7",
-        MNIST,
         "very small batches hurt batch norm",
-        "–",
         "test accuracy at batch 2 is below that at batch 32, and by more than without batch norm",
-        (
-            Condition("batch 2 − 32", "test_accuracy", "bn, batch 2", "bn", high=0),
-            Condition("lost with − without", "lost_at_batch_2", "bn", "none", low=0),
-        ),
-        _NEEDS,
+        Condition("batch 2 − 32", "test_accuracy", "bn, batch 2", "bn", high=0),
+        Condition("lost with − without", "lost_at_batch_2", "bn", "none", low=0),
     ),
-    Claim(
+    _MNIST.claim(
         "S2.9",
-        MNIST,
         "batch norm keeps gradients from exploding",
-        "–",
         "kernels ten times as large multiply the first layer's gradient, at the start, by more than 10 without batch "
         "norm, and by at most 2 with it",
-        (
-            Condition("without", "gradient_growth", "none", low=10, digits=1),
-            Condition("with", "gradient_growth", "bn", high=2, digits=2),
-        ),
-        {"dataset": "mnist"},
+        Condition("without", "gradient_growth", "none", low=10, digits=1),
+        Condition("with", "gradient_growth", "bn", high=2, digits=2),
+        needs={"dataset": "mnist"},
     ),
-    Claim(
+    _MNIST.claim(
         "S2.10",
-        MNIST,
         "extremely large batches may degrade the generalization of batch norm",
-        "–",
         f"as many examples in batches of {BATCH_SIZES[-1]} give a lower test accuracy than in batches of {BATCH_SIZE}",
-        (Condition("largest − default", "test_accuracy", f"bn, batch {BATCH_SIZES[-1]}", "bn", high=0),),
-        _NEEDS,
+        Condition("largest − default", "test_accuracy", f"bn, batch {BATCH_SIZES[-1]}", "bn", high=0),
     ),
-    Claim(
+    _MNIST.claim(
         "S2.11",
-        MNIST,
         "batch norm may not bring much on small data sets",
-        "–",
         f"trained on {SMALL_SET} images, it raises the test accuracy by at most a point",
-        (Condition("with − without", "test_accuracy", "bn, small set", "none, small set", high=0.01),),
-        _NEEDS,
+        Condition("with − without", "test_accuracy", "bn, small set", "none, small set", high=0.01),
     ),
-    Claim(
+    _MNIST.claim(
         "S2.12",
-        MNIST,
         "batch norm makes the network robust to the scale of the input, with less need for preprocessing",
-        "–",
         "pixels up to 255 instead of 1 cost less test accuracy with it",
-        (Condition("lost with − without", "lost_by_raw_pixels", "bn", "none", high=0),),
-        _NEEDS,
+        Condition("lost with − without", "lost_by_raw_pixels", "bn", "none", high=0),
     ),
-    Claim(
+    _MNIST.claim(
         "S2.8",
-        MNIST,
         "batch norm keeps gradients from vanishing",
-        "–",
         "eight sigmoid layers: the first layer's gradient over the last's, at the start, is above 0.1 with it and "
         "below 0.01 without",
-        (
-            Condition("with", "first_to_last_gradient", "deep_bn", low=0.1),
-            Condition("without", "first_to_last_gradient", "deep_none", high=0.01, digits=None),
-        ),
-        {"dataset": "mnist"},
+        Condition("with", "first_to_last_gradient", "deep_bn", low=0.1),
+        Condition("without", "first_to_last_gradient", "deep_none", high=0.01, digits=None),
+        needs={"dataset": "mnist"},
     ),
-    Claim(
+    _CIRCLES.claim(
         "S1.6",
-        CIRCLES,
         "batch norm regularizes: it reduces generalization error",
-        "–",
         f"trained on {SMALL_SET} images, the test accuracy is higher and the gap to the training accuracy smaller",
-        (
-            Condition("test accuracy with − without", "test_accuracy", "bn, small set", "none, small set", low=0),
-            Condition("gap with − without", "generalization_gap", "bn, small set", "none, small set", high=0),
-        ),
-        _NEEDS,
+        Condition("test accuracy with − without", "test_accuracy", "bn, small set", "none, small set", low=0),
+        Condition("gap with − without", "generalization_gap", "bn, small set", "none, small set", high=0),
     ),
-    Claim(
+    _CIRCLES.claim(
         "S1.7",
-        CIRCLES,
         "batch norm should not be used together with dropout",
-        "–",
         f"trained on {SMALL_SET} images, dropout lowers the test accuracy with batch norm, at either rate",
-        tuple(
+        *(
             Condition(
                 f"with dropout {rate} − 0", "test_accuracy", f"bn_dropout_{rate}, small set", "bn, small set", high=0
             )
             for rate in (0.2, 0.5)
         ),
-        _NEEDS,
     ),
-    Claim(
+    _CIRCLES.claim(
         "S1.8",
-        CIRCLES,
         "after s-shaped activations batch norm is more appropriate, before them for rectified linear ones",
-        "–",
         "test accuracy is higher after than before for sigmoid and tanh, and before than after for ReLU",
-        (
-            Condition("sigmoid after − before", "test_accuracy", "sigmoid_after", "sigmoid_before", low=0),
-            Condition("tanh after − before", "test_accuracy", "tanh_after", "tanh_before", low=0),
-            Condition("ReLU before − after", "test_accuracy", "bn", "relu_after", low=0),
-        ),
-        _NEEDS,
+        Condition("sigmoid after − before", "test_accuracy", "sigmoid_after", "sigmoid_before", low=0),
+        Condition("tanh after − before", "test_accuracy", "tanh_after", "tanh_before", low=0),
+        Condition("ReLU before − after", "test_accuracy", "bn", "relu_after", low=0),
     ),
-    Claim(
+    _NOTES.claim(
         "S3.6",
-        NOTES,
         "with batch norm dropout can be reduced or removed",
-        "–",
         f"trained on {SMALL_SET} images, batch norm without dropout does not lose to the plain network with it, at "
         "either rate, by more than 0.5 points of test accuracy",
-        tuple(
+        *(
             Condition(
                 f"batch norm − dropout {rate}",
                 "test_accuracy",
@@ -174,139 +159,119 @@ CLAIMS = (
             )
             for rate in (0.2, 0.5)
         ),
-        _NEEDS,
     ),
-    Claim(
+    _NOTES.claim(
         "A.1",
-        NOTES,
         "with batch norm the learning rate can be raised with no ill effect",
-        "5 and 30 times (ImageNet)",
         "ten times the rate costs at most half a point of test accuracy with it, and less than without",
-        (
-            Condition("lost", "lost_at_10_times", "bn", high=0.005, is_difference=True),
-            Condition("lost with − without", "lost_at_10_times", "bn", "none", high=0),
-        ),
-        _NEEDS,
+        Condition("lost", "lost_at_10_times", "bn", high=0.005, is_difference=True),
+        Condition("lost with − without", "lost_at_10_times", "bn", "none", high=0),
+        published="5 and 30 times (ImageNet)",
     ),
-    Claim(
+    _NOTES.claim(
         "A.2",
-        NOTES,
         "removing dropout from a batch-normalized network speeds training up without more overfitting",
-        "–",
         f"trained on {SMALL_SET} images, without dropout of 0.5 the training accuracy is higher, and the test accuracy "
         "at most half a point lower",
-        (
-            Condition("training accuracy", "train_accuracy", "bn, small set", "bn_dropout_0.5, small set", low=0),
-            Condition("test accuracy", "test_accuracy", "bn, small set", "bn_dropout_0.5, small set", low=-0.005),
-        ),
-        _NEEDS,
+        Condition("training accuracy", "train_accuracy", "bn, small set", "bn_dropout_0.5, small set", low=0),
+        Condition("test accuracy", "test_accuracy", "bn, small set", "bn_dropout_0.5, small set", low=-0.005),
     ),
-    Claim(
+    _NOTES.claim(
         "A.3",
-        NOTES,
         "with batch norm the weight regularization can be reduced",
-        "a fifth of it",
         f"trained on {SMALL_SET} images, what the better of 1e-3 and 1e-2 gains over no regularization is smaller "
         "with it",
-        (Condition("gain with − without", "gain_by_l2", "bn, small set", "none, small set", high=0),),
-        _NEEDS,
+        Condition("gain with − without", "gain_by_l2", "bn, small set", "none, small set", high=0),
+        published="a fifth of it",
     ),
-    Claim(
+    _NOTES.claim(
         "A.4",
-        NOTES,
         "with batch norm the learning rate can decay faster",
-        "6 times faster",
         "decaying to exp(−6) in place of exp(−1) loses less test accuracy with it than without",
-        (Condition("lost with − without", "lost_by_fast_decay", "bn", "none", high=0),),
-        _NEEDS,
+        Condition("lost with − without", "lost_by_fast_decay", "bn", "none", high=0),
+        published="6 times faster",
     ),
-    Claim(
+    _NOTES.claim(
         "A.6",
-        NOTES,
         "batch norm profits from shuffling more thoroughly",
-        "1 % of validation accuracy (ImageNet)",
         f"trained on {SMALL_SET} images, batches drawn anew give a higher test accuracy than batches that stay the "
         "same, and gain more with it than without",
-        (
-            Condition("gain", "gain_by_shuffling", "bn, small set", low=0, is_difference=True),
-            Condition("gain with − without", "gain_by_shuffling", "bn, small set", "none, small set", low=0),
-        ),
-        _NEEDS,
+        Condition("gain", "gain_by_shuffling", "bn, small set", low=0, is_difference=True),
+        Condition("gain with − without", "gain_by_shuffling", "bn, small set", "none, small set", low=0),
+        published="1 % of validation accuracy (ImageNet)",
     ),
-    Claim(
+    _IOFFE.claim(
         "R.1",
-        "Ioffe 2017 (arXiv 1702.03275)",
         "batch renormalization helps where batches are small",
-        "–",
         "test accuracy at batch 4 is above that of batch norm",
-        (Condition("renorm − batch norm, batch 4", "test_accuracy", "renorm, batch 4", "bn, batch 4", low=0),),
-        _NEEDS,
+        Condition("renorm − batch norm, batch 4", "test_accuracy", "renorm, batch 4", "bn, batch 4", low=0),
     ),
 )
 
 
+def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
+    """The networks at the default settings, by name."""
+    at_default = optimizer(options.steps, *(DEFAULTS[key] for key in ("learning_rate", "l2", "decay")))
+    shape = (images.train.x[0].size,)
+    return options.selected(
+        {
+            name: Variant(name, label, build(), at_default, shape, BATCH_SIZE)
+            for name, (label, build) in NETWORKS.items()
+        }
+    )
+
+
 def run(options: Options, report: Report):
-    """Trains `CASES` and judges the claims on what a network depends on.
+    """Trains `CASES` and judges the claims on what a network depends on."""
+    dataset, examples = options.dataset, BATCH_SIZE * options.steps
+    images = data.images(dataset, options.data_dir, report.reading)
+    variants = networks(options, images)
+    train_set, test = (data.Split(data.pixels(split.x), split.y) for split in (images.train, images.test))
+    sets = {False: train_set, True: data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])}
+    settings = {"optimizer": "Adam", "dataset": dataset, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
+    results = Results(STUDY.name, settings, range(options.seeds))
 
-    Args:
-      options: seeds, steps (the examples a training sees, divided by 32), variants (networks), dataset ('mnist') and
-        data_dir.
-      report: is told the progress.
-
-    Returns:
-      The results, and the figures by file name.
-    """
-    name, examples = options.dataset or "mnist", BATCH_SIZE * options.steps if options.steps else EXAMPLES
-    if unknown := sorted(set(options.variants or ()) - set(NETWORKS)):
-        raise ValueError(f"--variants must be among {', '.join(NETWORKS)}, got {', '.join(unknown)}.")
-    images = data.images(name, options.data_dir, report.reading)
-    train, test = (data.Split(pixels(split.x), split.y) for split in (images.train, images.test))
-    sets = {False: train, True: data.Split(train.x[:SMALL_SET], train.y[:SMALL_SET])}
-    settings = {"optimizer": "Adam", "dataset": name, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
-    results = Results("sensitivity", settings, range(options.seeds))
-
-    def work(case: Case, watched: Any) -> Results:
-        part = Results("sensitivity", settings, range(options.seeds))
+    def work(case: Case, report: Report) -> Results:
+        part = Results(STUDY.name, settings, range(options.seeds))
         label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
+        named = {"name": case.name, "label": label, "batch_size": case.batch_size}
         steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
-        tell = report.task(Variant(case.name, label, None, None, training.cross_entropy, case.batch_size, steps))
-        seen, held_out = sets[case.is_small], test
+        train_part, test_part = sets[case.is_small], test
         if case.pixel_scale != 1:
-            seen, held_out = (data.Split(x * np.float32(case.pixel_scale), y) for x, y in (seen, held_out))
-        _train(part, case, label, seen, held_out, steps, watched(tell), options)
+            train_part, test_part = (
+                data.Split(x * np.float32(case.pixel_scale), y) for x, y in (train_part, test_part)
+            )
+        network = dataclasses.replace(variants[case.network], **named)
+        _train(part, case, network, train_part, test_part, steps, report, options)
         return part
 
-    cases = [case for case in CASES if not options.variants or case.network in options.variants]
-    for part in in_threads(work, cases):
+    for part in in_threads(work, [case for case in CASES if case.network in variants], report):
         results.variants |= part.variants
         results.arrays |= part.arrays
         results.parameters |= part.parameters
     compared = [network for network in ("none", "bn") if network in results.variants]
     _compare(results, compared)
     results.judge(CLAIMS)
-    return results, _figures(results, compared, f"{name}, {seeds_in_words(options.seeds)}")
+    return results, _figures(results, compared, f"{dataset}, {seeds_in_words(options.seeds)}")
 
 
-def _train(results: Results, case: Case, label: str, train, test, steps: int, tell, options: Options) -> None:
+def _train(
+    results, case: Case, network: Variant, train_set, test, steps: int, report: Report, options: Options
+) -> None:
     """Trains one case at all settings and seeds, and adds its variants to the results."""
-    model = NETWORKS[case.network][1]()
-    cells, seeds = case.settings, options.seeds
-    keys = seed_keys(results.seeds)
-    chosen = {key: jnp.repeat(jnp.array([c[key] for c in cells.values()]), seeds) for key in DEFAULTS}
-    chosen["key"] = jnp.tile(keys, len(cells))
+    cells, seeds, model = case.settings, options.seeds, network.model
+    settings = {key: jnp.repeat(jnp.array([c[key] for c in cells.values()]), seeds) for key in DEFAULTS}
+    settings["key"] = jnp.tile(seed_keys(results.seeds), len(cells))
     held_out = jax.tree.map(jnp.asarray, test)
 
     def create(setting):
         changing = optimizer(steps, setting["learning_rate"], setting["l2"], setting["decay"])
-        state = training.create_train_state(model, changing, jax.random.fold_in(setting["key"], 0), held_out.x[:1])
+        state = dataclasses.replace(network, optimizer=changing).create(setting)
 
         def scaled(path, p):
             return p * setting["init_scale"] if path[-1].key == "kernel" else p
 
         return state.replace(params=jax.tree.map_with_path(scaled, state.params))
-
-    def step(state, x, y, key):
-        return training.train_step(state, x, y, objective=training.cross_entropy, rngs={"dropout": key})
 
     def measure(state, x, y, key):
         variables = {"batch_stats": state.batch_stats}
@@ -316,35 +281,35 @@ def _train(results: Results, case: Case, label: str, train, test, steps: int, te
         accuracy = jnp.mean(training.evaluate(state, *held_out, objective=training.cross_entropy).accuracy)
         return {"test_accuracy": accuracy, "first_to_last_gradient": first / last, "first_gradient": first}
 
-    draw = fixed_batch(case.batch_size) if case.is_fixed else random_batch(case.batch_size)
-    plan = Plan(create, draw, step, measure, steps, steps // MEASURED, compiler_options=compiler_options(steps))
-    further = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
-    seen = train_measured(plan, chosen, tuple(train), name=case.name, **further)
+    draw = (fixed_batch if case.is_fixed else random_batch)(case.batch_size)
+    how: dict[str, Any] = {"every": steps // MEASURED, "compiler_options": compiler_options(steps)}
+    plan = network.plan(steps, create=create, draw=draw, measure=measure, **how)
+    trained = train(plan, settings, tuple(train_set), report=report, options=options)
     evaluate = jax.jit(
         jax.vmap(lambda s, x, y: training.evaluate(s, x, y, objective=training.cross_entropy), (0, None, None)),
         compiler_options=compiler_options(),
     )
     on_test, on_training = (
-        jax.tree.map(lambda v: np.asarray(v.mean(1)), evaluate(seen.states, split.x[:10_000], split.y[:10_000]))
-        for split in (test, train)
+        jax.tree.map(lambda v: np.asarray(v.mean(1)), evaluate(trained.state, split.x[:10_000], split.y[:10_000]))
+        for split in (test, train_set)
     )
-    at_start = {key: np.asarray(values)[:, 0] for key, values in seen.measurements.items() if "gradient" in key}
+    at_start = {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}
     metrics = {
         "test_accuracy": on_test.accuracy,
         "train_accuracy": on_training.accuracy,
         "generalization_gap": on_training.accuracy - on_test.accuracy,
         **at_start,
     }
-    curve = np.concatenate([seen.measurements["test_accuracy"], on_test.accuracy[:, None]], 1)
+    curve = np.concatenate([trained.measurements["test_accuracy"], on_test.accuracy[:, None]], 1)
     for number, (name, cell) in enumerate(cells.items()):
         rows = slice(number * seeds, (number + 1) * seeds)
         results.variants[name] = (
-            label + name.removeprefix(case.name),
+            network.label + name.removeprefix(case.name),
             {"network": case.network, "batch_size": case.batch_size, **cell},
             {metric: values[rows] for metric, values in metrics.items()},
         )
         results.arrays[f"{name}/test_accuracy"] = curve[rows]
-        results.add_parameters(name, parameter_shapes(seen.states), seen.histograms if number == 0 else {})
+        results.add_parameters(name, trained.parameters, trained.histograms if number == 0 else {})
 
 
 def _compare(results: Results, networks: Sequence[str]) -> None:

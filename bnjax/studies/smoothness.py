@@ -1,23 +1,48 @@
 """S6: how smooth the landscape is: VGG on CIFAR-10 and a deep linear network, plain, normalized, and with noise."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-import optax
 
-from bnjax import analysis, training
-from bnjax.studies import Options, data, deep_linear, landscape
-from bnjax.studies.engine.experiment import Report, Variant, divisor_up_to, seed_keys
-from bnjax.studies.engine.measured import Measured, Plan, overhead, train_measured
-from bnjax.studies.evidence.claims import Claim, Condition
+from bnjax import analysis, studies
+from bnjax.studies import Study, data, deep_linear, landscape, option, vgg
+from bnjax.studies.engine.plan import Plan, Trained, Variant, divisor_up_to, seed_keys
+from bnjax.studies.engine.training import ONE_BY_ONE, Report, overhead, train
+from bnjax.studies.evidence.claims import Claim, Condition, Source
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
-from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED, RATES, Network
+from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED, RATES
 
-SOURCE = "Santurkar et al. 2018"
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.ImageOptions):
+    """What a run of VGG and of the deep linear network may choose."""
+
+    seeds: int = option(3, "number of seeds")
+    steps: int | None = option(
+        None, "steps of training", shown="500 of VGG at width 16 on CPU, 15,000 at width 64 on GPU and TPU"
+    )
+    dataset: str = option("cifar10", "image set", choices=("cifar10", "cifar100"))
+    width: int | None = option(None, "filters of VGG's first stage", shown="see above")
+    augment: bool = option(False, "mirror and move the training images at random")
+    variants: tuple[str, ...] | None = option(None, "which networks to train", shown="all", metavar="A,B,…")
+
+
+STUDY = Study(
+    "smoothness",
+    "VGG and a deep linear network, plain, normalized and noisy: smoothness, covariate shift, curvature",
+    "S6, Santurkar et al. 2018",
+    Options,
+    compiled="bn",
+    compiled_options={"width": 64},
+    source_size="15,000 steps of VGG at width 64",
+    order=9,
+)
+
 LABELS = {
     "none": "plain",
     "bn": "batch norm",
@@ -36,87 +61,73 @@ SHORT = {"steps": 500, "every": 20, "width": 16, "rate_steps": 100, "linear_step
 LINEAR_EVERY = 200
 
 
-_CIFAR10 = {"dataset": "cifar10"}
+_SOURCE = Source("Santurkar et al. 2018", {"dataset": "cifar10"})
 
 
 def _smaller(claim: str, what: str, metric: str) -> Claim:
-    return Claim(
+    return _SOURCE.claim(
         claim,
-        SOURCE,
         f"{what} is smaller with batch norm at nearly all steps",
-        "smaller",
         "at 90 % of the measured steps and more, in both networks (what is not finite is larger than all else)",
-        tuple(
+        *(
             Condition(f"{label}: share of steps", f"share_with_smaller_{metric}", f"{net}_bn", low=0.9, digits=2)
             for net, label in (("vgg", "VGG"), ("linear", "deep linear"))
         ),
-        _CIFAR10,
+        published="smaller",
     )
 
 
 def _helps(claim: str, statement: str, published: str, variants: Sequence[str]) -> Claim:
-    return Claim(
+    return _SOURCE.claim(
         claim,
-        SOURCE,
         statement,
-        published,
         "VGG's training loss over the last 20th of the steps is below the plain network's (or chance's) by at least "
         "80 % of what batch norm brings, and that is positive",
-        (
-            Condition("gain of batch norm", "gain", "vgg_bn", low=0, is_difference=True, digits=3),
-            *(
-                Condition(
-                    f"of {LABELS[v]} beyond 80 % of it",
-                    "gain_beyond_80_percent",
-                    f"vgg_{v}",
-                    low=0,
-                    is_difference=True,
-                    digits=3,
-                )
-                for v in variants
-            ),
+        Condition("gain of batch norm", "gain", "vgg_bn", low=0, is_difference=True, digits=3),
+        *(
+            Condition(
+                f"of {LABELS[v]} beyond 80 % of it",
+                "gain_beyond_80_percent",
+                f"vgg_{v}",
+                low=0,
+                is_difference=True,
+                digits=3,
+            )
+            for v in variants
         ),
-        _CIFAR10,
+        published=published,
     )
 
 
 CLAIMS = (
-    Claim(
+    _SOURCE.claim(
         "S6.1",
-        SOURCE,
         "VGG without augmentation: 83 % with batch norm, 80 % without",
-        "0.83 / 0.80",
         "mean test accuracy within 0.02 of each, at full length and width",
-        (
-            Condition("with", "test_accuracy", "vgg_bn", low=0.81, high=0.85),
-            Condition("without", "test_accuracy", "vgg_none", low=0.78, high=0.82),
-        ),
-        {"dataset": "cifar10", "full_length": True, "augmented": False},
+        Condition("with", "test_accuracy", "vgg_bn", low=0.81, high=0.85),
+        Condition("without", "test_accuracy", "vgg_none", low=0.78, high=0.82),
+        published="0.83 / 0.80",
+        needs={"dataset": "cifar10", "full_length": True, "augmented": False},
     ),
-    Claim(
+    _SOURCE.claim(
         "S6.1 (augmented)",
-        SOURCE,
         "VGG with augmentation: 92 % with batch norm, 88 % without",
-        "0.92 / 0.88",
         "mean test accuracy within 0.02 of each, at full length and width",
-        (
-            Condition("with", "test_accuracy", "vgg_bn", low=0.90, high=0.94),
-            Condition("without", "test_accuracy", "vgg_none", low=0.86, high=0.90),
-        ),
-        {"dataset": "cifar10", "full_length": True, "augmented": True},
+        Condition("with", "test_accuracy", "vgg_bn", low=0.90, high=0.94),
+        Condition("without", "test_accuracy", "vgg_none", low=0.86, high=0.90),
+        published="0.92 / 0.88",
+        needs={"dataset": "cifar10", "full_length": True, "augmented": True},
     ),
     _smaller("S6.2", "loss variation along the gradient", "loss_range"),
     _smaller("S6.3", "change of the gradient along it", "gradient_change"),
     _smaller("S6.4", "effective β-smoothness", "beta"),
-    Claim(
+    _SOURCE.claim(
         "S6.5",
-        SOURCE,
         "internal covariate shift is not smaller with batch norm",
-        "not smaller",
         "the cosine of a layer's gradients before and after the others' update (mean over the layers and steps where "
         "both are finite and not zero) is not larger with it, and their distance relative to the first's norm not "
         "smaller, in both networks at paired seeds",
-        tuple(
+        *(
             Condition(
                 f"{label}: {what} with − without", metric, f"{net}_bn", f"{net}_none", low=low, high=high, digits=3
             )
@@ -126,38 +137,34 @@ CLAIMS = (
                 ("distance", "relative_shift", 0.0, math.inf),
             )
         ),
-        _CIFAR10,
-        "the distance was added; the first rule was of the cosine alone, which left it undecided",
+        published="not smaller",
+        amended="the distance was added; the first rule was of the cosine alone, which left it undecided",
     ),
     _helps("S6.6", "noisy batch norm trains about as fast as batch norm", "as fast", ("noisy",)),
     _helps("S6.7", "l₁, l₂ and l∞ normalization help as much as batch norm", "as much", ("l1", "l2", "linf")),
-    Claim(
+    _SOURCE.claim(
         "S6.8",
-        SOURCE,
         "the plain network fails at learning rates at which the normalized one trains",
-        "fails",
         f"of the rates {', '.join(f'{rate:g}' for rate in RATES)}, the largest at which the loss falls a tenth below "
         "chance's within some steps is larger with it at every seed (undecided where the plain network trains at none)",
-        (Condition("seeds", "tolerates_larger_rates", "vgg_bn", low=1, every_seed=True, digits=2),),
-        _CIFAR10,
-        "a plain network that trains at no rate is now undecided; it counted as reproduced",
+        Condition("seeds", "tolerates_larger_rates", "vgg_bn", low=1, every_seed=True, digits=2),
+        published="fails",
+        amended="a plain network that trains at no rate is now undecided; it counted as reproduced",
     ),
 )
+
+
+def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
+    """VGG with each normalizer, by name."""
+    return vgg.variants(images, options.width or _scale()["width"], options.selected(LABELS))
 
 
 def run(options: Options, report: Report):
     """Trains both networks in all variants, measures them on the way and at the end, and judges S6.1 to S6.8.
 
-    Args:
-      options: seeds, steps and width of VGG, variants, whether to augment, dataset ('cifar10') and data_dir; by
-        default full length and width where there is an accelerator, else 500 steps of a quarter of the width.
-      report: is told the progress.
-
-    Returns:
-      The results, and the figures by file name.
+    By default VGG has its full length and width on an accelerator, else 500 steps of a quarter of the width.
     """
-    name = options.dataset or "cifar10"
-    scale = SHORT if jax.default_backend() == "cpu" else FULL
+    dataset, chosen, scale = options.dataset, options.selected(LABELS), _scale()
     steps, width = options.steps or scale["steps"], options.width or scale["width"]
     parts = [n for n in range(1, steps // 10 + 1) if steps % n == 0 and steps // n <= 200]
     if not parts:
@@ -165,12 +172,11 @@ def run(options: Options, report: Report):
             f"--steps must be a multiple of a number from 10 to 200, got {steps}. Say {steps // 10 * 10 + 10}."
         )
     every = max((n for n in parts if n <= scale["every"]), default=parts[0])
-    chosen = _chosen(options.variants)
-    images = data.images(name, options.data_dir, report.reading)
+    images = data.images(dataset, options.data_dir, report.reading)
     linear_steps = min(scale["linear_steps"], 20 * steps)
     linear_every = divisor_up_to(min(LINEAR_EVERY, linear_steps // 10), linear_steps)
     settings = {
-        "dataset": name,
+        "dataset": dataset,
         "network": f"VGG-11 of width {width}",
         "init": "Glorot uniform",
         "augmented": options.augment,
@@ -187,49 +193,43 @@ def run(options: Options, report: Report):
         "linear_measured_every": linear_every,
         "linear_learning_rate": deep_linear.LEARNING_RATE,
     }
-    results = Results("smoothness", settings, range(options.seeds))
-    keys = seed_keys(results.seeds)
-    linear, vgg, ends = {}, {}, {}
-    for variant in (name for name in chosen if name in deep_linear.NORMALIZERS):
-        tell = report.task(_variant(f"linear_{variant}", f"deep linear, {LABELS[variant]}", linear_steps))
-        options_of = {"progress": tell, "saving": options.saving, "histograms": options.histograms}
-        linear[variant] = deep_linear.train_network(variant, keys, linear_steps, linear_every, **options_of)
-        _add(results, f"linear_{variant}", f"deep linear, {LABELS[variant]}", linear[variant], {})
-    for variant in chosen:
-        network = Network(variant, images, width, augmented=options.augment)
+    results = Results(STUDY.name, settings, range(options.seeds))
+    keys, examples = seed_keys(results.seeds), tuple(images.train)
+    linear, measured, ends = {}, {}, {}
+    for name in (name for name in chosen if name in deep_linear.NORMALIZERS):
+        plan = deep_linear.plan_of(name, f"deep linear, {LABELS[name]}", linear_steps, linear_every)
+        linear[name] = train(plan, {"key": keys}, report=report, options=options)
+        _add(results, linear[name], {})
+    for name, variant in networks(options, images).items():
+        network = vgg.Network(variant, images, augmented=options.augment)
         plan = network.plan(steps, every)
-        tell = report.task(_variant(f"vgg_{variant}", f"VGG, {LABELS[variant]}", steps))
-        examples = tuple(images.train)
-        vgg[variant] = train_measured(
-            plan,
-            {"key": keys},
-            examples,
-            name=f"vgg_{variant}_{width}" + "_augmented" * options.augment,
-            progress=tell,
-            saving=options.saving,
-            histograms=options.histograms,
-        )
-        told = functools.partial(report.reading, f"VGG, {LABELS[variant]}, at the end")
-        rates = network.learning_rates(keys, settings["rate_steps"], examples) if variant in PAIR else None
-        ends[variant] = landscape.at_the_end(network, vgg[variant], keys, examples, rates, told, variant in PAIR)
-        _add(results, f"vgg_{variant}", f"VGG, {LABELS[variant]}", vgg[variant], ends[variant].metrics)
-        if variant == "bn":
+        trained = train(plan, {"key": keys}, examples, mapped=ONE_BY_ONE, report=report, options=options)
+        told = functools.partial(report.reading, f"{variant.label}, at the end")
+        rates = network.learning_rates(keys, settings["rate_steps"], examples) if name in PAIR else None
+        ends[name] = landscape.at_the_end(network, trained, keys, examples, rates, told, name in PAIR)
+        measured[name] = trained
+        _add(results, trained, ends[name].metrics)
+        if name == "bn":
             _note_overhead(results, plan, network, keys, examples)
-    _add_comparisons(results, chosen, float(np.log(images.num_classes)))
+    _add_comparisons(results, tuple(chosen), float(np.log(images.num_classes)))
     results.judge(CLAIMS)
-    title = f"{name}, {seeds_in_words(options.seeds)}"
-    return results, landscape.figures(vgg, linear, ends, LABELS, title)
+    title = f"{dataset}, {seeds_in_words(options.seeds)}"
+    return results, landscape.figures(measured, linear, ends, LABELS, title)
 
 
-def _add(results: Results, name: str, label: str, seen: Measured, further: Mapping[str, np.ndarray]) -> None:
+def _scale() -> dict[str, int]:
+    return SHORT if jax.default_backend() == "cpu" else FULL
+
+
+def _add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray]) -> None:
     """The numbers of one training: what was measured on the way, and what at the end."""
-    probe: analysis.GradientProbe = seen.measurements["probe"]
-    shift = seen.measurements["shift"]
-    loss = np.asarray(seen.metrics.loss)
+    probe: analysis.GradientProbe = trained.measurements["probe"]
+    shift = trained.measurements["shift"]
+    loss = np.asarray(trained.metrics.loss)
     tail = max(1, loss.shape[1] // 20)
     curves = {
         "train_loss": loss,
-        "train_accuracy": np.asarray(seen.metrics.accuracy),
+        "train_accuracy": np.asarray(trained.metrics.accuracy),
         "loss_min": probe.loss_min,
         "loss_max": probe.loss_max,
         "distance_min": probe.distance_min,
@@ -250,14 +250,14 @@ def _add(results: Results, name: str, label: str, seen: Measured, further: Mappi
         "shift_cosine": _mean_of_finite(shift.cosine[:, :, 1:]),
         "shift_defined": np.mean(np.isfinite(shift.cosine[:, :, 1:]), (1, 2)),
         "relative_shift": _mean_of_finite(relative[:, :, 1:]),
-        **further,
+        **at_the_end,
     }
     curves = {key: np.asarray(values, np.float32) for key, values in curves.items()}
-    results.add(seen.trained(_variant(name, label, 0), curves), {}, metrics)
-    results.arrays[f"{name}/measured_at"] = seen.measured_at
+    results.add(trained, {}, metrics, curves)
+    results.arrays[f"{trained.plan.name}/measured_at"] = trained.measured_at
 
 
-def _note_overhead(results: Results, plan: Plan, network: Network, keys, examples) -> None:
+def _note_overhead(results: Results, plan: Plan, network: vgg.Network, keys, examples) -> None:
     """What measuring costs, beside what its gradients should."""
     with_, without = overhead(plan, {"key": keys[0]}, examples, repeats=3)
     predicted = 1 + network.extra_gradients / plan.every
@@ -319,14 +319,3 @@ def _is_smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _range(results: Results, variant: str, high: str, low: str | None) -> np.ndarray:
     values = results.arrays[f"{variant}/{high}"]
     return values if low is None else values - results.arrays[f"{variant}/{low}"]
-
-
-def _chosen(names: Sequence[str] | None) -> tuple[str, ...]:
-    unknown = sorted(set(names or ()) - set(LABELS))
-    if unknown:
-        raise ValueError(f"--variants must be among {', '.join(LABELS)}, got {', '.join(unknown)}.")
-    return tuple(names or LABELS)
-
-
-def _variant(name: str, label: str, steps: int) -> Variant:
-    return Variant(name, label, None, optax.sgd(LEARNING_RATE), training.cross_entropy, BATCH_SIZE, steps)

@@ -17,7 +17,7 @@ from bnjax.linen import BatchNorm, BatchRenorm, LpBatchNorm, NoisyBatchNorm
 from bnjax.models import VGG, of_example
 from bnjax.studies import data
 from bnjax.studies.data import augmentation
-from bnjax.studies.engine.measured import Plan, random_batch
+from bnjax.studies.engine.plan import Plan, Variant, random_batch, step_keys
 
 NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
     "none": lambda width: None,
@@ -38,72 +38,66 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 LEARNT = 0.9  # of the loss of an even guess
 
 
+def variants(images: data.Dataset, width: int, labels: Mapping[str, str]) -> dict[str, Variant]:
+    """VGG of some width with each normalizer, by name."""
+    prepare, shape = augmentation.centered(images.train.x), images.train.x.shape[1:]
+    return {
+        name: Variant(
+            f"vgg_{name}",
+            f"VGG, {label}",
+            VGG(images.num_classes, NORMS[name](width), 11, width, weight_norm=name == "weight"),
+            optax.sgd(LEARNING_RATE),
+            shape,
+            BATCH_SIZE,
+            preprocess=prepare,
+        )
+        for name, label in labels.items()
+    }
+
+
 class Network:
     """VGG with one normalizer: how it is trained, and the losses that are measured."""
 
-    def __init__(self, variant: str, images: data.Dataset, width: int, *, augmented: bool = False):
-        norm = NORMS[variant](width)
-        self.model = VGG(images.num_classes, norm, 11, width, weight_norm=variant == "weight")
+    def __init__(self, variant: Variant, images: data.Dataset, *, augmented: bool = False):
+        self.variant, self.test = variant, images.test
         self.draw = _augmented_batch if augmented else random_batch(BATCH_SIZE)
-        self.mean, self.deviation = (float(f(images.train.x)) for f in (np.mean, np.std))
-        self.test = images.test
+        self.configuration = {"model": str(variant.model), "augmented": augmented}
         self.chance = float(np.log(images.num_classes))  # the loss of an even guess
-        self.example = jnp.zeros((1, *images.train.x.shape[1:]))
-        variables = self.model.init(jax.random.key(0), self.example, training=False)
-        self.layers = losses.layers_in_order(self.model, variables, self.example)
-
-    def prepare(self, x):
-        """Pixels of mean 0 and deviation 1 over the training set."""
-        return (x.astype(jnp.float32) - self.mean) / self.deviation
-
-    def create(self, setting):
-        """The state at step 0 of a seed."""
-        key = jax.random.fold_in(setting["key"], 0)
-        return training.create_train_state(self.model, optax.sgd(LEARNING_RATE), key, self.example)
+        example = jnp.zeros((1, *variant.input_shape))
+        variables = variant.model.init(jax.random.key(0), example, training=False)
+        self.layers = losses.layers_in_order(variant.model, variables, example)
 
     def loss(self, batch_stats: Any, key: Any, **options: Any):
         """`loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
         variables = {"batch_stats": batch_stats}
-        loss = losses.linen_loss(self.model, variables, training.cross_entropy, rngs={"noise": key}, **options)
-        return lambda params, x, y: loss(params, self.prepare(x), y)
+        loss = losses.linen_loss(self.variant.model, variables, training.cross_entropy, rngs={"noise": key}, **options)
+        return lambda params, x, y: loss(params, self.variant.prepared(x), y)
 
     def plan(self, steps: int, every: int) -> Plan:
         """How to train and measure it: K + 1 gradients for the probe, one for the next step, one for each layer."""
 
-        def step(state, x, y, key):
-            options = {"objective": training.cross_entropy, "rngs": {"noise": key}}
-            return training.train_step(state, self.prepare(x), y, **options)
-
         def measure(state, x, y, key):
             loss = self.loss(state.batch_stats, key)
-            following, _ = step(state, x, y, key)
+            following, _ = self.variant.step(state, x, y, key)
             return {
                 "probe": analysis.gradient_probe(loss, state.params, LEARNING_RATE * PROBED, x, y),
                 "shift": analysis.covariate_shift(loss, state.params, following.params, x, y, layers=self.layers),
             }
 
-        return Plan(self.create, self.draw, step, measure, steps, every, False, lambda state: state.params)
+        how = {"look": lambda state, examples: state.params, "configuration": self.configuration}
+        return self.variant.plan(steps, draw=self.draw, measure=measure, every=every, **how)
 
     @property
     def extra_gradients(self) -> int:
         """What one measurement costs."""
         return len(PROBED) + 1 + 1 + len(self.layers)
 
-    def test_accuracy(self, state) -> float:
-        """Over the whole test set, with running statistics."""
-        options: Any = {"objective": training.cross_entropy, "batch_size": 1000, "preprocess": self._preprocess}
-        return training.evaluate_in_batches(state, *self.test, **options)[1]  # pyright: ignore[reportReturnType]
-
-    @functools.cached_property
-    def _preprocess(self):
-        return lambda x, keys: self.prepare(x)
-
     def learning_rates(self, keys, steps: int, examples) -> analysis.LearningRateRange:
         """Which of `RATES` train within some steps, for each seed."""
         x, y = jax.tree.map(jnp.asarray, examples)
 
         def of_seed(key, x, y):
-            state = self.create({"key": key})
+            state = self.variant.create({"key": key})
             loss = self.loss(state.batch_stats, key)
             index = jax.random.randint(jax.random.fold_in(key, 3), (steps, BATCH_SIZE), 0, y.shape[0])
             return analysis.learning_rate_range(
@@ -118,7 +112,8 @@ class Network:
         return jax.tree.map(lambda *v: np.stack(v), *(run_seed(key, x, y) for key in keys))
 
 
-def _augmented_batch(examples, key):
+def _augmented_batch(examples, setting, number):
     """A random batch, mirrored and moved."""
-    x, y = random_batch(BATCH_SIZE)(examples, key)
-    return augmentation.random_crop_flip(x, jax.random.split(jax.random.fold_in(key, 1), BATCH_SIZE)), y
+    x, y, key = random_batch(BATCH_SIZE)(examples, setting, number)
+    of_batch, _ = step_keys(setting, number)
+    return augmentation.random_crop_flip(x, jax.random.split(jax.random.fold_in(of_batch, 1), BATCH_SIZE)), y, key

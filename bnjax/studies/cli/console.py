@@ -39,15 +39,15 @@ class _Report:
         self.progress, self.logs = progress, logs
         self.read: dict[str, TaskID] = {}
 
-    def task(self, variant):
-        task = self.progress.add_task(variant.label, total=variant.epochs, now="compiling")
-        self.logs.begin(variant.name, variant.epochs)
+    def task(self, plan):
+        task = self.progress.add_task(plan.label, total=plan.length, now="compiling")
+        self.logs.begin(plan.name, plan.length)
 
-        def update(epoch: int, means: dict[str, float]) -> None:
-            chosen = next((k for k in _SHOWN if np.isfinite(means.get(k, np.nan))), None)
-            now = f"{chosen.replace('_', ' ')} {means[chosen]:.4f}" if chosen else ""
-            self.progress.update(task, completed=epoch, now=now)
-            self.logs.scalars(variant.name, epoch, {k: v for k, v in means.items() if np.isfinite(v)})
+        def update(done: float, means: dict[str, float]) -> None:
+            shown = next((k for k in _SHOWN if np.isfinite(means.get(k, np.nan))), None)
+            now = f"{shown.replace('_', ' ')} {means[shown]:.4f}" if shown else ""
+            self.progress.update(task, completed=done, now=now)
+            self.logs.scalars(plan.name, done, {k: v for k, v in means.items() if np.isfinite(v)})
 
         return update
 
@@ -87,7 +87,7 @@ def run_study(
     quiet = quiet or jax.process_index() > 0  # of several processes, one speaks and saves
     logs = open_logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())
     console = Console(quiet=quiet, highlight=False)
-    configuration = {"study": study.name, "dataset": options.dataset}
+    configuration = {"study": study.name, "dataset": getattr(options, "dataset", None)}
     saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
@@ -132,12 +132,9 @@ def print_ledger(
     def options_of(study: Study) -> list[Options]:
         if fast and study.fast is None:
             return []
-        chosen = {"seeds": study.seeds, **(study.fast if fast and study.fast else {})}
-        if seeds:
-            chosen["seeds"] = seeds
-        if not study.datasets:
-            return [Options(**chosen)]
-        return [Options(**chosen, dataset=dataset, data_dir=data_dir) for dataset in study.datasets]
+        chosen = {**(study.fast if fast and study.fast else {}), **({"seeds": seeds} if seeds else {})}
+        choices = [{"dataset": dataset, "data_dir": data_dir} for dataset in study.datasets] or [{}]
+        return [study.load().Options(**chosen, **of_data) for of_data in choices]
 
     def run(study: Study, options: Options, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)

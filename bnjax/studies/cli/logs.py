@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -13,33 +13,11 @@ from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, 
 _POINTS = 500  # of a curve at most
 
 
-@runtime_checkable
-class Log(Protocol):
-    """Where a run is logged; a training's name and its steps come with every value."""
-
-    def scalars(self, training: str, step: float, values: Mapping[str, float]) -> None:
-        """Numbers of a training, such as accuracies."""
-        ...
-
-    def histogram(self, training: str, name: str, step: float, counts: np.ndarray, edges: np.ndarray) -> None:
-        """How many values lie between each two edges."""
-        ...
-
-    def figure(self, name: str, path: Path, text: str) -> None:
-        """An image."""
-        ...
-
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of texts."""
-        ...
-
-    def close(self) -> None:
-        """Writes what is left."""
-        ...
-
-
 class TensorBoard:
-    """Event files below `<directory>/tensorboard`, one run for each training, by tensorboardX."""
+    """Event files below `<directory>/tensorboard`, one run for each training, by tensorboardX.
+
+    A training's name and its steps come with every value.
+    """
 
     def __init__(self, directory: Path):
         with needs("tensorboard"):
@@ -129,7 +107,7 @@ class WeightsAndBiases:
 class Logs:
     """All the logs of a run as one."""
 
-    def __init__(self, logs: Sequence[Log]):
+    def __init__(self, logs: Sequence[TensorBoard | WeightsAndBiases]):
         self._logs, self._lengths = list(logs), {}
 
     def begin(self, training: str, length: float) -> None:

@@ -1,15 +1,15 @@
 """The command line: `bnjax list`, `bnjax run STUDY`, `bnjax claims`, `bnjax report` and `bnjax compile STEP`."""
 
 import argparse
-import dataclasses
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bnjax._extras import MissingExtraError
-from bnjax.studies import COMPILABLE, LOGS, STUDIES, Options, Study
+from bnjax.studies import COMPILABLE, LOGS, STUDIES, Options, ParallelOptions, Study, default_text
 
 _FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -72,15 +72,7 @@ def _parser() -> _Parser:
             description=f"{study.summary}.\nSource: {study.source}.\n\n"
             f"{_what_it_does(study)},\nand saves results.json, curves.npz, summary.md and figures.",
         )
-        one.add_argument(
-            "--seeds", type=_positive, default=study.seeds, metavar="N", help=f"number of seeds (default {study.seeds})"
-        )
-        if study.steps:
-            one.add_argument("--steps", type=_positive, metavar="N", help=f"steps of training (default {study.steps})")
-        else:
-            one.add_argument(
-                "--epochs", type=_positive, metavar="N", help=f"epochs of training (default {study.epochs})"
-            )
+        _add_options(one, study.options)
         one.add_argument(
             "--out",
             type=Path,
@@ -105,35 +97,32 @@ def _parser() -> _Parser:
             metavar="SECONDS",
             help="time between two checkpoints of a training (default 60)",
         )
-        if study.datasets:
-            default = study.datasets[0]
-            one.add_argument(
-                "--dataset", choices=study.datasets, default=default, help=f"image set (default {default})"
-            )
-            one.add_argument(
-                "--data-dir",
-                metavar="DIR",
-                help="where TFDS's prepared sets are (default $TFDS_DATA_DIR or TFDS's own)",
-            )
-        if study.name == "mnist":
-            one.add_argument(
-                "--batch-sizes", type=_sizes, metavar="A,B,…", help="batch sizes to sweep (default 16,32,64,128,256)"
-            )
-        if study.name == "smoothness":
-            one.add_argument(
-                "--width", type=_positive, metavar="N", help="filters of VGG's first stage (default see above)"
-            )
-            one.add_argument("--augment", action="store_true", help="mirror and move the training images at random")
-        if study.name in ("smoothness", "cifar", "sensitivity"):
-            one.add_argument("--variants", type=_names, metavar="A,B,…", help="which networks to train (default all)")
-        if study.distributed:
-            _add_distributed(one)
     _add_claims(commands)
     report = commands.add_parser("report", help="make one page (HTML) of a directory of results")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a study's directory, or one of such, as runs")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default RUN_DIR/report.html)")
     _add_compile(commands)
     return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
+    """An argument for each option of a study, read as the type of its field says."""
+    kinds: dict[Any, Any] = {int: _positive, str: str, tuple[int, ...]: _sizes, tuple[str, ...]: _names}
+    groups: dict[str, Any] = {"": parser}
+    for field in options.shown():
+        about = field.metadata
+        if about["group"] not in groups:
+            groups[about["group"]] = parser.add_argument_group(about["group"])
+        default = default_text(field)
+        given: dict[str, Any] = {"help": about["help"] + (f" (default {default})" if default else "")}
+        if field.type is bool:
+            given["action"] = "store_true"
+        else:
+            kind = next(kind for kind in (field.type, *typing.get_args(field.type)) if kind in kinds)  # of `int | None`
+            metavar = about["metavar"] or ("N" if kind is int else None)
+            given |= {"type": about["read"] or kinds[kind], "default": field.default, "metavar": metavar}
+            given["choices"] = about["choices"] or None
+        groups[about["group"]].add_argument(f"--{field.name.replace('_', '-')}", **given)
 
 
 def _add_claims(commands) -> None:
@@ -171,7 +160,7 @@ def _add_claims(commands) -> None:
 
 
 def _what_it_does(study: Study) -> str:
-    how = "with each step split over all devices" if study.distributed else "at all seeds"
+    how = "with each step split over all devices" if issubclass(study.options, ParallelOptions) else "at all seeds"
     return (
         f"Trains every variant, {how}, prints mean ± 95 % interval over seeds and the claims of the source\n"
         "with their verdicts"
@@ -201,43 +190,6 @@ def _add_compile(commands) -> None:
         "--batch", type=_positive, metavar="N", help="examples on each chip (default the study's, 128 for ResNet-50)"
     )
     compile_.add_argument("--json", type=Path, metavar="FILE", help="save the report")
-
-
-def _add_distributed(one: argparse.ArgumentParser) -> None:
-    """The options of a study that trains one network on many devices."""
-    one.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="examples in a step, over all devices (default 80)"
-    )
-    one.add_argument(
-        "--steps-per-epoch", type=_positive, metavar="N", help="steps between two evaluations (default see above)"
-    )
-    one.add_argument(
-        "--width", type=_positive, metavar="N", help="filters of the first convolution (default see above)"
-    )
-    several = one.add_argument_group("many devices")
-    several.add_argument(
-        "--devices", type=_positive, metavar="N", help="devices of this process (default all; on CPU, simulated ones)"
-    )
-    several.add_argument(
-        "--parallel", choices=("jit", "shard_map", "pmap"), default="jit", help="how a step is mapped (default jit)"
-    )
-    several.add_argument(
-        "--group-size",
-        type=_positive,
-        metavar="N",
-        help="devices whose batch norms synchronize (default all; 1 for statistics of each device)",
-    )
-    several.add_argument(
-        "--accumulate-steps", type=_positive, default=1, metavar="K", help="micro-batches in a step (default 1)"
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, the same for all processes")
-    several.add_argument("--processes", type=_positive, metavar="N", help="number of processes")
-    several.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    several.add_argument(
-        "--distributed",
-        action="store_true",
-        help="several processes, which JAX finds in the environment (TPU pod, Slurm, Open MPI)",
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -285,15 +237,14 @@ def _run(options: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         print(f"bnjax: error: --out must be a directory, but {out} is a file", file=sys.stderr)
         return 2
-    names = {field.name for field in dataclasses.fields(Options)} & set(vars(options))
-    chosen = Options(**{name: getattr(options, name) for name in names})
     saving = {"resume": options.resume, "checkpoint_every": options.checkpoint_every, "log": options.log}
     study = STUDIES[options.study]
     try:
-        if study.distributed:
-            _start_devices(options)
+        values = study.load().Options(**{name: getattr(options, name) for name in study.fields})
+        if isinstance(values, ParallelOptions):
+            _start_devices(values)
         out.mkdir(parents=True, exist_ok=True)
-        console.run_study(study, chosen, out, options.quiet, **saving)
+        console.run_study(study, values, out, options.quiet, **saving)
     except (CheckpointError, DataError, RuntimeError, ValueError, OSError) as error:
         if not _several_processes(options) and isinstance(error, RuntimeError):
             raise
@@ -347,11 +298,11 @@ def _compile(options: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def _several_processes(options: argparse.Namespace) -> bool:
+def _several_processes(options: Any) -> bool:
     return getattr(options, "distributed", False) or getattr(options, "coordinator", None) is not None
 
 
-def _start_devices(options: argparse.Namespace) -> None:
+def _start_devices(options: ParallelOptions) -> None:
     """Starts the distributed runtime, and checks that there are as many devices as asked for."""
     import jax
 
@@ -381,7 +332,7 @@ def _print_versions() -> int:
 def _print_studies() -> int:
     width = max(map(len, STUDIES))
     for study in STUDIES.values():
-        length = f"steps: {study.steps}" if study.steps else f"epochs: {study.epochs}"
-        print(f"{study.name:{width}}  {study.summary}\n{'':{width}}  {study.source}; {study.seeds} seeds, {length}")
+        seeds = study.fields["seeds"].default
+        print(f"{study.name:{width}}  {study.summary}\n{'':{width}}  {study.source}; {seeds} seeds, {study.length}")
     print("\nRun one with: bnjax run STUDY (see bnjax run STUDY --help)")
     return 0

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bnjax._extras import needs
-from bnjax.studies import STUDIES, Options
-from bnjax.studies.engine.experiment import Variant
+from bnjax.studies import STUDIES
+from bnjax.studies.engine.plan import Plan
 from bnjax.studies.evidence.plots import Figure
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_rows
 
@@ -15,17 +15,17 @@ with needs("notebooks"):
 
 
 class Progress:
-    """A line of text that says what is done, a `bnjax.studies.engine.experiment.Report`."""
+    """A line of text that says what is done, a `bnjax.studies.engine.training.Report`."""
 
     def __init__(self):
         self._line = display.display(display.Pretty("starting"), display_id=True)
 
-    def task(self, variant: Variant):
-        """Begins a variant."""
+    def task(self, plan: Plan):
+        """Begins a training."""
 
         def update(done: float, means: dict[str, float]) -> None:
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in sorted(means.items())[:3])
-            self.say(f"{variant.label}: {done:g} of {variant.epochs}; {shown}")
+            self.say(f"{plan.label}: {done:g} of {plan.length}; {shown}")
 
         return update
 
@@ -39,24 +39,20 @@ class Progress:
             self._line.update(display.Pretty(text))
 
 
-def run(study: str, *, seeds: int, **options: Any) -> tuple[Results, dict[str, Figure]]:
+def run(study: str, **options: Any) -> tuple[Results, dict[str, Figure]]:
     """Runs a study as `bnjax run` does, but saves nothing.
 
     Args:
       study: its name, such as 'circles'.
-      seeds: number of seeds.
-      **options: the further attributes of `bnjax.studies.Options`, such as epochs; the study's own by default.
+      **options: the attributes of its `Options` that are to be other than its own, such as seeds and epochs.
 
     Returns:
       What was measured, and figures by name.
     """
-    chosen = STUDIES[study]
-    if chosen.datasets:
-        options.setdefault("dataset", chosen.datasets[0])
-    progress = Progress()
-    found = chosen.load().run(Options(seeds=seeds, **options), progress)
+    module, progress = STUDIES[study].load(), Progress()
+    results = module.run(module.Options(**options), progress)
     progress.say("done")
-    return found
+    return results
 
 
 def show(figure: Figure) -> display.Image:

@@ -11,8 +11,8 @@ from bnjax._extras import needs
 from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
 from bnjax.studies.evidence.claims import Judgment
-from bnjax.studies.evidence.ledger import Ledger, Saved, judge, saved_runs
-from bnjax.studies.evidence.results import metric_rows
+from bnjax.studies.evidence.ledger import Ledger, judge, saved_runs
+from bnjax.studies.evidence.results import Results, metric_rows
 from bnjax.studies.evidence.statistics import seeds_in_words
 
 with needs("studies"):
@@ -66,7 +66,7 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html")
 
 
-def _study(path: Path, saved: Saved, is_one_of_several: bool) -> dict[str, Any]:
+def _study(path: Path, saved: Results, is_one_of_several: bool) -> dict[str, Any]:
     document = saved.document
     study = STUDIES[saved.study]
     header, rows = metric_rows(saved)

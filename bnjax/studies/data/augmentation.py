@@ -1,7 +1,11 @@
-"""Random variations of training images, each by its example's own key, so that they don't depend on a batch's split."""
+"""How images become inputs of a network: centered, and varied at random by a key for each or for all of a batch."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
@@ -112,3 +116,23 @@ def shear_zoom_flip(
 
     by_rows = jnp.einsum("yi,ijc->yjc", weights(rows, height), image, precision="highest")
     return jnp.einsum("yxj,yjc->yxc", weights(columns, width), by_rows, precision="highest").astype(image.dtype)
+
+
+def centered(images: np.ndarray) -> Callable[[Array, Any], Array]:
+    """Maps images of bytes, whatever their key, to pixels of mean 0 and deviation 1 over a training set."""
+    mean, deviation = float(np.mean(images)), float(np.std(images))
+    return lambda x, key: (x.astype(jnp.float32) - mean) / deviation
+
+
+def distorted(
+    images: Float[Array, "batch height width channels"], key: Key[Array, ""], strength: float
+) -> Float[Array, "batch height width channels"]:
+    """Each image with a random contrast and brightness.
+
+    Args:
+      images: of mean 0 and deviation 1.
+      key: random key of all.
+      strength: by how much at most a deviation is changed, relatively, and a mean, in deviations.
+    """
+    scale, shift = jax.random.uniform(key, (2, images.shape[0], 1, 1, 1), minval=-strength, maxval=strength)
+    return images * (1 + scale) + shift

@@ -28,42 +28,41 @@ class Saving:
     resume: bool = False
     report: Callable[[str], Any] = print
 
-    def of(self, name: str, configuration: Mapping[str, Any]) -> "Saved":
-        """The checkpoints of one training, which agree with its configuration."""
-        return Saved(self, name, {**self.configuration, "training": name, **configuration})
-
 
 class Saved:
-    """The checkpoints of one training, opened when the first is due."""
+    """The checkpoints of one training, opened when the first is due; none without a `Saving`."""
 
-    def __init__(self, saving: Saving, name: str, configuration: Mapping[str, Any]):
-        self._saving, self._configuration = saving, configuration
-        self._directory = saving.directory / name
-        self._started, self._checkpoints = time.monotonic(), None
-        if not saving.resume and jax.process_index() == 0:
-            shutil.rmtree(self._directory, ignore_errors=True)
+    def __init__(self, saving: Saving | None, name: str, configuration: Mapping[str, Any]):
+        self._saving, self._started, self._checkpoints = saving, time.monotonic(), None
+        if saving:
+            self._directory = saving.directory / name
+            self._configuration = {**saving.configuration, "training": name, **configuration}
+            if not saving.resume and jax.process_index() == 0:
+                shutil.rmtree(self._directory, ignore_errors=True)
 
-    def restore(self, like: Any) -> tuple[int, Any] | None:
+    def restore(self, like: Callable[[], Any]) -> tuple[int, Any] | None:
         """Step and state of the newest checkpoint, or None to start afresh."""
-        if not (self._saving.resume and self._directory.is_dir()):
+        if not (self._saving and self._saving.resume and self._directory.is_dir()):
             return None
-        return self._open().restore(like)
+        return self._open(self._saving).restore(like())
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Callable[[], Any]) -> None:
         """Saves a state where a checkpoint is due."""
+        if not self._saving:
+            return
         due = time.monotonic() - self._started >= self._saving.every
         if self._checkpoints is not None or due or jax.process_count() > 1:
-            self._open().save(step, state)
+            self._open(self._saving).save(step, state())
 
     def close(self) -> None:
         """Waits for the last checkpoint to be written."""
         if self._checkpoints is not None:
             self._checkpoints.close()
 
-    def _open(self):
+    def _open(self, saving: Saving):
         if self._checkpoints is None:
             from bnjax.training.checkpoint import Checkpoints
 
-            options = {"every": self._saving.every, "report": self._saving.report}
+            options = {"every": saving.every, "report": saving.report}
             self._checkpoints = Checkpoints(self._directory, self._configuration, **options)
         return self._checkpoints

@@ -162,6 +162,34 @@ class Claim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """A document whose statements are checked.
+
+    Attributes:
+      name: of the document, and place in it.
+      needs: settings that a run must have had to decide its claims, where these do not say otherwise.
+    """
+
+    name: str
+    needs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def claim(
+        self,
+        id: str,
+        statement: str,
+        rule: str,
+        *conditions: Condition,
+        published: str = "–",
+        needs: Mapping[str, Any] | None = None,
+        amended: str = "",
+        is_arithmetic: bool = False,
+    ) -> Claim:
+        """A claim of this source, of the attributes of `Claim`."""
+        needs = self.needs if needs is None else needs
+        return Claim(id, self.name, statement, published, rule, conditions, needs, amended, is_arithmetic)
+
+
+@dataclasses.dataclass(frozen=True)
 class Judgment:
     """A claim and what was measured of it.
 

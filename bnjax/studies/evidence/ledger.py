@@ -1,78 +1,14 @@
 """The ledger: every claim of the sources with its verdict, from saved results; what is missing is run first."""
 
 import dataclasses
-import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bnjax.studies import STUDIES, Options, Study
 from bnjax.studies.data import DataError, atomic_file
 from bnjax.studies.evidence.claims import VERDICTS, Claim, Judgment
-from bnjax.studies.evidence.results import claim_rows, command, json_text, markdown_table
-
-
-class Saved:
-    """A study's results, read from its `results.json`.
-
-    Attributes:
-      document: all of it.
-      settings: of the study.
-      seeds: which.
-    """
-
-    def __init__(self, document: Mapping[str, Any]):
-        self.document = document
-        self.settings: Mapping[str, Any] = document["settings"]
-        self.seeds: Sequence[int] = document["seeds"]
-
-    @classmethod
-    def load(cls, directory: Path) -> "Saved | None":
-        """What a directory holds; None where there is nothing, or something else."""
-        return cls.read(directory / "results.json")
-
-    @classmethod
-    def read(cls, file: Path) -> "Saved | None":
-        """What a file holds, alike."""
-        try:
-            document = json.loads(file.read_text())
-            return cls(document) if document["schema"] == 2 and document["study"] in STUDIES else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    @property
-    def study(self) -> str:
-        """Which study it is of."""
-        return self.document["study"]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the run, as `Options.to_json` gives them."""
-        return dict(self.document["options"])
-
-    @property
-    def command(self) -> str:
-        """Makes it again."""
-        return command(self.study, self.options)
-
-    def values(self, variant: str, metric: str) -> np.ndarray | None:
-        """A metric of a variant at each seed; None where it was not measured."""
-        return self.variants[variant][2].get(metric) if variant in self.variants else None
-
-    @functools.cached_property
-    def variants(self) -> dict[str, tuple[str, Mapping[str, Any], dict[str, np.ndarray]]]:
-        """As those of `Results`."""
-
-        def of(metric: Mapping[str, Any]) -> np.ndarray:
-            return np.array([np.nan if value is None else value for value in metric["values"]], np.float64)
-
-        return {
-            name: (v["label"], v["settings"], {metric: of(entry) for metric, entry in v["metrics"].items()})
-            for name, v in self.document["variants"].items()
-        }
+from bnjax.studies.evidence.results import Results, claim_rows, json_text, markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,17 +63,17 @@ def claims_of(study: Study) -> tuple[Claim, ...]:
     return study.load().CLAIMS
 
 
-def saved_runs(directory: Path) -> dict[str, dict[Path, Saved]]:
+def saved_runs(directory: Path) -> dict[str, dict[Path, Results]]:
     """The results in a directory and in those in it, by study, in the order of the studies.
 
     Of several runs of a study the one in the directory of its name comes first.
     """
-    found = {path: saved for path in (directory, *sorted(directory.glob("*/"))) if (saved := Saved.load(path))}
+    found = {path: saved for path in (directory, *sorted(directory.glob("*/"))) if (saved := Results.load(path))}
     runs = {name: {path: saved for path, saved in found.items() if saved.study == name} for name in STUDIES}
     return {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
 
 
-def judge(study: Study, runs: Sequence[Saved]) -> list[Judgment]:
+def judge(study: Study, runs: Sequence[Results]) -> list[Judgment]:
     """The verdicts on a study's claims, each from the first of some runs that decides it."""
     found = ([claim.judge(run) for run in runs] for claim in claims_of(study))
     return [next((one for one in of if one.verdict != "undecided"), of[0]) for of in found]
@@ -171,7 +107,7 @@ def make_ledger(
         study = STUDIES[name]
         choices = options_of(study)
         reason = "" if choices else "left out by --fast"
-        saved = Saved.load(out / name)
+        saved = Results.load(out / name)
         if saved and not _is_to_be_replaced(saved, study, choices):
             tell(f"{name}: results of `{saved.command}` found in {out / name}")
         else:
@@ -191,13 +127,13 @@ def make_ledger(
     return Ledger(judgments, seeds)
 
 
-def _is_to_be_replaced(saved: Saved, study: Study, choices: Sequence[Options]) -> bool:
+def _is_to_be_replaced(saved: Results, study: Study, choices: Sequence[Options]) -> bool:
     """Whether a run is the same as one of the choices but for fewer seeds, or was a fast one and they are not."""
-    found = saved.options
+    found = dict(saved.options)
     seeds = found.pop("seeds")
     wanted = [options.to_json() for options in choices]
     alike = [options for options in wanted if {**options, "seeds": seeds} == {**found, "seeds": seeds}]
     if alike:
         return all(seeds < options["seeds"] for options in alike)
-    fast = Options(**{**(study.fast or {}), "seeds": seeds}).to_json()
+    fast = study.options(**{**(study.fast or {}), "seeds": seeds}).to_json()
     return bool(choices and study.fast) and {**found, "seeds": seeds, "dataset": None} == {**fast, "dataset": None}

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +10,12 @@ import numpy as np
 
 from bnjax._extras import needs
 from bnjax.studies.data import Split
-from bnjax.studies.engine.experiment import Trained, compiler_options
+from bnjax.studies.engine.plan import Trained, compiler_options
 from bnjax.studies.evidence.statistics import half_width, interval
 from bnjax.training import TrainState
 
 with needs("studies"):
-    from bnjax.analysis import plots as drawing  # noqa: F401
+    from bnjax.analysis import plots as drawing
     from bnjax.analysis.plots import Figure, line_style
 
 PANELS = {
@@ -49,7 +49,7 @@ def learning_curves(
             mean, half = values.mean(0), half_width(values.std(0, ddof=1), len(values)) if len(values) > 1 else 0
             epochs = np.arange(1, len(mean) + 1)
             chosen = line_style(i)
-            axis.plot(epochs, mean, label=one.variant.label, linewidth=1.4, **chosen)
+            axis.plot(epochs, mean, label=one.plan.label, linewidth=1.4, **chosen)
             axis.fill_between(epochs, mean - half, mean + half, color=chosen["color"], alpha=0.2, linewidth=0)
         if marks and curve in marks:
             axis.axhline(marks[curve], color="#666666", linewidth=0.8)
@@ -62,12 +62,26 @@ def learning_curves(
     return figure
 
 
-def decision_boundaries(trained: Sequence[Trained], data: Split, title: str) -> Figure:
+def curves(values: Mapping[str, Any], times: Any, label: str, title: str, **options: Any) -> Figure:
+    """Curves over the steps of training, one for each label, as `bnjax.analysis.plots.curves` draws them."""
+    return panel(title, lambda axis: drawing.curves(axis, values, times, ylabel=label, **options))
+
+
+def panel(title: str, draw: Callable[[Any], Any], size: tuple[float, float] = (6, 4)) -> Figure:
+    """A figure of one panel, which a function draws, and its legend."""
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots())
+    figure.suptitle(title, fontsize=10)
+    drawing.legend(figure)
+    return figure
+
+
+def decision_boundaries(trained: Sequence[Trained], data: Split) -> Figure:
     """The plane colored by the first seed's predicted probability, and the examples, one panel for each variant."""
     columns = min(3, len(trained))
     rows = -(-len(trained) // columns)
     figure = Figure(figsize=(3.3 * columns + 0.8, 3.2 * rows + 0.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle("Test examples and the decision boundary of the first seed")
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     low, high = data.x.min(0) - 0.3, data.x.max(0) + 0.3
     grid_x, grid_y = np.meshgrid(np.linspace(low[0], high[0], 101), np.linspace(low[1], high[1], 101))
@@ -84,7 +98,7 @@ def decision_boundaries(trained: Sequence[Trained], data: Split, title: str) -> 
             axis.scatter(
                 chosen[:, 0], chosen[:, 1], s=9, marker=marker, color=color, linewidths=0, label=f"class {label}"
             )
-        axis.set_title(one.variant.label, fontsize=10)
+        axis.set_title(one.plan.label, fontsize=10)
         axis.set_aspect("equal")
     for axis in axes[len(trained) :]:
         axis.remove()
@@ -106,7 +120,7 @@ def _outputs(state: TrainState, x: jax.Array) -> jax.Array:
     return state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
 
 
-def histograms(trained: Sequence[Trained], title: str) -> Figure:
+def histograms(trained: Sequence[Trained]) -> Figure:
     """The first seed's kernels, and the gradients of these, over training: first and last layer of each variant.
 
     Each column of a panel is the histogram after one epoch: the darker, the more values lie there. `curves.npz` holds
@@ -114,11 +128,10 @@ def histograms(trained: Sequence[Trained], title: str) -> Figure:
 
     Args:
       trained: variants, one row each.
-      title: of the figure.
     """
     height = 2.2 * len(trained) + 0.8
     figure = Figure(figsize=(11, height))
-    figure.suptitle(title)
+    figure.suptitle("First seed: values over training, darker where there are more")
     # By hand, since finding a layout takes longer than all the drawing.
     figure.subplots_adjust(0.07, 0.5 / height, 0.98, 1 - 0.75 / height, wspace=0.3, hspace=0.3)
     grid = figure.subplots(len(trained), 4, squeeze=False, sharex=True)
@@ -136,7 +149,7 @@ def histograms(trained: Sequence[Trained], title: str) -> Figure:
                 np.sqrt(density.T), cmap="Blues", aspect="auto", origin="lower", extent=extent, interpolation="nearest"
             )
             axis.set_title(f"{name.removesuffix('/kernel')}, {kind}s", fontsize=9)
-        row[0].set_ylabel(one.variant.label)
+        row[0].set_ylabel(one.plan.label)
     for axis in grid[-1]:
         axis.set_xlabel("epoch")
     return figure

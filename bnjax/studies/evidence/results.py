@@ -48,7 +48,7 @@ _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn",
 
 @dataclasses.dataclass
 class Results:
-    """All that a study measured.
+    """All that a study measured, just now or as its `results.json` says.
 
     Attributes:
       study: its name.
@@ -62,6 +62,7 @@ class Results:
       options: of the run, as chosen.
       figures: file name to what it shows.
       parameters: of each variant, collection ('params', 'batch_stats') to path to shape.
+      document: the content of the file that it was read from.
     """
 
     study: str
@@ -77,12 +78,46 @@ class Results:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     parameters: dict[str, Mapping[str, Mapping[str, Sequence[int]]]] = dataclasses.field(default_factory=dict)
+    document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def add(self, trained, settings: Mapping[str, Any], metrics: Mapping[str, np.ndarray]) -> None:
-        """Adds a trained variant with its curves, histograms and the metrics computed from them."""
-        name = trained.variant.name
-        self.variants[name] = (trained.variant.label, settings, metrics)
-        self.arrays.update({f"{name}/{curve}": values for curve, values in trained.curves.items()})
+    @classmethod
+    def load(cls, directory: Path) -> "Results | None":
+        """What a study left in a directory; None where there is nothing, or something else."""
+        return cls.read(directory / "results.json")
+
+    @classmethod
+    def read(cls, file: Path) -> "Results | None":
+        """What a file holds, alike."""
+        try:
+            document = json.loads(file.read_text())
+            if document["schema"] != 2 or document["study"] not in STUDIES:
+                return None
+            variants: Any = {
+                name: (of["label"], of["settings"], {metric: _values(entry) for metric, entry in of["metrics"].items()})
+                for name, of in document["variants"].items()
+            }
+            common = document["study"], document["settings"], document["seeds"]
+            return cls(*common, variants, options=document["options"], document=document)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def command(self) -> str:
+        """Makes them again."""
+        return command(self.study, self.options)
+
+    def add(
+        self,
+        trained: Any,
+        settings: Mapping[str, Any],
+        metrics: Mapping[str, np.ndarray],
+        curves: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Adds a `bnjax.studies.engine.plan.Trained` with its histograms, metrics and curves (its own by default)."""
+        name = trained.plan.name
+        self.variants[name] = (trained.plan.label, settings, metrics)
+        shown: Mapping[str, np.ndarray] = trained.curves if curves is None else curves
+        self.arrays.update({f"{name}/{curve}": values for curve, values in shown.items()})
         self.add_parameters(name, trained.parameters, trained.histograms)
 
     def add_parameters(self, name: str, shapes: Mapping[str, Any], histograms: Mapping[str, Any]) -> None:
@@ -117,7 +152,7 @@ class Results:
         return {
             "schema": 2,
             "study": self.study,
-            "command": command(self.study, self.options),
+            "command": self.command,
             "options": dict(self.options),
             "settings": dict(self.settings),
             "seeds": list(self.seeds),
@@ -186,14 +221,18 @@ def save(
 def command(study: str, options: Mapping[str, Any]) -> str:
     """The command that runs a study with some options, as `Options.to_json` gives them."""
     words = ["bnjax", "run", study]
-    known = STUDIES.get(study)
-    defaults = {"seeds": known.seeds, "dataset": (*known.datasets, None)[0]} if known else {}
+    fields = STUDIES[study].fields if study in STUDIES else {}
     for key, value in options.items():
-        if value != defaults.get(key):
+        if key not in fields or value != fields[key].default:
             words.append(f"--{key.replace('_', '-')}")
             if value is not True:
                 words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
     return " ".join(words)
+
+
+def _values(entry: Mapping[str, Any]) -> np.ndarray:
+    """A metric at each seed, as a file has it."""
+    return np.array([np.nan if value is None else value for value in entry["values"]], np.float64)
 
 
 def _installed_versions() -> dict[str, str]:
@@ -240,12 +279,8 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def metric_rows(results: Any) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of variants: mean ± 95 % interval (and, where not at all, at how many seeds).
-
-    Args:
-      results: has the `variants` and `seeds` of `Results`.
-    """
+def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of variants: mean ± 95 % interval (and, where not at all, at how many seeds)."""
     names = list(dict.fromkeys(metric for _, _, metrics in results.variants.values() for metric in metrics))
     rows = []
     for label, _, metrics in results.variants.values():
@@ -265,7 +300,7 @@ def metric_rows(results: Any) -> tuple[list[str], list[list[str]]]:
     return ["variant", *header], rows
 
 
-def metric_tables(results: Any, columns: int) -> list[tuple[list[str], list[list[str]]]]:
+def metric_tables(results: Results, columns: int) -> list[tuple[list[str], list[list[str]]]]:
     """`metric_rows` as several tables of so many numbers, rather than one too wide to read; without empty rows."""
     header, rows = metric_rows(results)
     tables = []

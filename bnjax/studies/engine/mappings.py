@@ -1,0 +1,181 @@
+"""How a plan is mapped: compiled for all settings at once or for one, or by a step over the devices of a mesh."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bnjax import analysis, training
+from bnjax.studies.engine.histograms import empty_histograms, parameter_shapes, watched
+from bnjax.studies.engine.plan import Plan, Setting, compiler_options
+
+_SHOWN = 20  # steps on a mesh between two signs of progress; the host runs ahead of the devices by no more
+
+
+class Compiled:
+    """The compiled programs of a plan, for all settings at once or for one at a time."""
+
+    configuration: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, plan: Plan, examples: Any, is_split: bool, is_within: bool, is_beside: bool):
+        self._examples = jax.tree.map(jnp.asarray, examples)
+        self._create, self._run, self._watch = _programs(plan, not is_split, is_within)
+        self._plan, self._leading, self._is_beside = plan, int(not is_split), is_beside
+        self.parameters = {}
+        self.calls = [(first, first + plan.call) for first in range(0, plan.steps, plan.call)]
+
+    def create(self, setting: Setting) -> Any:
+        """The state at step 0."""
+        state = self._create(setting)
+        self.parameters = parameter_shapes(state, self._leading)
+        return state
+
+    def empty(self, state: Any, setting: Setting) -> tuple[Any, Any]:
+        """Arrays for the metrics, the measurements and the looks of the whole training, and its histograms."""
+        inputs = (state, setting, self._examples, 0)
+        _, values, leaves = jax.eval_shape(self._run, *inputs)
+        series = jax.tree.map(lambda v: np.zeros((len(self.calls) * v.shape[0], *v.shape[1:]), v.dtype), values)
+        leaves = jax.eval_shape(self._watch, *inputs) if self._is_beside else leaves
+        return series, empty_histograms(leaves["weight"], self._plan.parts) if leaves else {}
+
+    def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
+        """Some steps: the next state, `(metrics, measurements, looks)` in the order of time, and watched leaves."""
+        return self._run(state, setting, self._examples, first)
+
+    def watch(self, state: Any, setting: Setting, end: int) -> Any:
+        """What is watched beside the training, after some steps; nothing where that is not asked for."""
+        return self._watch(state, setting, self._examples, end) if self._is_beside else {}
+
+    def kept(self, state: Any) -> Any:
+        """The final state, on the host."""
+        return jax.device_get(state)
+
+    whole = placed = staticmethod(lambda state: state)  # as it is saved, and as it goes on
+
+
+@functools.lru_cache(maxsize=32)
+def _programs(plan: Plan, is_vmapped: bool, is_watched: bool) -> tuple[Any, Any, Any]:
+    """The compiled programs of a plan, kept for its next training: initial states, steps, and watched leaves."""
+    over = jax.vmap if is_vmapped else lambda function, *_: function
+
+    def leaves_of_first(state, setting, examples, number):
+        if is_vmapped:
+            state, setting = jax.tree.map(lambda v: v[0], (state, setting))
+        inputs = _inputs(plan, setting, examples, number)
+        watch = plan.watch or functools.partial(watched, plan.step)
+        leaves = dict(zip(("weight", "gradient"), watch(state, *inputs), strict=True))
+        return jax.tree.map(lambda v: v[None], leaves)
+
+    look = over(lambda state, setting, examples: plan.look(state, setting.get("examples", examples)), (0, 0, None))
+
+    def run(state, setting, examples, first):
+        def part(state, first):
+            numbers = first + jnp.arange(plan.part)
+            state, *measured = steps_of(plan, state, setting, examples, numbers, over=over)
+            leaves = leaves_of_first(state, setting, examples, first + plan.part) if is_watched else {}
+            return state, (measured, look(state, setting, examples), leaves)
+
+        parts = plan.call // plan.part
+        state, (measured, looked, leaves) = lax.scan(part, state, first + plan.part * jnp.arange(parts))
+        (metrics, measurements), leaves = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), (measured, leaves))
+        return state, (metrics, measurements, looked), leaves
+
+    of_creation = plan.compiler_options and compiler_options()
+    create = jax.jit(over(plan.create), compiler_options=of_creation)
+    run = jax.jit(run, donate_argnums=0, compiler_options=plan.compiler_options)
+    return create, run, jax.jit(leaves_of_first)
+
+
+def _inputs(plan: Plan, setting: Setting, examples: Any, number: Any) -> tuple:
+    """What a step takes besides the state."""
+    return plan.draw(setting.get("examples", examples), setting, number)
+
+
+def steps_of(plan: Plan, state, setting: Setting, examples, numbers, *, over=lambda function, *_: function) -> tuple:
+    """Some steps, traced: `(state, metrics, measurements)`, where `over` maps a function over settings."""
+
+    def of(function):
+        mapped = over(lambda s, setting, e, number: function(s, *_inputs(plan, setting, e, number)), (0, 0, None, None))
+        return lambda state, number: mapped(state, setting, examples, number)
+
+    if plan.measure is not None:
+        return analysis.measured_scan(of(plan.step), state, numbers, measure=of(plan.measure), every=plan.every)
+    return (*lax.scan(of(plan.step), state, numbers), ())
+
+
+class OnMesh:
+    """A plan whose step splits each batch over the devices of all processes."""
+
+    def __init__(self, plan: Plan, examples: Any, is_counted: bool):
+        self._plan, self._examples, self._is_counted = plan, examples, is_counted
+        self._step: Any = plan.step
+        mesh = self._step.mesh
+        self._groups, self.parameters = training.num_groups(mesh), {}
+        self.configuration = {"groups": self._groups, "accumulate_steps": self._step.multiple // mesh.size}
+        if self._groups > 1:  # else the number of devices changes nothing but rounding
+            self.configuration["devices"] = mesh.size
+        ends = [
+            min(first + _SHOWN, part + plan.part)
+            for part in range(0, plan.steps, plan.part)
+            for first in range(part, part + plan.part, _SHOWN)
+        ]
+        self.calls = list(zip([0, *ends], ends, strict=False))
+
+    def create(self, setting: Setting) -> Any:
+        """The state at step 0, on the mesh."""
+        state = self._plan.create(setting)
+        self.parameters = parameter_shapes(state, 0)
+        return self.placed(training.split_batch_stats(state, self._groups) if self._groups > 1 else state)
+
+    def empty(self, state: Any, setting: Setting) -> tuple[Any, Any]:
+        """Arrays for the metrics and the looks of the whole training, and its histograms."""
+
+        def metrics(times):
+            return training.Metrics(*(np.zeros(times, np.float32) for _ in training.Metrics._fields))
+
+        looked = {name: metrics(self._plan.parts) for name in self._examples[1]}
+        counted = empty_histograms(state.params, self._plan.parts) if self._is_counted else {}
+        return (metrics(self._plan.steps), (), looked), counted
+
+    def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
+        """Some steps: the next state, `(metrics, measurements, looks)` in the order of time, and watched leaves."""
+        pending = []
+        for number in range(first, end):
+            state, metrics = self._step(state, *self._inputs(setting, number))
+            pending.append(metrics)
+        looked = {name: training.Metrics(np.zeros(0), np.zeros(0)) for name in self._examples[1]}
+        if end % self._plan.part == 0:
+            looked = self._plan.look(training.merge_batch_stats(state), self._examples)
+        metrics = jax.tree.map(lambda *v: np.stack(v), *jax.device_get(pending))
+        return state, (metrics, (), jax.tree.map(np.atleast_1d, looked)), {}
+
+    def watch(self, state: Any, setting: Setting, end: int) -> Any:
+        """The parameters after a part of the training and the gradient of its last step; nothing within a part."""
+        if not self._is_counted or end % self._plan.part:
+            return {}
+        leaves = dict(
+            zip(("weight", "gradient"), watched(self._step, state, *self._inputs(setting, end - 1)), strict=True)
+        )
+        return jax.tree.map(lambda v: v[None], leaves)
+
+    def _inputs(self, setting: Setting, number: int) -> tuple:
+        """What a step takes besides the state: this process's part of a batch, and the key."""
+        x, y = self._plan.draw(self._examples, setting, number)
+        batch = training.pad_batch(training.Batch(x, y), self._step.multiple)
+        batch = jax.tree.map(training.local_part, batch)
+        return batch.x, batch.y, batch.weights, jax.random.fold_in(setting["key"], number + 1)
+
+    def whole(self, state: Any) -> Any:
+        """The state as it is saved: statistics of the groups of all processes together."""
+        is_apart = self._groups > 1 and jax.process_count() > 1
+        return state.replace(batch_stats=training.to_host(state.batch_stats)) if is_apart else state
+
+    def placed(self, state: Any) -> Any:
+        """The state on the mesh."""
+        return training.place_state(state, self._step.mesh)
+
+    def kept(self, state: Any) -> None:
+        """Nothing: it may be large."""

@@ -1,0 +1,248 @@
+"""Carries out plans: one loop for all trainings, over seeds at once by vmap, one by one, or on a mesh of devices."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bnjax import training
+from bnjax.studies import Options
+from bnjax.studies.engine.histograms import count_values
+from bnjax.studies.engine.mappings import Compiled, OnMesh, steps_of
+from bnjax.studies.engine.plan import Plan, Setting, Trained
+from bnjax.studies.engine.saving import Saved
+
+TOGETHER, ONE_BY_ONE = "together", "one by one"
+
+Update = Callable[[float, dict[str, float]], Any]
+"""Is told the steps or epochs done, and the latest means over seeds."""
+
+
+@runtime_checkable
+class Report(Protocol):
+    """What a study tells of its progress."""
+
+    def task(self, plan: Plan) -> Update:
+        """Begins a training; the returned function is told what is done, up to the plan's length."""
+        ...
+
+    def reading(self, text: str, fraction: float) -> Any:
+        """Data is being read."""
+        ...
+
+
+def train(
+    plan: Plan,
+    settings: Setting,
+    examples: Any = (),
+    *,
+    mapped: str | Mesh = TOGETHER,
+    report: Report | None = None,
+    options: Options | None = None,
+    histograms: bool = False,
+) -> Trained:
+    """Carries out a plan for each of S settings, and continues where a checkpoint left off.
+
+    A setting's key decides its initial parameters, batches and all else that is random, whatever the other settings.
+
+    Args:
+      plan: how to train and measure.
+      settings: dict of pytrees of arrays with a leading axis of S settings: 'key' (those of seeds, from `seed_keys`),
+        numbers, and 'examples' where each has its own.
+      examples: what the plan's functions take their batches from, the same for all settings.
+      mapped: 'together' for all settings at once by vmap; 'one by one'; or the mesh over whose devices the plan's step,
+        a `bnjax.training.ParallelStep`, splits each batch, one setting after the other.
+      report: is told the progress.
+      options: of the study: where checkpoints are, and whether to count weights and gradients of the first setting
+        after each part, beside the training, whose numbers that leaves as they are.
+      histograms: whether to count them in any case, within the compiled program.
+    """
+    update = report.task(plan) if report else lambda done, means: None
+    is_split = mapped != TOGETHER
+    is_beside = not histograms and bool(options and options.histograms)
+    if isinstance(mapped, Mesh):
+        way = OnMesh(plan, examples, histograms or is_beside)
+    else:
+        way = Compiled(plan, examples, is_split, histograms, is_beside)
+    count = len(settings["key"])
+    groups = [jax.tree.map(lambda v, i=i: v[i], settings) for i in range(count)] if is_split else [settings]
+    configuration = {"settings": _digest(settings), "steps": plan.steps, "every": plan.every, "part": plan.part}
+    configuration |= {**plan.configuration, **way.configuration}
+
+    def of_group(number: int, setting: Setting) -> tuple[Any, Any, Any]:
+        state, done = way.create(setting), 0
+        series, counted = way.empty(state, setting)
+        saved = Saved(options and options.saving, f"{plan.name}-{number}", configuration)
+        with contextlib.closing(saved):
+            if restored := saved.restore(lambda: (way.whole(state), series, counted)):
+                done, (state, series, counted) = restored
+                state = way.placed(state)
+            for first, end in way.calls:
+                if first < done:
+                    continue
+                state, values, leaves = way.run(state, setting, first, end)
+                values = jax.device_get(values)
+                jax.tree.map(functools.partial(_put, first / plan.steps), series, values)
+                if number == 0:
+                    _count(counted, first // plan.part, jax.device_get(leaves or way.watch(state, setting, end)))
+                so_far = (number * plan.steps + end) / (plan.unit * len(groups))
+                update(int(so_far) if plan.unit == 1 else so_far, _means(plan, series[0], end, values[2]))
+                saved.save(end, lambda state=state: (way.whole(state), series, counted))
+        return series, way.kept(state), counted
+
+    results = [of_group(number, setting) for number, setting in enumerate(groups)]
+    series, states, counted = results[0]
+    if is_split:
+        series, states = jax.tree.map(lambda *v: np.stack(v), *(of[:2] for of in results))
+    else:
+        series = jax.tree.map(lambda v: np.ascontiguousarray(v.swapaxes(0, 1)), series)
+    metrics, measurements, looked = series
+    return Trained(plan, metrics, measurements, looked, states, way.parameters, counted)
+
+
+def _put(where: float, buffer: np.ndarray, values: np.ndarray) -> None:
+    """Copies what a call gave to its place in the arrays of the whole training, whose first axis is time."""
+    first = round(where * len(buffer)) if len(values) else 0
+    buffer[first : first + len(values)] = values
+
+
+def _count(histograms: Any, first: int, leaves: Any) -> None:
+    """Counts the watched leaves of some parts of the training."""
+    if leaves:
+        for i in range(len(jax.tree.leaves(leaves)[0])):
+            count_values(histograms, first + i, jax.tree.map(lambda v, i=i: v[i], leaves))
+
+
+def _means(plan: Plan, metrics: training.Metrics, end: int, looked: dict[str, Any]) -> dict[str, float]:
+    """Means over settings of the training metrics of the last part so far, and of what was looked at after it."""
+    part = slice((end - 1) // plan.part * plan.part, end)
+    splits = {"train": jax.tree.map(lambda v: v[part], metrics)}
+    splits |= {k: jax.tree.map(lambda v: v[-1:], v) for k, v in looked.items() if isinstance(v, training.Metrics)}
+    return {
+        f"{split}_{name}": float(np.mean(v))
+        for split, of in splits.items()
+        for name, v in of._asdict().items()
+        if len(v)
+    }
+
+
+class Job(NamedTuple):
+    """The arguments of `train` for one of several trainings."""
+
+    plan: Plan
+    settings: Setting
+    examples: Any = ()
+
+
+def train_all(jobs: Sequence[Job], report: Report, options: Options) -> list[Trained]:
+    """Trains several plans with histograms, as many at a time as there are processor cores.
+
+    Args:
+      jobs: what to train, on what.
+      report: is told the progress of each.
+      options: of the study.
+
+    Returns:
+      The trainings in the order of the jobs, the same as one after the other.
+    """
+
+    def work(job: Job, watched: Report) -> Trained:
+        return train(*job, report=watched, options=options, histograms=True)
+
+    return in_threads(work, jobs, report)
+
+
+def in_threads(work: Callable[[Any, Report], Any], jobs: Sequence[Any], report: Report) -> list[Any]:
+    """Does several jobs, as many at a time as there are processor cores.
+
+    Compilation, most of the time for small networks, and execution run outside Python's lock, so threads suffice.
+
+    Args:
+      work: `(job, report) → result`; telling its progress to the report stops it once another job has failed or was
+        interrupted.
+      jobs: what to do.
+      report: is told the progress of all.
+
+    Returns:
+      The results in the order of the jobs.
+    """
+    stoppable = _Stoppable(report)
+    with ThreadPoolExecutor(min(len(jobs), _cores())) as pool:
+        try:
+            return list(pool.map(lambda job: work(job, stoppable), jobs))
+        except BaseException:
+            stoppable.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class _Stoppable:
+    """A report that ends every training that tells it of its progress once it is stopped."""
+
+    def __init__(self, report: Report):
+        self._report, self.stopped = report, threading.Event()
+        self.reading = report.reading
+
+    def task(self, plan: Plan) -> Update:
+        """Begins a training."""
+        update = self._report.task(plan)
+
+        def stoppable(done: float, means: dict[str, float]) -> None:
+            if self.stopped.is_set():
+                raise RuntimeError("stopped, since another training failed or was interrupted")
+            update(done, means)
+
+        return stoppable
+
+
+def _cores() -> int:
+    """Processor cores that this process may use; all of them where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -> tuple[float, float]:
+    """Seconds a step, with measurements and without: medians over alternating runs of `every` steps, compiled before.
+
+    Args:
+      plan: how to train and measure.
+      setting: of one training.
+      examples: as those of `train`.
+      repeats: runs of each.
+    """
+    examples = jax.tree.map(jnp.asarray, examples)
+    state = jax.jit(plan.create)(setting)
+    plans = {True: plan, False: dataclasses.replace(plan, measure=None)}
+    run = jax.jit(
+        lambda state, examples, measured: steps_of(plans[measured], state, setting, examples, jnp.arange(plan.every))[
+            1:
+        ],
+        static_argnums=2,
+    )
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for repeat in range(repeats + 1):
+        for measured, seconds in times.items():
+            clock = time.perf_counter()
+            jax.block_until_ready(run(state, examples, measured))
+            if repeat:
+                seconds.append((time.perf_counter() - clock) / plan.every)
+    return float(np.median(times[True])), float(np.median(times[False]))
+
+
+def _digest(settings: Setting) -> str:
+    """A text that changes with any number of the settings."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(settings):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        digest.update(np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
+    return digest.hexdigest()
