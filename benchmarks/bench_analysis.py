@@ -1,4 +1,4 @@
-"""Measurements against PyTorch loops that do the same on the same network and batch, interleaved in one process.
+"""A benchmark of measurements against the same as PyTorch loops on the same network and batch, in one process.
 
     pip install -e ".[bench]" && python benchmarks/bench_analysis.py [--networks perceptron,vgg] [--json FILE]
 
@@ -39,7 +39,7 @@ STEPS = tuple(float(step) for step in np.linspace(0.05, 0.4, PROBES))
 
 
 def interleaved(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in alternating runs, after one that warms up."""
+    """Measures seconds of each contestant in alternating runs, after one run that warms up."""
     for run in contestants.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -53,7 +53,7 @@ def interleaved(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict
 
 
 class Pair:
-    """One network in both libraries: its loss in JAX with parameters and batch, and the PyTorch module."""
+    """A network in both libraries: its loss in JAX with parameters and batch, and the PyTorch module."""
 
     def __init__(self, name: str, width: int):
         rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ class Pair:
         return nn.Sequential(*layers, nn.Flatten(), *head)
 
     def _copy(self, order: list[str]) -> None:
-        """The same weights; after the last pool the images are 1 × 1, so flattening them needs no permutation."""
+        """Copies the weights to PyTorch; as images are 1 × 1 after the last pool, flattening needs no permutation."""
         modules = [module for module in self.module if list(module.parameters())]
         with torch.no_grad():
             for name, module in zip(order, modules, strict=True):
@@ -103,17 +103,17 @@ class Pair:
                 module.bias.copy_(torch.from_numpy(ours["bias"].copy()))
 
     def torch_loss(self, images: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy of the batch, in training mode."""
+        """Computes the mean cross-entropy of the batch, in training mode."""
         return torch.nn.functional.cross_entropy(self.module(images), self.labels)
 
 
 def torch_probe(pair: Pair, images: torch.Tensor) -> list[tuple[float, float, float]]:
-    """Loss, gradient distance and cosine at each step size."""
+    """Returns loss, gradient distance and cosine at each step size, by PyTorch."""
     parameters = list(pair.module.parameters())
     start = [p.detach().clone() for p in parameters]
     gradient = torch.autograd.grad(pair.torch_loss(images), parameters)
     size = torch.sqrt(sum((g * g).sum() for g in gradient))
-    found = []
+    measurements = []
     for step in STEPS:
         with torch.no_grad():
             for p, w, g in zip(parameters, start, gradient, strict=True):
@@ -123,15 +123,15 @@ def torch_probe(pair: Pair, images: torch.Tensor) -> list[tuple[float, float, fl
         distance = torch.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(there, gradient, strict=True)))
         product = sum((a * b).sum() for a, b in zip(there, gradient, strict=True))
         norm = torch.sqrt(sum((a * a).sum() for a in there))
-        found.append((loss.item(), distance.item(), (product / norm / size).item()))
+        measurements.append((loss.item(), distance.item(), (product / norm / size).item()))
     with torch.no_grad():
         for p, w in zip(parameters, start, strict=True):
             p.copy_(w)
-    return found
+    return measurements
 
 
 def probes(pair: Pair, repeats: int) -> dict[str, Any]:
-    """Eight probes: ours, nine gradients of ours, PyTorch's loop."""
+    """Compares eight probes by bnjax with nine gradients by JAX and with PyTorch's loop."""
     steps = jnp.array(STEPS)
     gradient = jax.jit(jax.value_and_grad(pair.loss))
 
@@ -150,7 +150,7 @@ def probes(pair: Pair, repeats: int) -> dict[str, Any]:
         "torch": lambda: torch_probe(pair, pair.images),
     }
     if pair.images.ndim == 4:
-        del contestants["ours, all at once"]  # several gigabytes at the full width
+        del contestants["ours, all at once"]  # it takes several gigabytes at the full width
         last = pair.images.contiguous(memory_format=torch.channels_last)
         contestants["torch, channels last"] = lambda: torch_probe(pair, last)
     ours, theirs = of(None)(), torch_probe(pair, pair.images)
@@ -171,7 +171,7 @@ def probes(pair: Pair, repeats: int) -> dict[str, Any]:
 
 
 def power_iteration(pair: Pair, images: torch.Tensor, count: int) -> np.ndarray:
-    """Largest eigenvalues by magnitude with deflation, as PyHessian computes them."""
+    """Computes the largest eigenvalues by magnitude with deflation, as PyHessian does."""
     parameters = list(pair.module.parameters())
     generator = torch.Generator().manual_seed(0)
     gradient = torch.autograd.grad(pair.torch_loss(images), parameters, create_graph=True)
@@ -195,7 +195,7 @@ def power_iteration(pair: Pair, images: torch.Tensor, count: int) -> np.ndarray:
 
 
 def eigenpairs(pair: Pair, repeats: int) -> dict[str, Any]:
-    """The 20 largest eigenvalues by magnitude."""
+    """Compares the computation of the 20 largest eigenvalues by magnitude."""
 
     def of(num_steps: int | None) -> Callable[[], analysis.Eigenpairs]:
         options: dict[str, Any] = {"key": jax.random.key(0), "num_steps": num_steps, "which": "magnitude"}
@@ -205,13 +205,13 @@ def eigenpairs(pair: Pair, repeats: int) -> dict[str, Any]:
     reference = np.asarray(of(320)().values)
     short = of(None)
     last = pair.images if pair.images.ndim == 2 else pair.images.contiguous(memory_format=torch.channels_last)
-    found: dict[str, np.ndarray] = {}
+    eigenvalues: dict[str, np.ndarray] = {}
 
     def run_ours():
-        found["ours"] = np.asarray(short().values)
+        eigenvalues["ours"] = np.asarray(short().values)
 
     def run_torch():
-        found["torch"] = power_iteration(pair, last, EIGENPAIRS)
+        eigenvalues["torch"] = power_iteration(pair, last, EIGENPAIRS)
 
     def error(values: np.ndarray) -> float:
         return float(np.abs(np.sort(np.abs(values))[::-1] / np.abs(reference) - 1).max())
@@ -221,12 +221,12 @@ def eigenpairs(pair: Pair, repeats: int) -> dict[str, Any]:
     return {
         "seconds": times,
         "torch_to_ours": ratio,
-        "largest_relative_error": {name: error(values) for name, values in found.items()},
+        "largest_relative_error": {name: error(values) for name, values in eigenvalues.items()},
     }
 
 
 def loop(pair: Pair, repeats: int) -> dict[str, Any]:
-    """Ten training steps with a probe before the first, and without."""
+    """Compares ten training steps with and without a probe before the first."""
 
     def step(params, _):
         value, gradient = jax.value_and_grad(pair.loss)(params, *pair.batch)
@@ -252,17 +252,17 @@ def loop(pair: Pair, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Runs the comparisons, prints medians and ratios, and saves all times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default="perceptron,vgg", help="which (default perceptron,vgg)")
-    parser.add_argument("--questions", default="probes,eigenpairs,loop", help="which (default probes,eigenpairs,loop)")
-    parser.add_argument("--width", type=int, default=64, help="of VGG (default 64)")
-    parser.add_argument("--eigen-width", type=int, default=8, help="of VGG for the eigenpairs (default 8)")
+    parser.add_argument("--networks", default="perceptron,vgg", help="networks (default perceptron,vgg)")
+    parser.add_argument("--questions", default="probes,eigenpairs,loop", help="questions (default %(default)s)")
+    parser.add_argument("--width", type=int, default=64, help="width of VGG (default 64)")
+    parser.add_argument("--eigen-width", type=int, default=8, help="width of VGG for the eigenpairs (default 8)")
     parser.add_argument("--repeats", type=int, default=5, help="alternating runs (default 5)")
-    parser.add_argument("--eigen-repeats", type=int, default=2, help="of the eigenpairs of VGG (default 2)")
+    parser.add_argument("--eigen-repeats", type=int, default=2, help="runs for the eigenpairs of VGG (default 2)")
     parser.add_argument("--json", help="where to save all times")
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "machine": f"{platform.machine()}, {threads} cores",
         "versions": {"jax": jax.__version__, "torch": torch.__version__},
@@ -275,7 +275,7 @@ def main() -> None:
             eigen = question == "eigenpairs"
             repeats = options.eigen_repeats if eigen and network == "vgg" else options.repeats
             result = questions[question](Pair(network, options.eigen_width if eigen else options.width), repeats)
-            found[f"{network}, {question}"] = result
+            results[f"{network}, {question}"] = result
             print(f"{network}, {question}")
             for name, value in result.items():
                 if name == "seconds":
@@ -288,7 +288,7 @@ def main() -> None:
                     )
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(found, file, indent=1)
+            json.dump(results, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What `bnjax.models.layers.conv2d` brings to the training steps of the convolutional studies on CPU.
+"""A benchmark of `bnjax.models.layers.conv2d` in the training steps of the convolutional studies on CPU.
 
-The networks of the studies `cifar`, `smoothness` and `accelerating`, at the sizes that these have on a CPU, trained
+The networks of the studies `cifar`, `smoothness` and `accelerating`, at the sizes that these have on a CPU, are trained
 with batch norm on random images: with XLA's convolution, with matrix products of windows alone, and as published, with
 Winograd's products where channels suffice. A call trains a few steps inside `lax.scan`, as the studies do.
 
@@ -23,7 +23,7 @@ NETWORKS = ("cifar", "smoothness", "accelerating")
 
 
 def training_of(network: str, way: str) -> Callable[[], Any]:
-    """A call that trains a network of a study for some steps, with a way to convolve."""
+    """Returns a call that trains a network of a study for some steps, with a way to convolve."""
     import jax
     import optax
     from jax import lax
@@ -70,9 +70,9 @@ WAYS = ("XLA's convolution", "windows", "windows and tiles")
 
 
 def main() -> None:
-    """Prints the seconds of each way as a multiple of those of the published one."""
+    """Prints the seconds of each way as a multiple of the published way's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds in which each has its turn (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds in which each way has its turn (default 9)")
     parser.add_argument("--json", help="file for the result")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,10 +1,10 @@
-"""How cost grows: times over sizes, and the exponent of a power of the size that fits them.
+"""A benchmark of how cost grows: times over sizes, and the exponent of a power of the size that fits them.
 
-The operation against batch and channels; a training step against layers, devices and seeds, and its compilation against
-layers; measurements against the number of probes and of eigenpairs, of parameters and of devices. The sizes of one
-question take turns. The exponent is fitted by least squares to the logarithms, of all sizes and of the larger half:
-what a call costs whatever its size flattens the smaller. Freed memory is kept. Devices are simulated by one processor,
-and share one batch.
+It times the operation against batch and channels; a training step against layers, devices and seeds, and its
+compilation against layers; measurements against the number of probes and of eigenpairs, of parameters and of devices.
+The sizes of one question take turns. The exponent is fitted by least squares to the logarithms, of all sizes and of the
+larger half, as the fixed cost of a call flattens the curve at smaller sizes. Freed memory is kept. Devices are
+simulated by one processor, and share one batch.
 
     python benchmarks/bench_growth.py [--questions batch,channels] [--json growth.json]
 """
@@ -34,7 +34,7 @@ Call = Callable[[], Any]
 
 
 def operation(batch: int, channels: int) -> Call:
-    """Batch norm of [batch, channels], forward and backward."""
+    """Returns a call of batch norm on [batch, channels], forward and backward."""
     x = jax.random.normal(jax.random.key(0), (batch, channels))
     params, stats = bnjax.init_batch_norm(channels)
 
@@ -49,13 +49,13 @@ def operation(batch: int, channels: int) -> Call:
 
 
 def examples(count: int, features: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of ten classes."""
+    """Makes inputs and labels of ten classes."""
     rng = np.random.default_rng(0)
     return rng.normal(size=(count, features)).astype(np.float32), np.arange(count, dtype=np.int32) % 10
 
 
 def compiled_step(layers: int, devices: int) -> tuple[training.ParallelStep, Any]:
-    """A perceptron's training step, synchronized over devices, and its state."""
+    """Makes a perceptron's training step, synchronized over devices, and its state."""
     name = training.SYNC_AXIS if devices > 1 else None
     model = Perceptron((128,) * layers, 10, functools.partial(BatchNorm, axis_name=name), "before")
     mesh = training.make_mesh(devices=jax.devices()[:devices])
@@ -64,7 +64,7 @@ def compiled_step(layers: int, devices: int) -> tuple[training.ParallelStep, Any
 
 
 def training_step(layers: int = 2, devices: int = 1) -> Call:
-    """One step of 512 examples."""
+    """Returns a call that takes one step of 512 examples."""
     step, state = compiled_step(layers, devices)
     x, y = examples(512, 128)
     held = [state]
@@ -77,7 +77,7 @@ def training_step(layers: int = 2, devices: int = 1) -> Call:
 
 
 def compilation(layers: int) -> Call:
-    """Tracing, lowering and compiling a step."""
+    """Returns a call that traces, lowers and compiles a step."""
     x, y = examples(512, 128)
 
     def call():
@@ -88,19 +88,19 @@ def compilation(layers: int) -> Call:
 
 
 def seeds(count: int) -> Call:
-    """Steps of the circles' network from several seeds in one program."""
+    """Returns a call that takes a step of the circles' network from several seeds in one program."""
     model = Perceptron((50,), 1, BatchNorm, "after")
     x, y = (np.broadcast_to(v, (count, *v.shape)) for v in examples(32, 2))
     keys = jax.random.split(jax.random.key(0), count)
     create = functools.partial(training.create_train_state, model, optax.sgd(0.01, 0.9))
     states = jax.vmap(lambda key: create(key, jnp.zeros((1, 2))))(keys)
-    one = functools.partial(training.train_step, objective=training.binary_cross_entropy)
-    steps = jax.jit(jax.vmap(one))
+    step = functools.partial(training.train_step, objective=training.binary_cross_entropy)
+    steps = jax.jit(jax.vmap(step))
     return lambda: jax.block_until_ready(steps(states, x, y > 4))
 
 
 def perceptron_loss(width: int, batch: int = 128, devices: int = 1) -> tuple[Callable, Any, tuple]:
-    """The loss of a perceptron 784 – width – width – 10 in the batch's mode, its parameters, and a batch."""
+    """Makes the loss of a perceptron 784 – width – width – 10 in mode 'batch', its parameters, and a batch."""
     model = Perceptron((width, width), 10, BatchNorm, "before")
     variables = jax.jit(functools.partial(model.init, training=False))(jax.random.key(0), jnp.zeros((1, 784)))
     mesh = training.make_mesh(devices=jax.devices()[:devices])
@@ -110,7 +110,7 @@ def perceptron_loss(width: int, batch: int = 128, devices: int = 1) -> tuple[Cal
 
 
 def probes(count: int = 4, width: int = 64, batch: int = 128, devices: int = 1) -> Call:
-    """Loss and gradient at several points along the gradient."""
+    """Returns a call that computes loss and gradient at several points along the gradient."""
     loss, params, data = perceptron_loss(width, batch, devices)
     steps = jnp.linspace(0.05, 0.4, count)
     probe = jax.jit(functools.partial(analysis.gradient_probe, loss))
@@ -118,7 +118,7 @@ def probes(count: int = 4, width: int = 64, batch: int = 128, devices: int = 1) 
 
 
 def eigenpairs(count: int = 2, width: int = 64, num_steps: int | None = None) -> Call:
-    """The largest eigenpairs of the Hessian."""
+    """Returns a call that computes the largest eigenpairs of the Hessian."""
     loss, params, data = perceptron_loss(width)
     options: dict[str, Any] = {"key": jax.random.key(0), "num_steps": num_steps, "which": "magnitude"}
     run = jax.jit(lambda p, *b: analysis.hessian_eigenpairs(loss, p, count, *b, **options))
@@ -126,11 +126,11 @@ def eigenpairs(count: int = 2, width: int = 64, num_steps: int | None = None) ->
 
 
 def parameters(width: int) -> int:
-    """Of the perceptron 784 – width – width – 10."""
+    """Returns the number of parameters of the perceptron 784 – width – width – 10."""
     return width * (784 + width + 10 + 6) + 10
 
 
-WIDTHS = (13, 116, 690, 2780, 9620)  # 1e4, 1e5, 1e6, 1e7 and 1e8 parameters
+WIDTHS = (13, 116, 690, 2780, 9620)  # widths with 1e4, 1e5, 1e6, 1e7 and 1e8 parameters
 QUESTIONS: dict[str, tuple[str, str, list[tuple[int, Callable[[], Call]]]]] = {
     "batch": (
         "batch norm, forward + backward, 256 channels",
@@ -191,12 +191,12 @@ QUESTIONS: dict[str, tuple[str, str, list[tuple[int, Callable[[], Call]]]]] = {
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """The slope of a line through the logarithms."""
+    """Fits the slope of a line through the logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def measure(question: str, rounds: int) -> dict[str, Any]:
-    """Times at all sizes, and the exponents."""
+    """Measures times at all sizes of a question, and their exponents."""
     what, of, sizes = QUESTIONS[question]
     calls = {str(size): make() for size, make in sizes}
     start = time.perf_counter()
@@ -218,9 +218,9 @@ def measure(question: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the table; with --json saves the numbers."""
+    """Prints the table; with --json it saves the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", default=",".join(QUESTIONS), help="default %(default)s")
+    parser.add_argument("--questions", default=",".join(QUESTIONS), help="questions (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each size (default %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
@@ -230,10 +230,12 @@ def main() -> None:
 
     measured = []
     for question in options.questions.split(","):
-        found = measure(question, options.rounds)
-        measured.append(found)
-        growth = ", ".join(f"{size:,}: {r:.2f}" for size, r in zip(found["sizes"], found["to the first"], strict=True))
-        print(f"{found['what']}, to the first size: {growth} ({found['took']:.0f} s)", flush=True)
+        result = measure(question, options.rounds)
+        measured.append(result)
+        growth = ", ".join(
+            f"{size:,}: {r:.2f}" for size, r in zip(result["sizes"], result["to the first"], strict=True)
+        )
+        print(f"{result['what']}, to the first size: {growth} ({result['took']:.0f} s)", flush=True)
     rows = [[f["what"], f["of"], f"{f['exponent']:.2f}", f"{f['exponent of the larger']:.2f}"] for f in measured]
     print(f"\n{markdown_table(['time of', 'against', 'exponent', 'of the larger half'], rows)}")
     save(options.json, {"device": device(), "measured": measured})

@@ -1,8 +1,8 @@
-"""Batch norm in training, forward and forward + backward, against Flax, Haiku, Equinox, Keras and PyTorch.
+"""A benchmark of batch norm in training, forward (+ backward), against Flax, Haiku, Equinox, Keras and PyTorch.
 
 All contestants take turns in one process, each with the input in the layout it asks for, and give the output, the
 moved running statistics and, with backward, the gradients of input, scale and bias. Beside each time stands the error
-against float64, of the input that is timed and of one whose mean is 1000 deviations from zero. The limit is the time
+against float64, for the input that is timed and for one whose mean is 1000 deviations from zero. The limit is the time
 that the same arrays take to be summed and copied as often as batch norm must read and write them:
 
     forward      2 reads, 1 write  = sum(x) + copy(x)
@@ -26,7 +26,7 @@ EPSILON = 1e-5
 
 
 def reference(x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Output and gradient of the input in float64, with scale 1 and bias 0."""
+    """Computes output and gradient of the input in float64, with scale 1 and bias 0."""
     x, g = (np.asarray(v, np.float64).reshape(-1, v.shape[-1]) for v in (x, g))
     x = x - x.mean(0)
     rsigma = 1 / np.sqrt((x**2).mean(0) + EPSILON)
@@ -35,7 +35,7 @@ def reference(x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def jax_contestants(features: int, ndim: int) -> dict[str, tuple[Callable, bool]]:
-    """Functions `(x, params) -> (y, state)`, and whether their features come second."""
+    """Returns functions `(x, params) -> (y, state)`, and whether their features come second."""
     import equinox as eqx
     import haiku as hk
     import jax
@@ -91,7 +91,7 @@ def jax_contestants(features: int, ndim: int) -> dict[str, tuple[Callable, bool]
 
 
 def of_jax(f: Callable, x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, second: bool) -> Callable:
-    """A call without arguments, that returns `(y, dx)` or `(y,)` with features last when asked for `result`."""
+    """Returns a call of a JAX function, which gives `(y, dx)` or `(y,)` with features last when asked for `result`."""
     import jax
     import jax.numpy as jnp
 
@@ -116,7 +116,7 @@ def of_jax(f: Callable, x: np.ndarray, g: np.ndarray, dtype: str, backward: bool
 
 
 def of_torch(x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, channels_last: bool) -> Callable:
-    """As `of_jax`, PyTorch's own batch norm, on its accelerator where it has one."""
+    """Returns a call as `of_jax` does, of PyTorch's own batch norm, on its accelerator where it has one."""
     import torch
 
     place, wait = torch_place()
@@ -143,7 +143,7 @@ def of_torch(x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, channels_
 
 
 def limits(x: np.ndarray, dtype: str) -> dict[str, Callable]:
-    """Calls that sum and copy an array, by XLA and by PyTorch."""
+    """Returns calls that sum and copy an array, by XLA and by PyTorch."""
     import jax
     import jax.numpy as jnp
     import torch
@@ -161,7 +161,7 @@ def limits(x: np.ndarray, dtype: str) -> dict[str, Callable]:
 
 
 def measure(shape: tuple[int, ...], dtype: str, backward: bool, rounds: int) -> dict[str, Any]:
-    """Times and errors of all contestants at one shape."""
+    """Measures times and errors of all contestants at one shape."""
     rng = np.random.default_rng(0)
     x = rng.normal(1, 2, shape).astype(np.float32)
     g = rng.normal(size=shape).astype(np.float32)
@@ -172,39 +172,39 @@ def measure(shape: tuple[int, ...], dtype: str, backward: bool, rounds: int) -> 
     shifted = x + 2000
 
     def contestants(x):
-        jax_ones = jax_contestants(shape[-1], len(shape))
-        calls = {name: of_jax(f, x, g, dtype, backward, second) for name, (f, second) in jax_ones.items()}
+        jax_functions = jax_contestants(shape[-1], len(shape))
+        calls = {name: of_jax(f, x, g, dtype, backward, second) for name, (f, second) in jax_functions.items()}
         calls["torch"] = of_torch(x, g, dtype, backward, False)
         if len(shape) == 4:
             calls["torch, channels last"] = of_torch(x, g, dtype, backward, True)
         return calls
 
     def errors(calls, x):
-        """Largest error of the output and of the input's gradient, beside the largest value of each."""
+        """Computes the largest error of the output and of the input's gradient, over the largest value of each."""
         exact = reference(x, g)
-        found = {}
+        largest_errors = {}
         for name, call in calls.items():
             pairs = zip(call(result=True), exact, strict=False)
-            found[name] = [float(np.abs(a.reshape(b.shape) - b).max() / np.abs(b).max()) for a, b in pairs]
-        return found
+            largest_errors[name] = [float(np.abs(a.reshape(b.shape) - b).max() / np.abs(b).max()) for a, b in pairs]
+        return largest_errors
 
-    found = {"shape": shape, "dtype": dtype, "backward": backward}
+    result = {"shape": shape, "dtype": dtype, "backward": backward}
     if dtype == "float32":
-        found["hard errors"] = errors(contestants(shifted), shifted)
+        result["hard errors"] = errors(contestants(shifted), shifted)
     calls = contestants(x)
-    found["errors"] = errors(calls, x)
-    found["seconds"] = take_turns({**calls, **limits(x, dtype)}, rounds)
-    medians = {name: statistics.median(times) for name, times in found["seconds"].items()}
+    result["errors"] = errors(calls, x)
+    result["seconds"] = take_turns({**calls, **limits(x, dtype)}, rounds)
+    medians = {name: statistics.median(times) for name, times in result["seconds"].items()}
     total, copy = (min(v for name, v in medians.items() if name.startswith(kind)) for kind in ("sum", "copy"))
-    found["limit"] = 4 * total + 2 * copy if backward else total + copy
-    return found
+    result["limit"] = 4 * total + 2 * copy if backward else total + copy
+    return result
 
 
-def rows(found: dict[str, Any]) -> list[list[str]]:
-    """Of the printed table."""
-    ours = found["seconds"]["bnjax"]
+def rows(measurement: dict[str, Any]) -> list[list[str]]:
+    """Returns the rows of the printed table."""
+    ours = measurement["seconds"]["bnjax"]
     lines = []
-    for name, times in found["seconds"].items():
+    for name, times in measurement["seconds"].items():
         if name.startswith(("sum", "copy")):
             continue
         ratios = [a / b for a, b in zip(ours, times, strict=True)]
@@ -212,9 +212,11 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             [
                 name,
                 spread(ratios) if name != "bnjax" else "1",
-                f"{statistics.median(times) / found['limit']:.2f}",
-                " / ".join(f"{e:.0e}" for e in found["errors"][name]),
-                " / ".join(f"{e:.0e}" for e in found["hard errors"][name]) if "hard errors" in found else "",
+                f"{statistics.median(times) / measurement['limit']:.2f}",
+                " / ".join(f"{e:.0e}" for e in measurement["errors"][name]),
+                " / ".join(f"{e:.0e}" for e in measurement["hard errors"][name])
+                if "hard errors" in measurement
+                else "",
             ]
         )
     return lines
@@ -223,18 +225,18 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
 HEAD = ["", "bnjax's time to its", "to the limit", "error of y / dx", "of a large mean"]
 
 
-def title(found: dict[str, Any]) -> str:
-    """Of one measurement."""
-    what = "forward + backward" if found["backward"] else "forward"
-    return f"{'×'.join(map(str, found['shape']))}, {found['dtype']}, {what}"
+def title(measurement: dict[str, Any]) -> str:
+    """Returns the title of one measurement."""
+    direction = "forward + backward" if measurement["backward"] else "forward"
+    return f"{'×'.join(map(str, measurement['shape']))}, {measurement['dtype']}, {direction}"
 
 
 def main() -> None:
-    """Prints the tables; with --json saves them too."""
+    """Prints the tables; with --json it saves them too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="default %(default)s")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (default %(default)s)")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="shapes (default %(default)s)")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="dtypes (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contestant (default %(default)s)")
     parser.add_argument("--keep-memory", action="store_true", help="see bnjax.training.host.keep_freed_memory")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
@@ -250,9 +252,9 @@ def main() -> None:
     for dtype in options.dtypes.split(","):
         for shape in options.shapes.split(","):
             for backward in (False, True):
-                found = measure(tuple(map(int, shape.split("x"))), dtype, backward, options.rounds)
-                measured.append(found)
-                print(f"\n{title(found)}\n\n{markdown_table(HEAD, rows(found))}", flush=True)
+                measurement = measure(tuple(map(int, shape.split("x"))), dtype, backward, options.rounds)
+                measured.append(measurement)
+                print(f"\n{title(measurement)}\n\n{markdown_table(HEAD, rows(measurement))}", flush=True)
     save(options.json, {"device": device(), "keeps memory": options.keep_memory, "measured": measured})
 
 

@@ -1,14 +1,14 @@
-"""Synchronized batch norm over 1 to 16 devices: step time, collectives and bytes against Flax's, and a prediction.
+"""A benchmark of synchronized batch norm over 1 to 16 devices: step time, collectives and bytes, and a prediction.
 
-On simulated CPU devices, which share the processor's cores: not how training scales, but what a step costs beside the
-same step with `flax.linen.BatchNorm`, both interleaved in one run. Collectives and bytes are read from the compiled
-programs, and stand beside the formula:
+The devices are simulated on CPU and share the processor's cores: the benchmark does not show how training scales, but
+what a step costs beside the same step with `flax.linen.BatchNorm`, both interleaved in one run. Collectives and bytes
+are read from the compiled programs, and stand beside the formula:
 
     bytes that a device sends in a step = 2 (n − 1) / n · 4 · (P + Σ over batch norms (2C + 2C))
 
 for n devices, P parameters (and the loss, the accuracy and the weight) and C features a batch norm: an all-reduce of 2C
 numbers forward, of 2C backward, by the ring algorithm. PyTorch's SyncBatchNorm gathers 2C + 1 numbers forward, of which
-a device sends (n − 1) (2C + 1), and reduces 2C backward (torch/nn/modules/_functions.py). What that means for a pod:
+a device sends (n − 1) (2C + 1), and reduces 2C backward (torch/nn/modules/_functions.py). The prediction for a pod is:
 
     time = max(latency · hops, bytes / bandwidth)        for each of the collectives, which wait for one another
 
@@ -25,17 +25,17 @@ import time
 import jax
 
 NORMS = ("bnjax", "flax")
-STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet-50: width, blocks
+STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # width and blocks of ResNet-50's stages
 RESNET50 = [64, *(c for width, blocks in STAGES for c in [width, width, 4 * width] * blocks + [4 * width])]
 
 
 def sent_by_formula(features: list[int], parameters: int, devices: int) -> float:
-    """Bytes that each device sends in a step, bnjax's and Flax's synchronization alike."""
+    """Computes the bytes that each device sends in a step, the same by bnjax's and by Flax's synchronization."""
     return 2 * (devices - 1) / devices * 4 * (parameters + 3 + sum(4 * c for c in features))
 
 
 def network(norm: str, depth: int, width: int):
-    """A perceptron with `depth` synchronized batch norms of `width` features."""
+    """Makes a perceptron with `depth` synchronized batch norms of `width` features."""
     from flax import linen as nn
 
     from bnjax.linen import BatchNorm
@@ -48,7 +48,7 @@ def network(norm: str, depth: int, width: int):
 
 
 def measure(devices: int, depth: int, width: int, way: str, batch: int, repeats: int) -> dict:
-    """Times one network with both layers in turns, and reads what their steps communicate."""
+    """Times one network with both layers in turns, and reads their collectives from the compiled steps."""
     import jax.numpy as jnp
     import numpy as np
     import optax
@@ -67,8 +67,8 @@ def measure(devices: int, depth: int, width: int, way: str, batch: int, repeats:
         state = training.place_state(state, mesh)
         step = training.make_train_step(training.cross_entropy, mesh, parallel=way)
         compiled = step.compiled.lower(state, data, None).compile()
-        found = collectives(compiled.as_text())
-        own = [c for c in found if c.group_size > 1]
+        operations = collectives(compiled.as_text())
+        own = [c for c in operations if c.group_size > 1]
         result[norm] = {"collectives": len(own), "sent": sum(c.sent * c.times for c in own), "seconds": []}
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         for _ in range(3):
@@ -89,10 +89,10 @@ def measure(devices: int, depth: int, width: int, way: str, batch: int, repeats:
 
 
 def predict(features: list[int], devices: int, bandwidth: float, latency: float) -> dict:
-    """Seconds that a step's synchronization of batch norms takes on a pod, apart from the gradients'.
+    """Predicts the seconds that a step's synchronization of batch norms takes on a pod, apart from the gradients'.
 
     Args:
-      features: of each batch norm.
+      features: number of features of each batch norm.
       devices: n, on a torus of two dimensions up to 256 and of three above.
       bandwidth: bytes a second that a device sends.
       latency: seconds from one device to the next.
@@ -104,22 +104,27 @@ def predict(features: list[int], devices: int, bandwidth: float, latency: float)
         "flax": [ring * 8 * c for c in features for _ in range(2)],
         "torch": [s for c in features for s in ((devices - 1) * 4 * (2 * c + 1), ring * 8 * c)],
     }
-    found = {}
+    predictions = {}
     for peer, sent in sizes.items():
         waits = [max(latency * hops, size / bandwidth) for size in sent]
         bound = sum(size / bandwidth > latency * hops for size in sent)
-        found[peer] = {"sent": sum(sent), "seconds": sum(waits), "bandwidth_bound": bound, "collectives": len(sent)}
-    return {"devices": devices, "hops": hops, **found}
+        predictions[peer] = {
+            "sent": sum(sent),
+            "seconds": sum(waits),
+            "bandwidth_bound": bound,
+            "collectives": len(sent),
+        }
+    return {"devices": devices, "hops": hops, **predictions}
 
 
 def main() -> None:
-    """Prints the tables; with --json saves them too."""
+    """Prints the tables; with --json it saves them too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="1,2,4,8,16", help="device counts (default 1,2,4,8,16)")
     parser.add_argument("--networks", default="2x64,8x64,8x512,32x64", help="DEPTHxWIDTH (default %(default)s)")
     parser.add_argument("--parallel", default="jit,shard_map", help="how the step is mapped (default %(default)s)")
     parser.add_argument("--batch", type=int, default=512, help="examples in a step (default 512)")
-    parser.add_argument("--repeats", type=int, default=30, help="timed steps of each (default 30)")
+    parser.add_argument("--repeats", type=int, default=30, help="timed steps of each layer (default 30)")
     parser.add_argument("--bandwidth", type=float, default=100e9, help="bytes/s a device sends, for the prediction")
     parser.add_argument("--latency", type=float, default=1e-6, help="seconds a hop, for the prediction")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")

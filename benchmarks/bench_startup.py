@@ -1,4 +1,4 @@
-"""Start-up, in processes of their own that take turns: what `import bnjax` adds to `import jax`, and `bnjax --help`.
+"""A benchmark of start-up, by processes in turns: what `import bnjax` adds to `import jax`, and `bnjax --help`.
 
 python benchmarks/bench_startup.py [--json startup.json]
 """
@@ -25,7 +25,7 @@ PROGRAMS = {
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """What the goals ask."""
+    """Computes the numbers that the goals ask for."""
 
     def median(name: str) -> float:
         return statistics.median(seconds[name])
@@ -41,9 +41,9 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints what was found; with --json saves the numbers."""
+    """Prints the summary; with --json it saves the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11, help="processes of each (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="processes of each program (default %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
     calls = {
@@ -51,10 +51,10 @@ def main() -> None:
         for name, program in PROGRAMS.items()
     }
     seconds = take_turns(calls, options.rounds, warm_up=1)
-    found = summary(seconds)
-    for name, value in found.items():
+    results = summary(seconds)
+    for name, value in results.items():
         print(f"{name}: {value}")
-    save(options.json, {"device": device(), "seconds": seconds, "summary": found})
+    save(options.json, {"device": device(), "seconds": seconds, "summary": results})
 
 
 if __name__ == "__main__":

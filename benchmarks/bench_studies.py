@@ -1,10 +1,10 @@
-"""The studies of circles, MNIST and blobs, per training, against programs that train the same networks in Keras.
+"""A benchmark of the studies of circles, MNIST and blobs, per training, against programs in Keras.
 
-Cold is a whole command, imports and compilation included; with a cache, one whose compiled programs JAX kept from an
-earlier command (JAX_COMPILATION_CACHE_DIR); warm is the training alone, again in a process that has trained the same
-before, of the networks that Keras trains. Contestants are processes of their own that take turns. Keras trains each
-network once, on JAX and on PyTorch; bnjax's command all its variants (other normalizers among them) from many seeds:
-times are divided by the number of trainings.
+The programs in Keras train the same networks. Cold is a whole command, imports and compilation included; with a cache,
+it is a command whose compiled programs JAX kept from an earlier one (JAX_COMPILATION_CACHE_DIR); warm is the training
+alone of the networks that Keras trains, in a process that has trained them before. Contestants are processes of their
+own that take turns. Keras trains each network once, on JAX and on PyTorch; bnjax's command trains all its variants
+(other normalizers among them) from many seeds: times are divided by the number of trainings.
 
     pip install -e ".[bench]"
     python benchmarks/bench_studies.py [--studies circles,mnist,blobs] [--data-dir DIR] [--json studies.json]
@@ -28,14 +28,14 @@ CHOICES: dict[str, dict[str, Any]] = {
     "mnist": {"seeds": 8, "batch_sizes": [32]},
     "blobs": {"seeds": 32},
 }
-NETWORKS = {  # which Keras trains too
+NETWORKS = {  # the variants that Keras trains too
     "circles": ("none", "after", "before", "no_scale_bias", "no_momentum", "input"),
     "mnist": ("none_32", "before_32"),
     "blobs": ("shallow_before", "deep_none", "deep_before"),
 }
 BACKENDS = ("jax", "torch")
 
-# Prints when it has trained once, how long a second time took, and the number of networks.
+# This program prints when it has trained once, how long a second training took, and the number of networks.
 KERAS = """
 import sys, time, numpy as np, keras
 from keras import layers
@@ -90,7 +90,7 @@ for model, x, y, options in models:
 print(time.perf_counter() - start, len(models))
 """
 
-# Prints how long a second training of Keras's networks took, the number of them, and that of all the command's.
+# This program prints the time of a second training of Keras's networks, their number, and that of all trainings.
 OURS = """
 import importlib, json, sys, time
 from unittest import mock
@@ -118,38 +118,41 @@ with mock.patch.object(study, "train_all", twice):
 
 
 def run(command: list[str], **environment: str) -> tuple[float, list[str]]:
-    """When a command that must succeed was started, and what it printed."""
+    """Runs a command that must succeed; returns when it was started, and the words that it printed."""
     start = time.time()
     done = subprocess.run(command, env={**os.environ, **environment}, check=True, capture_output=True, text=True)
     return start, done.stdout.split()
 
 
 def cold(study: str, **environment: str) -> float:
-    """Seconds of bnjax's command."""
-    chosen = []
+    """Measures the seconds of bnjax's command."""
+    arguments = []
     for name, value in CHOICES[study].items():
-        chosen += [f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+        arguments += [
+            f"--{name.replace('_', '-')}",
+            ",".join(map(str, value)) if isinstance(value, list) else str(value),
+        ]
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "bnjax", "run", study, *chosen, "--quiet", "--out", out]
+        command = [sys.executable, "-m", "bnjax", "run", study, *arguments, "--quiet", "--out", out]
         start, _ = run(command, **environment)
         return time.time() - start
 
 
 def warm(study: str) -> tuple[float, int, int]:
-    """Seconds of bnjax's second training of Keras's networks, the number of trainings, and of those of the command."""
+    """Measures bnjax's second training of Keras's networks: its seconds, its trainings, and those of the command."""
     command = [sys.executable, "-c", OURS, study, json.dumps(CHOICES[study]), ",".join(NETWORKS[study])]
     _, (seconds, count, all_of_them) = run(command)
     return float(seconds), int(count), int(all_of_them)
 
 
 def keras(study: str, backend: str, data: str) -> tuple[float, float, int]:
-    """Seconds of a process with one training of each network, those of the second training, and the number of each."""
+    """Measures Keras: seconds of a process that trains each network once, of a second training, and their number."""
     start, (first, second, count) = run([sys.executable, "-c", KERAS, study, data], KERAS_BACKEND=backend)
     return float(first) - start, float(second), int(count)
 
 
 def measure(study: str, repeats: int, backends: list[str], scratch: Path) -> dict[str, Any]:
-    """Seconds per training of all contestants, cold and warm, in turns; with a cache where a command is short."""
+    """Measures seconds per training of all contestants in turns, cold, warm, and for circles with a cache."""
     data = str(scratch / "mnist.npz")
     if study == "mnist" and not Path(data).exists():
         import numpy as np
@@ -163,11 +166,11 @@ def measure(study: str, repeats: int, backends: list[str], scratch: Path) -> dic
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     if study == "circles":
-        cold(study, **cache)  # fills it
-    found: dict[str, dict[str, list[float]]] = {}
+        cold(study, **cache)  # fills the cache
+    per_training: dict[str, dict[str, list[float]]] = {}
 
     def note(contestant: str, kind: str, seconds: float, trainings: int) -> None:
-        found.setdefault(contestant, {}).setdefault(kind, []).append(seconds / trainings)
+        per_training.setdefault(contestant, {}).setdefault(kind, []).append(seconds / trainings)
 
     trainings = 0
     for _ in range(repeats):
@@ -181,12 +184,12 @@ def measure(study: str, repeats: int, backends: list[str], scratch: Path) -> dic
             note(f"keras, {backend}", "cold", first, networks)
             note(f"keras, {backend}", "warm", second, networks)
     choices = {name: value for name, value in CHOICES[study].items() if name != "data_dir"}
-    by_backend = {backend: ratios(found, backend) for backend in backends}
-    return {"study": study, "choices": choices, "trainings": trainings, "seconds": found, "ratios": by_backend}
+    by_backend = {backend: ratios(per_training, backend) for backend in backends}
+    return {"study": study, "choices": choices, "trainings": trainings, "seconds": per_training, "ratios": by_backend}
 
 
 def ratios(seconds: dict[str, dict[str, list[float]]], backend: str) -> dict[str, list[float]]:
-    """Keras's time for a training to bnjax's, turn by turn."""
+    """Returns the ratios of Keras's time for a training to bnjax's, turn by turn."""
     ours, theirs = seconds["bnjax"], seconds[f"keras, {backend}"]
     pairs = {"cold": ("cold", "cold"), "cached": ("cached", "cold"), "warm": ("warm", "warm")}
     return {
@@ -194,15 +197,15 @@ def ratios(seconds: dict[str, dict[str, list[float]]], backend: str) -> dict[str
     }
 
 
-def rows(found: dict[str, Any]) -> list[list[str]]:
-    """Of the table: how many times less time bnjax takes for a training."""
+def rows(measurement: dict[str, Any]) -> list[list[str]]:
+    """Returns the rows of the table, which says how many times less time bnjax takes for a training."""
     lines = []
-    for backend, by_kind in found["ratios"].items():
+    for backend, by_kind in measurement["ratios"].items():
         cells = [
             f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" if (v := by_kind.get(kind)) else ""
             for kind in ("cold", "cached", "warm")
         ]
-        lines.append([found["study"], f"Keras on {backend}", *cells])
+        lines.append([measurement["study"], f"Keras on {backend}", *cells])
     return lines
 
 
@@ -210,10 +213,10 @@ HEAD = ["study", "against", "cold", "cold, programs cached", "warm"]
 
 
 def main() -> None:
-    """Prints the table; with --json saves the numbers."""
+    """Prints the table; with --json it saves the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", default=",".join(CHOICES), help="default %(default)s")
-    parser.add_argument("--backends", default=",".join(BACKENDS), help="of Keras (default %(default)s)")
+    parser.add_argument("--studies", default=",".join(CHOICES), help="studies (default %(default)s)")
+    parser.add_argument("--backends", default=",".join(BACKENDS), help="backends of Keras (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns (default %(default)s)")
     parser.add_argument("--data-dir", metavar="DIR", help="where MNIST is, as for bnjax's command")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")

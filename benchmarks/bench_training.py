@@ -1,4 +1,4 @@
-"""A training step of whole networks: bnjax's batch norm, Flax's, none, Flax's own layers throughout, and PyTorch.
+"""A benchmark of whole networks' training steps: bnjax's batch norm, Flax's, none, Flax's own layers, and PyTorch.
 
 The networks are that of the CIFAR-100 study (80 images, RMSprop, dropout) and ResNet-18 for small images (32 images,
 SGD with momentum), float32. The first three contestants differ in nothing but the batch norm; "flax throughout" takes
@@ -25,7 +25,7 @@ CLASSES = {"cifar": 100, "resnet18": 10}
 
 
 def examples(network: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a batch."""
+    """Makes images and labels of a batch."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(BATCH[network], SIDE, SIDE, 3)).astype(np.float32)
     return images, np.arange(BATCH[network], dtype=np.int32) % CLASSES[network]
@@ -34,7 +34,7 @@ def examples(network: str) -> tuple[np.ndarray, np.ndarray]:
 def of_jax(
     network: str, norm: Any, is_flax_throughout: bool = False
 ) -> tuple[Callable[[], Any], list[tuple[int, ...]]]:
-    """A call that takes one step of `bnjax.training`, and the shapes that the network's batch norms are given."""
+    """Returns a call that takes one step of `bnjax.training`, and the shapes of the batch norms' inputs."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -74,14 +74,14 @@ def of_jax(
 
 
 def flax_max_pool(x: Any, window: int, strides: int, padding: Any = "VALID") -> Any:
-    """Flax's, called as bnjax's."""
+    """Calls Flax's max-pool with the arguments of bnjax's."""
     from flax import linen as nn
 
     return nn.max_pool(x, (window, window), (strides, strides), padding)
 
 
 def of_torch(network: str, channels_last: bool) -> Callable[[], Any]:
-    """A call that takes one step of the same network in PyTorch."""
+    """Returns a call that takes one step of the same network in PyTorch."""
     import torch
 
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def of_torch(network: str, channels_last: bool) -> Callable[[], Any]:
     else:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    place, _ = torch_place()  # reading the loss waits for it
+    place, _ = torch_place()  # reading the loss waits for the device
     model = model.to(place, memory_format=layout)
     x, y = examples(network)
     x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(place).contiguous(memory_format=layout)
@@ -108,7 +108,7 @@ def of_torch(network: str, channels_last: bool) -> Callable[[], Any]:
 
 
 def torch_cifar(torch: Any) -> Any:
-    """`bnjax.models.CifarNetwork`."""
+    """Makes `bnjax.models.CifarNetwork` in PyTorch."""
     nn, layers, channels = torch.nn, [], 3
     for block in range(5):
         for _ in range(2):
@@ -121,7 +121,7 @@ def torch_cifar(torch: Any) -> Any:
 
 
 def torch_resnet18(torch: Any) -> Any:
-    """`bnjax.models.resnet18` with the stem for small images."""
+    """Makes `bnjax.models.resnet18` with the stem for small images in PyTorch."""
     nn = torch.nn
 
     def conv(inputs, features, size, stride=1):
@@ -148,7 +148,7 @@ def torch_resnet18(torch: Any) -> Any:
 
 
 def of_passes(shapes: list[tuple[int, ...]]) -> Callable[[], Any]:
-    """A call that, for every shape, sums an array four times and copies it twice."""
+    """Returns a call that, for every shape, sums an array four times and copies it twice."""
     import jax
 
     arrays = {shape: jax.random.normal(jax.random.key(0), shape) for shape in set(shapes)}
@@ -165,7 +165,7 @@ def of_passes(shapes: list[tuple[int, ...]]) -> Callable[[], Any]:
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-    """bnjax's time to others', round by round, and to that of no batch norm with the passes."""
+    """Returns the ratios of bnjax's time to others', round by round, and to no batch norm's with the passes."""
     both = [a + b for a, b in zip(seconds["no norm"], seconds["the passes"], strict=True)]
     others = {name: times for name, times in seconds.items() if name not in ("bnjax", "the passes")}
     others["no norm + the passes"] = both
@@ -173,7 +173,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def measure(network: str, rounds: int) -> dict[str, Any]:
-    """Times of all contestants."""
+    """Measures the times of all contestants."""
     from flax import linen as nn
 
     from bnjax import linen
@@ -195,10 +195,10 @@ def measure(network: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the table; with --json saves the numbers."""
+    """Prints the table; with --json it saves the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=",".join(NETWORKS), help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=11, help="timed steps of each (default %(default)s)")
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="networks (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="timed steps of each contestant (default %(default)s)")
     parser.add_argument("--keep-memory", action="store_true", help="see bnjax.training.host.keep_freed_memory")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
@@ -211,10 +211,10 @@ def main() -> None:
 
     measured = []
     for network in options.networks.split(","):
-        found = measure(network, options.rounds)
-        measured.append(found)
-        rows = [[name, spread(values)] for name, values in found["ratios"].items()]
-        print(f"\n{network}, {found['batch']} images\n\n{markdown_table(['', 'bnjax to it'], rows)}", flush=True)
+        result = measure(network, options.rounds)
+        measured.append(result)
+        rows = [[name, spread(values)] for name, values in result["ratios"].items()]
+        print(f"\n{network}, {result['batch']} images\n\n{markdown_table(['', 'bnjax to it'], rows)}", flush=True)
     save(options.json, {"device": device(), "keeps memory": options.keep_memory, "measured": measured})
 
 

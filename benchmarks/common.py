@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, spreads, naming the machine and JSON."""
+"""The common functions of the benchmarks: taking turns, spreads, naming the machine and JSON."""
 
 import json
 import platform
@@ -12,14 +12,14 @@ LIBRARIES = ("jax", "flax", "dm-haiku", "equinox", "keras", "torch", "optax")
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, of `rounds` rounds in which each has its turn; a call returns when its result is there."""
+    """Times each call in `rounds` rounds in which each has its turn; a call returns when its result is there."""
     for call in calls.values():
         for _ in range(warm_up):
             call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody always follows the same one
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # no call always follows the same other
             start = time.perf_counter()
             calls[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -27,20 +27,20 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 
 
 
 def spread(values: list[float]) -> str:
-    """The median, and the quartiles."""
+    """Returns the median and the quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def torch_place() -> tuple[str, Callable[[], Any]]:
-    """PyTorch's accelerator, or the processor, and what waits for it."""
+    """Returns PyTorch's accelerator, or the processor, and a function that waits for it."""
     import torch
 
     return ("cuda", torch.cuda.synchronize) if torch.cuda.is_available() else ("cpu", lambda: None)
 
 
 def device() -> dict[str, Any]:
-    """The processor or accelerator, and the versions."""
+    """Returns the processor or accelerator, and the versions of libraries."""
     import jax
 
     kind = jax.devices()[0].device_kind
@@ -53,9 +53,9 @@ def device() -> dict[str, Any]:
     return {"kind": kind, "machine": platform.machine(), "python": platform.python_version(), "versions": versions}
 
 
-def save(path: str | None, found: Any) -> None:
-    """As JSON, where a path is given."""
+def save(path: str | None, result: Any) -> None:
+    """Saves a result as JSON, where a path is given."""
     if path:
         with open(path, "w") as file:
-            json.dump(found, file, indent=1)
+            json.dump(result, file, indent=1)
             file.write("\n")

@@ -1,4 +1,4 @@
-"""What folding saves: operations and instructions of a ResNet's compiled inference, with and without its batch norms.
+"""A count of what folding saves: operations and instructions of ResNets' inference, with and without batch norms.
 
 python benchmarks/count_folding.py
 """
@@ -16,7 +16,7 @@ SHAPE = (8, 224, 224, 3)
 
 
 def counts(apply, variables, x) -> tuple[float, int, int]:
-    """Floating-point operations, instructions of the compiled program, and arrays of variables."""
+    """Counts floating-point operations, instructions of the compiled program, and arrays of variables."""
     program = jax.jit(lambda variables, x: apply(variables, x, training=False)).lower(variables, x).compile()
     entry = program.as_text().split("\nENTRY ")[1]
     operations = program.cost_analysis()["flops"]  # pyright: ignore[reportOptionalSubscript]
@@ -24,7 +24,7 @@ def counts(apply, variables, x) -> tuple[float, int, int]:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Prints a table of the counts."""
     x = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
     print(f"{'network':12}{'':10}{'operations':>12}{'instructions':>14}{'arrays':>8}")
     for name, build in (("ResNet-18", models.resnet18), ("ResNet-50", models.resnet50)):

@@ -1,8 +1,8 @@
-"""What a batch norm with a ReLU keeps for the backward pass, in bytes of its input: nothing is timed.
+"""A count of what batch norm with a ReLU keeps for the backward pass, in bytes of its input: nothing is timed.
 
-From JAX: the distinct arrays that the pullback holds. From XLA: by how much the memory of a compiled gradient grows
-with every block of matrix product, batch norm and ReLU, of which the product keeps its input too unless that is
-computed anew (the least is 1). The whole training step of ResNet-50 is in `count_tpu.py`.
+JAX gives the distinct arrays that the pullback holds. XLA gives the growth of a compiled gradient's memory with every
+block of matrix product, batch norm and ReLU, of which the product keeps its input too unless that is computed anew (the
+least is 1). The whole training step of ResNet-50 is in `count_tpu.py`.
 
     python benchmarks/count_memory.py [--json memory.json]
 """
@@ -28,17 +28,17 @@ _, STATS = bnjax.init_batch_norm(SHAPE[-1])
 
 
 def ours(x: jax.Array, params: Any) -> jax.Array:
-    """Batch norm in training, then ReLU."""
+    """Computes bnjax's batch norm in training, then ReLU."""
     return nn.relu(bnjax.batch_norm(x, params, STATS, training=True)[0])
 
 
 def flax(x: jax.Array, params: Any) -> jax.Array:
-    """The same by Flax's layer."""
+    """Computes Flax's batch norm in training, then ReLU."""
     layer = nn.BatchNorm(use_running_average=False, dtype=x.dtype)
     return nn.relu(layer.apply({"params": params, "batch_stats": STATS}, x, mutable=["batch_stats"])[0])
 
 
-# What is called for each block, and the policy for all of them together.
+# The contestants: the function called for each block, and the policy for all blocks together.
 CONTESTANTS: dict[str, tuple[Block, Any]] = {
     "bnjax": (ours, None),
     "bnjax, policy save_batch_norm_inputs": (ours, bnjax.save_batch_norm_inputs),
@@ -48,7 +48,7 @@ CONTESTANTS: dict[str, tuple[Block, Any]] = {
 
 
 def kept(block: Block, policy: Any, dtype: Any) -> float:
-    """Bytes of the distinct arrays that the pullback of one block holds, by the input's."""
+    """Returns the bytes of the distinct arrays that the pullback of one block holds, over the input's."""
     x = jax.random.normal(jax.random.key(0), SHAPE).astype(dtype)
     f = block if policy is None else jax.checkpoint(block, policy=policy)
     pullback = jax.jit(lambda *args: jax.vjp(f, *args)[1])(x, bnjax.init_batch_norm(SHAPE[-1])[0])
@@ -57,7 +57,7 @@ def kept(block: Block, policy: Any, dtype: Any) -> float:
 
 
 def growth(block: Block, policy: Any, dtype: Any) -> float:
-    """Temporary bytes of a compiled gradient that each further block adds, by the input's."""
+    """Returns the temporary bytes that each further block adds to a compiled gradient, over the input's."""
     x = jax.ShapeDtypeStruct(SHAPE, dtype)
     kernel = jax.ShapeDtypeStruct((SHAPE[-1], SHAPE[-1]), dtype)
     params = jax.eval_shape(lambda: bnjax.init_batch_norm(SHAPE[-1])[0])
@@ -76,18 +76,18 @@ def growth(block: Block, policy: Any, dtype: Any) -> float:
 
 
 def main() -> None:
-    """Prints the table; with --json saves the numbers."""
+    """Prints the table; with --json it saves the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
-    found = [
+    results = [
         {"norm": name, "dtype": dtype.__name__, "kept": kept(*how, dtype), "growth": growth(*how, dtype)}
         for dtype in (jnp.float32, jnp.bfloat16)
         for name, how in CONTESTANTS.items()
     ]
-    cells = [[r["norm"], r["dtype"], f"{r['kept']:.2f}", f"{r['growth']:.2f}"] for r in found]
+    cells = [[r["norm"], r["dtype"], f"{r['kept']:.2f}", f"{r['growth']:.2f}"] for r in results]
     print(markdown_table(["batch norm + ReLU", "dtype", "kept", "memory for each further block"], cells))
-    save(options.json, {"device": device(), "shape": SHAPE, "measured": found})
+    save(options.json, {"device": device(), "shape": SHAPE, "measured": results})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What TPU's own compiler makes of batch norm, read from its programs: no TPU is needed, and nothing is timed.
+"""A count of passes over memory in batch norm's programs by TPU's own compiler: it needs no TPU and times nothing.
 
-Passes over the input (bytes read and written in HBM, by the input's bytes), forward, both directions in one program and
-backward alone, and what the backward pass is given; then whole training steps: bytes in HBM, and memory on a chip, of
-the same network with bnjax's batch norm, with Flax's and with none.
+It counts passes over the input (bytes read and written in HBM, over the input's bytes), forward, both directions in one
+program and backward alone, and the bytes kept for the backward pass; then of whole training steps: bytes in HBM, and
+memory on a chip, of the same network with bnjax's batch norm, with Flax's and with none.
 
     pip install -e ".[tpu]"
     python benchmarks/count_tpu.py --json tpu.json
@@ -23,7 +23,7 @@ NUMBERS = ("forward", "both", "backward", "kept")
 
 
 def functions(norm: str) -> Callable:
-    """`(x, params, mask) -> (y, batch_stats)` in training."""
+    """Returns a function `(x, params, mask) -> (y, batch_stats)` in training."""
     from flax import linen as nn
 
     import bnjax
@@ -46,7 +46,7 @@ def functions(norm: str) -> Callable:
 
 
 def passes(norm: str, dtype: Any, masked: bool, topology: str) -> dict[str, float]:
-    """Of one layer, on each of the chips that share the batch and its statistics."""
+    """Counts the passes of one layer, on each of the chips that share the batch and its statistics."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -83,12 +83,15 @@ def passes(norm: str, dtype: Any, masked: bool, topology: str) -> dict[str, floa
         "both": (jax.jit(both), (x, params, mask, x)),
         "backward": (jax.jit(lambda vjp, g: vjp(g)), (kept, x)),
     }
-    found = {n: compile_report(g, *args, topology=topology).hbm_bytes / unit for n, (g, args) in programs.items()}
-    return {**found, "kept": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)) / unit / mesh.size}
+    traffic = {n: compile_report(g, *args, topology=topology).hbm_bytes / unit for n, (g, args) in programs.items()}
+    return {
+        **traffic,
+        "kept": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)) / unit / mesh.size,
+    }
 
 
 def step(name: str, norm: str) -> dict[str, float]:
-    """Of one training step of a network of `bnjax.studies.engine.steps.network_of`, on one chip."""
+    """Measures the memory of one training step of a study's network on one chip."""
     from flax import linen as nn
 
     import bnjax
@@ -97,7 +100,7 @@ def step(name: str, norm: str) -> dict[str, float]:
     from bnjax.training.ahead_of_time import compile_report, topology_devices
 
     class Nothing(nn.Module):
-        """In the place of a batch norm."""
+        """A layer that does nothing, in the place of a batch norm."""
 
         epsilon: float = 0.0
         axis_name: str | None = None
@@ -116,7 +119,7 @@ def step(name: str, norm: str) -> dict[str, float]:
         inner = model
 
         class Checkpointed(nn.Module):
-            """The network, of which the backward pass is given the batch norms' inputs only."""
+            """The network under the policy that keeps only the batch norms' inputs for the backward pass."""
 
             norm: Any
 
@@ -137,7 +140,7 @@ def step(name: str, norm: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the tables; with --json saves them too."""
+    """Prints the tables; with --json it saves them too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", default="cifar,resnet50", help="training steps (default %(default)s; '' for none)")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")

@@ -22,7 +22,7 @@ __all__ = [
     "update_batch_stats",
 ]
 
-# Names that people look for here, and where they are.
+# Names that users may look for in `bnjax` itself, by the modules that hold them.
 _ELSEWHERE = {
     "bnjax.linen and bnjax.nnx": (
         "BatchNorm", "BatchRenorm", "FrozenBatchNorm", "GhostBatchNorm", "LpBatchNorm", "MovingBatchNorm",
@@ -36,7 +36,7 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Modules are imported when first used: `bnjax.linen` needs no import of its own."""
+    """Imports a module of the package when it is first used, so that `bnjax.linen` needs no import of its own."""
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
     message = f"module {__name__!r} has no attribute {name!r}"

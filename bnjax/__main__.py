@@ -1,4 +1,4 @@
-"""`python -m bnjax` is the command `bnjax`."""
+"""The command `bnjax`, run as `python -m bnjax`."""
 
 import sys
 

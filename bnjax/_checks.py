@@ -24,19 +24,19 @@ def check_input(x: Any, *, or_complex: bool = False) -> jax.Array:
 
 
 def feature_axes(axis: Any, ndim: int) -> tuple[int, ...]:
-    """The feature axes `axis` of an input of `ndim` dimensions, non-negative and ascending."""
-    given = (axis,) if not isinstance(axis, Sequence) else tuple(axis)
-    if not given or not all(isinstance(a, int | np.integer) for a in given):
+    """Returns the feature axes `axis` of an input of `ndim` dimensions, non-negative and ascending."""
+    signed_axes = (axis,) if not isinstance(axis, Sequence) else tuple(axis)
+    if not signed_axes or not all(isinstance(a, int | np.integer) for a in signed_axes):
         raise ValueError(
             f"axis must be one feature axis or a non-empty sequence of them, got {axis!r}. Pass an int such as -1."
         )
-    for a in given:
+    for a in signed_axes:
         if not -ndim <= a < ndim:
             raise ValueError(
                 f"axis must lie in [{-ndim}, {ndim}) for an input x of {ndim} dimensions, got {axis!r}: "
                 f"axis {a} is out of range. Count from 0, or from -1 at the end."
             )
-    axes = sorted(int(a) % ndim for a in given)
+    axes = sorted(int(a) % ndim for a in signed_axes)
     if len(set(axes)) != len(axes):
         raise ValueError(
             f"axis must not name an axis twice, got {axis!r} for an input x of {ndim} dimensions. Leave one out."
@@ -45,10 +45,10 @@ def feature_axes(axis: Any, ndim: int) -> tuple[int, ...]:
 
 
 def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array | None:
-    """`mask` as boolean or float weights with one dimension for each of `shape`, or None without a mask."""
+    """Returns `mask` as boolean or float weights with one dimension for each of `shape`, or None without a mask."""
     if mask is None:
         return None
-    given, mask = mask, _as_array("mask", mask)
+    original_mask, mask = mask, _as_array("mask", mask)
     if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.floating)):
         raise TypeError(
             f"mask must be boolean, or real floating-point sample weights, got {mask.dtype}{list(mask.shape)}. "
@@ -57,20 +57,20 @@ def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
     reduced = tuple(size for a, size in enumerate(shape) if a not in axes)
     if mask.ndim == len(shape):
         full = mask.shape
-    else:  # feature axes dropped: put them back with size one
-        kept = iter((1,) * (len(reduced) - mask.ndim) + mask.shape)
-        full = () if mask.ndim > len(reduced) else tuple(1 if a in axes else next(kept) for a in range(len(shape)))
+    else:  # the feature axes are dropped, and are put back with size one
+        sizes = iter((1,) * (len(reduced) - mask.ndim) + mask.shape)
+        full = () if mask.ndim > len(reduced) else tuple(1 if a in axes else next(sizes) for a in range(len(shape)))
     if len(full) != len(shape) or any(m not in (1, s) for m, s in zip(full, shape, strict=True)):
-        one = tuple(1 if a in axes else s for a, s in enumerate(shape))
+        full = tuple(1 if a in axes else s for a, s in enumerate(shape))
         raise ValueError(
             f"mask must broadcast to x of shape {shape} with its feature axes {axes} dropped or of size one, "
-            f"that is to {reduced} or {one}, got shape {mask.shape}. Reshape the mask, for example with mask[:, None]."
+            f"that is to {reduced} or {full}, got shape {mask.shape}. Reshape the mask, for example with mask[:, None]."
         )
     if mask.dtype == bool:
         return mask.reshape(full)
-    if not isinstance(given, Tracer) and not (np.asarray(given) >= 0).all():
+    if not isinstance(original_mask, Tracer) and not (np.asarray(original_mask) >= 0).all():
         raise ValueError(
-            f"mask must hold non-negative sample weights, got a smallest one of {np.asarray(given).min()}. "
+            f"mask must hold non-negative sample weights, got a smallest one of {np.asarray(original_mask).min()}. "
             "Clip them, for example with jnp.maximum(mask, 0)."
         )
     return jnp.where(mask < 0, 0, mask).reshape(full)  # traced negative weights count as zero
@@ -96,23 +96,23 @@ def check_dtype(dtype: Any, *, or_complex: bool = False) -> None:
 
 
 def check_complex(x: jax.Array, params: Any, batch_stats: Any, dtype: Any) -> None:
-    """Raises `TypeError` where the dtypes do not fit a complex `x`, or something else is complex and it is not."""
-    found = {"batch_stats['mean']": batch_stats["mean"].dtype, "dtype": x.dtype if dtype is None else jnp.dtype(dtype)}
-    found = {name: jnp.issubdtype(kind, jnp.complexfloating) for name, kind in found.items()}
+    """Raises `TypeError` where the dtypes do not fit a complex `x`, or another array is complex and `x` is not."""
+    dtypes = {"batch_stats['mean']": batch_stats["mean"].dtype, "dtype": x.dtype if dtype is None else jnp.dtype(dtype)}
+    are_complex = {name: jnp.issubdtype(kind, jnp.complexfloating) for name, kind in dtypes.items()}
     if jnp.iscomplexobj(x):
-        if wrong := [name for name, is_complex in found.items() if not is_complex]:
+        if wrong := [name for name, is_complex in are_complex.items() if not is_complex]:
             raise TypeError(
                 f"{wrong[0]} must be complex, as x is, {x.dtype}; it is real. "
                 "Make the statistics with bnjax.init_batch_norm(…, dtype=jnp.complex64)."
             )
         return
-    found |= {f"params[{name!r}]": jnp.iscomplexobj(value) for name, value in params.items()}
-    if wrong := [name for name, is_complex in found.items() if is_complex]:
+    are_complex |= {f"params[{name!r}]": jnp.iscomplexobj(value) for name, value in params.items()}
+    if wrong := [name for name, is_complex in are_complex.items() if is_complex]:
         raise TypeError(f"{wrong[0]} must be real, as x is, {x.dtype}; it is complex. Convert one of them.")
 
 
 def flax_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """`mask` as Flax's layers read it: integers as booleans, missing dimensions as leading ones where that fits."""
+    """Returns `mask` as Flax's layers read it: integers as booleans, missing dimensions as leading ones if they fit."""
     if mask is None:
         return None
     mask = jnp.asarray(mask)
@@ -183,7 +183,7 @@ def check_training(training: Any) -> None:
 
 
 def check_in_range(name: str, value: Any, low: int | float, high: int | float, fix: str = "") -> None:
-    """Raises unless `value` is a real scalar in [low, high]; of a traced one only shape and dtype are checked."""
+    """Raises unless `value` is a real scalar in [low, high]; if it is traced, only shape and dtype are checked."""
     expected = f"in [{low}, {high}]" if high < np.inf else f"of at least {low}"
     if not fix:
         fix = "It weighs the old value: 1 minus PyTorch's." if name == "momentum" else "Pass a small one such as 1e-5."
@@ -198,7 +198,7 @@ def check_in_range(name: str, value: Any, low: int | float, high: int | float, f
 
 
 def check_axis_name(axis_name: Any, axis_index_groups: Any) -> tuple[tuple[int, ...], ...] | None:
-    """The groups as tuples; raises unless `axis_name` is bound and they split it evenly."""
+    """Returns `axis_index_groups` as tuples; raises unless `axis_name` is bound and they split it evenly."""
     if axis_name is None:
         if axis_index_groups is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""All that differs between versions of JAX and Flax; the rest of bnjax is written for the newest ones."""
+"""All that differs between versions of JAX and Flax; the rest of bnjax is written for their newest versions."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from jax import lax
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """The mesh axes over which shard_map's replication checking types an array as varying."""
+    """Returns the mesh axes over which shard_map's replication checking types an array as varying."""
     kind = jax.typeof(x)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # jax 0.9 and older
 
@@ -31,7 +31,7 @@ def check_pmap() -> None:
 
 
 def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager:
-    """64-bit types, or none, within a `with` statement."""
+    """Enables JAX's 64-bit types, or disables them, within a `with` statement."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(enabled)
     from jax import experimental  # jax 0.7
@@ -40,19 +40,19 @@ def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager:
 
 
 def without_fusion_emitters() -> dict[str, bool]:
-    """Options of XLA under which its CPU backend compiles faster; none since jax 0.11, which lacks the option."""
+    """Returns XLA's options for compiling faster on CPU; none since jax 0.11, which lacks the option."""
     return {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 
 def iter_modules(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Paths and modules of an nnx model, itself included."""
+    """Yields the paths and modules of an nnx model, itself included."""
     from flax import nnx
 
     return nnx.iter_modules(model) if hasattr(nnx, "iter_modules") else model.iter_modules()  # Flax 0.11
 
 
 def promotion_of_ones_own(layer: Any) -> Callable[..., Any] | None:
-    """The `promote_dtype` that an nnx layer was given; None for Flax's own, and in Flax 0.11, which takes none."""
+    """Returns the `promote_dtype` that an nnx layer was given; None for Flax's own and in Flax 0.11, which has none."""
     from flax.nnx.nn import dtypes
 
     promote = getattr(layer, "promote_dtype", dtypes.promote_dtype)
@@ -60,7 +60,7 @@ def promotion_of_ones_own(layer: Any) -> Callable[..., Any] | None:
 
 
 def result_dtype(layer: Any, x: Any, mean: Any, var: Any, scale: Any, bias: Any) -> Any:
-    """The dtype of an nnx batch norm's result as the installed Flax has it: since 0.12 the statistics' dtype counts."""
+    """Returns the dtype that the installed Flax gives an nnx batch norm's result: since 0.12 the statistics' counts."""
     from flax.nnx.nn import dtypes
 
     statistics = (mean, var) if hasattr(layer, "promote_dtype") else ()
@@ -68,7 +68,7 @@ def result_dtype(layer: Any, x: Any, mean: Any, var: Any, scale: Any, bias: Any)
 
 
 def is_mutable(variable: Any) -> bool:
-    """Whether an nnx variable is updated in place, so that it can't hold a value that is being differentiated."""
+    """Returns whether an nnx variable is updated in place, and so can't hold a value that is being differentiated."""
     return variable._can_update if hasattr(variable, "_can_update") else variable.has_ref  # Flax 0.11
 
 

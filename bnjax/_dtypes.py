@@ -8,11 +8,11 @@ import numpy as np
 
 
 def wide(*dtypes: Any) -> np.dtype:
-    """The dtype to compute in with values of these: float32 at least; formats of 8 bits and less promote to it too."""
+    """Returns the dtype to compute in with values of some dtypes: at least float32, even for formats of 8 bits."""
     wide_enough = (jnp.dtype(d) for d in dtypes if jnp.finfo(d).bits >= 16)
     return functools.reduce(jnp.promote_types, wide_enough, jnp.dtype(jnp.float32))
 
 
 def real(dtype: Any) -> np.dtype:
-    """The dtype of the parts of a complex dtype; a real one itself."""
+    """Returns the dtype of the parts of a complex dtype, and a real dtype itself."""
     return jnp.finfo(dtype).dtype

@@ -1,19 +1,19 @@
-"""What is missing where a part of bnjax needs more than the base: an error of one line, with the command to type."""
+"""The one-line error for a missing package of one of bnjax's extras, with the command that installs it."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class MissingExtraError(ModuleNotFoundError):
-    """A package is missing that one of bnjax's extras installs; the message says how to install it."""
+    """The error for a missing package that one of bnjax's extras installs; the message says how to install it."""
 
 
 @contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Imports within this `with` statement raise `MissingExtraError` where what the extra installs is missing.
+    """Turns failed imports within a `with` statement into `MissingExtraError`, which names the extra to install.
 
     Args:
-      extra: its name in pyproject.toml, such as 'plots'.
+      extra: name of the extra in pyproject.toml, such as 'plots'.
 
     >>> try:
     ...     with needs("plots"):

@@ -1,4 +1,4 @@
-"""What the layers of `bnjax.linen` and `bnjax.nnx` share: what each computes, and what its running statistics are."""
+"""The common part of the layers of `bnjax.linen` and `bnjax.nnx`: their functions and kinds of running statistics."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,15 +18,15 @@ from bnjax.variants.split import checked_split, of_kind, put_kind
 
 
 class Statistics(NamedTuple):
-    """What the running statistics of a layer are; training, losses, inference and description read it.
+    """The kind of running statistics that a layer has; training, losses, inference and description read it.
 
     Attributes:
-      is_variance: whether 'var' is the variance of what the layer is shown, which data can be measured for.
+      is_variance: whether 'var' is the variance of the layer's input, so that it can be measured from data.
       merges: whether the statistics of several parts of the data, merged as moments, are those of all of it.
-      moves: whether training moves them.
-      kinds: how many sets of them there are, along a leading axis, for as many kinds of batches; None for a single set.
+      moves: whether training moves the statistics.
+      kinds: number of sets of statistics along a leading axis, for as many kinds of batches; None for a single set.
       are_given: whether the layer, called on parts of a batch, gives the moments of each in place of moving its
-        statistics, as Flax's can't.
+        statistics, as Flax's layers can't.
     """
 
     is_variance: bool = True
@@ -37,17 +37,17 @@ class Statistics(NamedTuple):
 
 
 FLAX = Statistics(are_given=False)
-"""Those of Flax's own batch norms."""
+"""The running statistics of Flax's own batch norms."""
 
 
 class Declaration(NamedTuple):
-    """What a layer is.
+    """The declaration of a layer: its function, the function's options, and its running statistics.
 
     Attributes:
-      normalized: what it computes, a function of a checked call and of `options`.
+      normalized: the function that the layer computes, of a checked call and of `options`.
       options: names of the layer's attributes that are options of the function.
-      statistics: what its running statistics are; the layer itself knows how many kinds it has.
-      or_complex: whether it takes complex inputs.
+      statistics: the kind of running statistics; the layer itself knows for how many kinds of batches it has them.
+      or_complex: whether the layer takes complex inputs.
     """
 
     normalized: Callable[..., Normalized]
@@ -82,14 +82,14 @@ def call_layer(
     """Calls the function of a layer.
 
     Args:
-      layer: of linen or nnx, with `declared`, `statistics`, and attributes that are named in its declaration.
+      layer: layer of linen or nnx, with `declared`, `statistics`, and attributes that are named in its declaration.
       x: the input.
       params: 'scale' and 'bias'.
       batch_stats: running 'mean' and 'var', of all kinds.
       training: whether to use the batch's statistics.
-      split: which kind the batch is of, where the layer has several.
+      split: index of the batch's kind, where the layer has several.
       key: random key, for noise in training.
-      **options: those of `bnjax.batch_norm`.
+      **options: options of `bnjax.batch_norm`.
 
     Returns:
       The output, the running statistics after the call, and the moments towards which they moved, None if they did not.

@@ -1,4 +1,4 @@
-"""Mean and variance of a batch, plain, masked or weighted, in one read of it; `_sync` merges those of its parts."""
+"""Mean and variance of a batch, plain, masked or weighted, in one read of it; `_sync` merges moments of its parts."""
 
 import functools
 import math
@@ -41,7 +41,7 @@ def moments(
     axis_name: AxisName | None = None,
     axis_index_groups: object = None,
 ) -> Moments:
-    """Mean and biased variance of each feature over all other axes.
+    """Computes the mean and the biased variance of each feature over all other axes.
 
     With weights w (all 1 without a mask) and sums over the reduced axes and, with `axis_name`, over its members:
 
@@ -55,7 +55,7 @@ def moments(
       x: floating-point array of any shape, empty included; real or complex.
       axis: feature axis or axes, static; the others are reduced.
       mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
-        What `x` holds where the mask is zero has no influence, even NaN. Weights may be differentiated.
+        The values of `x` where the mask is zero have no influence, even NaN. Weights may be differentiated.
       axis_name: mapped axis (or axes) over which to merge the moments by their counts.
       axis_index_groups: groups of indices of that axis that merge separately, all of one size.
 
@@ -90,8 +90,8 @@ def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
 def checked_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
-    """`moments` of arguments that have been checked."""
-    if jnp.iscomplexobj(x):  # |x − mean|² is the sum of the squares of both parts: they are two features
+    """Computes `moments` of arguments that have been checked."""
+    if jnp.iscomplexobj(x):  # |x − mean|² is the sum of the squares of both parts, which are treated as two features
         parts, weights = jnp.stack([x.real, x.imag], -1), None if weights is None else weights[..., None]
         m = checked_moments(parts, weights, (*axes, x.ndim), axis_name, groups)
         count = m.count if m.count.ndim == 0 else m.count[..., 0]
@@ -106,7 +106,7 @@ def checked_moments(
 def _real_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
-    """Moments of real `x`, with a hand-made rule for their derivatives: over all members of a mesh axis, or local."""
+    """Computes moments of real `x`, over all members of a mesh axis or local, with a hand-made rule of derivatives."""
     local = _moments_of_shards(x, weights, axes)
     if axis_name is None:
         return local
@@ -115,7 +115,7 @@ def _real_moments(
 
 @functools.partial(_real_moments.defjvp, symbolic_zeros=True)
 def _moments_jvp(axes, axis_name, groups, primals, tangents):
-    """The hand-made rule.
+    """Computes the derivatives of the moments by a hand-made rule.
 
     ∂mean = (Σ w ∂x + Σ ∂w (x − mean)) / n        ∂var = (2 Σ w (x − mean) ∂x + Σ ∂w ((x − mean)² − var)) / n
     """
@@ -128,7 +128,7 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
         weighted = _weigh(dx.astype(mean.dtype), weights)
         centered = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
         if weights is not None:
-            centered = jnp.where(weights > 0, centered, 0)  # where NaN times a zero cotangent would be NaN
+            centered = jnp.where(weights > 0, centered, 0)  # NaN times a zero cotangent would be NaN
         return _sum(weighted, axes), 2 * _sum(centered * weighted, axes)
 
     @keeping_arguments
@@ -150,9 +150,9 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
 
 
 def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
-    """Moments of an array that automatic partitioning may have split over devices.
+    """Computes moments of an array that automatic partitioning may have split over devices.
 
-    Each shard's are taken about a provisional mean of its own, so that only their merging communicates.
+    The moments of each shard are taken about a provisional mean of its own, so that only their merging communicates.
     """
     reduced = [a for a in range(x.ndim) if a not in axes]
     shards = num_shards(x, reduced[0]) if reduced else 1
@@ -171,7 +171,7 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
 
 
 def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapped: bool = False) -> Moments:
-    """Moments of the local batch in one read of `x` about a provisional mean, that of some sampled elements."""
+    """Computes moments of the local batch in one read of `x` about a provisional mean, that of sampled elements."""
     dtype = _dtypes.wide(x.dtype)
     steps = _sampling(x, axes)
     sampled = _thin(x, steps).astype(dtype)
@@ -186,8 +186,8 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapp
     m, offset = _moments_about(shift, x, weights, axes, count)
     if all(step == slice(None) for step in steps):
         return m
-    # The weights may have hidden most of the sample, or all: once more, about the mean just found.
-    if vmapped:  # which would take both branches anyway
+    # The weights may have hidden most or all of the sample; then the moments are taken again, about the first mean.
+    if vmapped:  # vmap would take both branches of a condition anyway
         return _moments_about(m.mean, x, weights, axes, count)[0]
     poor = jnp.any(jnp.square(offset) > _POOR_SHIFT * m.var)
     return lax.cond(poor, lambda: _moments_about(m.mean, x, weights, axes, count)[0], lambda: m)
@@ -196,9 +196,9 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapp
 def _moments_about(
     shift: Array, x: Array, weights: Array | None, axes: tuple[int, ...], count: Array
 ) -> tuple[Moments, Array]:
-    """Moments from sums about the shift, and the mean's offset from it."""
+    """Computes moments from sums about a shift, and the mean's offset from it."""
     first = expand(shift, x.ndim, axes)
-    # The same shift, opaque to XLA: with one shared difference its CPU backend would write out an array of x's size.
+    # This is the same shift, opaque to XLA, whose CPU backend would write out a shared difference as large as x.
     second = lax.optimization_barrier(first)
     offset = _sum(_weigh(x.astype(shift.dtype) - first, weights), axes) / nonzero(count)
     square = _sum(_weigh(jnp.square(x.astype(shift.dtype) - second), weights), axes) / nonzero(count)
@@ -206,7 +206,7 @@ def _moments_about(
 
 
 def _sampling(x: Array, axes: tuple[int, ...]) -> list[slice]:
-    """Slices that leave about `_SAMPLES` elements per feature, thinning trailing axes first."""
+    """Returns slices that leave about `_SAMPLES` elements per feature, thinning trailing axes first."""
     shape = x.shape
     reduced = [a for a in range(len(shape)) if a not in axes and not explicitly_sharded(x, a)]
     excess = _reduced_size(shape, axes) // _SAMPLES
@@ -224,7 +224,7 @@ def _thin(values: Array, steps: list[slice]) -> Array:
 
 
 def _sum(values: Array, axes: tuple[int, ...]) -> Array:
-    """Sum over all but the feature axes."""
+    """Sums over all but the feature axes."""
     return values.sum(tuple(a for a in range(values.ndim) if a not in axes))
 
 
@@ -233,7 +233,7 @@ def _reduced_size(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
 
 
 def _weigh(values: Array, weights: Array | None) -> Array:
-    """`weights · values`, and zero where the weight is zero, whatever the value is there."""
+    """Returns `weights · values`, and zero where the weight is zero, whatever the value is there."""
     if weights is None:
         return values
     weights = broadcast_explicitly(weights, values)
@@ -242,7 +242,7 @@ def _weigh(values: Array, weights: Array | None) -> Array:
 
 
 def _count(weights: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
-    """Total weight for each feature: a scalar where the weights are common to all features."""
+    """Computes the total weight of each feature, as a scalar where the weights are common to all features."""
     repeats = math.prod(
         s for a, (s, w) in enumerate(zip(shape, weights.shape, strict=True)) if a not in axes and w == 1
     )
@@ -251,7 +251,7 @@ def _count(weights: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
 
 
 def without_masked_extremes(x: Array, weights: Array) -> Array:
-    """`x`, with zero where the weight is zero and `x` is NaN, or so large that its square overflows.
+    """Returns `x` with zero where the weight is zero and `x` is NaN, or so large that its square overflows.
 
     Such values would turn zero cotangents into NaN; other masked values are normalized like the rest, as in Flax.
     """

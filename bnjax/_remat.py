@@ -1,4 +1,4 @@
-"""What is kept for the backward pass, and what is computed anew in it."""
+"""Checkpoints that say what is kept for the backward pass and what is computed anew in it."""
 
 import functools
 from typing import Any
@@ -9,15 +9,16 @@ from jax.ad_checkpoint import checkpoint_name
 _INPUT = "batch_norm_input"
 _saves_inputs = jax.checkpoint_policies.save_only_these_names(_INPUT)
 
-# Keeps nothing for the backward pass but its arguments. Within one compiled program XLA may share what would be
-# computed anew: barriers against that cost reads and writes of the input (`benchmarks/count_tpu.py`).
+# This decorator keeps nothing but a function's arguments for the backward pass. Within one compiled program XLA may
+# share what would be computed anew: barriers against that cost reads and writes of the input
+# (`benchmarks/count_tpu.py`).
 keeping_arguments = functools.partial(
     jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
 )
 
 
 def named_input(x: jax.Array) -> jax.Array:
-    """`x`, by the name that `save_batch_norm_inputs` keeps.
+    """Returns `x` under the name that `save_batch_norm_inputs` keeps.
 
     The second name, which no policy keeps, is in the backward pass given again from what the first one kept: JAX then
     hands that on to nested checkpoints, where it would keep another copy for each.
@@ -26,16 +27,16 @@ def named_input(x: jax.Array) -> jax.Array:
 
 
 def save_batch_norm_inputs(prim: Any, *args: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint` and Flax's `remat`: keeps batch norms' inputs for the backward pass, nothing else.
+    """Keeps only batch norms' inputs for the backward pass, as a policy of `jax.checkpoint` and Flax's `remat`.
 
-    What follows a batch norm up to the next linear layer is computed anew in the backward pass, without that layer:
+    Layers between a batch norm and the next linear layer are computed anew in the backward pass, without the latter:
     its output is the next batch norm's input, and is kept. In training that takes the memory of one activation for each
     batch norm (and its ReLU), where else up to four are kept.
 
     Args:
       prim: JAX's primitive; `jax.checkpoint` passes it.
-      *args: its abstract inputs.
-      **params: its parameters.
+      *args: abstract inputs of the primitive.
+      **params: parameters of the primitive.
 
     Returns:
       Whether the primitive's outputs are kept.

@@ -1,21 +1,22 @@
-"""How moments of parts of a batch become those of the whole.
+"""Merging of the moments of parts of a batch into moments of the whole.
 
 With n_i, mean_i and var_i the moments of part i, n = Σ n_i, and t = n_b / n:
 
 | the parts are                     | merged by                 | formula                             | collectives |
 |-----------------------------------|---------------------------|-------------------------------------|-------------|
-| two results, anywhere             | `merge_moments`           | Chan et al.'s for a pair            | none        |
+| two batches, anywhere             | `merge_moments`           | Chan et al.'s for a pair            | none        |
 | devices along a mapped mesh axis  | `merge_over_mesh_axis`    | sums about a common shift           | one sum     |
 | members of a vmapped axis         | `merge_over_vmapped_axis` | means, then mean squares about them | none        |
-| shards of an array that XLA split | `merge_over_shards`       | sums about a common shift           | one, XLA's  |
+| shards of an array that XLA split | `merge_over_shards`       | sums about a common shift           | XLA's sum   |
 | ghost batches                     | `average_moments`         | averages, not merged                | one sum     |
 
-Why they differ: across devices a sum costs more than arithmetic, so that all that is needed goes into one, of mean and
-mean square about a shift that all devices know. That sum is of no use under vmap, where JAX may trace a derivative rule
-when the axis is no longer bound, and where a second sum costs nothing. The shards of an array that XLA partitions are
-no mapped axis at all: they are split off by a reshape, and the sum over that axis becomes XLA's collective. Ghost
-batches don't become one batch: their statistics are averaged, without what their means differ by. (Groups of devices
-that train with statistics of their own are merged pair by pair, by `bnjax.training.merge_batch_stats`.)
+The formulas differ for these reasons. Across devices a sum costs more than arithmetic, so that all that is needed goes
+into one sum, of mean and mean square about a shift that all devices know. That sum is of no use under vmap, where JAX
+may trace a derivative rule when the axis is no longer bound, and where a second sum costs nothing. The shards of an
+array that XLA partitions are no mapped axis at all: they are split off by a reshape, and the sum over that axis becomes
+XLA's collective. Ghost batches don't become one batch: their statistics are averaged, without what their means differ
+by. (Groups of devices that train with statistics of their own are merged pair by pair, by
+`bnjax.training.merge_batch_stats`.)
 
 Reference: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
 """
@@ -38,18 +39,18 @@ AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
 _POOR_COMMON_SHIFT = (
-    256  # variances that the squared joint mean may be before the sums are taken again, about that mean
+    256  # how many variances the squared joint mean may be before the sums are taken again, about that mean
 )
 
 
 class Moments(NamedTuple):
-    """Mean and biased variance of each feature, and the count (total weight) they were taken over.
+    """The mean and biased variance of each feature, and the count (total weight) over which they were taken.
 
     Attributes:
       mean: `Σ w x / n`, of the shape of the feature axes; float32, or float64 for float64 input; complex for complex
         input. Zero where n = 0.
-      var: `Σ w |x − mean|² / n`, alike, and real.
-      count: `n = Σ w`, a scalar; of the features' shape where the mask differs between features.
+      var: `Σ w |x − mean|² / n`, of the shape and precision of `mean`, and real; zero where n = 0.
+      count: `n = Σ w`, a scalar, or an array of the features' shape where the mask differs between features.
     """
 
     mean: Inexact[Array, "*features"]
@@ -58,7 +59,7 @@ class Moments(NamedTuple):
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    """Moments of two batches together, from the moments of each.
+    """Merges the moments of two batches into those of both together.
 
         n = n_a + n_b        δ = mean_b − mean_a        t = n_b / n
         mean = mean_a + δ t        var = (1 − t) var_a + t var_b + t (1 − t) |δ|²
@@ -103,11 +104,11 @@ def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | N
     Args:
       local: moments of this device's part.
       axis_name: axes that are mapped by pmap or shard_map.
-      groups: of indices of that axis, each of which merges by itself.
+      groups: groups of indices of that axis, each of which merges by itself.
       counts_differ: whether the parts may hold different counts, as under a mask.
     """
     size = group_size(axis_name, groups)
-    if size == 1:  # nothing to merge, but the sum types the moments as shared by all
+    if size == 1:  # there is nothing to merge, but the sum types the moments as shared by all
         count = psum(local.count, axis_name, groups) if counts_differ else local.count
         return Moments(psum(local.mean, axis_name, groups), psum(local.var, axis_name, groups), count)
     zeros = Moments(*(jnp.zeros(v.shape, v.dtype) for v in local))
@@ -137,8 +138,9 @@ def merge_over_shards(local: Moments, shards: int, x: Array, *, counts_differ: b
     """Merges the moments of the shards of an array that is partitioned automatically.
 
     Args:
-      local: moments with a leading axis of shards, which partitioning splits; the count has none where all are alike.
-      shards: how many there are.
+      local: moments with a leading axis of shards, which partitioning splits; the count has no such axis where it is
+        the same for all shards.
+      shards: number of shards.
       x: the array.
       counts_differ: whether the shards may hold different counts, as under a mask.
     """
@@ -152,20 +154,20 @@ def merge_over_shards(local: Moments, shards: int, x: Array, *, counts_differ: b
 
 
 def merge_by_one_sum(total: Callable[[Array], Array], zeros: Moments, size: int, count: Array | None) -> Moments:
-    """Merges the moments of several parts by one sum over them of 2 numbers for each feature (and the count).
+    """Merges the moments of several parts by one sum over the parts of 2 numbers for each feature (and the count).
 
     With each part's mean and variance about a shift s that all know, o_i = mean_i − s and q_i = var_i + o_i²:
 
         n = Σ n_i        mean = s + Σ n_i o_i / n        var = Σ n_i q_i / n − (Σ n_i o_i / n)²
 
     The first turn takes s = 0, which loses what mean² / var costs. Where that is much, a second turn takes s = mean.
-    All parts decide alike whether it follows, by what the first turn told all of them.
+    All parts take the same decision on a second turn, as the sums of the first turn are common to all.
 
     Args:
       total: maps a shift to the sum of `shifted_sums` about it over the parts.
       zeros: zeros of the shapes of the moments.
       size: number of parts.
-      count: count of each part; None where they differ.
+      count: count of each part; None where the counts differ.
     """
     ends = np.cumsum([v.size for v in zeros])[: 2 if count is None else 1]
     if count is not None:
@@ -189,13 +191,13 @@ def merge_by_one_sum(total: Callable[[Array], Array], zeros: Moments, size: int,
 
 
 def shifted_sums(shift: Array, part: Moments, counts_differ: bool) -> Array:
-    """What a part puts into the sum, as one vector: its mean and mean square about a shift.
+    """Returns the vector that a part puts into the sum: its mean and mean square about a shift.
 
-    Where counts differ both are times the part's count, which follows them.
+    Where counts differ, mean and mean square are multiplied by the part's count, which follows them.
     """
     offset = part.mean - shift
     if counts_differ:
-        offset *= (part.count > 0).astype(offset.dtype)  # of an empty part the square may be infinite
+        offset *= (part.count > 0).astype(offset.dtype)  # the square of an empty part's offset may be infinite
     values = [offset, part.var + jnp.square(offset)]
     if counts_differ:
         values = [*(part.count * value for value in values), part.count]
@@ -210,7 +212,7 @@ def average_moments(parts: Moments, axis_name: AxisName | None, groups: Groups |
     Args:
       parts: moments with a leading axis of parts; the count too has the shape `[parts, *features]`.
       axis_name: mapped axis over whose members the averages are taken too.
-      groups: of indices of that axis, each of which averages by itself.
+      groups: groups of indices of that axis, each of which averages by itself.
     """
     sums = jnp.stack([parts.count * parts.mean, parts.count * parts.var, parts.count]).sum(1)
     mean, var, count = psum(sums, axis_name, groups)
@@ -218,26 +220,26 @@ def average_moments(parts: Moments, axis_name: AxisName | None, groups: Groups |
 
 
 def nonzero(count: Array) -> Array:
-    """The count, and one where it is zero, to divide by."""
+    """Returns the count, with one in place of zero, to divide by."""
     return jnp.where(count > 0, count, 1)
 
 
-# --- sums over mapped axes, alike under vmap, pmap and shard_map ------------------------------------------------------
+# --- sums over mapped axes, the same under vmap, pmap and shard_map ---------------------------------------------------
 
 
 def is_mesh_axis(axis_name: AxisName) -> bool:
-    """Whether devices (pmap, shard_map) stand behind the axis, or all of several, rather than vmap."""
+    """Returns whether an axis, or each of several, is mapped over devices (pmap, shard_map) rather than by vmap."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def group_size(axis_name: AxisName, groups: Groups | None) -> int:
-    """How many members contribute to each sum."""
+    """Returns the number of members that contribute to each sum."""
     return len(groups[0]) if groups else lax.axis_size(axis_name)
 
 
 def psum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
-    """Sums `x` over all members of the caller's group; `x` itself without an axis."""
+    """Sums `x` over all members of the caller's group; returns `x` itself without an axis."""
     if axis_name is None:
         return x
     if groups is None:
@@ -254,7 +256,7 @@ def psum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax
 
 
 def _vmapped_group_sum(x: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
-    """Sums over groups of a vmapped axis, for which there are no collectives: gathers all, selects the own group."""
+    """Sums over groups of a vmapped axis, which has no collectives for groups: gathers all, selects the own group."""
     group_of = np.argsort(np.concatenate(groups)) // len(groups[0])
     members = jnp.asarray(groups)[jnp.asarray(group_of)[lax.axis_index(axis_name)]]
     return jnp.take(lax.all_gather(x, axis_name), members, axis=0).sum(0)
@@ -264,12 +266,12 @@ def _vmapped_group_sum(x: jax.Array, axis_name: AxisName, groups: Groups) -> jax
 
 
 def num_shards(x: jax.Array, axis: int) -> int:
-    """Into how many parts partitioning may have split an axis of `x`: the devices along the mesh axes that it may use.
+    """Returns into how many parts partitioning may have split an axis of `x`, by the devices along possible mesh axes.
 
-    One where `x` has no mesh, and where the axis does not divide.
+    There is one part where `x` has no mesh, and where the axis does not divide evenly.
     """
     mesh, spec = jax.typeof(x).sharding.mesh, _explicit_spec(x, axis)
-    named = spec if isinstance(spec, tuple) else (spec,)  # by explicit sharding
+    named = spec if isinstance(spec, tuple) else (spec,)  # the mesh axes that explicit sharding names
     may_split = [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto or n in named]
     parts = math.prod(mesh.shape[name] for name in may_split)
     return parts if x.shape[axis] and x.shape[axis] % parts == 0 else 1
@@ -281,12 +283,12 @@ def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
 
 
 def explicitly_sharded(x: jax.Array, axis: int) -> bool:
-    """Whether an axis is split by explicit sharding."""
+    """Returns whether an axis is split by explicit sharding."""
     return _explicit_spec(x, axis) is not None
 
 
 def _explicit_spec(x: jax.Array, axis: int) -> Any:
-    """The mesh axis or axes by which explicit sharding splits an axis; None for none."""
+    """Returns the mesh axis or axes by which explicit sharding splits an axis; None for none."""
     spec = jax.typeof(x).sharding.spec
     return spec[axis] if axis < len(spec) else None
 
@@ -296,7 +298,7 @@ def _has_explicit_sharding(x: jax.Array) -> bool:
 
 
 def broadcast_explicitly(values: jax.Array, x: jax.Array) -> jax.Array:
-    """`values` in the shape and the explicit sharding of `x`, if it has one; else as they are."""
+    """Returns `values` in the shape and the explicit sharding of `x`, or as they are where `x` has none."""
     if not _has_explicit_sharding(x):
         return values
     sharding = jax.typeof(x).sharding
@@ -304,14 +306,14 @@ def broadcast_explicitly(values: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def without_explicit_sharding(x: jax.Array) -> jax.Array:
-    """`x` whole on all devices, if it was split by explicit sharding."""
+    """Returns `x` whole on all devices, even if explicit sharding had split it."""
     if not _has_explicit_sharding(x):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P()))
 
 
 def shard_like(values: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-    """Gives an axis of `values` the explicit sharding that it has in `x`, if any; XLA chooses any other by itself."""
+    """Gives an axis of `values` the explicit sharding that it has in `x`, if any; XLA chooses all others itself."""
     spec = _explicit_spec(x, axis)
     if spec in (None, _explicit_spec(values, axis)):
         return values
@@ -319,9 +321,9 @@ def shard_like(values: jax.Array, x: jax.Array, axis: int) -> jax.Array:
 
 
 def vary_like(tree: Any, x: jax.Array, but: AxisName | None = None) -> Any:
-    """Types the arrays of a tree as varying over the mesh axes over which `x` varies, but for some.
+    """Types the arrays of a tree as varying over the mesh axes over which `x` varies, except those named by `but`.
 
-    For shard_map's replication checking: derivatives by such arrays are local ones.
+    shard_map's replication checking needs these types: derivatives by such arrays are local.
     """
     kept = but if isinstance(but, tuple) else (but,)
     wanted = {axis for axis in varying_axes(x) if axis not in kept}

@@ -14,19 +14,19 @@ from bnjax._layers import Statistics
 
 
 def statistics_of(module: nn.Module) -> Statistics | None:
-    """What the running statistics of a batch norm of this module or of Flax are; None for other modules."""
+    """Returns the kind of running statistics of a batch norm of `bnjax.linen` or of Flax; None for other modules."""
     if isinstance(module, _Normalizer):
         return module.statistics
     return _layers.FLAX if isinstance(module, nn.BatchNorm) else None
 
 
 def is_running(module: Any, use_running_average: bool | None) -> bool:
-    """Whether a call of a batch norm normalizes by the running statistics, by its argument or else its attribute."""
+    """Returns whether a batch norm's call uses the running statistics, by its argument or else its attribute."""
     return bool(module.use_running_average if use_running_average is None else use_running_average)
 
 
 def take_batch_statistics(module: Any, use_running_average: bool | None) -> None:
-    """Lets a batch norm's call put the batch's statistics in place of the running ones, where it would move these.
+    """Makes a batch norm's call put the batch's statistics in place of the running ones, where it would move these.
 
     Args:
       module: the copy of the module that Flax makes for a call, as an interceptor gets it.
@@ -41,7 +41,7 @@ def take_batch_statistics(module: Any, use_running_average: bool | None) -> None
 
 
 class _Normalizer(nn.BatchNorm):
-    """What the layers share: arguments, variables and call; each declares its function."""
+    """The base of all layers, with their arguments, variables and call; each layer declares its function."""
 
     declared = _layers.BATCH_NORM
     takes_batch_statistics = False
@@ -56,8 +56,8 @@ class _Normalizer(nn.BatchNorm):
 
         Args:
           x: the input.
-          use_running_average: whether to use the running statistics; here or in the constructor.
-          mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
+          use_running_average: whether to use the running statistics; given in the call or in the constructor.
+          mask: boolean, 0/1 or sample weights, broadcastable to `x` as Flax's or with the feature axes dropped.
 
         Returns:
           An array of the shape of `x`.
@@ -66,12 +66,12 @@ class _Normalizer(nn.BatchNorm):
 
     @property
     def statistics(self) -> Statistics:
-        """What the running statistics are."""
+        """The kind of running statistics that the layer has."""
         return self.declared.statistics
 
     @nn.nowrap
     def _call(self, x, use_running_average, mask, **call_options):
-        """The call, with further options of the function."""
+        """Calls the layer's function, with `call_options` besides the attributes."""
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = jnp.asarray(x)
         features = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.ndim))
@@ -111,12 +111,12 @@ class _Normalizer(nn.BatchNorm):
 
     @nn.nowrap
     def _key(self) -> Any:
-        """The random key of the call's noise, if there is any."""
+        """Returns the random key of the call's noise, or None for layers without noise."""
         return None
 
 
 class BatchNorm(_Normalizer):
-    """`flax.linen.BatchNorm` computed by `bnjax.batch_norm`: same arguments, variables and names.
+    """`flax.linen.BatchNorm` computed by `bnjax.batch_norm`, with the same arguments, variables and names.
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
     and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
@@ -327,7 +327,7 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
     of them the batch is of. Scale and bias are common to all.
 
     Attributes:
-      num_splits: how many kinds of batches there are.
+      num_splits: number of kinds of batches.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
 
     References:
@@ -349,7 +349,7 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
 
     @property
     def statistics(self) -> Statistics:
-        """What the running statistics are."""
+        """The kind of running statistics that the layer has."""
         return self.declared.statistics._replace(kinds=self.num_splits)
 
     @nn.compact
@@ -358,9 +358,9 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
 
         Args:
           x: the input, all of it of one kind.
-          use_running_average: whether to use the running statistics; here or in the constructor.
-          split: which kind, from 0; may be traced.
-          mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
+          use_running_average: whether to use the running statistics; given in the call or in the constructor.
+          split: index of the batch's kind, from 0; may be traced.
+          mask: boolean, 0/1 or sample weights, broadcastable to `x` as Flax's or with the feature axes dropped.
 
         Returns:
           An array of the shape of `x`.

@@ -14,14 +14,14 @@ from bnjax.variants import init_split_batch_norm
 
 
 def statistics_of(module: Any) -> Statistics | None:
-    """What the running statistics of a batch norm of this module or of Flax are; None for other modules."""
+    """Returns the kind of running statistics of a batch norm of `bnjax.nnx` or of Flax; None for other modules."""
     if isinstance(module, _Normalizer):
         return module.statistics
     return _layers.FLAX if isinstance(module, nnx.BatchNorm) else None
 
 
 def take_batch_statistics(module: Any) -> None:
-    """Lets the calls of a batch norm put the batch's statistics in place of the running ones, where they move these."""
+    """Makes a batch norm's calls put the batch's statistics in place of the running ones, where they move these."""
     if isinstance(module, _Normalizer):
         module.takes_batch_statistics = True
     else:
@@ -29,14 +29,14 @@ def take_batch_statistics(module: Any) -> None:
 
 
 class _Normalizer(nnx.BatchNorm):
-    """What the layers share: arguments, variables and call; each declares its function."""
+    """The base of all layers, with their arguments, variables and call; each layer declares its function."""
 
     declared = _layers.BATCH_NORM
     takes_batch_statistics = False
 
     @property
     def statistics(self) -> Statistics:
-        """What the running statistics are."""
+        """The kind of running statistics that the layer has."""
         return self.declared.statistics
 
     def __init__(self, num_features: int, **kwargs: Any):
@@ -48,7 +48,7 @@ class _Normalizer(nnx.BatchNorm):
         Args:
           x: the input.
           use_running_average: whether to use the running statistics; takes precedence over the constructor's.
-          mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
+          mask: boolean, 0/1 or sample weights, broadcastable to `x` as Flax's or with the feature axes dropped.
 
         Returns:
           An array of the shape of `x`.
@@ -56,7 +56,7 @@ class _Normalizer(nnx.BatchNorm):
         return self._call(x, use_running_average, mask)
 
     def _call(self, x, use_running_average, mask, **call_options):
-        """The call, with further options of the function."""
+        """Calls the layer's function, with `call_options` besides the attributes."""
         use_running_average = nnx.module.first_from(
             use_running_average,
             self.use_running_average,
@@ -103,17 +103,17 @@ class _Normalizer(nnx.BatchNorm):
         return y
 
     def _key(self) -> Any:
-        """The random key of the call's noise, if there is any."""
+        """Returns the random key of the call's noise, or None for layers without noise."""
         return None
 
 
 class BatchNorm(_Normalizer):
-    """`flax.nnx.BatchNorm` computed by `bnjax.batch_norm`: same constructor, variables and names.
+    """`flax.nnx.BatchNorm` computed by `bnjax.batch_norm`, with the same constructor, variables and names.
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
     and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
-    batch leaves the running statistics alone, and inputs are not rounded to `dtype` before use (a `promote_dtype` of
-    one's own is applied to input, scale and bias as in Flax). For complex inputs the mean becomes complex.
+    batch leaves the running statistics alone, and inputs are not rounded to `dtype` before use (a user's own
+    `promote_dtype` is applied to input, scale and bias as in Flax). For complex inputs the mean becomes complex.
 
     Args:
       num_features: size of the feature axis.
@@ -290,7 +290,7 @@ class SplitBatchNorm(BatchNorm):
 
     Args:
       num_features: size of the feature axis.
-      num_splits: how many kinds of batches there are; `mean` and `var` have a leading axis of them.
+      num_splits: number of kinds of batches; `mean` and `var` have a leading axis of kinds.
       **kwargs: every other argument of `BatchNorm`.
 
     References:
@@ -315,7 +315,7 @@ class SplitBatchNorm(BatchNorm):
 
     @property
     def statistics(self) -> Statistics:
-        """What the running statistics are."""
+        """The kind of running statistics that the layer has."""
         return self.declared.statistics._replace(kinds=self.num_splits)
 
     def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
@@ -324,8 +324,8 @@ class SplitBatchNorm(BatchNorm):
         Args:
           x: the input, all of it of one kind.
           use_running_average: whether to use the running statistics; takes precedence over the constructor's.
-          split: which kind, from 0; may be traced.
-          mask: as Flax's, broadcastable to `x`; or with the feature axes dropped; boolean, 0/1, or sample weights.
+          split: index of the batch's kind, from 0; may be traced.
+          mask: boolean, 0/1 or sample weights, broadcastable to `x` as Flax's or with the feature axes dropped.
 
         Returns:
           An array of the shape of `x`.

@@ -30,14 +30,14 @@ def init_batch_norm(
     use_bias: bool = True,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[dict[str, Inexact[Array, "*features"]], dict[str, Inexact[Array, "*features"]]]:
-    """Initial parameters and running statistics of a batch norm: scale 1, bias 0, mean 0, variance 1.
+    """Returns initial parameters and running statistics of a batch norm: scale 1, bias 0, mean 0, variance 1.
 
     Args:
       num_features: size of the feature axis; a tuple for several, in the order of the input's axes.
       use_scale: whether `params` holds 'scale' (γ).
       use_bias: whether `params` holds 'bias' (β).
-      dtype: dtype of the parameters. The statistics are float32, or float64 where `dtype` is; of a complex one the mean
-        is complex.
+      dtype: dtype of the parameters. The statistics are float32, or float64 where `dtype` is; where it is complex, so
+        is the mean.
 
     Returns:
       `params`, a dict with 'scale' and 'bias', and `batch_stats`, a dict with 'mean' and 'var'.
@@ -82,7 +82,7 @@ def batch_norm(
     dtype: DTypeLike | None = None,
     bessel_correction: bool = False,
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
-    """Normalizes each feature by the moments of the batch (training) or by the running ones (inference).
+    """Normalizes each feature by the moments of the batch (training) or by running statistics (inference).
 
         y = scale · (x − mean) / sqrt(var + epsilon) + bias
 
@@ -92,23 +92,23 @@ def batch_norm(
     but `x`; every order and mode is supported (grad, jvp, jacfwd, jacrev, hessian, vmap, scan, remat).
 
     Args:
-      x: floating-point array of any shape, empty included. Of a complex one the variance is that of |x − mean|, and
-        the running 'mean' is complex.
+      x: floating-point array of any shape, empty included. Where it is complex, the variance is the mean of
+        |x − mean|², and the running 'mean' is complex.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
-      batch_stats: running 'mean' and 'var' of that shape.
+      batch_stats: running 'mean' and 'var' of the shape of the feature axes.
       training: whether to use the batch's statistics and to move the running ones; static.
       axis: feature axis or axes, static; the others are reduced.
       momentum: weight of the old running value, in [0, 1], Flax's convention (1 minus PyTorch's); may be traced, so a
         schedule works, and so does the cumulative average `1 − 1 / (t + 1)` at step t = 0, 1, ….
       epsilon: non-negative number added to the variance; may be traced.
       mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
-        What `x` holds where the mask is zero changes neither outputs elsewhere, statistics nor gradients, even NaN.
+        The values of `x` where the mask is zero change neither outputs elsewhere, statistics nor gradients, even NaN.
         With a total weight of zero the running statistics normalize, and stay. (They also stay where the batch's are
         not finite.)
       axis_name: mapped axis (of vmap, pmap or shard_map) over which the moments are merged by their counts.
       axis_index_groups: groups of indices of that axis that are normalized separately, all of one size; not with
         shard_map's replication checking, where a mesh of two axes does the same.
-      dtype: dtype of `y`; that of `x` by default. Statistics are float32, or float64 for float64 input.
+      dtype: dtype of `y`; by default the dtype of `x`. Statistics are float32, or float64 for float64 input.
       bessel_correction: whether the running variance takes the batch's times n / (n − 1), as PyTorch's does.
 
     Returns:
@@ -145,11 +145,11 @@ def batch_norm(
 
 
 Normalized = tuple[Array, BatchStats, Moments | None]
-"""The output, the running statistics, and the moments towards which these moved; None for these where they did not."""
+"""The output, the running statistics, and the moments towards which the statistics moved (None if they did not)."""
 
 
 def normalized_by_batch(call: "Call") -> Normalized:
-    """`batch_norm` of a checked call; its variants differ in these lines."""
+    """Computes `batch_norm` of a checked call; its variants differ from it in this function."""
     if not call.training:
         return call.normalized_by_running()
     m = call.moments()
@@ -179,7 +179,7 @@ class Call:
     training: bool
     axes: tuple[int, ...]  # the feature axes, non-negative and ascending
     weights: Array | None  # the mask, with as many axes as `x`
-    groups: Groups | None  # of indices of `axis_name`
+    groups: Groups | None  # groups of indices of `axis_name`
     momentum: Any
     epsilon: Any
     axis_name: AxisName | None
@@ -187,15 +187,15 @@ class Call:
     bessel_correction: bool
 
     def moments(self) -> Moments:
-        """Moments of the batch, merged over the members of the mapped axis."""
+        """Computes the moments of the batch, merged over the members of the mapped axis."""
         return checked_moments(self.x, self.weights, self.axes, self.axis_name, self.groups)
 
     def running(self) -> tuple[Array, Array]:
-        """The running mean and variance."""
+        """Returns the running mean and variance."""
         return jnp.asarray(self.batch_stats["mean"]), jnp.asarray(self.batch_stats["var"])
 
     def batch_statistics(self, m: Moments) -> tuple[Array, Array]:
-        """Mean and variance of the batch, and the running ones of features on which it has no weight."""
+        """Returns the batch's mean and variance, with the running ones for features on which it has no weight."""
         mean, var = (
             jnp.where(m.count > 0, batch, running.astype(batch.dtype))
             for batch, running in zip((m.mean, m.var), self.running(), strict=True)
@@ -203,19 +203,19 @@ class Call:
         return self.of_each_member(mean, var)
 
     def of_each_member(self, mean: Array, var: Array) -> tuple[Array, Array]:
-        """Mean and variance as arrays of each member of the mapped axis, whose derivatives are summed over members."""
+        """Types mean and variance as each member's of the mapped axis, so that derivatives are summed over members."""
         if self.axis_name is None:
             return mean, var
-        # As one array, so that one sum serves both.
+        # Mean and variance are stacked, so that one sum serves both.
         mean, var = vary_like((mean, var) if jnp.iscomplexobj(self.x) else jnp.stack([mean, var]), self.x)
         return mean, var
 
     def moved(self, m: Moments) -> BatchStats:
-        """The running statistics moved towards moments."""
+        """Returns the running statistics moved towards moments."""
         return update_batch_stats(self.batch_stats, m, momentum=self.momentum, bessel_correction=self.bessel_correction)
 
     def normalized(self, mean: Array, var: Array, params: Params | None = None) -> Array:
-        """`scale · (x − mean) / sqrt(var + epsilon) + bias`, by other parameters where these are given."""
+        """Computes `scale · (x − mean) / sqrt(var + epsilon) + bias`, by `params` where given, else by the call's."""
         return normalize(
             self.x,
             mean,
@@ -228,7 +228,7 @@ class Call:
         )
 
     def normalized_by_running(self) -> Normalized:
-        """What inference returns."""
+        """Returns the result of inference: the input normalized by the running statistics, which stay as they are."""
         return self.normalized(*self.running()), self.batch_stats, None
 
 
@@ -249,7 +249,7 @@ def check_call(
     or_complex: bool = True,
     **unknown: Any,
 ) -> Call:
-    """Checks the arguments of `batch_norm`, with its errors; returns their call. `or_complex` allows a complex `x`."""
+    """Checks the arguments of `batch_norm` and returns them as a `Call`; `or_complex` allows a complex `x`."""
     if unknown:
         raise TypeError(f"the options are {', '.join(Options.__annotations__)}, got {', '.join(unknown)}. Rename it.")
     x = _checks.check_input(x, or_complex=or_complex)
@@ -279,10 +279,10 @@ def update_batch_stats(
     Args:
       batch_stats: running 'mean' and 'var'.
       m: moments of the batch; a count of zero leaves the running statistics as they are, and so do, feature by feature,
-        moments that are not finite in their dtype: of NaN, or of values whose squares overflow.
+        moments that are not finite in their dtype, as those of NaN or of values whose squares overflow.
       momentum: weight of the old running value, in [0, 1]; may be traced.
       bessel_correction: whether to take `n / (n − 1)` times the batch's variance, n being its count, as PyTorch does;
-        the variance itself where n ≤ 1.
+        where n ≤ 1 the variance itself is taken.
 
     Returns:
       New statistics in the structure and dtypes of `batch_stats`; other keys are carried along.
@@ -309,7 +309,7 @@ def update_batch_stats(
     var = unbiased_var(m) if bessel_correction else m.var
 
     def move(running, batch):
-        if isinstance(momentum, int | float) and momentum == 0:  # what was is forgotten, even where it was not finite
+        if isinstance(momentum, int | float) and momentum == 0:  # the old value is forgotten, even if not finite
             return batch.astype(running.dtype)
         dtype = _dtypes.wide(running.dtype, batch.dtype)
         rho = jnp.asarray(momentum, dtype)
@@ -327,7 +327,7 @@ def update_batch_stats(
 
 
 def unbiased_var(m: Moments) -> Array:
-    """Bessel's correction of the variance, `n / (n − 1) · var`; the variance itself where n ≤ 1."""
+    """Returns the variance with Bessel's correction, `n / (n − 1) · var`, or the variance itself where n ≤ 1."""
     return m.var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
 
 
@@ -342,7 +342,7 @@ def normalize(
     weights: Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """`scale · (x − mean) / sqrt(var + epsilon) + bias`, per-feature values lying along the axes `axes` of `x`."""
+    """Computes `scale · (x − mean) / sqrt(var + epsilon) + bias`, with per-feature values along the feature axes."""
     dtype = x.dtype if dtype is None else dtype
     compute = _dtypes.wide(x.dtype, dtype)
     real = _dtypes.real(compute)
@@ -358,7 +358,7 @@ def normalize(
 def _scale_and_shift(
     x: Array, weights: Array | None, mean: Array, multiplier: Array, bias: Array, dtype: DTypeLike
 ) -> Array:
-    """`(x − mean) · multiplier + bias`, per-feature values having `x`'s number of axes."""
+    """Computes `(x − mean) · multiplier + bias` with per-feature values that have `x`'s number of axes."""
     x = x.astype(mean.dtype)
     if weights is not None:
         x = without_masked_extremes(x, weights)
@@ -367,7 +367,7 @@ def _scale_and_shift(
 
 @functools.partial(_scale_and_shift.defjvp, symbolic_zeros=True)
 def _scale_and_shift_jvp(dtype, primals, tangents):
-    """The hand-made rule, whose transpose takes two sums for each feature: of the cotangent, and of it times x − mean.
+    """Computes derivatives by a rule whose transpose takes two sums: of the cotangent, and of it times x − mean.
 
     ∂y = multiplier · ∂x + (x − mean) · ∂multiplier + (∂bias − multiplier · ∂mean)
     """
@@ -378,7 +378,7 @@ def _scale_and_shift_jvp(dtype, primals, tangents):
         shift = shift - multiplier * dmean
 
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass. The result is
-    # rounded in here, lest a cotangent of higher precision than `dtype` be written out.
+    # rounded in this function, lest a cotangent of higher precision than `dtype` be written out.
     @keeping_arguments
     def from_x(x, weights, mean, multiplier, dx, dmultiplier, shift):
         def clean(x):
@@ -387,7 +387,7 @@ def _scale_and_shift_jvp(dtype, primals, tangents):
 
         dy = jnp.zeros_like(x, mean.dtype) if dx is None else jax.jvp(clean, (x,), (dx,))[1] * multiplier
         if dmultiplier is not None:
-            # The same mean, opaque to XLA: its CPU backend would write out a difference that the output shares.
+            # This is the same mean, opaque to XLA, whose CPU backend would write out a difference that is shared.
             dy = dy + (clean(x) - lax.optimization_barrier(mean)) * dmultiplier
         return (dy + shift).astype(dtype)
 

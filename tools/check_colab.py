@@ -1,8 +1,9 @@
 """Shows that bnjax fits Colab as it is: `python tools/check_colab.py [NOTEBOOK …]`.
 
-Makes an environment like Colab's image (tools/colab.txt), says what `pip install` of bnjax and of its extra `studies`
-would add and change there, and fails if JAX, Flax or another package that must stay would change. Then it installs the
-studies, and runs the notebooks at their smoke size (all of them, or those named; some minutes on two cores).
+It makes an environment like Colab's image (tools/colab.txt), says what `pip install` of bnjax and of its extra
+`studies` would add and change there, and fails if JAX, Flax or another package that must stay would change. Then it
+installs the studies, and runs the notebooks at their smoke size (all of them, or those named), which takes some minutes
+on two cores.
 """
 
 import argparse
@@ -24,18 +25,18 @@ def main() -> int:
         colab.pip("install", "-r", str(PINS))
         before = colab.versions()
         for extra in ("", "[studies]"):
-            found = colab.would_install(f"bnjax{extra} @ {ROOT.as_uri()}")
-            changed = {name for name in found if name in before}
+            packages = colab.would_install(f"bnjax{extra} @ {ROOT.as_uri()}")
+            changed = {name for name in packages if name in before}
             print(f"pip install bnjax{extra}")
-            print(f"  adds {', '.join(f'{name} {found[name]}' for name in sorted(found.keys() - changed))}")
+            print(f"  adds {', '.join(f'{name} {packages[name]}' for name in sorted(packages.keys() - changed))}")
             for name in sorted(changed):
-                print(f"  changes {name} from {before[name]} to {found[name]}")
+                print(f"  changes {name} from {before[name]} to {packages[name]}")
             if changed & STAY:
                 return 1
         if options.no_notebooks:
             return 0
         colab.pip("install", f"bnjax[studies] @ {ROOT.as_uri()}")
-        # What runs the notebooks, beside what Colab has.
+        # These packages run the notebooks, beside those that Colab has.
         colab.pip("install", "pytest", "pytest-xdist", "hypothesis", "beartype")
         after = colab.versions()
         if different := {name for name in STAY if after[name] != before[name]}:
@@ -46,10 +47,10 @@ def main() -> int:
 
 def run_notebooks(colab: Environment, names: list[str]) -> int:
     """Runs the tests of the notebooks; returns pytest's exit status."""
-    chosen = ["-k", " or ".join(names)] if names else []
-    # Warnings are no errors here: Colab's Jupyter is older than its Python, and warns.
+    selection = ["-k", " or ".join(names)] if names else []
+    # Warnings are no errors here, as Colab's Jupyter is older than its Python and warns.
     options = ["-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    done = colab.run("python", "-m", "pytest", *options, "tests/test_notebooks.py", *chosen)
+    done = colab.run("python", "-m", "pytest", *options, "tests/test_notebooks.py", *selection)
     print(done.stdout + done.stderr)
     return done.returncode
 

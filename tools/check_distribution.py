@@ -1,7 +1,7 @@
 """Shows that what is published is whole: `python tools/check_distribution.py [PYTEST ARGUMENTS …]`.
 
-Builds wheel and source distribution, passes them to `twine check --strict`, unpacks the source distribution, installs
-it with the extra `test` in a new environment, and runs its tests there.
+It builds wheel and source distribution, passes them to `twine check --strict`, unpacks the source distribution,
+installs it with the extra `test` in a new environment, and runs its tests there.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Shows what an installation of bnjax weighs and where it is possible: `python tools/check_install.py`.
 
-Says what `pip install` adds to an environment that has Flax and optax, in packages and bytes, for the base and for each
-extra that the studies need; fails if the base adds more than three packages or 3 MB. Then lets pip resolve the base for
-other platforms and versions of Python, and fails where that is not possible.
+It says what `pip install` adds to an environment that has Flax and optax, in packages and bytes, for the base
+and for each extra that the studies need, and fails if the base adds more than three packages or 3 MB. Then it lets pip
+resolve the base for other platforms and versions of Python, and fails where that is not possible.
 """
 
 import argparse
@@ -46,7 +46,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def main() -> int:
-    """Prints both tables; returns 1 if the base is too heavy or can't be had somewhere."""
+    """Prints both tables; returns 1 if the base is too heavy or can't be installed somewhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     with environment() as made, tempfile.TemporaryDirectory() as wheels:
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def weigh(wheel: Path) -> bool:
-    """Prints what each set of extras adds to an environment with Flax and optax; whether the base adds too much."""
+    """Prints what each extra adds to an environment with Flax and optax; returns whether the base adds too much."""
     failed = False
     for extra in EXTRAS:
         with environment() as made:
@@ -76,7 +76,7 @@ def weigh(wheel: Path) -> bool:
 
 
 def resolve(made: Environment, wheel: Path, platform: str, python: str) -> str:
-    """Resolves the base for a platform; returns what is wrong."""
+    """Resolves the base for a platform; returns pip's error, or '' without one."""
     tags, markers, machine = PLATFORMS[platform]
     markers = {**markers, "platform_machine": machine, "python_version": python, "python_full_version": f"{python}.0"}
     arguments = ["install", "--dry-run", "--ignore-installed", "--only-binary", ":all:", "--target", "nowhere", "-q"]

@@ -3,8 +3,8 @@
 For each of the versions below it makes a virtual environment with the Flax of its time, installs bnjax there without
 extras, and runs the tests of the function, layers, variants, training and measurements, some eight minutes each on two
 cores. The row 'lowest' has the lowest version of everything that bnjax and its extras ask for, and runs the tests of
-what the extras are for too. What came out is saved in docs/versions.json, from which the table of docs/versions.md is
-made. Given versions are run alone, and take the place of their rows.
+the extras too. The results are saved in docs/versions.json, from which the table of docs/versions.md is made. Versions
+named on the command line are run alone, and take the place of their rows.
 """
 
 import argparse
@@ -56,30 +56,34 @@ SHOWN = ("python", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 def main() -> int:
     """Runs the rows, and writes record and page; returns how many rows have failures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", metavar="JAX", help=f"which to run, of {', '.join(ROWS)} (default all)")
+    parser.add_argument(
+        "versions", nargs="*", metavar="JAX", help=f"versions to run, of {', '.join(ROWS)} (default all)"
+    )
     parser.add_argument("--python", metavar="X.Y", help="interpreter to use (default one for each, see the table)")
-    parser.add_argument("--processes", default="auto", metavar="N", help="of the tests (default as many as cores)")
+    parser.add_argument(
+        "--processes", default="auto", metavar="N", help="processes of the tests (default as many as cores)"
+    )
     parser.add_argument("--page", action="store_true", help="only make the page anew from the record")
     options = parser.parse_args()
     if unknown := [version for version in options.versions if version not in ROWS]:
         parser.error(f"unknown versions {', '.join(unknown)}; there are {', '.join(ROWS)}")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    chosen = [] if options.page else options.versions or list(ROWS)
-    for version in list(chosen):
+    versions = [] if options.page else options.versions or list(ROWS)
+    for version in list(versions):
         if not options.versions and find_python(options.python or ROWS[version].python) is None:
             print(f"{version}: left as it was, as Python {ROWS[version].python} is not here")
-            chosen.remove(version)
+            versions.remove(version)
             continue
         print(f"{version}: installing, then testing", flush=True)
         record[version] = run(version, options.python or ROWS[version].python, options.processes)
         print(f"{version}: {json.dumps(record[version])}", flush=True)
         RECORD.write_text(json.dumps({name: record[name] for name in ROWS if name in record}, indent=2) + "\n")
     PAGE.write_text(page(PAGE.read_text(), record))
-    return sum(bool(record[version]["failed"]) for version in chosen)
+    return sum(bool(record[version]["failed"]) for version in versions)
 
 
 def run(version: str, python: str, processes: str) -> dict[str, Any]:
-    """What was installed, how many tests of each group passed, and the names of those that failed or were skipped."""
+    """Tests a version; returns what was installed, passed tests of each group, and failed and skipped tests by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed, options = [*project["dependencies"], *extras["test"]], ["-p", "no:cacheprovider"]
@@ -89,7 +93,7 @@ def run(version: str, python: str, processes: str) -> dict[str, Any]:
             text for extra in ("plots", "data", "studies", "safetensors", "tensorboard") for text in extras[extra]
         ]
         requirements = [text.partition(";")[0].replace(">=", "==") for text in needed if ">=" in text]
-        options += ["-o", "filterwarnings=default"]  # old packages warn of each other
+        options += ["-o", "filterwarnings=default"]  # the old packages warn of each other
     else:
         tools = re.compile("pytest|hypothesis|beartype|chex")
         requirements = [*ROWS[version].requirements, *filter(tools.match, extras["test"])]
@@ -118,12 +122,12 @@ def run(version: str, python: str, processes: str) -> dict[str, Any]:
 
 
 def page(text: str, record: dict[str, Any]) -> str:
-    """The page with the table of a record."""
+    """Returns the page with the table of a record."""
     return BLOCK.sub(lambda match: f"{match[1]}{table(record)}{match[2]}", text)
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown of the versions and of the numbers of tests that passed; below it what failed or was skipped."""
+    """Returns Markdown of the versions and of the numbers of passed tests, with failed and skipped tests below."""
     lines = [f"| {' | '.join([*SHOWN, *GROUPS])} |", f"|{'---|' * (len(SHOWN) + len(GROUPS))}"]
     notes = []
     for name, row in record.items():

@@ -1,4 +1,4 @@
-"""Virtual environments for the checks in this directory: made, filled by pip, asked what is in them."""
+"""Virtual environments for the checks in this directory, which fill them by pip and ask what is in them."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Environment:
-    """A virtual environment in a directory, where nothing of the caller's environment is seen."""
+    """A virtual environment in a directory, isolated from the caller's environment."""
 
     def __init__(self, directory: Path, python: str):
         self.directory = directory
@@ -25,36 +25,36 @@ class Environment:
         self.pip("install", "--upgrade", "pip")
 
     def run(self, *command: str, **options) -> subprocess.CompletedProcess:
-        """Runs a command of the environment; what it prints is captured."""
+        """Runs a command of the environment and captures its output."""
         options = {"cwd": ROOT, "env": self.variables, "capture_output": True, "text": True} | options
         return subprocess.run([str(self.bin / command[0]), *command[1:]], **options)
 
     def pip(self, *arguments: str) -> str:
-        """Runs pip; prints what it says and raises if it fails."""
+        """Runs pip and returns its output; exits with the output if pip fails."""
         done = self.run("python", "-m", "pip", "-q", *arguments)
         if done.returncode:
             sys.exit(f"pip {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
         return done.stdout
 
     def would_install(self, *arguments: str) -> dict[str, str]:
-        """Names and versions of the packages that `pip install` would add or change."""
+        """Returns names and versions of the packages that `pip install` would add or change."""
         report = json.loads(self.pip("install", "--dry-run", "--report", "-", *arguments))
         return {_normal(item["metadata"]["name"]): item["metadata"]["version"] for item in report["install"]}
 
     def versions(self) -> dict[str, str]:
-        """Names and versions of the packages that are installed."""
-        found = json.loads(self.run("python", "-m", "pip", "list", "--format", "json", check=True).stdout)
-        return {_normal(package["name"]): package["version"] for package in found}
+        """Returns names and versions of the packages that are installed."""
+        packages = json.loads(self.run("python", "-m", "pip", "list", "--format", "json", check=True).stdout)
+        return {_normal(package["name"]): package["version"] for package in packages}
 
     def size(self) -> int:
-        """Bytes of the files that are installed, without compiled bytecode."""
+        """Returns the bytes of the files that are installed, without compiled bytecode."""
         files = (path for path in self.directory.rglob("*") if path.is_file() and not path.is_symlink())
         return sum(path.stat().st_size for path in files if path.suffix != ".pyc")
 
 
 @contextlib.contextmanager
 def environment(python: str | None = None) -> Iterator[Environment]:
-    """A new environment of a Python version such as '3.13' (by default the running one), removed afterwards."""
+    """Makes an environment of a Python version such as '3.13' (by default the running one); removes it afterwards."""
     with tempfile.TemporaryDirectory(prefix="bnjax-") as directory:
         interpreter = find_python(python) if python else sys.executable
         if interpreter is None:
@@ -63,7 +63,7 @@ def environment(python: str | None = None) -> Iterator[Environment]:
 
 
 def find_python(version: str) -> str | None:
-    """The interpreter of a version such as '3.13', on the PATH or one of pyenv's; None where there is none."""
+    """Finds the interpreter of a version such as '3.13', on the PATH or among pyenv's; returns None without one."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates: Sequence[str | None] = (
         shutil.which(f"python{version}"),

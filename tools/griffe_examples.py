@@ -1,18 +1,18 @@
-"""For the documentation: a docstring's examples, which doctest finds by their prompts, as blocks of code."""
+"""An extension of griffe that turns docstrings' examples into blocks of code in the documentation."""
 
 import griffe
 
 
 class Examples(griffe.Extension):
-    """Fences the examples of every docstring."""
+    """The extension that fences the examples of every docstring."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
-        """Called for each object that was read."""
+        """Fences the examples of an object that griffe has read."""
         if obj.docstring is not None:
             obj.docstring.value = fenced(obj.docstring.value)
 
 
 def fenced(text: str) -> str:
-    """The text with each paragraph that begins with a prompt as a fenced block."""
+    """Returns the text with each paragraph that begins with a doctest prompt as a fenced block."""
     paragraphs = text.split("\n\n")
     return "\n\n".join(f"```pycon\n{part}\n```" if part.lstrip().startswith(">>>") else part for part in paragraphs)

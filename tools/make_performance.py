@@ -1,4 +1,4 @@
-"""Makes docs/performance.md of the JSON that the benchmarks saved in docs/performance.
+"""Makes docs/performance.md from the JSON that the benchmarks saved in docs/performance.
 
 python benchmarks/bench_operation.py --dtypes float32 --json docs/performance/operation.json
 python benchmarks/bench_operation.py --dtypes float32 --keep-memory --json docs/performance/operation_kept.json
@@ -23,7 +23,7 @@ from typing import Any
 from bnjax.studies.evidence.results import markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
-BOUND = 1.2e-4  # 1000 deviations times the spacing of float32: what rounding of the input itself costs
+BOUND = 1.2e-4  # 1000 deviations times the spacing of float32, which is the cost of rounding the input itself
 PEERS = (
     "flax linen",
     "flax linen, two-pass",
@@ -177,49 +177,49 @@ a change costs a pass.
 
 
 def load(name: str) -> Any:
-    """A benchmark's numbers."""
+    """Loads a benchmark's numbers."""
     return json.loads((DOCS / "performance" / f"{name}.json").read_text())
 
 
-def ratios(one: dict[str, Any], peer: str) -> list[float]:
-    """bnjax's time to a peer's, round by round."""
-    seconds = one["seconds"]
+def ratios(measurement: dict[str, Any], peer: str) -> list[float]:
+    """Returns the ratios of bnjax's time to a peer's, round by round."""
+    seconds = measurement["seconds"]
     return [a / b for a, b in zip(seconds["bnjax"], seconds[peer], strict=True)]
 
 
-def accurate(one: dict[str, Any], peer: str) -> bool:
-    """Whether a peer's errors stay below the bound for a large mean as well, in bfloat16 below twice bnjax's."""
-    if "hard errors" in one:
-        return max(one["hard errors"][peer]) <= BOUND
-    return all(a <= 2 * b for a, b in zip(one["errors"][peer], one["errors"]["bnjax"], strict=True))
+def accurate(measurement: dict[str, Any], peer: str) -> bool:
+    """Returns whether a peer's errors are below the bound even for a large mean, or in bfloat16 below twice bnjax's."""
+    if "hard errors" in measurement:
+        return max(measurement["hard errors"][peer]) <= BOUND
+    return all(a <= 2 * b for a, b in zip(measurement["errors"][peer], measurement["errors"]["bnjax"], strict=True))
 
 
-def operation(found: dict[str, Any], title: str) -> str:
-    """A table of both directions."""
+def operation(results: dict[str, Any], title: str) -> str:
+    """Returns a table of the operation for each direction."""
     parts = []
     for backward in (False, True):
         rows = []
-        for one in found["measured"]:
-            if one["backward"] == backward:
-                limit = statistics.median(one["seconds"]["bnjax"]) / one["limit"]
-                cells = [cell(one, peer) if peer in one["seconds"] else "" for peer in PEERS]
-                rows.append(["×".join(map(str, one["shape"])), *cells, f"{limit:.2f}"])
-        what = "Forward + backward" if backward else "Forward"
-        parts += [f"{what}, {title}:", markdown_table(["shape", *PEERS, "to the limit"], rows)]
+        for measurement in results["measured"]:
+            if measurement["backward"] == backward:
+                limit = statistics.median(measurement["seconds"]["bnjax"]) / measurement["limit"]
+                cells = [cell(measurement, peer) if peer in measurement["seconds"] else "" for peer in PEERS]
+                rows.append(["×".join(map(str, measurement["shape"])), *cells, f"{limit:.2f}"])
+        direction = "Forward + backward" if backward else "Forward"
+        parts += [f"{direction}, {title}:", markdown_table(["shape", *PEERS, "to the limit"], rows)]
     return "\n\n".join(parts)
 
 
-def cell(one: dict[str, Any], peer: str) -> str:
-    """A ratio, in parentheses where the peer is not accurate."""
-    text = f"{statistics.median(ratios(one, peer)):.2f}"
-    return text if accurate(one, peer) else f"({text})"
+def cell(measurement: dict[str, Any], peer: str) -> str:
+    """Returns a ratio as text, in parentheses where the peer is not accurate."""
+    text = f"{statistics.median(ratios(measurement, peer)):.2f}"
+    return text if accurate(measurement, peer) else f"({text})"
 
 
-def tpu(found: Any) -> str:
-    """Tables of what TPU's compiler makes."""
+def tpu(results: Any) -> str:
+    """Returns the text and tables of the programs that TPU's compiler makes."""
     text = f"""## TPU, by its compiler
 
-`python benchmarks/count_tpu.py`: passes over an input of {"×".join(map(str, found["shape"]))}, read from the program
+`python benchmarks/count_tpu.py`: passes over an input of {"×".join(map(str, results["shape"]))}, read from the program
 for one chip, and for four that share the batch and its statistics. On one chip, under a mask, bnjax's forward pass
 holds a branch that reads the input once more, where the mask hides most of the sample of the provisional mean; it is
 counted. The whole numbers of bnjax leave no room for a copy of the input or a change of its layout.
@@ -227,15 +227,15 @@ counted. The whole numbers of bnjax leave no room for a copy of the input or a c
     numbers = ("forward", "both", "backward", "kept")
     rows = [
         [r["norm"], r["dtype"], "yes" if r["masked"] else "no", r["topology"], *(f"{r[key]:.2f}" for key in numbers)]
-        for r in found["layers"]
+        for r in results["layers"]
     ]
     head = ["", "dtype", "mask", "chips", "forward", "both in one program", "backward alone", "kept for it"]
     parts = [text.rstrip(), markdown_table(head, rows)]
-    flax = {r["step"]: r for r in found["steps"] if r["norm"] == "flax"}
+    flax = {r["step"]: r for r in results["steps"] if r["norm"] == "flax"}
     rows = [
         [r["step"], r["norm"]]
         + [t for unit in ("GiB", "memory") for t in (f"{r[unit]:.2f}", f"{r[unit] / flax[r['step']][unit]:.2f}")]
-        for r in found["steps"]
+        for r in results["steps"]
     ]
     head = ["step", "batch norm", "GiB read and written", "to Flax's", "GiB on the chip", "to Flax's"]
     parts += [
@@ -248,74 +248,74 @@ counted. The whole numbers of bnjax leave no room for a copy of the input or a c
     return "\n\n".join(parts)
 
 
-def memory(found: Any) -> str:
-    """A table of what is kept."""
-    cells = [[r["norm"], r["dtype"], f"{r['kept']:.2f}", f"{r['growth']:.2f}"] for r in found["measured"]]
+def memory(results: Any) -> str:
+    """Returns a table of the memory that is kept for the backward pass."""
+    cells = [[r["norm"], r["dtype"], f"{r['kept']:.2f}", f"{r['growth']:.2f}"] for r in results["measured"]]
     return markdown_table(["batch norm + ReLU", "dtype", "kept", "a further block, compiled on CPU"], cells)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """The median and the quartiles, of few values the extremes."""
+    """Returns the median and the quartiles as text, or with few values the extremes."""
     low, middle, high = statistics.quantiles(values, n=4)
     if len(values) < 5:
         low, high = min(values), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def training(found: Any) -> str:
-    """A table of the networks' steps."""
-    columns = [one["ratios"] for one in found["measured"]]
-    head = ["", *(f"{one['network']}, {one['batch']} images" for one in found["measured"])]
+def training(results: Any) -> str:
+    """Returns a table of the networks' steps."""
+    columns = [measurement["ratios"] for measurement in results["measured"]]
+    head = ["", *(f"{measurement['network']}, {measurement['batch']} images" for measurement in results["measured"])]
     return markdown_table(head, [[name, *(spread(c[name]) for c in columns)] for name in columns[0]])
 
 
 def studies(measured: list[dict[str, Any]]) -> str:
-    """A table of the studies."""
+    """Returns a table of the studies."""
     rows = []
-    for one in measured:
-        for backend, by_kind in one["ratios"].items():
+    for measurement in measured:
+        for backend, by_kind in measurement["ratios"].items():
             turns = [by_kind.get(kind, []) for kind in ("cold", "cached", "warm")]
             cells = [spread(v, 1) if len(v) > 1 else "".join(f"{ratio:.1f}" for ratio in v) for v in turns]
-            rows.append([one["study"], f"Keras on {backend}", *cells])
+            rows.append([measurement["study"], f"Keras on {backend}", *cells])
     return markdown_table(["study", "against", "cold", "with a cache", "warm"], rows)
 
 
-def growth(found: Any) -> str:
-    """A table of the exponents."""
+def growth(results: Any) -> str:
+    """Returns a table of the exponents of growth."""
     rows = [
         [
-            one["what"],
-            one["of"],
-            f"{one['sizes'][0]:,} to {one['sizes'][-1]:,}",
-            f"{one['to the first'][-1]:.1f}",
-            f"{one['exponent']:.2f}",
-            f"{one['exponent of the larger']:.2f}",
+            measurement["what"],
+            measurement["of"],
+            f"{measurement['sizes'][0]:,} to {measurement['sizes'][-1]:,}",
+            f"{measurement['to the first'][-1]:.1f}",
+            f"{measurement['exponent']:.2f}",
+            f"{measurement['exponent of the larger']:.2f}",
         ]
-        for one in found["measured"]
+        for measurement in results["measured"]
     ]
     return markdown_table(["time of", "against", "sizes", "last to first", "exponent", "of the larger half"], rows)
 
 
-def worst(found: dict[str, Any], backward: bool) -> tuple[float, float, str, str]:
-    """The ratio to a peer that is accurate with the largest lower quartile, that, the peer and the shape."""
+def worst(results: dict[str, Any], backward: bool) -> tuple[float, float, str, str]:
+    """Finds the accurate peer and the shape with the largest lower quartile; returns it, the median, peer and shape."""
     return max(
         (
-            statistics.quantiles(ratios(one, peer), n=4)[0],
-            statistics.median(ratios(one, peer)),
+            statistics.quantiles(ratios(measurement, peer), n=4)[0],
+            statistics.median(ratios(measurement, peer)),
             peer,
-            "×".join(map(str, one["shape"])),
+            "×".join(map(str, measurement["shape"])),
         )
-        for one in found["measured"]
+        for measurement in results["measured"]
         for peer in PEERS
-        if one["backward"] == backward and peer in one["seconds"] and accurate(one, peer)
+        if measurement["backward"] == backward and peer in measurement["seconds"] and accurate(measurement, peer)
     )
 
 
 def goals(
     kept: dict[str, Any], default: dict[str, Any], bfloat16: dict[str, Any], on_tpu: Any
 ) -> list[tuple[str, str, str]]:
-    """Goal, verdict, and what was found."""
-    found = []
+    """Returns the goals of the operation and on TPU, each with its verdict and the numbers behind it."""
+    rows = []
     for title, numbers in (
         ("float32, memory kept", kept),
         ("float32, memory not kept", default),
@@ -323,94 +323,111 @@ def goals(
     ):
         for backward in (True, False):
             low, value, peer, shape = worst(numbers, backward)
-            what = "forward + backward" if backward else "forward"
+            subject = "forward + backward" if backward else "forward"
             text = f"hardest accurate peer {peer} at {shape}: ratio {value:.2f}, lower quartile {low:.2f}"
-            goal = f"fastest of the accurate at every shape on CPU, {what}, {title}"
-            found.append((goal, verdict(low <= 1), text))
+            goal = f"fastest of the accurate at every shape on CPU, {subject}, {title}"
+            rows.append((goal, verdict(low <= 1), text))
     plain = [r for r in on_tpu["layers"] if r["norm"] == "bnjax"]
     text = ", ".join(f"{r['forward']:.0f} + {r['backward']:.0f}" for r in plain)
     met = all(r["forward"] <= 3.01 and r["backward"] <= 5.01 for r in plain)
     text += " (in the order of the table)"
-    found.append(("3 + 5 passes on TPU, mask and sync included", "yes" if met else "but for the branch", text))
+    rows.append(("3 + 5 passes on TPU, mask and sync included", "yes" if met else "but for the branch", text))
     kept_only = max(r["kept"] for r in plain)
     text = f"{kept_only:.2f} times x's bytes"
-    found.append(("nothing but x kept for the backward pass", verdict(kept_only < 1.01), text))
+    rows.append(("nothing but x kept for the backward pass", verdict(kept_only < 1.01), text))
     for name in dict.fromkeys(r["step"] for r in on_tpu["steps"]):
         by_norm = {r["norm"]: r for r in on_tpu["steps"] if r["step"] == name}
-        for unit, what in (("GiB", "read and written"), ("memory", "on the chip")):
+        for unit, subject in (("GiB", "read and written"), ("memory", "on the chip")):
             shares = {n: by_norm[n][unit] / by_norm["flax"][unit] for n in by_norm if n.startswith("bnjax")}
             text = ", ".join(f"{n}: {share:.2f}" for n, share in shares.items())
-            goal = f"{name} on TPU: 15 % less {what} than with Flax's layer"
-            found.append((goal, verdict(min(shares.values()) <= 0.85), text))
-    return found
+            goal = f"{name} on TPU: 15 % less {subject} than with Flax's layer"
+            rows.append((goal, verdict(min(shares.values()) <= 0.85), text))
+    return rows
 
 
 GOALS_OF_STUDIES = (("circles", "warm", 100), ("circles", "cold", 10), ("mnist", "warm", 10), ("mnist", "cold", 10))
 
 
-def further_goals(of: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Those beyond the operation and TPU."""
-    by_policy = [r["kept"] for r in of["memory"]["measured"] if "save_batch_norm_inputs" in r["norm"]]
-    found = [
+def other_goals(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns the goals beyond the operation and TPU, each with its verdict and the numbers behind it."""
+    by_policy = [r["kept"] for r in results["memory"]["measured"] if "save_batch_norm_inputs" in r["norm"]]
+    rows = [
         (
             "only x kept for a batch norm + ReLU by the policy",
             verdict(max(by_policy) < 1.01),
             f"{max(by_policy):.2f} times x's bytes",
         )
     ]
-    for one in of["training"]["measured"]:
-        ratios = one["ratios"]
+    for measurement in results["training"]["measured"]:
+        ratios = measurement["ratios"]
         torch = max((ratios[n] for n in ratios if n.startswith("torch")), key=statistics.median)
-        found += [
-            (f"{one['network']}: no slower than PyTorch on CPU", verdict(statistics.median(torch) <= 1), spread(torch)),
+        rows += [
             (
-                f"{one['network']}: within 3 % of no batch norm and the passes",
+                f"{measurement['network']}: no slower than PyTorch on CPU",
+                verdict(statistics.median(torch) <= 1),
+                spread(torch),
+            ),
+            (
+                f"{measurement['network']}: within 3 % of no batch norm and the passes",
                 verdict(statistics.median(ratios["no norm + the passes"]) <= 1.03),
                 spread(ratios["no norm + the passes"]),
             ),
         ]
-    by_study = {one["study"]: one for one in of["studies"]}
+    by_study = {measurement["study"]: measurement for measurement in results["studies"]}
     for study, kind, goal in GOALS_OF_STUDIES:
         medians = {b: statistics.median(of_kind[kind]) for b, of_kind in by_study[study]["ratios"].items()}
         text = ", ".join(f"{value:.1f} (Keras on {backend})" for backend, value in medians.items())
         goal_text = f"{study}: {goal} times faster per training than Keras, {kind}"
-        found.append((goal_text, verdict(min(medians.values()) >= goal), text))
-    summary = of["startup"]["summary"]
+        rows.append((goal_text, verdict(min(medians.values()) >= goal), text))
+    summary = results["startup"]["summary"]
     for name in ("import bnjax adds under 50 ms", "bnjax --help takes under 0.5 s"):
-        found.append((name, verdict(summary[name]), ""))
-    above = [one for one in of["growth"]["measured"] if one["exponent of the larger"] > 1.1]
-    text = "; ".join(f"{one['what']} against {one['of']}: {one['exponent of the larger']:.2f}" for one in above)
-    found.append(("nothing grows faster than linearly", verdict(not above), text or "all exponents are at most 1.1"))
+        rows.append((name, verdict(summary[name]), ""))
+    above = [
+        measurement for measurement in results["growth"]["measured"] if measurement["exponent of the larger"] > 1.1
+    ]
+    text = "; ".join(
+        f"{measurement['what']} against {measurement['of']}: {measurement['exponent of the larger']:.2f}"
+        for measurement in above
+    )
+    rows.append(("nothing grows faster than linearly", verdict(not above), text or "all exponents are at most 1.1"))
     text = "none could be had; `bench_operation.py` and `bench_training.py` run on one where there is one"
-    return [*found, ("everything on a GPU", "not measured", text)]
+    return [*rows, ("everything on a GPU", "not measured", text)]
 
 
 def paragraph(text: str) -> str:
-    """Wrapped, as the page's other text."""
+    """Wraps a text as the page's other text is wrapped."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def verdict(is_met: bool) -> str:
-    """In the table of goals."""
+    """Returns the word for a goal that is met or not."""
     return "yes" if is_met else "no"
 
 
 def main() -> None:
     """Writes the page."""
     default, kept = load("operation"), load("operation_kept")
-    of = {n: load(n) for n in ("operation_bfloat16", "tpu", "memory", "training", "startup", "growth")}
+    results = {n: load(n) for n in ("operation_bfloat16", "tpu", "memory", "training", "startup", "growth")}
     runs = sorted((DOCS / "performance").glob("studies_*.json"))
-    of["studies"] = [one for path in runs for one in json.loads(path.read_text())["measured"]]
-    bfloat16 = of["operation_bfloat16"]
+    results["studies"] = [measurement for path in runs for measurement in json.loads(path.read_text())["measured"]]
+    bfloat16 = results["operation_bfloat16"]
     versions = ", ".join(f"{name} {version}" for name, version in kept["device"]["versions"].items())
     pairs = zip(kept["measured"], default["measured"], strict=True)
     faults = [statistics.median(a["seconds"]["bnjax"]) / statistics.median(b["seconds"]["bnjax"]) for a, b in pairs]
-    errors = [e for found in (kept, default) for one in found["measured"] for e in one["hard errors"]["bnjax"]]
+    errors = [
+        e
+        for operations in (kept, default)
+        for measurement in operations["measured"]
+        for e in measurement["hard errors"]["bnjax"]
+    ]
     largest = {
-        name: max(max(one["errors"].get(name, [0])) for one in bfloat16["measured"]) for name in ("bnjax", *PEERS)
+        name: max(max(measurement["errors"].get(name, [0])) for measurement in bfloat16["measured"])
+        for name in ("bnjax", *PEERS)
     }
-    summary = of["startup"]["summary"]
-    counts = ", ".join(f"{one['trainings']} networks ({one['study']})" for one in of["studies"])
+    summary = results["startup"]["summary"]
+    counts = ", ".join(
+        f"{measurement['trainings']} networks ({measurement['study']})" for measurement in results["studies"]
+    )
     page = TEXT.format(
         versions=versions,
         bound=BOUND,
@@ -423,18 +440,20 @@ def main() -> None:
             "ratios to peers whose error is more than twice bnjax's."
         ),
         faults=f"{min(faults):.2f} to {max(faults):.2f}, median {statistics.median(faults):.2f}",
-        tpu=tpu(of["tpu"]),
-        memory=memory(of["memory"]),
-        memory_shape="×".join(map(str, of["memory"]["shape"])),
-        rounds=len(of["training"]["measured"][0]["seconds"]["bnjax"]),
-        training=training(of["training"]),
+        tpu=tpu(results["tpu"]),
+        memory=memory(results["memory"]),
+        memory_shape="×".join(map(str, results["memory"]["shape"])),
+        rounds=len(results["training"]["measured"][0]["seconds"]["bnjax"]),
+        training=training(results["training"]),
         keras=kept["device"]["versions"]["keras"],
         trainings=counts,
-        studies=studies(of["studies"]),
+        studies=studies(results["studies"]),
         added=summary["added to import jax, as a share of it"]["import jax, bnjax"],
         help=summary["bnjax --help to import jax"],
-        growth=growth(of["growth"]),
-        goals=markdown_table(["goal", "met", ""], goals(kept, default, bfloat16, of["tpu"]) + further_goals(of)),
+        growth=growth(results["growth"]),
+        goals=markdown_table(
+            ["goal", "met", ""], goals(kept, default, bfloat16, results["tpu"]) + other_goals(results)
+        ),
     )
     (DOCS / "performance.md").write_text(page)
 

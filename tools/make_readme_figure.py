@@ -1,7 +1,7 @@
 """Draws the README's figure, docs/figures/accuracy.png: `python tools/make_readme_figure.py`.
 
 Batches of 4096 normal numbers around a mean of 1 to 10⁶ standard deviations are normalized in float32. In float64 the
-standard deviation of the result is 1; drawn is how far it is from that, the largest of 8 batches.
+standard deviation of the result is 1; the figure shows how far it is from that, the largest of 8 batches.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ MEANS = np.logspace(0, 6, 25)
 
 
 def main() -> None:
-    """Measures and draws."""
+    """Measures the errors and draws the figure."""
     numbers = np.random.default_rng(0).standard_normal((4096, 8))
     figure = Figure(figsize=(7, 3), layout="constrained")
     axis = figure.subplots()
@@ -36,7 +36,7 @@ def main() -> None:
         errors = []
         for mean in MEANS:
             x = (mean + numbers).astype(np.float32)
-            exact = x.astype(np.float64).std(0)  # of the rounded numbers, which are what is normalized
+            exact = x.astype(np.float64).std(0)  # the deviation of the rounded numbers, which are normalized
             expected = exact / np.sqrt(exact**2 + 1e-5)
             errors.append(np.abs(np.asarray(apply(x), np.float64).std(0) / expected - 1).max())
         axis.loglog(MEANS, np.maximum(errors, 1e-8), label=label, **line_style(i))

@@ -1,6 +1,6 @@
 """Publishes what the studies measured: `python tools/make_results.py RUNS`.
 
-Copies `results.json` and the figures of each study's directory in RUNS to `docs/results/` and `docs/figures/`, and
+It copies `results.json` and the figures of each study's directory in RUNS to `docs/results/` and `docs/figures/`, and
 writes the ledger (`docs/ledger.md`), the tables of `docs/results.md` and that of `docs/studies.md`. Without RUNS it
 writes the pages anew from what is in `docs/results/`; every number on them is in those files.
 """
@@ -20,7 +20,7 @@ from bnjax.studies.evidence.ledger import Ledger, claims_of, judge
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
-COLUMNS = 6  # of numbers in a table
+COLUMNS = 6  # columns of numbers in a table
 JPEG = "The images of CIFAR-10 were those of a copy compressed as JPEG, not the original ones."
 STUDIES_BLOCK = re.compile(r"(<!-- studies -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -60,12 +60,12 @@ def publish(run: Path, name: str, document: dict[str, Any]) -> None:
 
 
 def published(name: str) -> Results | None:
-    """The published results of a study."""
+    """Loads the published results of a study."""
     return Results.read(DOCS / "results" / f"{name}.json")
 
 
 def ledger_page(studies: dict[str, Results]) -> str:
-    """All claims with their verdicts, and the runs that they come from."""
+    """Returns the page of all claims with their verdicts, and of the runs that they come from."""
     judgments = [judgment for name, saved in studies.items() for judgment in judge(STUDIES[name], [saved])]
     ledger = Ledger(judgments, {name: len(saved.seeds) for name, saved in studies.items()})
     runs, machines = [], []
@@ -121,24 +121,24 @@ What was measured beside the claims, with all figures: [Results](results.md).
 
 
 def machine_of(machine: Mapping[str, Any]) -> str:
-    """The processor, as far as it was recorded."""
+    """Returns the processor's name and cores if they were recorded, else the device."""
     return f"{machine['processor']}, {machine['cores']} cores" if "processor" in machine else machine["devices"][0]
 
 
 def size_of(settings: Mapping[str, Any]) -> str:
-    """The settings that say how large and long a training was."""
+    """Returns the settings that say how large and long a training was, as text."""
     names = ("dataset", "network", "filters", "epochs", "steps_per_epoch", "deep_epochs", "steps", "examples")
     shown = [(name.replace("_", " "), settings[name]) for name in names if name in settings]
     return ", ".join(value if isinstance(value, str) else f"{text_of(value)} {name}" for name, value in shown)
 
 
 def text_of(value: Any) -> str:
-    """A number with thousands apart, or a list of such."""
+    """Formats a number with commas between thousands, or a list of such numbers."""
     return ", ".join(map(text_of, value)) if isinstance(value, list) else f"{value:,}"
 
 
 def results_page(text: str, studies: dict[str, Results]) -> str:
-    """The page with its tables and figures made anew; what is written between them stays."""
+    """Returns the page with its tables and figures made anew; the text between them stays."""
 
     def block(match: re.Match[str]) -> str:
         name = match[2]

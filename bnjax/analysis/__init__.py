@@ -1,9 +1,9 @@
 """Measurements of why batch norm works: pure functions of a `loss_fn(params, *args) -> scalar` and pytrees.
 
-Smoothness along the gradient, internal covariate shift, curvature, loss surfaces, and what gradients and activations
-tell. All can be jitted, vmapped (over seeds, learning rates, …) and used inside scans; none has a hidden jit, so wrap
-what is called often: `jax.jit(functools.partial(gradient_probe, loss_fn))`. Nothing in here knows Flax: which function
-is measured, batch norm's mode included, is decided where the loss is made: `bnjax.analysis.losses` makes losses of Flax
+They cover smoothness along the gradient, internal covariate shift, curvature, loss surfaces, gradients and activations.
+All can be jitted, vmapped (over seeds, learning rates, …) and used inside scans; none has a hidden jit, so wrap what is
+called often: `jax.jit(functools.partial(gradient_probe, loss_fn))`. Nothing in here knows Flax: the caller's loss
+decides which function is measured, batch norm's mode included, and `bnjax.analysis.losses` makes losses of Flax
 models. Figures are in `bnjax.analysis.plots`. Arrays on a mesh are taken with its axes of type Auto (as
 `bnjax.training.make_mesh` makes them); under explicit axes reshard them to `P()` first.
 """

@@ -1,4 +1,4 @@
-"""What the figures share: palette, checks of shapes, lines with bands, and scales."""
+"""The common parts of figures: palette, checks of shapes, lines with bands, and scales."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ MANTISSAS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5
 
 Lines = dict[str, Line2D]
 
-# Quantities of results: the axis label, and whether the axis is logarithmic by default.
+# The quantities of results, each with the axis label and whether the axis is logarithmic by default.
 PROBE = {
     "loss": ("loss L(W − a d)", False),
     "gradient_distance": ("gradient distance\n‖∇L(W − a d) − ∇L(W)‖₂", False),
@@ -35,12 +35,12 @@ SHIFT = {"distance": ("shift ‖G − G′‖₂", True), "cosine": ("cosine of 
 
 
 def line_style(i: int) -> dict[str, Any]:
-    """Color and line style of the i-th of up to 64 lines that are told apart."""
+    """Returns color and line style of the i-th of up to 64 distinct lines."""
     return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[(i + i // len(COLORS)) % len(STYLES)]}
 
 
 def checked(name: str, value: Any, *shapes: str) -> np.ndarray:
-    """The value as float64, checked to be of one of the shapes, such as 'seeds, steps'."""
+    """Returns a value as float64, checked to be of one of the shapes, such as 'seeds, steps'."""
     array = np.asarray(value, float)
     if array.size == 0 or array.ndim not in {shape.count(",") + 1 for shape in shapes}:
         expected = " or ".join(f"[{shape}]" for shape in shapes)
@@ -61,17 +61,17 @@ def increasing(name: str, value: Any, count: int) -> np.ndarray:
 
 
 def averaged(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # of infinities of both signs
+    with np.errstate(invalid="ignore"):  # the mean of infinities of both signs is NaN
         return values.mean(axis)
 
 
 def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, smallest and largest `[n]` of `[n]` or `[seeds, n]`."""
+    """Returns mean, smallest and largest `[n]` of values `[n]` or `[seeds, n]` over seeds."""
     values = values.reshape((-1, values.shape[-1]))
     return averaged(values, 0), values.min(0), values.max(0)
 
 
-def chosen(quantity: str, table: Mapping[str, tuple[str, bool]], log: bool | None) -> tuple[str, bool]:
+def label_and_scale(quantity: str, table: Mapping[str, tuple[str, bool]], log: bool | None) -> tuple[str, bool]:
     if quantity not in table:
         raise ValueError(f"quantity must be one of {', '.join(table)}, got {quantity!r}.")
     return table[quantity][0], table[quantity][1] if log is None else log
@@ -87,7 +87,7 @@ def draw_bands(
     ordered: bool = False,
     first: int = 0,
 ) -> Lines:
-    """Lines with bands `(line, low, high)` by label."""
+    """Draws lines with bands, given as `(line, low, high)` by label."""
     lines = {}
     for i, (label, band) in enumerate(bands.items(), first):
         color = colormaps[COLOR_MAP](0.9 * (i - first) / max(1, len(bands) - 1)) if ordered else None
@@ -100,28 +100,28 @@ def draw_bands(
 
 
 def draw_band(ax: Axes, i: int, label: str, x: Any, line: Any, low: Any, high: Any, color: Any = None) -> Line2D:
-    """The i-th line of an axes with its band, gaps where it is not finite, and crosses above them."""
-    chosen = line_style(i) | ({"color": color} if color else {})
+    """Draws the i-th line of an axes with its band, gaps where it is not finite, and crosses above the gaps."""
+    style = line_style(i) | ({"color": color} if color else {})
     finite = np.isfinite(line) & np.isfinite(low) & np.isfinite(high)
     line, low, high = (np.where(finite, v, np.nan) for v in (line, low, high))
     few = len(x) < 25 or not finite.all()  # markers show single points too
-    (drawn,) = ax.plot(x, line, label=label, linewidth=1.5, marker="." if few else None, **chosen)
+    (drawn,) = ax.plot(x, line, label=label, linewidth=1.5, marker="." if few else None, **style)
     if (low < high).any():
-        ax.fill_between(x, low, high, alpha=0.22, **chosen)
+        ax.fill_between(x, low, high, alpha=0.22, **style)
     if not finite.all():
         y = np.full((~finite).sum(), 0.97 - 0.04 * (i % len(COLORS)))
-        ax.plot(x[~finite], y, "x", color=chosen["color"], transform=ax.get_xaxis_transform())
+        ax.plot(x[~finite], y, "x", color=style["color"], transform=ax.get_xaxis_transform())
     return drawn
 
 
 def is_wide(line: np.ndarray) -> bool:
-    """Whether a line is positive and spans four decades or more."""
+    """Returns whether a line is positive and spans four decades or more."""
     finite = line[np.isfinite(line)]
     return bool(len(finite)) and finite.min() > 0 and bool(finite.max() >= 1e4 * finite.min())
 
 
 def set_scale(ax: Axes, log: bool, lines: Lines) -> None:
-    """A logarithmic vertical axis where it is wanted and there is something to show on it."""
+    """Makes the vertical axis logarithmic where it is wanted and some value is positive."""
     if log and any((np.asarray(line.get_ydata()) > 0).any() for line in lines.values()):
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(PlainFormatter())
@@ -129,7 +129,7 @@ def set_scale(ax: Axes, log: bool, lines: Lines) -> None:
 
 
 class PlainFormatter(LogFormatter):
-    """0.2 rather than 2 × 10⁻¹; nothing where it would be crowded."""
+    """A formatter that writes 0.2 rather than 2 × 10⁻¹, and nothing where labels would be crowded."""
 
     def __call__(self, x, pos=None):
         return f"{x:g}" if super().__call__(x, pos) else ""
@@ -150,7 +150,7 @@ def shown_height(values: np.ndarray, log: bool) -> np.ndarray:
 
 
 def checked_grid(losses: Any, coordinates: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both coordinates, and the losses."""
+    """Returns both coordinates and the losses of a surface, checked."""
     z = checked("losses", losses, "K₁, K₂")
     if min(z.shape) < 2 or len(coordinates) != 2:
         raise ValueError(f"losses must be of 2 by 2 points at least, with 2 coordinates, got {list(z.shape)}.")
@@ -159,7 +159,7 @@ def checked_grid(losses: Any, coordinates: Sequence[Any]) -> tuple[np.ndarray, n
 
 
 def heights_at(heights: Any, points: np.ndarray) -> np.ndarray:
-    """Heights of points, interpolated where they are given as a surface."""
+    """Returns heights of points, interpolated where they are given as a surface."""
     if heights is None:
         raise ValueError("heights must be given on axes of three dimensions. Pass (losses, coordinates) or the losses.")
     if isinstance(heights, tuple):
@@ -167,14 +167,14 @@ def heights_at(heights: Any, points: np.ndarray) -> np.ndarray:
 
         a, b, z = checked_grid(*heights)
         return RegularGridInterpolator((a, b), z, bounds_error=False)(points[:, :2])
-    found = checked("heights", heights, "T")
-    if len(found) != len(points):
-        raise ValueError(f"heights must be {len(points)}, as many as the points, got {len(found)}.")
-    return found
+    values = checked("heights", heights, "T")
+    if len(values) != len(points):
+        raise ValueError(f"heights must be {len(points)}, as many as the points, got {len(values)}.")
+    return values
 
 
 def color_norm(values: np.ma.MaskedArray, levels: int | Sequence[float], log: bool) -> Any:
-    """Colors evenly over given levels, or about as many round ones; geometric only where the range is wide."""
+    """Spreads colors evenly over given levels, or about as many round ones; geometric only where the range is wide."""
     low, high = (values.min(), values.max()) if values.count() else (1.0, 1.0)
     if not isinstance(levels, int):
         bounds = np.asarray(levels, float)

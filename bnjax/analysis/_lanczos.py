@@ -1,4 +1,4 @@
-"""Krylov spaces of symmetric operators on pytrees: bases, Ritz values and Ritz vectors."""
+"""Krylov spaces of symmetric operators on pytrees, with bases, Ritz values and Ritz vectors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,45 +16,46 @@ _LEAST_DEGREE = 20  # blocks trade polynomial degree for fewer passes over the b
 def block_lanczos(
     product: Callable[[Any], Any], like: Any, num_steps: int, key: Array, width: int | None = None
 ) -> tuple[Array, Array, Array, Array]:
-    """Orthonormal basis `[num_steps, P]`, Ritz values and vectors in it, and the vectors' residual norms.
+    """Computes an orthonormal basis `[num_steps, P]`, Ritz values and vectors in it, and the vectors' residual norms.
 
     Full reorthogonalization reads the whole basis for each new vector, which takes longer than most Hessian products.
     Blocks of b vectors read it once for b products, by block Gram–Schmidt. The projected matrix is made of all its
-    coefficients, so that the values are Ritz values of the basis as it is. Without a `width` of the blocks as wide ones
-    are taken as leave enough of them.
+    coefficients, so that the values are Ritz values of the basis as it is. Without a `width` the blocks are as wide as
+    leaves enough of them.
     """
     flat_product, start = _flat(product, like, key)
-    further, noise = jax.random.split(jax.random.fold_in(key, 1))
+    block_key, noise_key = jax.random.split(jax.random.fold_in(key, 1))
     size, dtype = start.shape[0], start.dtype
     if width is None:
         largest = min(_LARGEST_BLOCK, max(1, num_steps // _LEAST_DEGREE))
         width = next(b for b in range(largest, 0, -1) if num_steps % b == 0)
     identity = jnp.eye(width, dtype=dtype)
-    direction = jax.random.uniform(noise, start.shape, dtype, -1, 1)
+    direction = jax.random.uniform(noise_key, start.shape, dtype, -1, 1)
 
     def matmul(a, b):
         return jnp.matmul(a, b, precision="highest")
 
     def without(basis, rows, blocks):
-        """The rows' coefficients in the first blocks of the basis, and what is left of the rows."""
+        """Returns the rows' coefficients in the first blocks of the basis, and the rows without these components."""
 
-        def one(i, carry):
+        def project(i, carry):
             rows, coefficients = carry
             block = lax.dynamic_slice(basis, (i * width, 0), (width, size))
             along = matmul(block, rows.T)
             return rows - matmul(along.T, block), lax.dynamic_update_slice(coefficients, along, (i * width, 0))
 
-        rows, coefficients = lax.fori_loop(0, blocks, one, (rows, jnp.zeros((num_steps, width), dtype)))
+        rows, coefficients = lax.fori_loop(0, blocks, project, (rows, jnp.zeros((num_steps, width), dtype)))
         return coefficients, rows
 
     def orthonormal(basis, rows, kept, blocks):
-        """Rows q without components in the basis, and the factor r of `rows = r q` up to these components.
+        """Returns rows q without components in the basis, and the factor r of `rows = r q` up to these components.
 
-        Cholesky's factor of the rows' products makes them orthonormal where neither it nor the projection before, which
-        left the share `kept` of each row, canceled much. Else both are done again: when a Krylov space closes.
+        Cholesky's factor of the rows' products makes the rows orthonormal if neither it nor the projection before,
+        which left the share `kept` of each row, canceled much. Otherwise both are repeated, as when a Krylov space
+        closes.
         """
 
-        def again(carry):
+        def orthonormalize(carry):
             rows, factor, kept, turns, _ = carry
             norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
             rows = rows / norms
@@ -69,7 +70,7 @@ def block_lanczos(
             return rows, matmul(factor, norms * lower), jnp.linalg.norm(rows, axis=1), turns + 1, is_pure
 
         state = rows, identity, kept, 0, False
-        return lax.while_loop(lambda carry: ~carry[4] & (carry[3] < 10), again, state)[:2]
+        return lax.while_loop(lambda carry: ~carry[4] & (carry[3] < 10), orthonormalize, state)[:2]
 
     def step(j, carry):
         basis, projected, block, _ = carry
@@ -83,7 +84,7 @@ def block_lanczos(
         return basis, projected, *orthonormal(basis, rows, kept, j + 1)
 
     basis = jnp.zeros((num_steps, size), dtype)
-    first = jnp.concatenate([start[None], jax.random.normal(further, (width - 1, size), dtype)])
+    first = jnp.concatenate([start[None], jax.random.normal(block_key, (width - 1, size), dtype)])
     carry = basis, jnp.zeros((num_steps, num_steps), dtype), *orthonormal(basis, first, jnp.ones(width, dtype), 0)
     basis, projected, _, remainder = lax.fori_loop(0, num_steps // width, step, carry)
     values, vectors = jnp.linalg.eigh(jnp.triu(projected) + jnp.triu(projected, 1).T)
@@ -91,23 +92,23 @@ def block_lanczos(
 
 
 def quadrature(product: Callable[[Any], Any], like: Any, num_steps: int, key: Array) -> tuple[Array, Array]:
-    """Ritz values of one random vector, and the squares of their vectors' components along it."""
+    """Returns Ritz values of one random vector, and the squares of their vectors' components along it."""
     _, values, vectors, _ = block_lanczos(product, like, num_steps, key, width=1)
     return values, jnp.square(vectors[0])
 
 
 def _flat(product: Callable[[Any], Any], like: Any, key: Array) -> tuple[Callable[[Array], Array], Array]:
-    """The product as one of flat vectors of float32 or wider, and a random vector."""
+    """Returns a product of flat vectors of float32 or wider in place of pytrees, and a random vector."""
     flat, unravel = ravel_pytree(like)
     dtype = jnp.promote_types(flat.dtype, jnp.float32)
     return lambda v: ravel_pytree(product(unravel(v)))[0].astype(dtype), jax.random.normal(key, flat.shape, dtype)
 
 
 def _disturbed(w: Array, direction: Array) -> Array:
-    """A product with a random vector of the size of its rounding errors.
+    """Adds to a product a random vector of the size of its rounding errors.
 
-    A Krylov space that closes early would leave nothing but rounding errors to continue with, which lie in it again and
-    make false eigenvalues. The random vector leads out of it.
+    A Krylov space that closes early would leave nothing but rounding errors to continue with, which lie in that space
+    and make false eigenvalues. The random vector leads out of it.
     """
-    floor = float(jnp.finfo(w.dtype).tiny) ** 0.45  # whose square does not underflow
+    floor = float(jnp.finfo(w.dtype).tiny) ** 0.45  # the floor's square does not underflow
     return w + direction * (8 * jnp.finfo(w.dtype).eps * jnp.sqrt(jnp.mean(jnp.square(w))) + floor)

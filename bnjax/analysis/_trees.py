@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 LossFn = Callable[..., Array]
-"""`loss_fn(params, *args) -> scalar`."""
+"""A loss `loss_fn(params, *args) -> scalar`."""
 Layer = str | Sequence[str]
 """A subtree of the parameters by its path, such as 'Conv_0' or 'block/Dense_1', or several that form a layer."""
 
 
 def differentiable(loss_fn: LossFn, params: Any) -> tuple[LossFn, Any]:
-    """The loss as a function of the floating-point leaves alone, and these, with None for the others.
+    """Returns the loss as a function of the floating-point leaves alone, and these leaves, with None for the others.
 
     Raises:
       ValueError: for parameters without any array, or when the loss is called, if it is not a scalar.
@@ -30,8 +30,8 @@ def differentiable(loss_fn: LossFn, params: Any) -> tuple[LossFn, Any]:
         raise TypeError(f"params must be real, got an array of {complex_[0]}. Pass its real and imaginary parts.")
     free = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _kind(leaf, jnp.floating) else None, params)
     if not jax.tree.leaves(free):
-        found = sorted({str(jnp.result_type(leaf)) for leaf in leaves})
-        raise TypeError(f"params must hold floating-point arrays, got {', '.join(found)} only. Convert them first.")
+        dtypes = sorted({str(jnp.result_type(leaf)) for leaf in leaves})
+        raise TypeError(f"params must hold floating-point arrays, got {', '.join(dtypes)} only. Convert them first.")
 
     def loss_of_free(free: Any, *args: Any) -> Array:
         value = loss_fn(merged(free, params), *args)
@@ -51,25 +51,25 @@ def differentiable(loss_fn: LossFn, params: Any) -> tuple[LossFn, Any]:
 
 
 def merged(free: Any, params: Any) -> Any:
-    """`params` with the leaves of `free` in place of their own, where it has one."""
+    """Returns `params` with the leaves of `free` in place of their own, where it has one."""
     return jax.tree.map(lambda new, old: old if new is None else new, free, params, is_leaf=_is_none)
 
 
 def free_part(name: str, tree: Any, free: Any) -> Any:
-    """The leaves of `tree` beside those of `free`, or raises `ValueError` where structure or shapes differ."""
-    expected, given = jax.tree.structure(free, is_leaf=_is_none), jax.tree.structure(tree, is_leaf=_is_none)
-    if expected != given:
-        raise ValueError(f"{name} must have the structure of params, {expected}, got {given}.")
+    """Returns the leaves of `tree` beside those of `free`; raises `ValueError` where structure or shapes differ."""
+    expected, structure = jax.tree.structure(free, is_leaf=_is_none), jax.tree.structure(tree, is_leaf=_is_none)
+    if expected != structure:
+        raise ValueError(f"{name} must have the structure of params, {expected}, got {structure}.")
     pairs = zip(jax.tree.leaves_with_path(tree, is_leaf=_is_none), jax.tree.leaves(free, is_leaf=_is_none), strict=True)
     for (path, leaf), like in pairs:
         if like is not None and (leaf is None or jnp.shape(leaf) != like.shape):
-            found = "nothing" if leaf is None else f"shape {jnp.shape(leaf)}"
-            raise ValueError(f"{name} must have the shapes of params, {like.shape} at {path_name(path)}, got {found}.")
+            shape = "nothing" if leaf is None else f"shape {jnp.shape(leaf)}"
+            raise ValueError(f"{name} must have the shapes of params, {like.shape} at {path_name(path)}, got {shape}.")
     return jax.tree.map(lambda like, leaf: None if like is None else jnp.asarray(leaf), free, tree, is_leaf=_is_none)
 
 
 def filled(free: Any, params: Any) -> Any:
-    """`free` in the structure of `params`, with zeros where a leaf is not differentiated."""
+    """Returns `free` in the structure of `params`, with zeros where a leaf is not differentiated."""
     if jax.tree.structure(free) == jax.tree.structure(params):
         return free
 
@@ -80,7 +80,7 @@ def filled(free: Any, params: Any) -> Any:
 
 
 def dot(a: Any, b: Any) -> Array:
-    """Inner product of two trees, accumulated in float32 at least."""
+    """Computes the inner product of two trees, accumulated in float32 at least."""
 
     def of_leaves(x, y):
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
@@ -90,38 +90,38 @@ def dot(a: Any, b: Any) -> Array:
 
 
 def norm(tree: Any) -> Array:
-    """Euclidean norm of a tree; its derivative at zero is zero."""
+    """Computes the Euclidean norm of a tree, whose derivative at zero is zero."""
     square = dot(tree, tree)
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def input_axes(kernel: Array, filter_axis: int) -> tuple[int, ...]:
-    """All axes of a kernel but that which counts its filters."""
+    """Returns all axes of a kernel but the one that counts its filters."""
     return tuple(a for a in range(kernel.ndim) if a != filter_axis % kernel.ndim)
 
 
 def subtract(a: Any, b: Any) -> Any:
-    """`a − b`."""
+    """Computes `a − b` of trees."""
     return jax.tree.map(jnp.subtract, a, b)
 
 
 def moved(params: Any, step: Array, direction: Any) -> Any:
-    """`params + step · direction`, in the dtypes of `params`."""
+    """Computes `params + step · direction` in the dtypes of `params`."""
     return jax.tree.map(lambda p, d: (p + step.astype(d.dtype) * d).astype(p.dtype), params, direction)
 
 
 def path_name(path: Any) -> str:
-    """A leaf's path as text, such as 'Conv_0/kernel'."""
+    """Returns a leaf's path as text, such as 'Conv_0/kernel'."""
     return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
 def ordered_layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
-    """The leaves (by their number) of each layer, the layers in the order of the network.
+    """Returns the leaves (by their number) of each layer, with the layers in the order of the network.
 
     Args:
       params: parameters.
-      layers: in the order in which the network applies them; by default that of a list, or of names that count, such
-        as 'Dense_0', 'Dense_1'.
+      layers: layers in the order in which the network applies them; by default the order of a list, or of names that
+        count, such as 'Dense_0', 'Dense_1'.
 
     Raises:
       ValueError: if the order is not known, a layer holds nothing, or a leaf belongs to two.
@@ -132,7 +132,7 @@ def ordered_layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[st
 
 
 def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
-    """The leaves (by their number) of each layer; by default each child of the root, by natural order, is one."""
+    """Returns the leaves (by number) of each layer; by default each child of the root is a layer, in natural order."""
     keys = [path for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_none)]
     paths = [path_name(path) for path in keys]
     if len(set(paths)) < len(paths):
@@ -142,20 +142,20 @@ def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[
         )
     if layers is None:
         layers = sorted({path_name(path[:1]) for path in keys}, key=_natural)
-    found: dict[str, list[int]] = {}
+    numbers: dict[str, list[int]] = {}
     for layer in layers:
         parts = (layer,) if isinstance(layer, str) else tuple(layer)
         leaves = [i for i, path in enumerate(paths) if any(path == p or path.startswith(f"{p}/") for p in parts)]
-        twice = [paths[i] for i in leaves if any(i in others for others in found.values())]
+        twice = [paths[i] for i in leaves if any(i in others for others in numbers.values())]
         if not leaves or twice:
             problem = f"{twice[0]} is in two of them" if twice else f"nothing is at {layer!r}"
             raise ValueError(f"layers must name disjoint parts of params by their paths; {problem}. There are {paths}.")
-        found[parts[0]] = leaves
-    return found
+        numbers[parts[0]] = leaves
+    return numbers
 
 
 def restrict(loss_fn: LossFn, params: Any, layers: Sequence[Layer]) -> tuple[LossFn, dict[str, Any]]:
-    """The loss as a function of some layers' parameters alone, the others frozen: every measurement takes it.
+    """Returns the loss as a function of some layers' parameters, the others frozen, for any measurement.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
@@ -163,10 +163,10 @@ def restrict(loss_fn: LossFn, params: Any, layers: Sequence[Layer]) -> tuple[Los
       layers: paths of the parameters that are not frozen, such as 'Conv_0' or 'Dense_1/kernel'.
 
     Returns:
-      `loss(chosen, *args)` and `chosen`, the arrays by their paths.
+      `loss(arrays, *args)` and `arrays`, the parameters of the layers by their paths.
 
     Raises:
-      ValueError: for paths at which there is nothing, or that overlap.
+      ValueError: for paths that lead to nothing, or that overlap.
 
     >>> from bnjax import analysis
     >>> loss, chosen = analysis.restrict(lambda w: w['a'] * w['b'] ** 2, {'a': 3.0, 'b': 2.0}, ['b'])
@@ -177,15 +177,15 @@ def restrict(loss_fn: LossFn, params: Any, layers: Sequence[Layer]) -> tuple[Los
     numbers = [n for group in layer_leaves(params, layers).values() for n in group if leaves[n] is not None]
     tree = jax.tree.structure(params, is_leaf=_is_none)
 
-    def loss(chosen: dict[str, Any], *args: Any) -> Array:
-        whole = [chosen.get(path_name(path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    def loss(arrays: dict[str, Any], *args: Any) -> Array:
+        whole = [arrays.get(path_name(path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
         return loss_fn(jax.tree.unflatten(tree, whole), *args)
 
     return loss, {path_name(paths[n]): leaves[n] for n in numbers}
 
 
 def of_leaves(tree: Any, numbers: Sequence[int]) -> list[Any]:
-    """Some leaves of a tree, by their numbers among all (None counts as a leaf)."""
+    """Returns some leaves of a tree, by their numbers among all (None counts as a leaf)."""
     leaves = jax.tree.leaves(tree, is_leaf=_is_none)
     return [leaves[i] for i in numbers if leaves[i] is not None]
 

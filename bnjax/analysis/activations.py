@@ -9,11 +9,11 @@ from jaxtyping import Array
 
 
 class ActivationStatistics(NamedTuple):
-    """The inputs of a layer's nonlinearity over a batch; further leading axes, as of time, are added by scan or vmap.
+    """Statistics of the inputs of a layer's nonlinearity over a batch; scan or vmap add leading axes, as of time.
 
     Attributes:
-      percentiles: of each unit's inputs over the batch (and space), `[percentiles, units]`.
-      mean: of each unit's inputs, `[units]`.
+      percentiles: percentiles of each unit's inputs over the batch (and space), `[percentiles, units]`.
+      mean: mean of each unit's inputs, `[units]`.
       deviation: standard deviation of each unit's inputs, `[units]`.
       saturated: fraction of all inputs at which the nonlinearity's slope is small.
       dead: fraction of units whose slope is small at every input of the batch.
@@ -33,16 +33,16 @@ def activation_statistics(
     percentiles: Sequence[float] = (15, 50, 85),
     min_slope: float = 0.05,
 ) -> dict[str, ActivationStatistics]:
-    """Percentiles of the inputs of each layer's nonlinearity, and how many of them lie where it is flat.
+    """Computes percentiles of the inputs of each layer's nonlinearity, and how many inputs lie where it is flat.
 
-    An input h is saturated where `|activation'(h)| < min_slope`; a unit is dead (for a batch) where all its inputs are.
+    An input h is saturated where `|activation'(h)| < min_slope`; a unit is dead (for a batch) if all its inputs are.
     With the default a sigmoid is saturated below 0.053 and above 0.947, tanh beyond ±0.975, and a ReLU where it is off.
 
     Args:
-      preactivations: by layer, arrays `[batch, …, units]`: what the nonlinearity is applied to. For a linen model
+      preactivations: inputs of the nonlinearity by layer, arrays `[batch, …, units]`. For a linen model
         `bnjax.analysis.losses.layer_outputs` gives them.
-      activation: elementwise, such as `jax.nn.sigmoid`.
-      percentiles: in percent, 0 to 100.
+      activation: elementwise function, such as `jax.nn.sigmoid`.
+      percentiles: levels of the percentiles in percent, 0 to 100.
       min_slope: the slope below which an input is saturated.
 
     Returns:
@@ -74,7 +74,7 @@ def activation_statistics(
         slope = jax.jvp(activation, (h,), (jnp.ones_like(h),))[1]
         flat = jnp.abs(slope) < min_slope
         quantiles = jnp.percentile(h, levels.astype(h.dtype), axis=0)
-        known = jnp.where(jnp.isnan(slope).any(), jnp.nan, 1)  # of NaN it can't be said whether they are flat
+        known = jnp.where(jnp.isnan(slope).any(), jnp.nan, 1)  # NaN makes the fractions unknown
         return ActivationStatistics(quantiles, h.mean(0), h.std(0), known * flat.mean(), known * flat.all(0).mean())
 
     return {name: of_layer(name, h) for name, h in preactivations.items()}

@@ -16,13 +16,13 @@ _WHICH = ("largest", "magnitude", "smallest")
 
 
 class Eigenpairs(NamedTuple):
-    """k eigenpairs of a symmetric operator.
+    """The k first eigenpairs of a symmetric operator.
 
     Attributes:
-      values: eigenvalues, the first that were asked for first, `[k]`.
-      vectors: pytree like the parameters with a leading axis of k: orthonormal eigenvectors.
-      residuals: ‖H v − λ v‖₂, `[k]`, what is left of it by too few steps: some eigenvalue lies within this distance of
-        each value, up to the rounding errors of the products (some hundred ε max |λ|), which come in addition.
+      values: eigenvalues in the order asked for, `[k]`.
+      vectors: orthonormal eigenvectors, as a pytree like the parameters with a leading axis of k.
+      residuals: ‖H v − λ v‖₂, `[k]`, which more steps make smaller: some eigenvalue lies within this distance of each
+        value, up to the rounding errors of the products (some hundred ε max |λ|), which come in addition.
     """
 
     values: Array
@@ -31,13 +31,13 @@ class Eigenpairs(NamedTuple):
 
 
 def hessian_product(loss_fn: LossFn, params: Any, vector: Any, *args: Any) -> Any:
-    """Product of the loss's Hessian with a vector: `H v = ∂/∂t ∇L(W + t v)` at t = 0, forward over reverse.
+    """Computes the product of the loss's Hessian and a vector: `H v = ∂/∂t ∇L(W + t v)` at t = 0, forward over reverse.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays, W; leaves that are not floating-point are constants.
       vector: v, a pytree like `params`.
-      *args: what `loss_fn` takes besides.
+      *args: further arguments of `loss_fn`.
 
     Returns:
       A pytree like `params`, with zeros for leaves that are not floating-point. It costs about two gradients.
@@ -61,10 +61,10 @@ def hessian_product(loss_fn: LossFn, params: Any, vector: Any, *args: Any) -> An
 def gauss_newton_product(
     model_fn: Callable[..., Any], output_loss: LossFn, params: Any, vector: Any, *args: Any
 ) -> Any:
-    """Product of the generalized Gauss–Newton matrix with a vector: `G v = Jᵀ H_z J v`.
+    """Computes the product of the generalized Gauss–Newton matrix and a vector: `G v = Jᵀ H_z J v`.
 
     J is the Jacobian of the outputs z = model_fn(params, *args), and H_z the Hessian of output_loss(z). For a
-    cross-entropy of logits it is the Fisher information matrix. G is the Hessian's part without second derivatives of
+    cross-entropy of logits G is the Fisher information matrix. G is the Hessian's part without second derivatives of
     the model, positive semi-definite where the loss is convex in the outputs.
 
     Args:
@@ -72,13 +72,13 @@ def gauss_newton_product(
       output_loss: `output_loss(outputs) -> scalar`.
       params: pytree of arrays; leaves that are not floating-point are constants.
       vector: v, a pytree like `params`.
-      *args: what `model_fn` takes besides.
+      *args: further arguments of `model_fn`.
 
     Returns:
       A pytree like `params`, with zeros for leaves that are not floating-point.
 
     Raises:
-      TypeError, ValueError: as `hessian_product`.
+      TypeError, ValueError: as `hessian_product` does.
 
     References:
       Schraudolph 2002, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent".
@@ -108,16 +108,16 @@ def hessian_eigenpairs(
     num_steps: int | None = None,
     which: str = "largest",
 ) -> Eigenpairs:
-    """The k first eigenpairs of the loss's Hessian, by block Lanczos with full reorthogonalization.
+    """Computes the k first eigenpairs of the loss's Hessian, by block Lanczos with full reorthogonalization.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays with P numbers; leaves that are not floating-point are constants.
       k: number of eigenpairs, 1 to P; static.
-      *args: what `loss_fn` takes besides.
+      *args: further arguments of `loss_fn`.
       key: random key of the first vector.
       num_steps: Hessian products, k to P; static. More make smaller residuals; by default 6 k + 40, or P if that is
-        less. It keeps as many vectors of the parameters' size. From 40 on they are made in blocks of up to 8 vectors
+        less. As many vectors of the parameters' size are kept. From 40 on they are made in blocks of up to 8 vectors
         (the largest divisor of num_steps that leaves 20 blocks), which spares passes over these vectors.
       which: 'largest' or 'smallest' by value, or by 'magnitude'; static.
 
@@ -153,23 +153,23 @@ def layer_eigenpairs(
     num_steps: int | None = None,
     which: str = "largest",
 ) -> dict[str, Eigenpairs]:
-    """The k first eigenpairs of each layer's block of the Hessian, the other layers held.
+    """Computes the k first eigenpairs of each layer's block of the Hessian, with the other layers held.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays.
-      k: number of eigenpairs of each layer, at most the numbers in the smallest; static.
-      *args: what `loss_fn` takes besides.
+      k: number of eigenpairs of each layer, at most the number of parameters in the smallest layer; static.
+      *args: further arguments of `loss_fn`.
       key: random key.
       layers: paths of the layers' parameters; by default each child of the root is a layer.
-      num_steps: as that of `hessian_eigenpairs`.
-      which: as that of `hessian_eigenpairs`.
+      num_steps: number of products, as in `hessian_eigenpairs`.
+      which: order of the eigenvalues, as in `hessian_eigenpairs`.
 
     Returns:
       `Eigenpairs` by the layer's name, whose vectors are dicts of the layer's arrays by their paths.
 
     Raises:
-      TypeError, ValueError: as `hessian_eigenpairs`; for layers that are unknown or overlap.
+      TypeError, ValueError: as `hessian_eigenpairs` does; also for layers that are unknown or overlap.
 
     >>> from bnjax import analysis
     >>> loss = lambda w: w['a'].sum() ** 2 + 3 * w['a'].sum() * w['b'].sum() + 2 * (w['b'] ** 2).sum()
@@ -179,15 +179,15 @@ def layer_eigenpairs(
     {'a': [4.0], 'b': [4.0]}
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
-    groups = _trees.layer_leaves(free, layers)  # which raises for layers that overlap
+    groups = _trees.layer_leaves(free, layers)  # raises for layers that overlap
     if layers is None:
         layers = [name for name, leaves in groups.items() if _trees.of_leaves(free, leaves)]
-    found = {}
+    pairs = {}
     for i, layer in enumerate(layers):
         parts = (layer,) if isinstance(layer, str) else tuple(layer)
         options = {"key": jax.random.fold_in(key, i), "num_steps": num_steps, "which": which}
-        found[parts[0]] = hessian_eigenpairs(*_trees.restrict(loss_fn, free, parts), k, *args, **options)
-    return found
+        pairs[parts[0]] = hessian_eigenpairs(*_trees.restrict(loss_fn, free, parts), k, *args, **options)
+    return pairs
 
 
 def eigenpairs(
@@ -199,15 +199,15 @@ def eigenpairs(
     num_steps: int | None = None,
     which: str = "largest",
 ) -> Eigenpairs:
-    """The k first eigenpairs of any symmetric operator on pytrees, such as a Gauss–Newton matrix.
+    """Computes the k first eigenpairs of any symmetric operator on pytrees, such as a Gauss–Newton matrix.
 
     Args:
       product: maps a pytree like `like` to its product with the operator.
       like: pytree of floating-point arrays.
-      k: as that of `hessian_eigenpairs`.
-      key: as that of `hessian_eigenpairs`.
-      num_steps: as that of `hessian_eigenpairs`.
-      which: as that of `hessian_eigenpairs`.
+      k: number of eigenpairs, as in `hessian_eigenpairs`.
+      key: random key, as in `hessian_eigenpairs`.
+      num_steps: number of products, as in `hessian_eigenpairs`.
+      which: order of the eigenvalues, as in `hessian_eigenpairs`.
 
     Raises:
       ValueError: for k, num_steps or which out of range.
@@ -227,14 +227,13 @@ def eigenpairs(
         raise ValueError(f"num_steps must be from k = {k} to the number of parameters, {size}, got {num_steps}.")
     basis, values, vectors, residuals = block_lanczos(product, like, num_steps, key)
     order = {"largest": -values, "magnitude": -jnp.abs(values), "smallest": values}[which]
-    chosen = jnp.argsort(order)[:k]
+    indices = jnp.argsort(order)[:k]
     unravel = ravel_pytree(like)[1]
-    found = jnp.matmul(vectors[:, chosen].T, basis, precision="highest")
-    return Eigenpairs(values[chosen], jax.vmap(unravel)(found), residuals[chosen])
+    flat_vectors = jnp.matmul(vectors[:, indices].T, basis, precision="highest")
+    return Eigenpairs(values[indices], jax.vmap(unravel)(flat_vectors), residuals[indices])
 
 
 def product_with(loss_fn: LossFn, free: Any, args: tuple) -> Callable[[Any], Any]:
-    """The function `v → H v` of trees without constants; what all products share is computed once and kept."""
-
+    """Returns the function `v → H v` of trees without constants; the common part of all products is computed once."""
     linear = jax.linearize(lambda p: jax.grad(loss_fn)(p, *args), free)[1]
     return lambda v: linear(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), v, free))

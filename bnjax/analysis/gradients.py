@@ -1,4 +1,4 @@
-"""What a gradient tells: its norm by layer, its noise, the agreement between batches, sharpness, scale invariance."""
+"""Measurements of gradients: norms by layer, noise, agreement between batches, sharpness, scale invariance."""
 
 import dataclasses
 import functools
@@ -15,11 +15,11 @@ from bnjax.analysis._trees import Layer, LossFn
 
 
 class GradientNoise(NamedTuple):
-    """How noisy the gradient of a batch is.
+    """The noise of a batch's gradient.
 
     Attributes:
-      scale: tr Σ / ‖G‖², examples: the batch size at which noise and gradient are of one size. Negative, or far off,
-        where the batches at hand can't tell the gradient from the noise (`squared_norm` near or below zero).
+      scale: tr Σ / ‖G‖², the batch size, in examples, at which noise and gradient are of one size. It is negative, or
+        far off, where the batches can't separate the gradient from the noise (`squared_norm` near or below zero).
       squared_norm: unbiased estimate of ‖G‖², G being the gradient without noise.
       trace: unbiased estimate of tr Σ, the summed variances of one example's gradient.
     """
@@ -30,12 +30,12 @@ class GradientNoise(NamedTuple):
 
 
 class GradientConfusion(NamedTuple):
-    """How much the gradients of n batches disagree.
+    """The disagreement of the gradients of n batches.
 
     Attributes:
       confusion: the smallest η ≥ 0 with ⟨g_i, g_j⟩ ≥ −η for all i ≠ j.
-      min_cosine: smallest cosine between two of them; NaN where one is zero.
-      mean_cosine: mean over all pairs.
+      min_cosine: smallest cosine between two gradients; NaN where one is zero.
+      mean_cosine: mean cosine over all pairs.
       products: all inner products, `[n, n]`.
     """
 
@@ -52,32 +52,34 @@ class GradientConfusion(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class ScaleInvariance:
-    """Whether the loss depends on the scale of each kernel; arrays `[layers]`.
+    """The dependence of the loss on the scale of each kernel; arrays `[layers]`.
 
     Attributes:
       layers: paths of the kernels.
       cosine: largest |⟨w_j, ∂L/∂w_j⟩| / (‖w_j‖ ‖∂L/∂w_j‖) over the units j: 0 where the loss does not change with the
         scale of a unit's weights. Units without gradient or weights are left out; NaN where that leaves none.
-      weight_norm: ‖W‖₂.
-      gradient_norm: ‖∂L/∂W‖₂.
-      effective_learning_rate: learning rate / ‖W‖², what decides how fast the direction of scale-invariant weights
+      weight_norm: ‖W‖₂ of each kernel.
+      gradient_norm: ‖∂L/∂W‖₂ of each kernel.
+      effective_learning_rate: learning rate / ‖W‖², which decides how fast the direction of scale-invariant weights
         turns; NaN without a learning rate.
     """
 
     layers: tuple[str, ...]
-    cosine: Any  # arrays, or what else a tree of them may hold
+    cosine: Any  # arrays, or any other leaf of a tree
     weight_norm: Any
     gradient_norm: Any
     effective_learning_rate: Any
 
 
 def gradient_norms(loss_fn: LossFn, params: Any, *args: Any, layers: Sequence[Layer] | None = None) -> dict[str, Array]:
-    """Norm of the gradient by each layer's parameters, ‖∂L/∂W_i‖₂: where they shrink towards the input, they vanish.
+    """Computes the norm of the gradient by each layer's parameters, ‖∂L/∂W_i‖₂.
+
+    Gradients vanish where these norms shrink towards the input.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays; leaves that are not floating-point are constants.
-      *args: what `loss_fn` takes besides.
+      *args: further arguments of `loss_fn`.
       layers: paths of the layers' parameters; by default each child of the root is a layer.
 
     Raises:
@@ -97,7 +99,7 @@ def gradient_norms(loss_fn: LossFn, params: Any, *args: Any, layers: Sequence[La
 
 
 def gradient_noise_scale(loss_fn: LossFn, params: Any, *args: Any, num_batches: int) -> GradientNoise:
-    """The simple noise scale `tr Σ / ‖G‖²`, from the gradients g_i of n parts of a batch, b examples each.
+    """Computes the simple noise scale `tr Σ / ‖G‖²` from the gradients g_i of n parts of a batch, b examples each.
 
         s² = Σ ‖g_i − ḡ‖² / (n − 1)        tr Σ = b s²        ‖G‖² = ‖ḡ‖² − s² / n
 
@@ -140,7 +142,7 @@ def gradient_noise_scale(loss_fn: LossFn, params: Any, *args: Any, num_batches: 
 
 
 def gradient_confusion(loss_fn: LossFn, params: Any, *args: Any, num_batches: int) -> GradientConfusion:
-    """How much the gradients of n parts of a batch point against each other: `η = max(0, −min_{i≠j} ⟨g_i, g_j⟩)`.
+    """Measures how far gradients of n parts of a batch oppose each other: `η = max(0, −min_{i≠j} ⟨g_i, g_j⟩)`.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the examples.
@@ -177,17 +179,17 @@ def gradient_confusion(loss_fn: LossFn, params: Any, *args: Any, num_batches: in
 
 
 def sam_sharpness(loss_fn: LossFn, params: Any, radius: ArrayLike, *args: Any, num_steps: int = 1) -> Array:
-    """Rise of the loss to the worst point that steps of steepest ascent find in a ball: `L(W + e) − L(W)`, ‖e‖ ≤ ρ.
+    """Computes the loss's rise to the worst point that steepest ascent finds in a ball: `L(W + e) − L(W)`, ‖e‖ ≤ ρ.
 
-    With one step `e = ρ g / ‖g‖`, the first-order solution; with more, each of length 2 ρ / num_steps, projected back
-    into the ball.
+    One step gives the first-order solution `e = ρ g / ‖g‖`; several steps have the length 2 ρ / num_steps each and are
+    projected back into the ball.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays; leaves that are not floating-point are constants.
       radius: ρ > 0; may be traced.
-      *args: what `loss_fn` takes besides.
-      num_steps: gradients to take; static.
+      *args: further arguments of `loss_fn`.
+      num_steps: number of steps, each of which takes a gradient; static.
 
     Returns:
       The rise, a scalar; zero where the gradient is zero. Parameters of 16 bits lose moves below half their spacing.
@@ -228,7 +230,7 @@ def scale_invariance(
     learning_rate: ArrayLike | None = None,
     filter_axis: int = -1,
 ) -> ScaleInvariance:
-    """Whether each kernel's scale matters to the loss, and how fast its direction learns.
+    """Measures whether each kernel's scale matters to the loss, and how fast its direction learns.
 
     Weights that feed a batch norm do not change its output with their scale, BN((a w)ᵀ u) = BN(wᵀ u) for a > 0 (up to
     epsilon), so that by Euler's theorem ⟨w_j, ∂L/∂w_j⟩ = 0 for every unit j.
@@ -236,7 +238,7 @@ def scale_invariance(
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays; leaves that are not floating-point are constants.
-      *args: what `loss_fn` takes besides.
+      *args: further arguments of `loss_fn`.
       layers: paths of the kernels; by default all arrays of two and more dimensions.
       learning_rate: η, for the effective learning rate η / ‖W‖²; may be traced.
       filter_axis: axis of a kernel that counts its units: the last, as in Flax. Static.
@@ -261,9 +263,9 @@ def scale_invariance(
         for (path, w), g in zip(jax.tree.leaves_with_path(free), jax.tree.leaves(gradient), strict=True)
         if w.ndim >= 2
     }
-    chosen = tuple(kernels) if layers is None else tuple(layers)
-    unknown = [name for name in chosen if name not in kernels]
-    if unknown or not chosen:
+    names = tuple(kernels) if layers is None else tuple(layers)
+    unknown = [name for name in names if name not in kernels]
+    if unknown or not names:
         raise ValueError(f"layers must name kernels among {list(kernels)}, got {unknown or 'none'}.")
 
     def measured(w: Array, g: Array) -> tuple[Array, Array, Array]:
@@ -271,7 +273,7 @@ def scale_invariance(
         inputs = _trees.input_axes(w, filter_axis)
         w, g = w.astype(dtype), g.astype(dtype)
 
-        def scaled(v: Array) -> Array:  # lest squares underflow
+        def scaled(v: Array) -> Array:  # scales each unit's weights, lest their squares underflow
             largest = jnp.abs(v).max(inputs, keepdims=True, initial=0)
             return v / jnp.where(largest == 0, 1, largest)
 
@@ -283,14 +285,14 @@ def scale_invariance(
         return jnp.where(largest < 0, jnp.nan, largest), _trees.norm(w), _trees.norm(g)
 
     cosine, weight_norm, gradient_norm = (
-        jnp.stack(values) for values in zip(*(measured(*kernels[name]) for name in chosen), strict=True)
+        jnp.stack(values) for values in zip(*(measured(*kernels[name]) for name in names), strict=True)
     )
     rate = jnp.asarray(jnp.nan if learning_rate is None else learning_rate, weight_norm.dtype)
-    return ScaleInvariance(chosen, cosine, weight_norm, gradient_norm, rate / jnp.square(weight_norm))
+    return ScaleInvariance(names, cosine, weight_norm, gradient_norm, rate / jnp.square(weight_norm))
 
 
 def _parts(args: tuple, count: int) -> tuple[Any, int]:
-    """The arguments with the examples in `count` parts along a new leading axis, and how many are in each."""
+    """Splits the arguments' examples into `count` parts along a new leading axis; also returns the size of a part."""
     sizes = {leaf.shape[0] if jnp.ndim(leaf) else -1 for leaf in jax.tree.leaves(args)}
     if len(sizes) != 1 or -1 in sizes:
         raise ValueError(f"args must be arrays with the same number of examples first, got {sizes or 'none'}.")

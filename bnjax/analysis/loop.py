@@ -1,4 +1,4 @@
-"""Measuring while training, in one compiled scan; and the range of learning rates at which training works."""
+"""Measurements during training in one compiled scan, and the range of learning rates at which training works."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,14 +14,15 @@ from bnjax.analysis.probe import check_batch_size
 
 
 class LearningRateRange(NamedTuple):
-    """Which of R learning rates train.
+    """The results of training at R learning rates.
 
     Attributes:
-      learning_rates: `[R]`.
-      loss: before each of T steps, `[R, T]`.
+      learning_rates: the learning rates, `[R]`.
+      loss: loss before each of T steps, `[R, T]`.
       trains: whether the loss stays finite and its mean over the last tenth of the steps is below `target`, `[R]`.
       largest: the largest learning rate that trains; NaN where none does.
-      breaks_at: the smallest one above that; infinite where the largest of all trains, NaN where none does.
+      breaks_at: the smallest learning rate above `largest`; infinite where the largest of all trains, NaN where none
+        does.
     """
 
     learning_rates: Array
@@ -39,16 +40,17 @@ def measured_scan(
     measure: Callable[[Any, Any], Any],
     every: int,
 ) -> tuple[Any, Any, Any]:
-    """A scan of training steps that measures before every n-th of them: at steps 0, n, 2n, ….
+    """Scans training steps and measures before every n-th of them: at steps 0, n, 2n, ….
 
     The scan is nested, n steps inside, so nothing is computed at the steps between measurements, also under vmap, where
     a conditional would be computed at every step. Vmap it over seeds and learning rates.
 
     Args:
-      step: `step(state, input) -> (state, output)`, as for `jax.lax.scan`.
-      state: what is trained: any pytree.
+      step: function `step(state, input) -> (state, output)`, as for `jax.lax.scan`.
+      state: pytree that is trained.
       inputs: pytree of arrays with a leading axis of T steps, such as batches or their numbers.
-      measure: `measure(state, input) -> measurement`, a pytree of arrays; gets the state before a step, and its input.
+      measure: function `measure(state, input) -> measurement`, a pytree of arrays, of the state before a step and the
+        step's input.
       every: n ≥ 1, which divides T; static.
 
     Returns:
@@ -92,17 +94,17 @@ def learning_rate_range(
     optimizer: Callable[[Any], Any] | None = None,
     batch_size: int | None = None,
 ) -> LearningRateRange:
-    """Trains at each of several learning rates from the same start: does it train, and at which rate does it break?
+    """Trains at each of several learning rates from the same start, to find at which rates training works or breaks.
 
     Args:
       loss_fn: `loss_fn(params, *batch) -> scalar`.
       params: pytree of arrays to begin with; leaves that are not floating-point are constants.
-      learning_rates: `[R]`, increasing; may be traced.
-      batches: tuple of arrays (or pytrees of them) with a leading axis of T steps: what `loss_fn` takes besides.
-      target: the loss below which it has trained; the loss before the first step by default.
+      learning_rates: learning rates `[R]`, increasing; may be traced.
+      batches: tuple of arrays (or pytrees of them) with a leading axis of T steps: further arguments of `loss_fn`.
+      target: loss below which training has worked; the loss before the first step by default.
       optimizer: makes an optax gradient transformation from a learning rate, such as `optax.adam`; plain gradient
         descent by default.
-      batch_size: learning rates trained at once by vmap; one after the other by default. Static.
+      batch_size: number of learning rates trained at once by vmap; one after the other by default. Static.
 
     Raises:
       TypeError, ValueError: for bad parameters, a loss that is no real scalar, or no learning rates.
@@ -141,7 +143,7 @@ def learning_rate_range(
     trains = jnp.isfinite(losses).all(1) & (last < (losses[:, 0] if target is None else target))
     largest = jnp.where(trains, rates, -jnp.inf).max()
     breaks_at = jnp.where(~trains & (rates > largest), rates, jnp.inf).min()
-    found = trains.any()
+    any_trains = trains.any()
     return LearningRateRange(
-        rates, losses, trains, jnp.where(found, largest, jnp.nan), jnp.where(found, breaks_at, jnp.nan)
+        rates, losses, trains, jnp.where(any_trains, largest, jnp.nan), jnp.where(any_trains, breaks_at, jnp.nan)
     )

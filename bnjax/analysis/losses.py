@@ -1,15 +1,15 @@
 """Losses of Flax models for `bnjax.analysis`, with an explicit batch-norm mode; running statistics never move.
 
-What is measured depends on how the batch norms normalize. With W the parameters and S the statistics:
+The function that is measured depends on how the batch norms normalize. With W the parameters and S the statistics:
 
     'batch'        L(W; statistics of the measured batch at W): the function that training descends
     'running'      L(W; S), S being the running statistics: inference
-    'frozen'       L(W; S), S being the statistics of a given batch at a given W₀, held (and of a layer that is called
+    'frozen'       L(W; S), S being the statistics of a given batch at a given W₀, held (for a layer that is called
                    several times, those of its last call)
     'reestimated'  L(W; S(W)), S(W) being the statistics of a given batch at the same W, such as on a path of solutions
 
-They have different gradients and Hessians. Only in mode 'batch' the model is in its training phase, with the noise of
-dropout and of `bnjax.linen.NoisyBatchNorm`. (On a mesh global and each device's statistics differ too: see
+These functions have different gradients and Hessians. Only in mode 'batch' the model is in its training phase, with the
+noise of dropout and of `bnjax.linen.NoisyBatchNorm`. (On a mesh global and each device's statistics differ too: see
 `bnjax.analysis.shard_loss`.)
 """
 
@@ -42,17 +42,17 @@ def linen_loss(
     rngs: Mapping[str, Array] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Array]:
-    """The mean loss of a linen model on a batch, as a function of its parameters.
+    """Returns the mean loss of a linen model on a batch, as a function of its parameters.
 
     Args:
       model: linen module, with batch norms of `bnjax.linen` or of Flax.
-      variables: its collections; 'params' matters in mode 'frozen' alone, where it is W₀.
+      variables: collections of the model; 'params' matters in mode 'frozen' alone, where it is W₀.
       objective: maps outputs and labels to the loss of each example, such as `bnjax.training.cross_entropy`; of a pair
         with whether each is classified correctly, the loss counts.
-      mode: how the batch norms normalize: 'batch', 'running', 'frozen' or 'reestimated'; see the module.
+      mode: mode in which the batch norms normalize, 'batch', 'running', 'frozen' or 'reestimated' (see the module).
       at: inputs of the batch whose statistics are taken, for 'frozen' and 'reestimated'.
-      argument: the argument of the model's call that says whether it trains: 'training', 'train', …, or the contrary:
-        'use_running_average', 'deterministic', …; None for a model without.
+      argument: name of the argument of the model's call that says whether it trains ('training', 'train', …) or the
+        contrary ('use_running_average', 'deterministic', …); None for a model without such an argument.
       rngs: random keys by name, for dropout; the same at every call, so that the loss is one function.
       axis_name: mapped axes over which weights are summed, where the loss is called on parts of a batch whose mean is
         taken (`bnjax.analysis.shard_loss`); without weights it makes no difference.
@@ -102,15 +102,15 @@ def linen_batch_stats(
     argument: str | None = "training",
     rngs: Mapping[str, Array] | None = None,
 ) -> Any:
-    """The collection 'batch_stats' with the statistics of one batch in place of the running ones.
+    """Returns the collection 'batch_stats' with the statistics of one batch in place of the running ones.
 
     Args:
       model: linen module.
-      variables: its collections, the parameters among them.
+      variables: collections of the model, the parameters among them.
       x: inputs of the batch.
-      weights: of the examples, as the batch norms' `mask`.
-      argument: as that of `linen_loss`.
-      rngs: as those of `linen_loss`.
+      weights: weights of the examples, as the batch norms' `mask`.
+      argument: name of the call's argument, as in `linen_loss`.
+      rngs: random keys, as in `linen_loss`.
 
     Returns:
       Means and biased variances, in the structure of `variables['batch_stats']`.
@@ -125,13 +125,13 @@ def linen_batch_stats(
 
     def taking_statistics(next_function, arguments, options, context):
         if linen.statistics_of(context.module) is not None and context.method_name == "__call__":
-            given = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
-            linen.take_batch_statistics(context.module, given)
+            use_running_average = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
+            linen.take_batch_statistics(context.module, use_running_average)
         return next_function(*arguments, **options)
 
     masked = {} if weights is None else {"mask": weights}
     keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
-    # Another set of mutable collections than training has, since nn.jit remembers what it traced by this set.
+    # The set of mutable collections differs from that of training, since nn.jit remembers its traces by this set.
     mutable = ["batch_stats", "statistics of a batch"]
     with nn.intercept_methods(taking_statistics):
         updates = model.apply(variables, x, **_phase(argument, True), **masked, **keys, mutable=mutable)[1]
@@ -141,16 +141,16 @@ def linen_batch_stats(
 def layers_in_order(
     model: nn.Module, variables: Mapping[str, Any], x: Any, *, argument: str | None = "training"
 ) -> list[tuple[str, ...]]:
-    """The layers of a linen model in the order of their calls, as paths into its parameters.
+    """Returns the layers of a linen model in the order of their calls, as paths into its parameters.
 
     A layer begins with each module that has a kernel (any parameter of two and more dimensions); the modules without
-    one that follow it, such as its batch norm, belong to it.
+    kernels that follow it, such as its batch norm, belong to it.
 
     Args:
       model: linen module.
-      variables: its collections.
+      variables: collections of the model.
       x: a batch of inputs; only its shape and dtype matter.
-      argument: as that of `linen_loss`.
+      argument: name of the call's argument, as in `linen_loss`.
 
     >>> from bnjax.analysis import losses
     >>> from bnjax.linen import BatchNorm
@@ -160,7 +160,7 @@ def layers_in_order(
     >>> losses.layers_in_order(model, variables, jnp.ones((3, 2)))
     [('Dense_0', 'BatchNorm_0'), ('Dense_1', 'BatchNorm_1'), ('Dense_2',)]
     """
-    found: dict[str, bool] = {}  # paths in the order in which they are first used, and whether there is a kernel
+    kernels: dict[str, bool] = {}  # paths in the order in which they are first used, and whether there is a kernel
     called: set[str] = set()  # paths of the modules in whose methods we are
 
     def remember(next_function, arguments, options, context):
@@ -169,27 +169,28 @@ def layers_in_order(
         has_kernel = any(jnp.ndim(value) >= 2 for value in arrays.values())
         path = "/".join(context.module.path)
         if arrays and len(arrays) == len(own) and path:
-            if path not in called:  # else a method of the module calls another
+            if path not in called:  # else one method of the module calls another
                 called.add(path)
-                result = next_function(*arguments, **options)  # first, for weight norm calls the layer that it follows
-                found.setdefault(path, has_kernel)
+                # The call comes first, as weight norm calls the layer that it follows.
+                result = next_function(*arguments, **options)
+                kernels.setdefault(path, has_kernel)
                 called.remove(path)
                 return result
-        else:  # beside its own, the module has parameters of others, which are layers of their own
+        else:  # beside its own parameters, the module has those of others, which are layers of their own
             for name, value in arrays.items():
-                found.setdefault(f"{path}/{name}".lstrip("/"), jnp.ndim(value) >= 2)
+                kernels.setdefault(f"{path}/{name}".lstrip("/"), jnp.ndim(value) >= 2)
         return next_function(*arguments, **options)
 
     with nn.intercept_methods(remember):
         jax.eval_shape(lambda v: model.apply(v, x, **_phase(argument, False)), dict(variables))
     leaves = ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(variables["params"])]
-    missing = [leaf for leaf in leaves if not any(leaf == path or leaf.startswith(f"{path}/") for path in found)]
+    missing = [leaf for leaf in leaves if not any(leaf == path or leaf.startswith(f"{path}/") for path in kernels)]
     if missing:
         raise ValueError(
             f"the parameters {', '.join(missing)} are used by no module's method, so their order is unknown."
         )
     layers: list[tuple[str, ...]] = []
-    for path, has_kernel in found.items():
+    for path, has_kernel in kernels.items():
         if has_kernel or not layers:
             layers.append((path,))
         else:
@@ -206,17 +207,17 @@ def layer_outputs(
     argument: str | None = "training",
     rngs: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """Output of each layer of a linen model: of its batch norm where there is one, else of its kernel.
+    """Returns the output of each layer of a linen model: of its batch norm where there is one, else of its kernel.
 
-    Where the nonlinearity follows directly, this is what it is applied to, for `bnjax.analysis.activation_statistics`.
+    Where the nonlinearity follows directly, this is its input, for `bnjax.analysis.activation_statistics`.
 
     Args:
       model: linen module.
-      variables: its collections.
+      variables: collections of the model.
       x: inputs of a batch.
-      mode: whether batch norms normalize by the batch's statistics or by the running ones.
-      argument: as that of `linen_loss`.
-      rngs: as those of `linen_loss`.
+      mode: whether batch norms normalize by the batch's statistics ('batch') or by the running ones ('running').
+      argument: name of the call's argument, as in `linen_loss`.
+      rngs: random keys, as in `linen_loss`.
 
     Returns:
       Arrays `[batch, …, units]` by the layer's first path, as in `layers_in_order`.
@@ -241,13 +242,13 @@ def layer_outputs(
         mutable=["intermediates", "batch_stats"],
         capture_intermediates=lambda module, name: name == "__call__" and "/".join(module.path) in last,
     )[1]
-    found = {}
+    by_layer = {}
     for path, name in last.items():
         outputs = updates["intermediates"]
         for part in path.split("/"):
             outputs = outputs[part]
-        found[name] = outputs["__call__"][0]
-    return found
+        by_layer[name] = outputs["__call__"][0]
+    return by_layer
 
 
 def nnx_loss(
@@ -258,14 +259,14 @@ def nnx_loss(
     at: Any = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[Callable[..., Array], Any]:
-    """The mean loss of an nnx model on a batch, as a function of its parameters, and these.
+    """Returns the mean loss of an nnx model on a batch, as a function of its parameters, and the parameters.
 
     Args:
       model: nnx module, with batch norms of `bnjax.nnx` or of Flax; it stays as it is.
-      objective: as that of `linen_loss`.
-      mode: as that of `linen_loss`; W₀ are the model's parameters.
-      at: as that of `linen_loss`.
-      axis_name: as that of `linen_loss`.
+      objective: loss of each example, as in `linen_loss`.
+      mode: mode of the batch norms, as in `linen_loss`; W₀ are the model's parameters.
+      at: inputs of the batch whose statistics are taken, as in `linen_loss`.
+      axis_name: mapped axes, as in `linen_loss`.
 
     Returns:
       `loss_fn(params, x, y, weights=None) -> scalar`, and `params`, a dict of arrays. Random states are the same at
@@ -288,7 +289,7 @@ def nnx_loss(
     params = nnx.to_pure_dict(state)
 
     def merged(params: Any, others: Any) -> Any:
-        of_call, others = jax.tree.map(lambda v: v, (state, others))  # new variables, which this call may change
+        of_call, others = jax.tree.map(lambda v: v, (state, others))  # this call may change these new variables
         nnx.replace_by_pure_dict(of_call, params)
         return nnx.merge(graph, of_call, others)
 
@@ -316,14 +317,14 @@ def nnx_loss(
 
 
 def _phase(argument: str | None, training: bool) -> dict[str, Any]:
-    """The argument that says whether the model trains, if it has one."""
+    """Returns the call's argument that says whether the model trains, if it has one."""
     if argument is None:
         return {}
     return {argument: training != (argument in _INVERTED)}
 
 
 def _mean(losses: Array, weights: Any, axis_name: Any) -> Array:
-    """Weighted mean of the losses of the examples; with `axis_name`, what has that mean as its mean over members."""
+    """Computes the weighted mean of the examples' losses; with `axis_name`, members' values whose mean is that mean."""
     if weights is None:
         return losses.mean()
     weights = jnp.asarray(weights).astype(losses.dtype)

@@ -1,10 +1,10 @@
 """Figures of the measurements, for color-blind readers and print in gray; imported explicitly, made without pyplot.
 
-Every function draws on `ax`, matplotlib axes that the caller makes and composes. Results come by label, as jax or numpy
-arrays; where these have a leading axis of seeds, lines are the mean over seeds and bands go from the smallest to the
-largest. `log` makes an axis, or colors, logarithmic: zeros then lie below the lower edge. What is not finite leaves a
-gap, and a cross at the upper edge; in maps a hatched area. Lines are returned by label. `legend` comes last, once for
-the whole figure. All raise ValueError for arrays of other shapes than documented, and coordinates that do not increase.
+Every function draws on `ax`, matplotlib axes that the caller makes and composes. Results are given by label, as jax or
+numpy arrays; where these have a leading axis of seeds, lines are the mean over seeds and bands go from the smallest to
+the largest. `log` makes an axis, or colors, logarithmic: zeros then lie below the lower edge. Infinite values and NaN
+leave a gap and a cross at the upper edge, or in maps a hatched area. Lines are returned by label. Call `legend` last,
+once for the whole figure. All raise ValueError for arrays of undocumented shapes and coordinates that do not increase.
 
 >>> from matplotlib.figure import Figure
 >>> from bnjax.analysis import plots
@@ -44,15 +44,15 @@ with needs("plots"):
 
 
 def legend(figure: Figure) -> Legend | None:
-    """One legend below all axes of a figure with `layout="constrained"`; none where nothing has a label."""
+    """Draws one legend below all axes of a figure with `layout="constrained"`; none where nothing has a label."""
     if not isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
         raise ValueError('figure must have a constrained layout. Make it with Figure(layout="constrained").')
-    found = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if not found:
+    handles = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if not handles:
         return None
-    columns = int((72 * figure.get_figwidth() + 20) / (58 + 6 * max(map(len, found), default=1)))  # in points
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(columns, len(found)))}
-    return figure.legend(list(found.values()), list(found), frameon=False, handlelength=3, **place)
+    columns = int((72 * figure.get_figwidth() + 20) / (58 + 6 * max(map(len, handles), default=1)))  # in points
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(columns, len(handles)))}
+    return figure.legend(list(handles.values()), list(handles), frameon=False, handlelength=3, **place)
 
 
 def curves(
@@ -65,13 +65,13 @@ def curves(
     log: bool = False,
     ordered: bool = False,
 ) -> Lines:
-    """Any quantity over training, such as each layer's saturated fraction, or the loss along lines.
+    """Draws any quantity over training, such as each layer's saturated fraction, or the loss along lines.
 
     Args:
-      values: by label, `[steps]` or `[seeds, steps]`.
+      values: values by label, `[steps]` or `[seeds, steps]`.
       x: training steps, or coordinates, `[steps]`, increasing.
-      xlabel: of the axis.
-      ylabel: of the axis.
+      xlabel: label of the horizontal axis.
+      ylabel: label of the vertical axis.
       log: whether the vertical axis is logarithmic.
       ordered: whether the labels are in order, such as layers; the colors then go from dark to bright.
     """
@@ -80,12 +80,12 @@ def curves(
 
 
 def layer_map(ax: Axes, values: Mapping[str, Any], steps: Any, *, log: bool = False) -> ScalarMappable:
-    """Any quantity of each layer over training as a heat map, the first layer lowest.
+    """Draws any quantity of each layer over training as a heat map, the first layer lowest.
 
     Args:
-      values: by layer, `[steps]` or `[seeds, steps]`.
-      steps: `[steps]`, increasing.
-      log: whether the colors are logarithmic; what is not positive is then hatched too.
+      values: values by layer, `[steps]` or `[seeds, steps]`.
+      steps: training steps `[steps]`, increasing.
+      log: whether the colors are logarithmic; values that are not positive are then hatched too.
 
     Returns:
       The map, for `figure.colorbar(map, ax=ax, label=…, format="%.4g")`.
@@ -110,28 +110,28 @@ def gradient_probe(
     log: bool | None = None,
     first_style: int = 0,
 ) -> Lines:
-    """A quantity of the gradient probe over training.
+    """Draws a quantity of the gradient probe over training.
 
     The bands of loss, gradient distance and cosine go from the smallest to the largest over the step sizes (with seeds,
     the mean over seeds of each), and the line is the mean over both. Of the smoothness, the maximum over the step sizes
     is drawn, which is the effective β.
 
     Args:
-      probes: by label, with arrays `[steps, K]` or `[seeds, steps, K]`.
-      steps: at which they were measured, `[steps]`, increasing.
+      probes: probes by label, with arrays `[steps, K]` or `[seeds, steps, K]`.
+      steps: training steps of the probes, `[steps]`, increasing.
       quantity: 'loss', 'gradient_distance', 'gradient_cosine' or 'smoothness'.
-      log: whether the vertical axis is logarithmic; by default that of the smoothness is, and the others where a line
+      log: whether the vertical axis is logarithmic; by default it is for the smoothness, and for others where a line
         spans four decades or more.
-      first_style: number of the first line's color and style, by which a label looks alike in several figures.
+      first_style: number of the first line's color and style, by which a label looks the same in several figures.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Figure 4 (a to c): the bands are theirs, lines and cosine are ours.
     """
-    ylabel, is_log = _draw.chosen(quantity, _draw.PROBE, log)
+    ylabel, is_log = _draw.label_and_scale(quantity, _draw.PROBE, log)
     bands = {}
     for label, probe in probes.items():
-        found = _draw.checked(f"probes[{label!r}].{quantity}", getattr(probe, quantity), "steps, K", "seeds, steps, K")
-        bands[label] = [_draw.over_seeds(part)[0] for part in (_draw.averaged(found), found.min(-1), found.max(-1))]
+        array = _draw.checked(f"probes[{label!r}].{quantity}", getattr(probe, quantity), "steps, K", "seeds, steps, K")
+        bands[label] = [_draw.over_seeds(part)[0] for part in (_draw.averaged(array), array.min(-1), array.max(-1))]
         if quantity == "smoothness":
             bands[label] = _draw.over_seeds(np.asarray(probe.max_smoothness, float))
     is_log |= log is None and any(_draw.is_wide(line) for line, _, _ in bands.values())
@@ -141,13 +141,13 @@ def gradient_probe(
 def probe_figure(
     probes: Any, steps: Any, *, quantities: Sequence[str] = _draw.SANTURKAR, first_style: int = 0
 ) -> Figure:
-    """The gradient probe's loss variation, predictiveness and effective β beside each other, with a legend.
+    """Draws the gradient probe's loss variation, predictiveness and effective β beside each other, with a legend.
 
     Args:
-      probes: as those of `gradient_probe`, which draws each axes.
-      steps: as those of `gradient_probe`.
-      quantities: one for each axes.
-      first_style: as that of `gradient_probe`.
+      probes: probes by label, as in `gradient_probe`, which draws each axes.
+      steps: training steps, as in `gradient_probe`.
+      quantities: quantities, one for each axes.
+      first_style: number of the first style, as in `gradient_probe`.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Figure 4.
@@ -169,47 +169,47 @@ def covariate_shift(
     quantity: str = "distance",
     log: bool | None = None,
 ) -> Lines:
-    """Internal covariate shift of a layer over training.
+    """Draws the internal covariate shift of a layer over training.
 
     Args:
-      shifts: by label, with arrays `[steps, k]` or `[seeds, steps, k]`.
-      steps: at which they were measured, `[steps]`, increasing.
-      layer: its number among the k; the last by default.
+      shifts: shifts by label, with arrays `[steps, k]` or `[seeds, steps, k]`.
+      steps: training steps of the shifts, `[steps]`, increasing.
+      layer: number of the layer among the k; the last by default.
       quantity: 'distance' or 'cosine'.
-      log: whether the vertical axis is logarithmic; by default that of the distance is.
+      log: whether the vertical axis is logarithmic; by default it is for the distance.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Definition 2.1 and Figure 2.
     """
-    ylabel, log = _draw.chosen(quantity, _draw.SHIFT, log)
+    ylabel, log = _draw.label_and_scale(quantity, _draw.SHIFT, log)
     values = {}
     for label, shift in shifts.items():
-        found = _draw.checked(f"shifts[{label!r}].{quantity}", getattr(shift, quantity), "steps, k", "seeds, steps, k")
-        if not -found.shape[-1] <= layer < found.shape[-1]:
-            raise ValueError(f"layer must be a number among the {found.shape[-1]} of {label!r}, got {layer}.")
-        values[label] = found[..., layer]
+        array = _draw.checked(f"shifts[{label!r}].{quantity}", getattr(shift, quantity), "steps, k", "seeds, steps, k")
+        if not -array.shape[-1] <= layer < array.shape[-1]:
+            raise ValueError(f"layer must be a number among the {array.shape[-1]} of {label!r}, got {layer}.")
+        values[label] = array[..., layer]
     return curves(ax, values, steps, ylabel=ylabel, log=log)
 
 
 def activation_percentiles(
     ax: Axes, percentiles: Mapping[str, Any], steps: Any, *, levels: Sequence[float] = (15, 50, 85)
 ) -> Lines:
-    """Percentiles of the inputs of a unit's nonlinearity over training: a line at the middle one, a band to the others.
+    """Draws percentiles of a nonlinearity's inputs over training: a line at the middle one, a band to the others.
 
     Args:
-      percentiles: by label, `[steps, 3]`, such as `statistics.percentiles[:, :, unit]` of `ActivationStatistics`.
-      steps: at which they were measured, `[steps]`, increasing.
-      levels: of the percentiles, increasing, for the axis label.
+      percentiles: arrays `[steps, 3]` by label, such as `percentiles[:, :, unit]` of `ActivationStatistics`.
+      steps: training steps of the percentiles, `[steps]`, increasing.
+      levels: levels of the percentiles, increasing, for the axis label.
 
     References:
       Ioffe & Szegedy 2015 (arXiv 1502.03167), Figure 1 (b, c).
     """
     bands = {}
     for label, value in percentiles.items():
-        found = _draw.checked(f"percentiles[{label!r}]", value, "steps, 3")
-        if found.shape[1] != 3 or len(levels) != 3:
-            raise ValueError(f"percentiles must be 3 with their levels, got {found.shape[1]} and {levels}. Choose 3.")
-        bands[label] = found[:, 1], found[:, 0], found[:, 2]
+        array = _draw.checked(f"percentiles[{label!r}]", value, "steps, 3")
+        if array.shape[1] != 3 or len(levels) != 3:
+            raise ValueError(f"percentiles must be 3 with their levels, got {array.shape[1]} and {levels}. Choose 3.")
+        bands[label] = array[:, 1], array[:, 0], array[:, 2]
     ylabel = "input, percentiles {:g}, {:g}, {:g}".format(*levels)
     return _draw.draw_bands(ax, bands, steps, "training step", ylabel, False)
 
@@ -217,11 +217,11 @@ def activation_percentiles(
 def gradient_norms(
     ax: Axes, norms: Mapping[str, Mapping[str, Any]], *, ylabel: str = "gradient norm ‖∂L/∂W‖₂", log: bool = True
 ) -> Lines:
-    """Gradient norms by depth; or other numbers, such as `dict(zip(found.layers, found.cosine))` of scale invariance.
+    """Draws gradient norms by depth, or other numbers of layers, such as the cosines of `ScaleInvariance`.
 
     Args:
-      norms: by label and layer, from the input to the output, scalars or `[seeds]`.
-      ylabel: of the axis.
+      norms: norms by label and layer, from the input to the output, scalars or `[seeds]`.
+      ylabel: label of the vertical axis.
       log: whether the vertical axis is logarithmic.
     """
     names, bands = list(next(iter(norms.values()))), {}
@@ -236,29 +236,29 @@ def gradient_norms(
 
 
 def learning_rate_range(ax: Axes, ranges: Mapping[str, LearningRateRange]) -> Lines:
-    """The loss after training (its mean over the last tenth of the steps) against the learning rate.
+    """Draws the loss after training (its mean over the last tenth of the steps) against the learning rate.
 
-    A vertical line and the legend tell the rate from which on some seed does not train. Open circles did not train;
+    A vertical line and the legend show the rate from which on some seed does not train. Open circles did not train;
     crosses at the upper edge are losses that are not finite or above ten times the first.
 
     Args:
-      ranges: by label, with losses `[R, T]` or `[seeds, R, T]`.
+      ranges: ranges by label, with losses `[R, T]` or `[seeds, R, T]`.
 
     References:
       Bjorck et al. 2018 (arXiv 1806.02375), section 3.
     """
     lines = {}
-    for i, (label, found) in enumerate(ranges.items()):
-        loss = _draw.checked(f"ranges[{label!r}].loss", found.loss, "R, T", "seeds, R, T")
-        rates = np.asarray(found.learning_rates, float).reshape((-1, loss.shape[-2]))[0]
+    for i, (label, result) in enumerate(ranges.items()):
+        loss = _draw.checked(f"ranges[{label!r}].loss", result.loss, "R, T", "seeds, R, T")
+        rates = np.asarray(result.learning_rates, float).reshape((-1, loss.shape[-2]))[0]
         last = _draw.averaged(loss[..., -max(1, loss.shape[-1] // 10) :])
         band = _draw.over_seeds(np.where(last <= 10 * loss[..., 0].max(), last, np.nan))
-        breaks = float(np.min(np.asarray(found.breaks_at, float)))
-        told = (
+        breaks = float(np.min(np.asarray(result.breaks_at, float)))
+        outcome = (
             f"breaks at {breaks:.3g}" if np.isfinite(breaks) else "never trains" if breaks != breaks else "never breaks"
         )
-        line = lines[label] = _draw.draw_band(ax, i, f"{label} ({told})", rates, *band)
-        failed = ~np.asarray(found.trains).reshape((-1, len(rates))).all(0)
+        line = lines[label] = _draw.draw_band(ax, i, f"{label} ({outcome})", rates, *band)
+        failed = ~np.asarray(result.trains).reshape((-1, len(rates))).all(0)
         ax.plot(rates[failed], band[0][failed], "o", mfc="white", color=line.get_color())
         if np.isfinite(breaks):
             ax.axvline(breaks, color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.8)
@@ -268,10 +268,10 @@ def learning_rate_range(ax: Axes, ranges: Mapping[str, LearningRateRange]) -> Li
 
 
 def spectral_density(ax: Axes, densities: Mapping[str, SpectralDensity], *, floor: float | None = None) -> Lines:
-    """Density of a Hessian's eigenvalues, a band of two standard errors, and marks at the extreme Ritz values.
+    """Draws the density of a Hessian's eigenvalues, a band of two standard errors, and marks at extreme Ritz values.
 
     Args:
-      densities: by label, `[num_points]`, without further axes.
+      densities: densities by label, `[num_points]`, without further axes.
       floor: the lowest density shown; by default a millionth of the highest.
 
     References:
@@ -294,12 +294,12 @@ def spectral_density(ax: Axes, densities: Mapping[str, SpectralDensity], *, floo
 
 
 def linear_path(ax: Axes, paths: Mapping[str, LinearPath], *, log: bool = False) -> Lines:
-    """The loss between two solutions, dotted the line between its ends, and an arrow from there to the barrier.
+    """Draws the loss between two solutions, a dotted line between its ends, and an arrow from there to the barrier.
 
-    The legend tells the barrier; of seeds the mean, while the arrow is that of the mean loss.
+    The legend shows the barrier, with seeds the mean of theirs, while the arrow is that of the mean loss.
 
     Args:
-      paths: by label, with losses `[K]` or `[seeds, K]`.
+      paths: paths by label, with losses `[K]` or `[seeds, K]`.
       log: whether the vertical axis is logarithmic.
 
     References:
@@ -310,8 +310,8 @@ def linear_path(ax: Axes, paths: Mapping[str, LinearPath], *, log: bool = False)
         loss = _draw.checked(f"paths[{label!r}].loss", path.loss, "K", "seeds, K")
         t = np.asarray(path.coordinates, float).reshape((-1, loss.shape[-1]))[0]
         mean, low, high = _draw.over_seeds(loss)
-        told = f"{label} (barrier {np.mean(np.asarray(path.barrier, float)):.3g})"
-        line = lines[label] = _draw.draw_band(ax, i, told, t, mean, low, high)
+        text = f"{label} (barrier {np.mean(np.asarray(path.barrier, float)):.3g})"
+        line = lines[label] = _draw.draw_band(ax, i, text, t, mean, low, high)
         if np.isfinite(mean).all():
             chord = (1 - t) * mean[0] + t * mean[-1]
             top = np.argmax(mean - chord)
@@ -326,13 +326,13 @@ def linear_path(ax: Axes, paths: Mapping[str, LinearPath], *, log: bool = False)
 def loss_surface(
     ax: Axes, losses: Any, coordinates: Sequence[Any], *, levels: int | Sequence[float] = 14, log: bool = False
 ) -> ScalarMappable:
-    """The loss over a plane, `L(W + a d₁ + b d₂)`: filled and labeled contours, or a relief on 3-D axes.
+    """Draws the loss over a plane, `L(W + a d₁ + b d₂)`, as filled and labeled contours, or a relief on 3-D axes.
 
     Args:
-      ax: to draw on; made with `projection="3d"` for a relief.
-      losses: `[K₁, K₂]`, both at least 2, as `bnjax.analysis.loss_surface` returns them.
+      ax: axes to draw on; made with `projection="3d"` for a relief.
+      losses: losses `[K₁, K₂]`, both at least 2, as `bnjax.analysis.loss_surface` returns them.
       coordinates: a and b, `[K₁]` and `[K₂]`, increasing.
-      levels: of the contours: about how many, or which, increasing.
+      levels: about how many contours to draw, or their levels, increasing.
       log: whether the levels grow geometrically, and the relief's height is log₁₀ of the loss.
 
     Returns:
@@ -344,12 +344,12 @@ def loss_surface(
     a, b, z = _draw.checked_grid(losses, coordinates)
     ax.set(xlabel="coordinate a along d₁", ylabel="coordinate b along d₂")
     if isinstance(ax, Axes3D):
-        ax.computed_zorder = False  # else it would hide a trajectory
+        ax.computed_zorder = False  # the relief would hide a trajectory otherwise
         ax.set_zlabel("log₁₀ loss" if log else "loss")
         for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
             axis.labelpad = 8
             axis.set_major_locator(MaxNLocator(5))
-        room: dict[str, Any] = {"zoom": 0.8}  # for the labels
+        room: dict[str, Any] = {"zoom": 0.8}  # leaves room for the labels
         options = {"cmap": COLOR_MAP, "rcount": len(a), "ccount": len(b), "zorder": 1}
         ax.set_box_aspect(None, **room)
         return ax.plot_surface(*np.meshgrid(a, b, indexing="ij"), _draw.shown_height(z, log), **options)
@@ -367,15 +367,15 @@ def loss_surface(
 def trajectory(
     ax: Axes, plane: TrajectoryPlane, *, label: str = "training", heights: Any = None, log: bool = False
 ) -> Line2D:
-    """A training trajectory in its plane, from a circle to a star; the axes tell each direction's part of the variance.
+    """Draws a training trajectory in its plane, from a circle to a star, with each direction's part of the variance.
 
     Args:
-      ax: to draw on, after `loss_surface`.
-      plane: with coordinates `[T, d]`, d ≥ 2, of which the first two are drawn.
-      label: for the legend.
+      ax: axes to draw on, after `loss_surface`.
+      plane: plane with coordinates `[T, d]`, d ≥ 2, of which the first two are drawn.
+      label: label of the trajectory in the legend.
       heights: on axes of three dimensions, the loss at each point, `[T]`; or `(losses, coordinates)` as those of
         `loss_surface`, from which it is interpolated, with gaps outside the grid.
-      log: as that of `loss_surface`.
+      log: whether heights are logarithmic, as in `loss_surface`.
 
     References:
       Li et al. 2018 (arXiv 1712.09913), section 7 and Figure 9.

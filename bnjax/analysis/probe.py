@@ -1,4 +1,4 @@
-"""The loss along a direction: its variation, the predictiveness of its gradient, and its effective smoothness."""
+"""Measurements of the loss along a direction: variation, gradient predictiveness, and effective smoothness."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ Values = Array | np.ndarray
 
 
 class GradientProbe(NamedTuple):
-    """What `gradient_probe` found at K points; further leading axes, as from vmap or scan, are kept by the summaries.
+    """The results of `gradient_probe` at K points; the summaries keep further leading axes, as from vmap or scan.
 
     Attributes:
       loss: L(W − a d), `[K]`.
@@ -39,37 +39,37 @@ class GradientProbe(NamedTuple):
 
     @property
     def loss_min(self) -> Values:
-        """Smallest loss over the grid; with `loss_max` the loss variation of Fig. 4 (a)."""
+        """The smallest loss over the grid; with `loss_max` the loss variation of Fig. 4 (a)."""
         return self.loss.min(-1)
 
     @property
     def loss_max(self) -> Values:
-        """Largest loss over the grid."""
+        """The largest loss over the grid."""
         return self.loss.max(-1)
 
     @property
     def distance_min(self) -> Values:
-        """Smallest gradient distance over the grid; with `distance_max` the band of Fig. 4 (b)."""
+        """The smallest gradient distance over the grid; with `distance_max` the band of Fig. 4 (b)."""
         return self.gradient_distance.min(-1)
 
     @property
     def distance_max(self) -> Values:
-        """Largest gradient distance over the grid."""
+        """The largest gradient distance over the grid."""
         return self.gradient_distance.max(-1)
 
     @property
     def cosine_min(self) -> Values:
-        """Smallest cosine over the grid."""
+        """The smallest cosine over the grid."""
         return self.gradient_cosine.min(-1)
 
     @property
     def cosine_max(self) -> Values:
-        """Largest cosine over the grid."""
+        """The largest cosine over the grid."""
         return self.gradient_cosine.max(-1)
 
     @property
     def max_smoothness(self) -> Values:
-        """The effective β of Fig. 4 (c): the largest `smoothness` of those points that moved; NaN where none did."""
+        """The effective β of Fig. 4 (c): the largest `smoothness` of the points that moved; NaN where none did."""
         moved = self.step_sizes * self.direction_norm[..., None] != 0
         largest = jnp.where(moved, self.smoothness, -jnp.inf).max(-1)
         return jnp.where(moved.any(-1), largest, jnp.nan)
@@ -83,7 +83,7 @@ def gradient_probe(
     direction: Any = None,
     batch_size: int | None = None,
 ) -> GradientProbe:
-    """Loss and gradient at points along the gradient, or another direction, on the same batch.
+    """Computes loss and gradient at points along the gradient, or another direction, on the same batch.
 
     With W the parameters, g = ∇L(W) and the direction d (g by default), for each step size a:
 
@@ -94,15 +94,15 @@ def gradient_probe(
     The cosine, other directions than the gradient, and the summaries' names are ours. K points cost K + 1 gradients.
 
     Args:
-      loss_fn: `loss_fn(params, *args) -> scalar`; the batch-norm mode is chosen where it is made, by
-        `bnjax.analysis.losses`.
+      loss_fn: `loss_fn(params, *args) -> scalar`; its maker, such as `bnjax.analysis.losses`, chooses the batch-norm
+        mode.
       params: pytree of arrays, W; leaves that are not floating-point are constants.
       step_sizes: a, `[K]`, K ≥ 1 (a number counts as one); may be traced.
-      *args: what `loss_fn` takes besides, such as a batch.
+      *args: further arguments of `loss_fn`, such as a batch.
       direction: d, a pytree like `params` (its leaves that are not floating-point are ignored), such as
         `random_direction` makes; the gradient by default.
-      batch_size: how many points are computed at once by vmap: more take more memory, and less time where the network
-        is small; one after the other by default. Static.
+      batch_size: number of points computed at once by vmap: more take more memory, and less time where the network is
+        small; one after the other by default. Static.
 
     Returns:
       A `GradientProbe` of float32 (float64 for such parameters). Where the direction is zero, nothing moves: distances

@@ -1,4 +1,4 @@
-"""Losses of a batch that is split over the devices of a mesh."""
+"""The loss of a batch that is split over the devices of a mesh."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ from bnjax.analysis._trees import LossFn
 
 
 def shard_loss(loss_fn: LossFn, mesh: Mesh) -> LossFn:
-    """The loss whose batch is split over all devices of a mesh: the mean over devices of each one's loss.
+    """Returns a loss whose batch is split over all devices of a mesh: the mean over devices of each device's loss.
 
-    Each device calls `loss_fn` with its part of the batch, inside `jax.shard_map`. What that normalizes by, the caller
-    chooses: batch norms with the mesh's axes as `axis_name` take global statistics, others each device's own, which is
-    another function. Every measurement takes the new loss as any other; its numbers are those of one device. (Without
-    this, automatic partitioning of a sharded batch under jit gives global statistics too.)
+    Each device calls `loss_fn` with its part of the batch, inside `jax.shard_map`. The caller chooses the statistics:
+    batch norms with the mesh's axes as `axis_name` take global statistics, others each device's own, which is another
+    function. Every measurement takes the new loss as any other; its numbers are those of one device. (Without this
+    function, automatic partitioning of a sharded batch under jit gives global statistics too.)
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`, a mean over examples: all parts weigh the same. (The losses of
         `bnjax.analysis.losses` take an `axis_name` for sample weights that sum differently on each device.)
-      mesh: of devices, its axes of type Auto, as `bnjax.training.make_mesh` makes it.
+      mesh: mesh of devices with axes of type Auto, as `bnjax.training.make_mesh` makes it.
 
     Returns:
       `loss(params, *args)`, where each array in `args` has a leading axis of examples that the devices divide.

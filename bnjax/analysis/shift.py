@@ -1,4 +1,4 @@
-"""Internal covariate shift: what the update of the layers before does to a layer's gradient."""
+"""Internal covariate shift: the change of a layer's gradient by the update of the layers before it."""
 
 import dataclasses
 import functools
@@ -22,17 +22,17 @@ from bnjax.analysis._trees import Layer, LossFn
 )
 @dataclasses.dataclass(frozen=True)
 class CovariateShift:
-    """Internal covariate shift of each of k layers, in the network's order.
+    """The internal covariate shift of each of k layers, in the network's order.
 
     Attributes:
-      layers: their names.
+      layers: names of the layers.
       distance: ‖G_i − G'_i‖₂, `[k]`.
       cosine: cosine of the angle between G_i and G'_i, `[k]`; NaN where one of them is zero.
       gradient_norm: ‖G_i‖₂, `[k]`.
     """
 
     layers: tuple[str, ...]
-    distance: Any  # arrays, or what else a tree of them may hold
+    distance: Any  # arrays, or any other leaf of a tree
     cosine: Any
     gradient_norm: Any
 
@@ -40,23 +40,23 @@ class CovariateShift:
 def covariate_shift(
     loss_fn: LossFn, params: Any, next_params: Any, *args: Any, layers: Sequence[Layer] | None = None
 ) -> CovariateShift:
-    """Internal covariate shift of every layer between a step and the next, on the same batch.
+    """Computes the internal covariate shift of every layer between a step and the next, on the same batch.
 
     With the layers' parameters W_1 … W_k at step t and at step t + 1:
 
         G_i  = ∂L/∂W_i at (W_1ᵗ … W_kᵗ)        G'_i = ∂L/∂W_i at (W_1ᵗ⁺¹ … W_{i−1}ᵗ⁺¹, W_iᵗ … W_kᵗ)
 
-    The first layer's is zero by definition. k layers cost k gradients, one after the other.
+    The first layer's shift is zero by definition. k layers cost k gradients, one after the other.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays at step t.
-      next_params: the same at step t + 1.
-      *args: what `loss_fn` takes besides, such as the batch of step t.
+      next_params: the same pytree at step t + 1.
+      *args: further arguments of `loss_fn`, such as the batch of step t.
       layers: paths of the layers' parameters in the order in which the network applies them; a sequence of paths where
         several subtrees form a layer, such as a convolution and its batch norm. By default the items of a list, or the
         children of a dict whose names count ('Dense_0', 'Dense_1', …); `layers_in_order` of
-        `bnjax.analysis.losses` finds those of a linen model. Parameters in no layer stay at step t.
+        `bnjax.analysis.losses` finds the layers of a linen model. Parameters in no layer stay at step t.
 
     Raises:
       TypeError, ValueError: for parameters without floating-point arrays, `next_params` unlike `params`, or layers that
@@ -76,11 +76,11 @@ def covariate_shift(
     leaves = _trees.ordered_layer_leaves(free, layers)
     number = {leaf: i for i, numbers in enumerate(leaves.values()) for leaf in numbers}
     tree = jax.tree.structure(free, is_leaf=lambda leaf: leaf is None)
-    # The layer of each leaf, as a tree; those of no layer come after all.
+    # The tree holds the layer's number of each leaf; leaves of no layer come after all.
     layer_of = jax.tree.unflatten(tree, [number.get(i, len(leaves)) for i in range(tree.num_leaves)])
 
     def gradient_after(first: Array) -> Any:
-        """The gradient where the layers before `first` are a step ahead."""
+        """Computes the gradient where the layers before `first` are a step ahead."""
         ahead = jax.tree.map(
             lambda old, new, i: None if old is None else jnp.where(i < first, new, old),
             free,

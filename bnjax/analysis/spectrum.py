@@ -1,4 +1,4 @@
-"""The Hessian's spectrum from random vectors: trace, diagonal and density."""
+"""Estimates of the Hessian's spectrum from random vectors: trace, diagonal and density."""
 
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ class TraceEstimate(NamedTuple):
 
     Attributes:
       estimate: the mean over the probes.
-      standard_error: of the mean; NaN for one probe.
-      samples: of each probe, `[num_samples]`.
+      standard_error: standard error of the mean; NaN for one probe.
+      samples: estimates of each probe, `[num_samples]`.
     """
 
     estimate: Array
@@ -28,14 +28,15 @@ class TraceEstimate(NamedTuple):
 
 
 class SpectralDensity(NamedTuple):
-    """Density of a Hessian's eigenvalues.
+    """The density of a Hessian's eigenvalues.
 
     Attributes:
       grid: eigenvalues at which the density is given, `[num_points]`.
       density: mean over the probes; its integral is 1, `[num_points]`.
-      standard_error: of that mean, `[num_points]`; NaN for one probe. `density ± 2 standard_error` is a band.
+      standard_error: standard error of `density`, `[num_points]`; NaN for one probe. `density ± 2 standard_error` is a
+        band.
       nodes: Ritz values of each probe, `[num_probes, num_steps]`.
-      weights: of the nodes; each probe's sum to 1: `Σ weights · f(nodes)` estimates tr f(H) / P.
+      weights: weights of the nodes, which sum to 1 for each probe: `Σ weights · f(nodes)` estimates tr f(H) / P.
       bandwidth: deviation of the Gaussian that stands for each node.
     """
 
@@ -55,15 +56,15 @@ def hessian_trace(
     num_samples: int,
     batch_size: int | None = None,
 ) -> TraceEstimate:
-    """Trace of the loss's Hessian by Hutchinson's estimator: the mean of `vᵀ H v` over random signs v.
+    """Estimates the trace of the loss's Hessian by Hutchinson's estimator: the mean of `vᵀ H v` over random signs v.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays; leaves that are not floating-point are constants.
-      *args: what `loss_fn` takes besides.
+      *args: further arguments of `loss_fn`.
       key: random key.
       num_samples: number of probes, each one Hessian product; static.
-      batch_size: probes computed at once by vmap; one after the other by default. Static.
+      batch_size: number of probes computed at once by vmap; one after the other by default. Static.
 
     Raises:
       TypeError, ValueError: for bad parameters or a loss that is no real scalar (as `hessian_product`), or no samples.
@@ -95,12 +96,12 @@ def hessian_diagonal(
     key: Key[Array, ""],
     num_samples: int,
 ) -> Any:
-    """Diagonal of the loss's Hessian: the mean of `v ∘ H v` over random signs v, one after the other.
+    """Estimates the diagonal of the loss's Hessian: the mean of `v ∘ H v` over random signs v, one after the other.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays; leaves that are not floating-point are constants.
-      *args: what `loss_fn` takes besides.
+      *args: further arguments of `loss_fn`.
       key: random key.
       num_samples: number of probes, each one Hessian product; static.
 
@@ -108,7 +109,7 @@ def hessian_diagonal(
       A pytree like `params`, exact where the Hessian is diagonal; zeros for leaves that are not floating-point.
 
     Raises:
-      TypeError, ValueError: as `hessian_trace`.
+      TypeError, ValueError: as `hessian_trace` does.
 
     References:
       Bekas, Kokiopoulou & Saad 2007, "An Estimator for the Diagonal of a Matrix".
@@ -141,7 +142,7 @@ def spectral_density(
     bandwidth: float | None = None,
     num_points: int = 1024,
 ) -> SpectralDensity:
-    """Density of the eigenvalues of the loss's Hessian, by stochastic Lanczos quadrature.
+    """Estimates the density of the eigenvalues of the loss's Hessian, by stochastic Lanczos quadrature.
 
     Each probe runs Lanczos's method from a random vector; its Ritz values θ_i and the squared first components w_i of
     their vectors give `Σ_i w_i N(t; θ_i, bandwidth²)`, whose mean over probes estimates the density at t.
@@ -149,12 +150,12 @@ def spectral_density(
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays with P numbers; leaves that are not floating-point are constants.
-      *args: what `loss_fn` takes besides.
+      *args: further arguments of `loss_fn`.
       key: random key.
       num_probes: number of random vectors; static.
-      num_steps: Hessian products for each of them, 1 to P; static. It keeps as many vectors of the parameters' size.
+      num_steps: Hessian products for each probe, 1 to P; static. As many vectors of the parameters' size are kept.
       bandwidth: deviation of the Gaussian; by default 1 % of the range of the Ritz values.
-      num_points: of the grid, which reaches five deviations beyond the extreme Ritz values; static.
+      num_points: number of points of the grid, which reaches five deviations beyond the extreme Ritz values; static.
 
     Raises:
       TypeError, ValueError: for bad parameters or a loss that is no real scalar (as `hessian_product`), or counts out
@@ -179,7 +180,7 @@ def spectral_density(
     keys = jax.random.split(key, num_probes)
     nodes, weights = lax.map(lambda key: quadrature(product, free, num_steps, key), keys)
     low, high = nodes.min(), nodes.max()
-    # Where all Ritz values are equal, up to rounding, there is no range: then 1 % of their size.
+    # Where all Ritz values are equal, up to rounding, there is no range, and 1 % of their size is taken.
     size = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)), jnp.finfo(nodes.dtype).tiny * 1e6)
     scale = jnp.where(high - low > 1000 * jnp.finfo(nodes.dtype).eps * size, high - low, size)
     sigma = jnp.asarray(0.01 * scale if bandwidth is None else bandwidth, nodes.dtype)
@@ -190,7 +191,7 @@ def spectral_density(
 
 
 def _signs(key: Array, like: Any) -> Any:
-    """A random tree of +1 and −1."""
+    """Draws a random tree of +1 and −1."""
     leaves, tree = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
@@ -199,7 +200,7 @@ def _signs(key: Array, like: Any) -> Any:
 
 
 def _standard_error(samples: Array) -> Array:
-    """Of the mean over the first axis."""
+    """Computes the standard error of the mean over the first axis."""
     count = samples.shape[0]
     if count == 1:
         return jnp.full(samples.shape[1:], jnp.nan, samples.dtype)

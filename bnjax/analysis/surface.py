@@ -17,8 +17,8 @@ class TrajectoryPlane(NamedTuple):
 
     Attributes:
       origin: pytree of parameters, the last of the trajectory.
-      directions: orthonormal pytrees, the principal components, as many as were asked for.
-      coordinates: of the T points of the trajectory from the origin along the directions, `[T, d]`.
+      directions: the d principal components, orthonormal pytrees.
+      coordinates: coordinates of the T points of the trajectory from the origin along the directions, `[T, d]`.
       explained_variance: fraction of the trajectory's variance along each direction, `[d]`.
     """
 
@@ -32,7 +32,7 @@ class LinearPath(NamedTuple):
     """The loss between two solutions.
 
     Attributes:
-      coordinates: t from the first (0) to the second (1), `[K]`.
+      coordinates: t from the first solution (0) to the second (1), `[K]`.
       loss: L((1 − t) A + t B), `[K]`.
       barrier: the largest excess of the loss over the line between the losses at the ends.
     """
@@ -43,13 +43,13 @@ class LinearPath(NamedTuple):
 
 
 def random_direction(key: Key[Array, ""], params: Any, *, filter_normalized: bool = True, filter_axis: int = -1) -> Any:
-    """A random Gaussian direction, by default with each filter scaled to the norm of the parameters' filter.
+    """Draws a random Gaussian direction, by default with each filter scaled to the norm of the parameters' filter.
 
     Args:
       key: random key.
       params: pytree of arrays.
       filter_normalized: whether to apply `filter_normalize`; static.
-      filter_axis: as that of `filter_normalize`; static.
+      filter_axis: axis that counts filters, as in `filter_normalize`; static.
 
     Returns:
       A pytree like `params`, with zeros for leaves that are not floating-point.
@@ -71,7 +71,7 @@ def random_direction(key: Key[Array, ""], params: Any, *, filter_normalized: boo
 
 
 def filter_normalize(direction: Any, params: Any, *, filter_axis: int = -1) -> Any:
-    """Scales each filter of a direction to the norm of that of the parameters: `d_f ← d_f ‖W_f‖ / ‖d_f‖`.
+    """Scales each filter of a direction to the norm of the parameters' filter: `d_f ← d_f ‖W_f‖ / ‖d_f‖`.
 
     Vectors and scalars (biases, and the scales and biases of normalizers) become zero.
 
@@ -112,22 +112,22 @@ def loss_surface(
     *args: Any,
     batch_size: int | None = None,
 ) -> Array:
-    """The loss over a line, `L(W + a d)`, or a plane, `L(W + a d₁ + b d₂)`.
+    """Computes the loss over a line, `L(W + a d)`, or a plane, `L(W + a d₁ + b d₂)`.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays, W, at the coordinates 0; leaves that are not floating-point are constants.
       directions: a tuple of one or two pytrees like `params`; a single such pytree for a line.
       coordinates: a vector of numbers for each direction, `[K]` or `([K₁], [K₂])`.
-      *args: what `loss_fn` takes besides.
-      batch_size: points computed at once by vmap; one after the other by default. Static.
+      *args: further arguments of `loss_fn`.
+      batch_size: number of points computed at once by vmap; one after the other by default. Static.
 
     Returns:
       Losses `[K]` or `[K₁, K₂]`, indexed by the coordinates.
 
     Raises:
       TypeError, ValueError: for bad parameters, a loss that is no real scalar, directions unlike the parameters, or
-        other than one or two of them with as many coordinates.
+        other numbers of directions and coordinates than one or two of each.
 
     References:
       Goodfellow, Vinyals & Saxe 2015 (arXiv 1412.6544); Li et al. 2018 (arXiv 1712.09913).
@@ -167,7 +167,7 @@ def loss_surface(
 
 
 def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlane:
-    """The principal components of a training trajectory about its last point, and the path projected on them.
+    """Computes the principal components of a training trajectory about its last point, and the path projected on them.
 
     Args:
       trajectory: pytree of parameters with a leading axis of T ≥ 2 points everywhere. (Stack a list of them by
@@ -207,7 +207,7 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlan
     )
     values, vectors = jnp.linalg.eigh(gram)
     values, vectors = values[::-1], vectors[:, ::-1]
-    # What the path does not span is lost in the rounding errors of the inner products: there is no direction.
+    # A direction that the path does not span is lost in the rounding errors of the inner products, and becomes zero.
     values = jnp.where(values > 10 * count * jnp.finfo(dtype).eps * values[0], values, 0)
     lengths = jnp.sqrt(values[:num_directions])
     inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
@@ -234,7 +234,7 @@ def linear_path(
     coordinates: ArrayLike | None = None,
     batch_size: int | None = None,
 ) -> LinearPath:
-    """The loss on the straight line from one solution to another, and its barrier.
+    """Computes the loss on the straight line from one solution to another, and its barrier.
 
         L((1 − t) A + t B)        barrier = max_t L((1 − t) A + t B) − (1 − t) L(A) − t L(B)
 
@@ -245,9 +245,9 @@ def linear_path(
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays, A; leaves that are not floating-point are constants.
       other_params: pytree like `params`, B.
-      *args: what `loss_fn` takes besides.
+      *args: further arguments of `loss_fn`.
       coordinates: t, increasing, the first 0 and the last 1, `[K]`; 25 equal steps by default.
-      batch_size: points computed at once by vmap; one after the other by default. Static.
+      batch_size: number of points computed at once by vmap; one after the other by default. Static.
 
     Raises:
       TypeError, ValueError: for bad parameters, a loss that is no real scalar, or ends that differ in structure.

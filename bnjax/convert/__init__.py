@@ -1,4 +1,4 @@
-"""Batch norms and whole models of other frameworks as Flax variables, and back; none of them is imported by this."""
+"""Batch norms and whole models of other frameworks as Flax variables, and back, without importing any framework."""
 
 from bnjax.convert.arrays import read_arrays, save_safetensors
 from bnjax.convert.equinox import (

@@ -1,4 +1,4 @@
-"""What a framework calls its arrays and how it lays out kernels; the exchange of variables by that."""
+"""Frameworks' names of arrays and layouts of kernels, and the exchange of variables by these."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,15 +12,15 @@ from bnjax.convert.arrays import as_numpy
 
 Arrays = Mapping[str, Any]
 Names = Mapping[str, str] | Callable[[str], str | None] | None
-"""Their name of a module by our path of it, such as 'block/Conv_0'; None for the same with their separator."""
+"""The framework's name of a module by our path of it, such as 'block/Conv_0'; None for our path with its separator."""
 
 
 class Framework(NamedTuple):
-    """Names and layouts of a framework. Ours are Flax's: kernels are [*window, in, out].
+    """The names and layouts of a framework. Ours are Flax's, with kernels [*window, in, out].
 
     Attributes:
-      title: how messages call it.
-      separator: what stands between the names of a module and of its parts.
+      title: name of the framework in messages.
+      separator: text between the names of a module and of its parts.
       leaves: names of arrays by ours; 'linear bias' is the bias beside a kernel, 'bias' any other.
       ignored: names of arrays without a counterpart in ours.
       out_first: whether kernels are [out, in, *window].
@@ -39,21 +39,21 @@ class Framework(NamedTuple):
     depthwise_apart: bool = False
 
     def key(self, module: str, leaf: str) -> str:
-        """Their full name of an array."""
+        """Returns the framework's full name of an array."""
         return f"{module}{self.separator}{self.leaves[leaf]}" if module else self.leaves[leaf]
 
     def kernel_to_ours(self, kernel: np.ndarray, transposed: bool) -> np.ndarray:
-        """A kernel in our layout."""
+        """Returns a kernel in our layout."""
         kernel = np.moveaxis(kernel, (0, 1), (-1, -2)) if self.out_first else kernel
         return self._transposed(kernel) if transposed else kernel
 
     def kernel_to_theirs(self, kernel: np.ndarray, transposed: bool) -> np.ndarray:
-        """A kernel in their layout."""
+        """Returns a kernel in the framework's layout."""
         kernel = self._transposed(kernel) if transposed else kernel
         return np.moveaxis(kernel, (-1, -2), (0, 1)) if self.out_first else kernel
 
     def fits(self, shape: tuple[int, ...], expected: tuple[int, ...], is_kernel: bool) -> bool:
-        """Whether a shape is as expected, up to axes of size one in vectors, and in depthwise kernels."""
+        """Returns whether a shape is as expected, up to axes of size one in vectors, and in depthwise kernels."""
         if not is_kernel:
             return _sizes(shape) == _sizes(expected)
         if shape == expected or not self.depthwise_apart or len(shape) < 3:
@@ -67,7 +67,7 @@ class Framework(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """An array of ours: where it is, its value or its shape, and whether it is a (transposed convolution's) kernel."""
+    """An array of ours: its path, its value or its shape, and whether it is a (transposed convolution's) kernel."""
 
     path: str
     value: Any
@@ -76,13 +76,13 @@ class _Leaf(NamedTuple):
 
 
 class _Problems(dict[str, list[str]]):
-    """All that is wrong, in one message."""
+    """The lists of problems by kind, raised as one message."""
 
-    def add(self, kind: str, what: Iterable[str]) -> None:
-        self.setdefault(kind, []).extend(what)
+    def add(self, kind: str, names: Iterable[str]) -> None:
+        self.setdefault(kind, []).extend(names)
 
     def check(self, framework: Framework) -> None:
-        lines = [f"  {kind}: {', '.join(what)}" for kind, what in self.items() if what]
+        lines = [f"  {kind}: {', '.join(names)}" for kind, names in self.items() if names]
         if lines:
             raise ValueError(
                 f"{framework.title}'s arrays and ours must agree in names and shapes, got\n" + "\n".join(lines) + "\n"
@@ -91,17 +91,17 @@ class _Problems(dict[str, list[str]]):
 
 
 def variables_from(framework: Framework, theirs: Arrays, like: Any, names: Names, transposed: Collection[str]) -> Any:
-    """Their arrays as variables of the structure, shapes and dtypes of `like`."""
+    """Returns a framework's arrays as variables of the structure, shapes and dtypes of `like`."""
     leaves, problems = _leaves(framework, like, names, transposed)
     expected = {}
     for key, leaf in leaves.items():
         shape = np.broadcast_to(np.zeros(()), leaf.value.shape)  # takes no memory
         expected[key] = framework.kernel_to_theirs(shape, leaf.is_transposed) if leaf.is_kernel else shape
-    found = _matched(framework, theirs, expected, leaves, problems)
+    matched = _matched(framework, theirs, expected, leaves, problems)
     values = []
     for key, leaf in leaves.items():
-        value = framework.kernel_to_ours(found[key], leaf.is_transposed) if leaf.is_kernel else found[key]
-        values.append(jnp.array(value, leaf.value.dtype))  # a copy, as theirs may be changed in place
+        value = framework.kernel_to_ours(matched[key], leaf.is_transposed) if leaf.is_kernel else matched[key]
+        values.append(jnp.array(value, leaf.value.dtype))  # a copy, as the framework's array may be changed in place
     return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
@@ -112,7 +112,7 @@ def variables_to(
     transposed: Collection[str] = (),
     template: Arrays | None = None,
 ) -> dict[str, np.ndarray]:
-    """Our variables as their arrays by their names, in the shapes and dtypes of `template` where there is one."""
+    """Returns our variables as a framework's arrays by its names, in the shapes and dtypes of `template` if given."""
     leaves, problems = _leaves(framework, variables, names, transposed)
     arrays = {}
     for key, leaf in leaves.items():
@@ -122,12 +122,12 @@ def variables_to(
     if template is None:
         problems.check(framework)
         return arrays
-    found = _matched(framework, arrays, template, leaves, problems)
-    return {key: value.astype(template[key].dtype) for key, value in found.items()}
+    matched = _matched(framework, arrays, template, leaves, problems)
+    return {key: value.astype(template[key].dtype) for key, value in matched.items()}
 
 
 def batch_norm_from(framework: Framework, theirs: Arrays, name: str = "") -> tuple[dict, dict]:
-    """The params and batch_stats of their batch norm, without leading axes of size one."""
+    """Returns the params and batch_stats of a framework's batch norm, without leading axes of size one."""
     keys = {leaf: framework.key(name, leaf) for leaf in ("scale", "bias", "mean", "var")}
     missing = [keys[leaf] for leaf in ("mean", "var") if keys[leaf] not in theirs]
     if missing:
@@ -136,18 +136,18 @@ def batch_norm_from(framework: Framework, theirs: Arrays, name: str = "") -> tup
             f"{framework.title}'s batch norm {name!r} must have {' and '.join(missing)}, got the arrays "
             f"{', '.join(near[:20]) or 'of none'}. Pass the name of a batch norm that keeps running statistics."
         )
-    found = {leaf: jnp.array(_stripped(as_numpy(theirs[key]))) for leaf, key in keys.items() if key in theirs}
-    shapes = {keys[leaf]: value.shape for leaf, value in found.items()}
+    arrays = {leaf: jnp.array(_stripped(as_numpy(theirs[key]))) for leaf, key in keys.items() if key in theirs}
+    shapes = {keys[leaf]: value.shape for leaf, value in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"{framework.title}'s batch norm {name!r} must have arrays of one shape, got {shapes}.")
-    params = {leaf: found[leaf] for leaf in ("scale", "bias") if leaf in found}
-    return params, {leaf: found[leaf] for leaf in ("mean", "var")}
+    params = {leaf: arrays[leaf] for leaf in ("scale", "bias") if leaf in arrays}
+    return params, {leaf: arrays[leaf] for leaf in ("mean", "var")}
 
 
 def _leaves(
     framework: Framework, variables: Any, names: Names, transposed: Collection[str]
 ) -> tuple[dict[str, _Leaf], _Problems]:
-    """Our arrays by their names, in the order of the tree."""
+    """Returns our arrays by the framework's names, in the order of the tree, and the problems with these."""
     if not (isinstance(variables, Mapping) and set(variables) <= {"params", "batch_stats"}):
         raise ValueError(
             "The variables must be a mapping of 'params' and 'batch_stats' alone, got "
@@ -179,7 +179,7 @@ def _leaves(
 def _matched(
     framework: Framework, arrays: Arrays, expected: Arrays, leaves: Mapping[str, _Leaf], problems: _Problems
 ) -> dict[str, np.ndarray]:
-    """`arrays` in the shapes of `expected`, which must hold the same names but for those that are ignored."""
+    """Returns `arrays` in the shapes of `expected`, which must hold the same names but for those that are ignored."""
 
     def without_ignored(keys):
         return sorted(key for key in keys if key.split(framework.separator)[-1] not in framework.ignored)
@@ -187,15 +187,15 @@ def _matched(
     missing = set(without_ignored(expected.keys() - arrays.keys()))
     problems.add("missing", [f"{k} (for {leaves[k].path})" if k in leaves else k for k in sorted(missing)])
     problems.add("unused", without_ignored(arrays.keys() - expected.keys()))
-    found = {}
+    matched = {}
     for key in expected.keys() & arrays.keys():
         value, shape = as_numpy(arrays[key]), np.shape(expected[key])
         if framework.fits(value.shape, shape, leaves[key].is_kernel):
-            found[key] = value.reshape(shape)
+            matched[key] = value.reshape(shape)
         else:
             problems.add("wrong shapes", [f"{key} is {value.shape}, expected {shape} ({leaves[key].path})"])
     problems.check(framework)
-    return found
+    return matched
 
 
 def _name(framework: Framework, names: Names, module: str) -> str | None:
@@ -205,7 +205,7 @@ def _name(framework: Framework, names: Names, module: str) -> str | None:
 
 
 def _sizes(shape: tuple[int, ...]) -> list[int]:
-    """A shape but for its axes of size one, which frameworks add to vectors for broadcasting."""
+    """Returns a shape without its axes of size one, which frameworks add to vectors for broadcasting."""
     return [size for size in shape if size != 1]
 
 

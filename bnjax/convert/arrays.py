@@ -1,4 +1,4 @@
-"""Reading and writing named arrays: mappings and safetensors files, never pickles."""
+"""Reading and writing of named arrays in mappings and safetensors files, never in pickles."""
 
 import os
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from bnjax._extras import needs
 
 
 def read_arrays(source: Any) -> dict[str, np.ndarray]:
-    """Named arrays in NumPy, of a mapping, a PyTorch module or a safetensors file, without importing PyTorch.
+    """Reads named arrays of a mapping, a PyTorch module or a safetensors file into NumPy, without importing PyTorch.
 
-    The result is a dict, from which what is not wanted can be left out, and which `|` merges with that of another file.
+    The result is a dict: entries that are not wanted can be deleted, and `|` merges it with the dict of another file.
 
     Args:
       source: a mapping of names to tensors or arrays, such as a state dict; an object with a `state_dict`; or the path
@@ -55,7 +55,7 @@ def save_safetensors(arrays: Mapping[str, Any], path: str | os.PathLike) -> None
 
     Args:
       arrays: arrays by name, such as `variables_to_torch` gives.
-      path: ends in '.safetensors'.
+      path: path that ends in '.safetensors'.
 
     Returns:
       Nothing.
@@ -71,14 +71,14 @@ def save_safetensors(arrays: Mapping[str, Any], path: str | os.PathLike) -> None
     {'weight': array([1., 1.])}
     """
     path = _checked_path("path", path)
-    # Each has to be contiguous, as its memory is written as it lies.
+    # Each array has to be contiguous, as its memory is written as it lies.
     _safetensors().numpy.save_file(
         {name: np.require(as_numpy(v), requirements="C") for name, v in arrays.items()}, path
     )
 
 
 def as_numpy(value: Any) -> np.ndarray:
-    """An array, or a tensor of PyTorch on any device, in NumPy."""
+    """Returns an array, or a tensor of PyTorch on any device, in NumPy."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     tensor = value.detach().cpu()
@@ -89,7 +89,7 @@ def as_numpy(value: Any) -> np.ndarray:
 
 
 def _stored(entry: Mapping[str, Any]) -> np.ndarray:
-    """An array of a safetensors file, also of the dtypes that NumPy has by ml_dtypes only."""
+    """Returns an array of a safetensors file, also of the dtypes that NumPy has by ml_dtypes only."""
     name = entry["dtype"].lower()
     special = {
         "bf16": "bfloat16",

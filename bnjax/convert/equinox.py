@@ -1,4 +1,4 @@
-"""Equinox ↔ Flax."""
+"""Conversion of batch norms and models between Equinox and Flax."""
 
 from collections.abc import Collection
 from typing import Any
@@ -16,25 +16,25 @@ EQUINOX = Framework(
     leaves={
         **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
         **dict.fromkeys(("linear bias", "bias"), "bias"),
-        **{"mean": "mean", "var": "var"},  # in the state; names of ours
+        **{"mean": "mean", "var": "var"},  # these are in the state, by names of ours
     },
     out_first=True,
 )
 
 
 def batch_norm_from_equinox(module: Any, state: Any) -> BatchNormState:
-    """An `equinox.nn.BatchNorm` of either mode. Of mode 'batch' the running statistics are debiased,
+    """Converts an `equinox.nn.BatchNorm` of either mode. In mode 'batch' the running statistics are debiased:
 
         h ← ρ h + (1 − ρ) s, average = h / (1 − ρ^T) in step T
 
-    and of mode 'ema' they are those of the first batch after the first step, then r ← ρ r + (1 − ρ) s; there training
+    In mode 'ema' they are those of the first batch after the first step, then r ← ρ r + (1 − ρ) s; there training
     normalizes with r too, as `bnjax.variants.moving_batch_norm` does. In mode 'batch', Equinox 0.13 starts the
-    variance's h at one but divides it all the same, so that its average begins far too large; converted is what it
-    uses at inference, and from the second step on the averages move alike.
+    variance's h at one but divides it all the same, so that its average begins far too large. The average that Equinox
+    uses at inference is converted, and from the second step on it moves by the same rule in both libraries.
 
     Args:
       module: the batch norm.
-      state: of the model or of the batch norm.
+      state: state of the model or of the batch norm.
 
     Returns:
       The batch norm. Equinox does not count the steps of mode 'ema'; there `steps` is 0 before the first and 1 after.
@@ -56,14 +56,14 @@ def batch_norm_from_equinox(module: Any, state: Any) -> BatchNormState:
 
 
 def batch_norm_to_equinox(state: BatchNormState, module: Any, module_state: Any) -> tuple[Any, Any]:
-    """An `equinox.nn.BatchNorm` and its state with the arrays of a batch norm.
+    """Returns an `equinox.nn.BatchNorm` and its state with the arrays of a batch norm.
 
     In mode 'batch', statistics that are not debiased come with a counter so large that they go on as they did.
 
     Args:
       state: the batch norm.
-      module: of either mode, made with `eps=state.epsilon` and `momentum=state.decay`.
-      module_state: its state, which stays usable.
+      module: module of either mode, made with `eps=state.epsilon` and `momentum=state.decay`.
+      module_state: state of the module, which stays usable.
 
     Returns:
       `(module, module_state)` of the same structure.
@@ -82,14 +82,14 @@ def batch_norm_to_equinox(state: BatchNormState, module: Any, module_state: Any)
 def variables_from_equinox(
     model: Any, state: Any, like: Any, names: Names = None, *, transposed: Collection[str] = ()
 ) -> Any:
-    """The variables of a Flax model from those of an Equinox model.
+    """Converts the variables of an Equinox model to those of a Flax model.
 
     Kernels [out, in, *window] become [*window, in, out], those of transposed convolutions too, and biases lose their
     axes of size one. Mind that Equinox pads both sides alike and flattens [channels, height, width], as PyTorch does.
 
     Args:
       model: the Equinox model.
-      state: its state.
+      state: state of the model.
       like: variables of the Flax model, or their shapes: `jax.eval_shape(model.init, …)`.
       names: path of each of our modules in the Equinox model, such as {'Conv_0': 'layers.0'}; a function of our path
         does too.
@@ -119,16 +119,16 @@ def variables_to_equinox(
     steps: int = SETTLED,
     transposed: Collection[str] = (),
 ) -> tuple[Any, Any]:
-    """An Equinox model and its state with the variables of a Flax model.
+    """Returns an Equinox model and its state with the variables of a Flax model.
 
     Args:
-      variables: of the Flax model.
+      variables: variables of the Flax model.
       model: the Equinox model.
-      state: its state, which stays usable.
-      names: as in `variables_from_equinox`.
+      state: state of the model, which stays usable.
+      names: names of our modules, as in `variables_from_equinox`.
       steps: T, the number of training steps since the averages of batch norms of mode 'batch' began; by default so many
         that the averages go on as those that are not debiased.
-      transposed: as in `variables_from_equinox`.
+      transposed: transposed convolutions, as in `variables_from_equinox`.
 
     Returns:
       `(model, state)` of the same structure.
@@ -142,21 +142,21 @@ def variables_to_equinox(
     >>> print(model.bias)
     [1. 1.]
     """
-    found = variables_to(EQUINOX, variables, names, transposed, _arrays(model, state))
+    arrays = variables_to(EQUINOX, variables, names, transposed, _arrays(model, state))
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy, as setting a value spends the state
     for path, module in _batch_norms(model):
-        mean, var = (jnp.asarray(found[_join(path, leaf)]) for leaf in ("mean", "var"))
+        mean, var = (jnp.asarray(arrays[_join(path, leaf)]) for leaf in ("mean", "var"))
         if module.mode == "ema":
             state = state.set(module.ema_first_time_index, jnp.array(False))
             state = state.set(module.ema_state_index, (mean, var))
         else:
-            counter = state.get(module.batch_counter) * 0 + steps  # of the same dtype, weak as it is
+            counter = state.get(module.batch_counter) * 0 + steps  # keeps the counter's dtype and weak type
             divisor = _divisor(module, counter)
             state = state.set(module.batch_counter, counter)
             state = state.set(module.batch_state_index, (mean * divisor, var * divisor))
 
     def put(path, leaf):
-        return jnp.asarray(found[key]) if (key := _key(path)) in found else leaf
+        return jnp.asarray(arrays[key]) if (key := _key(path)) in arrays else leaf
 
     return jax.tree_util.tree_map_with_path(put, model), state
 
@@ -171,7 +171,7 @@ def _batch_norms(model: Any) -> list[tuple[str, Any]]:
 
 
 def _arrays(model: Any, state: Any) -> dict[str, Any]:
-    """Parameters by their path, and the running statistics as those of their batch norm."""
+    """Returns parameters by their path, and the running statistics by the path of their batch norm."""
     leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_batch_norm)[0]
     arrays = {_key(path): leaf for path, leaf in leaves if isinstance(leaf, np.ndarray | jax.Array)}
     for path, module in _batch_norms(model):
@@ -181,7 +181,7 @@ def _arrays(model: Any, state: Any) -> dict[str, Any]:
 
 
 def _averages(module: Any, state: Any) -> dict[str, Any]:
-    """The running statistics that inference uses."""
+    """Returns the running statistics that inference uses."""
     if module.mode == "ema":
         mean, var = state.get(module.ema_state_index)
     else:
@@ -190,7 +190,7 @@ def _averages(module: Any, state: Any) -> dict[str, Any]:
 
 
 def _divisor(module: Any, counter: Any) -> Any:
-    """1 − ρ^T, and 1 before the first step, as Equinox computes it."""
+    """Computes 1 − ρ^T as Equinox does, with 1 before the first step."""
     return jnp.where(counter == 0, 1, 1 - module.momentum**counter)
 
 

@@ -1,4 +1,4 @@
-"""Haiku ↔ Flax."""
+"""Conversion of batch norms and models between Haiku and Flax."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -25,16 +25,16 @@ Tree = Mapping[str, Mapping[str, Any]]
 def batch_norm_from_haiku(
     params: Tree, state: Tree, name: str, *, decay_rate: float, eps: float = 1e-5
 ) -> BatchNormState:
-    """An `hk.BatchNorm`, whose running statistics start at zero and are debiased:
+    """Converts an `hk.BatchNorm`, whose running statistics start at zero and are debiased:
 
         h ← ρ h + (1 − ρ) s, average = h / (1 − ρ^T) in step T
 
     Args:
-      params: of the model.
-      state: of the model.
-      name: of the batch norm, such as 'res_net/~/initial_batchnorm'.
-      decay_rate: ρ.
-      eps: added to the variance.
+      params: params of the model.
+      state: state of the model.
+      name: name of the batch norm, such as 'res_net/~/initial_batchnorm'.
+      decay_rate: ρ, the weight of the old value.
+      eps: number added to the variance.
 
     Returns:
       The batch norm, without the leading axes of size one.
@@ -52,19 +52,19 @@ def batch_norm_from_haiku(
     [1. 1.] ['0.474', '0.631', '0.900']
     """
     arrays = _flat(params) | _flat(state)
-    found = batch_norm_from(HAIKU, arrays, name)
+    params_and_stats = batch_norm_from(HAIKU, arrays, name)
     steps = int(arrays.get(f"{name}/~/mean_ema/counter", 0))
-    return BatchNormState(*found, epsilon=eps, decay=decay_rate, update="debiased", steps=steps)
+    return BatchNormState(*params_and_stats, epsilon=eps, decay=decay_rate, update="debiased", steps=steps)
 
 
 def batch_norm_to_haiku(state: BatchNormState, name: str, *, ndim: int = 2) -> tuple[dict, dict]:
-    """The params and state of an `hk.BatchNorm`, made with `decay_rate=state.decay` and `eps=state.epsilon`.
+    """Returns the params and state of an `hk.BatchNorm` made with `decay_rate=state.decay` and `eps=state.epsilon`.
 
     Statistics that are not debiased come with a counter so large that they go on as they did.
 
     Args:
       state: the batch norm.
-      name: of the batch norm.
+      name: name of the batch norm.
       ndim: number of axes of its input, the batch's included; Haiku's arrays have as many.
 
     Returns:
@@ -87,14 +87,14 @@ def batch_norm_to_haiku(state: BatchNormState, name: str, *, ndim: int = 2) -> t
 def variables_from_haiku(
     params: Tree, state: Tree, like: Any, names: Names = None, *, transposed: Collection[str] = ()
 ) -> Any:
-    """The variables of a Flax model from those of a Haiku model.
+    """Converts the variables of a Haiku model to those of a Flax model.
 
-    Kernels lie alike. A transposed convolution's, [*window, out, in], becomes that of `nn.ConvTranspose`, [*window,
-    in, out].
+    Kernels have the same layout in both. A transposed convolution's kernel, [*window, out, in], becomes that of
+    `nn.ConvTranspose`, [*window, in, out].
 
     Args:
-      params: of the Haiku model.
-      state: of the Haiku model; {} for none.
+      params: params of the Haiku model.
+      state: state of the Haiku model; {} for none.
       like: variables of the Flax model, or their shapes: `jax.eval_shape(model.init, …)`.
       names: Haiku's name of each of our modules, such as {'Conv_0': 'res_net/~/initial_conv'}; a function of our path
         does too. By default both are the same.
@@ -128,20 +128,20 @@ def variables_to_haiku(
     steps: int = SETTLED,
     transposed: Collection[str] = (),
 ) -> tuple[dict, dict]:
-    """The params and state of a Haiku model from the variables of a Flax model.
+    """Converts the variables of a Flax model to the params and state of a Haiku model.
 
     Args:
-      variables: of the Flax model.
-      params: of the Haiku model, as its init gives them.
-      state: of the Haiku model, alike.
-      names: as in `variables_from_haiku`.
+      variables: variables of the Flax model.
+      params: params of the Haiku model, as its init gives them.
+      state: state of the Haiku model, as its init gives it.
+      names: names of our modules, as in `variables_from_haiku`.
       decay_rate: ρ of the batch norms, needed where `steps` is given.
       steps: T, the number of training steps since the averages began; by default so many that the averages go on as
         those that are not debiased.
-      transposed: as in `variables_from_haiku`.
+      transposed: transposed convolutions, as in `variables_from_haiku`.
 
     Returns:
-      `(params, state)` in the structure, shapes and dtypes of the given.
+      `(params, state)` in the structure, shapes and dtypes of the arguments.
 
     Raises:
       ValueError: where names or shapes disagree.
@@ -152,13 +152,13 @@ def variables_to_haiku(
     array([0., 0.], dtype=float32)
     """
     template = _flat(state)
-    found = variables_to(HAIKU, variables, names, transposed, _flat(params) | template)
-    filled = _with_hidden(template, found, decay_rate, steps)
-    return _nested({key: found[key] for key in _flat(params)}), _nested(filled)
+    arrays = variables_to(HAIKU, variables, names, transposed, _flat(params) | template)
+    filled = _with_hidden(template, arrays, decay_rate, steps)
+    return _nested({key: arrays[key] for key in _flat(params)}), _nested(filled)
 
 
-def _with_hidden(template: Mapping[str, Any], found: Mapping[str, Any], decay: float, steps: int) -> dict[str, Any]:
-    """The state of `template` with the averages of `found`, and the hidden values and counters that go with them."""
+def _with_hidden(template: Mapping[str, Any], arrays: Mapping[str, Any], decay: float, steps: int) -> dict[str, Any]:
+    """Returns the state of `template` with the averages of `arrays`, and the hidden values and counters to these."""
     divisor = 1 - np.asarray(jnp.power(jnp.float32(decay), steps))  # as Haiku computes it
     filled = {}
     for key, old in template.items():
@@ -166,10 +166,10 @@ def _with_hidden(template: Mapping[str, Any], found: Mapping[str, Any], decay: f
         if leaf == "counter":
             filled[key] = np.asarray(steps, old.dtype)
         elif leaf == "hidden":
-            average = found[f"{base}/average"]
+            average = arrays[f"{base}/average"]
             filled[key] = np.asarray(average * divisor, average.dtype)
         else:
-            filled[key] = found[key]
+            filled[key] = arrays[key]
     return filled
 
 

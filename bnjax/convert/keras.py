@@ -1,4 +1,4 @@
-"""Keras 3 ↔ Flax, on any backend of Keras."""
+"""Conversion of batch norms and models between Keras 3, on any backend, and Flax."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ KERAS = Framework(
         **{"kernel": "kernel", "linear bias": "bias", "embedding": "embeddings"},
         **{"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
     },
-    ignored=("moving_stddev", "renorm_mean", "renorm_stddev"),  # what renorm moves besides
+    ignored=("moving_stddev", "renorm_mean", "renorm_stddev"),  # the arrays that renorm moves besides
     transposed_swaps=True,
     transposed_flips=True,
     depthwise_apart=True,
@@ -22,9 +22,10 @@ KERAS = Framework(
 
 
 def batch_norm_from_keras(layer: Any) -> BatchNormState:
-    """A `keras.layers.BatchNormalization`: r ← ρ r + (1 − ρ) s with ρ its momentum; its epsilon is 1e-3 by default.
+    """Converts a `keras.layers.BatchNormalization`: r ← ρ r + (1 − ρ) s with ρ its momentum.
 
-    With `renorm=True`, this is what it uses at inference; its training moves a running deviation instead.
+    The layer's epsilon is 1e-3 by default. With `renorm=True`, the result is what the layer uses at inference; its
+    training moves a running deviation instead.
 
     Args:
       layer: the layer, built.
@@ -73,10 +74,10 @@ def batch_norm_to_keras(state: BatchNormState, layer: Any) -> None:
 
 
 def variables_from_keras(model: Any, like: Any, names: Names = None, *, transposed: Collection[str] = ()) -> Any:
-    """The variables of a Flax model from those of a Keras model.
+    """Converts the variables of a Keras model to those of a Flax model.
 
-    Kernels lie alike. A transposed convolution's, [*window, out, in], becomes that of `nn.ConvTranspose`, [*window,
-    in, out], with its window reversed.
+    Kernels have the same layout in both. A transposed convolution's kernel, [*window, out, in], becomes that of
+    `nn.ConvTranspose`, [*window, in, out], with its window reversed.
 
     Args:
       model: the model, built; or arrays by the path of their weights.
@@ -108,10 +109,10 @@ def variables_to_keras(variables: Any, model: Any, names: Names = None, *, trans
     """Assigns the variables of a Flax model to a Keras model.
 
     Args:
-      variables: of the Flax model.
+      variables: variables of the Flax model.
       model: the Keras model, built.
-      names: as in `variables_from_keras`.
-      transposed: as in `variables_from_keras`.
+      names: names of our modules, as in `variables_from_keras`.
+      transposed: transposed convolutions, as in `variables_from_keras`.
 
     Returns:
       Nothing.
@@ -133,6 +134,6 @@ def _weights(model: Any) -> dict[str, Any]:
 
 
 def _assign(variables: Any, weights: dict[str, Any], names: Names, transposed: Collection[str]) -> None:
-    found = variables_to(KERAS, variables, names, transposed, read_arrays(weights))
-    for key, value in found.items():
+    arrays = variables_to(KERAS, variables, names, transposed, read_arrays(weights))
+    for key, value in arrays.items():
         weights[key].assign(value)

@@ -1,4 +1,4 @@
-"""Flax nnx ↔ Flax linen."""
+"""Conversion of batch norms and models between Flax nnx and Flax linen."""
 
 from collections.abc import Collection
 from typing import Any
@@ -12,7 +12,7 @@ NNX = Framework(title="nnx", separator=".", leaves={name: name for name in _SAME
 
 
 def batch_norm_from_nnx(layer: Any) -> BatchNormState:
-    """An `nnx.BatchNorm`, `flax.nnx`'s or `bnjax.nnx`'s: r ← ρ r + (1 − ρ) s with ρ its momentum.
+    """Converts an `nnx.BatchNorm`, `flax.nnx`'s or `bnjax.nnx`'s: r ← ρ r + (1 − ρ) s with ρ its momentum.
 
     Args:
       layer: the layer.
@@ -57,14 +57,14 @@ def batch_norm_to_nnx(state: BatchNormState, layer: Any) -> None:
 
 
 def variables_from_nnx(module: Any, like: Any, names: Names = None, *, transposed: Collection[str] = ()) -> Any:
-    """The variables of a linen model from those of an nnx model, whose arrays have the same names and layouts.
+    """Converts the variables of an nnx model to those of a linen model, whose arrays have the same names and layouts.
 
     Args:
       module: the nnx model, or its state.
       like: variables of the linen model, or their shapes: `jax.eval_shape(model.init, …)`.
       names: path of each of our modules in the nnx model, such as {'Conv_0': 'layers.0'}; a function of our path does
         too. By default 'block/Conv_0' is 'block.Conv_0'.
-      transposed: without effect, as transposed convolutions lie alike.
+      transposed: accepted without effect, as transposed convolutions have the same layout in both.
 
     Returns:
       Variables in the structure, shapes and dtypes of `like`.
@@ -84,10 +84,10 @@ def variables_to_nnx(variables: Any, module: Any, names: Names = None, *, transp
     """Assigns the variables of a linen model to an nnx model.
 
     Args:
-      variables: of the linen model.
+      variables: variables of the linen model.
       module: the nnx model.
-      names: as in `variables_from_nnx`.
-      transposed: as in `variables_from_nnx`.
+      names: names of our modules, as in `variables_from_nnx`.
+      transposed: accepted without effect, as in `variables_from_nnx`.
 
     Returns:
       Nothing.
@@ -107,7 +107,7 @@ def variables_to_nnx(variables: Any, module: Any, names: Names = None, *, transp
 
 
 def _variables(module: Any) -> dict[str, Any]:
-    """Parameters and running statistics by path, without random keys and the like."""
+    """Returns parameters and running statistics by path, without random keys and the like."""
     from flax import nnx
 
     state = module if isinstance(module, nnx.State) else nnx.state(module)

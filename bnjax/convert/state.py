@@ -24,9 +24,9 @@ class BatchNormState(NamedTuple):
     | 'debiased' | ρ (1 − ρ^(T−1)) / (1 − ρ^T) | Haiku, Equinox's mode 'batch' |
     | 'first' | 0 if T = 1, then ρ | Equinox's mode 'ema' |
 
-    The debiased average is a = h / (1 − ρ^T) of h ← ρ h + (1 − ρ) s from h = 0: the row above is what that does to a.
+    The debiased average is a = h / (1 − ρ^T) of h ← ρ h + (1 − ρ) s from h = 0, which moves a as the table says.
     Equinox's mode 'ema' also normalizes with the running statistics in training, not with the batch's; that is
-    `bnjax.variants.moving_batch_norm`. A Flax linen layer has no function of its own, as its variables are these:
+    `bnjax.variants.moving_batch_norm`. Flax linen needs no conversion, as its variables are the arrays of this class:
     `BatchNormState(params, batch_stats, layer.epsilon, layer.momentum)`.
 
     Attributes:
@@ -65,7 +65,7 @@ class BatchNormState(NamedTuple):
         return {"params": dict(self.params), "batch_stats": dict(self.batch_stats)}
 
     def momentum(self, step: Any = 1) -> Any:
-        """Momentum m of the `step`-th further training step, as `bnjax.batch_norm` takes it.
+        """Returns the momentum m of the `step`-th training step from now, as `bnjax.batch_norm` takes it.
 
         Args:
           step: 1 for the next training step; may be traced.
@@ -87,13 +87,13 @@ class BatchNormState(NamedTuple):
         return decay * jnp.expm1((total - 1) * log) / jnp.expm1(total * log)
 
     def options(self, step: Any = None) -> dict[str, Any]:
-        """Arguments of `bnjax.batch_norm` and `bnjax.linen.BatchNorm` with which training goes on by the same rule.
+        """Returns arguments of `bnjax.batch_norm` and `bnjax.linen.BatchNorm` to go on training by the same rule.
 
         Args:
-          step: which further training step the momentum is of; needed where it changes with the step.
+          step: number of the training step, 1 for the next; needed where the momentum changes with it.
 
         Returns:
-          momentum, epsilon and bessel_correction.
+          A dict of momentum, epsilon and bessel_correction.
 
         Raises:
           ValueError: without a `step` where the momentum changes with it.
@@ -108,5 +108,5 @@ class BatchNormState(NamedTuple):
 
 
 def debiased_steps(state: BatchNormState) -> int:
-    """T for a framework that debiases: that of the averages, or one that makes no difference to them."""
+    """Returns T for a framework that debiases: the averages' own, or one so large that it does not change them."""
     return state.steps if state.update == "debiased" else SETTLED

@@ -1,4 +1,4 @@
-"""PyTorch ↔ Flax, from state dicts or safetensors; and torchvision's names of the layers of our ResNet."""
+"""Conversion between PyTorch (state dicts or safetensors) and Flax, and torchvision's names of our ResNet's layers."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -27,13 +27,13 @@ TORCH = Framework(
 def batch_norm_from_torch(
     source: Any, prefix: str = "", *, momentum: float | None = 0.1, eps: float = 1e-5
 ) -> BatchNormState:
-    """A batch norm of PyTorch, whose momentum p is the weight of the new value and whose running variance is unbiased:
+    """Converts a batch norm of PyTorch, whose momentum p weighs the new value and whose running variance is unbiased:
 
         r ← (1 − p) r + p s, with s = n / (n − 1) times the batch's variance; p = 1 / T in step T for momentum None
 
     Args:
       source: a module, of which momentum and eps are taken; a state dict; or the path of a '.safetensors' file.
-      prefix: name of the batch norm in it, such as 'layer1.0.bn1'.
+      prefix: name of the batch norm in the source, such as 'layer1.0.bn1'.
       momentum: PyTorch's, where `source` is no module; None for the cumulative average.
       eps: PyTorch's, where `source` is no module.
 
@@ -69,14 +69,14 @@ def batch_norm_from_torch(
 
 
 def batch_norm_to_torch(state: BatchNormState, prefix: str = "") -> dict[str, np.ndarray]:
-    """The state dict of a batch norm, in NumPy: `load_state_dict({k: torch.from_numpy(v) for k, v in ….items()})`.
+    """Returns the state dict of a batch norm in NumPy, for `load_state_dict({k: torch.from_numpy(v) for k, v in …})`.
 
     The module is `BatchNorm2d(features, eps=state.epsilon, momentum=1 - state.decay)`, or with momentum None where the
     rule is 'cumulative'. Its training is then PyTorch's: with Bessel's correction, and never debiased.
 
     Args:
       state: the batch norm.
-      prefix: its name in the state dict.
+      prefix: name of the batch norm in the state dict.
 
     Returns:
       Arrays by PyTorch's names, num_batches_tracked included.
@@ -89,12 +89,12 @@ def batch_norm_to_torch(state: BatchNormState, prefix: str = "") -> dict[str, np
 
 
 def variables_from_torch(source: Any, like: Any, names: Names = None, *, transposed: Collection[str] = ()) -> Any:
-    """The variables of a Flax model from those of a PyTorch model.
+    """Converts the variables of a PyTorch model to those of a Flax model.
 
-    Kernels [out, in, *window] become [*window, in, out]. A transposed convolution's, [in, out, *window], becomes
+    Kernels [out, in, *window] become [*window, in, out]. A transposed convolution's kernel, [in, out, *window], becomes
     that of `nn.ConvTranspose`, [*window, in, out], with its window reversed. Mind two differences of the models
     themselves: PyTorch pads both sides alike, `padding=((1, 1), (1, 1))` and not 'SAME'; and it flattens [channels,
-    height, width], so that before a Dense layer images have to be transposed so.
+    height, width], so that images have to be transposed to that order before a Dense layer.
 
     Args:
       source: a module, a state dict, or the path of a '.safetensors' file.
@@ -124,15 +124,15 @@ def variables_from_torch(source: Any, like: Any, names: Names = None, *, transpo
 def variables_to_torch(
     variables: Any, names: Names = None, *, steps: int = 0, transposed: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
-    """The state dict of a PyTorch model from the variables of a Flax model, in NumPy; `save_safetensors` writes it.
+    """Converts the variables of a Flax model to a PyTorch model's state dict in NumPy; `save_safetensors` writes it.
 
-    Arrays become tensors by `torch.from_numpy`; those of bfloat16, which it does not take, by way of a file.
+    Arrays become tensors by `torch.from_numpy`, or by way of a file where they are bfloat16, which it does not take.
 
     Args:
-      variables: of the Flax model.
-      names: as in `variables_from_torch`.
+      variables: variables of the Flax model.
+      names: names of our modules, as in `variables_from_torch`.
       steps: number of training steps, the num_batches_tracked of every batch norm.
-      transposed: as in `variables_from_torch`.
+      transposed: transposed convolutions, as in `variables_from_torch`.
 
     Returns:
       Arrays by PyTorch's names.
@@ -151,7 +151,7 @@ def variables_to_torch(
 
 
 def torchvision_names(like: Any) -> dict[str, str]:
-    """torchvision's names of the modules of a `bnjax.models.ResNet`, of any depth and kind of block.
+    """Returns torchvision's names of the modules of a `bnjax.models.ResNet`, of any depth and kind of block.
 
     The network is torchvision's where its normalizer is `bnjax.linen.BatchNorm`; in training too, with
     `functools.partial(BatchNorm, momentum=0.9, bessel_correction=True)`.
@@ -160,7 +160,7 @@ def torchvision_names(like: Any) -> dict[str, str]:
       like: variables of the ResNet with a batch norm, or their shapes.
 
     Returns:
-      Names such as 'layer1.0.downsample.1' by ours such as 'BatchNorm_3'.
+      Names such as 'layer1.0.downsample.1' by our names, such as 'BatchNorm_3'.
 
     Raises:
       ValueError: for variables of another model.
@@ -189,7 +189,7 @@ def torchvision_names(like: Any) -> dict[str, str]:
     stage, block = 1, 0
     while len(theirs) < len(kernels):
         first, last = kernels[len(theirs)], kernels[len(theirs) + per_block - 1]
-        widens = first[-2] != last[-1]  # then what goes past the block has a convolution too
+        widens = first[-2] != last[-1]  # then the shortcut past the block has a convolution too
         if widens and block > 0:
             stage, block = stage + 1, 0
         name = f"layer{stage}.{block}"

@@ -1,4 +1,4 @@
-"""Which of a model's layers feed which: calls that are marked in the traced program."""
+"""Calls of a model's layers, marked in the traced program to see which layers feed which."""
 
 import contextlib
 import itertools
@@ -14,8 +14,8 @@ from bnjax.linen import statistics_of
 
 Call = Callable[..., Any]
 _IN, _OUT = "bnjax: into ", "bnjax: out of "
-# Compiled parts of a model (Flax's jit) keep what was traced first. Within a context of its own each call is traced
-# anew, so that nothing intercepted stays behind in them, and nothing that they kept is taken for what is intercepted.
+# Compiled parts of a model (Flax's jit) keep their first trace. Within a context of its own each call is traced anew,
+# so that no intercepted call stays behind in them, and no trace that they kept is taken for an intercepted call.
 _own_trace = jax.make_user_context()
 _number = itertools.count(1)
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
@@ -23,7 +23,7 @@ _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "check
 
 @contextlib.contextmanager
 def intercept(is_wanted: Callable[[nn.Module], bool], replace: Callable[[Any, Call, Any, dict[str, Any]], Any]):
-    """A context in which `replace(module, call, x, options)` stands for the calls of the modules that are wanted."""
+    """Makes `replace(module, call, x, options)` stand for the calls of wanted modules, within a `with` statement."""
 
     def interceptor(next_function, arguments, options, context):
         with _own_trace(next(_number)):
@@ -32,28 +32,28 @@ def intercept(is_wanted: Callable[[nn.Module], bool], replace: Callable[[Any, Ca
     def intercepted(next_function, arguments, options, context):
         if context.method_name != "__call__" or not is_wanted(context.module):
             return next_function(*arguments, **options)
-        given = dict(zip(("x", "use_running_average"), arguments, strict=False)) | options
-        name = "inputs" if "inputs" in given else "x"
-        x = given.pop(name)
-        return replace(context.module, lambda x, **options: next_function(x, **options), x, given)
+        call_options = dict(zip(("x", "use_running_average"), arguments, strict=False)) | options
+        name = "inputs" if "inputs" in call_options else "x"
+        x = call_options.pop(name)
+        return replace(context.module, lambda x, **options: next_function(x, **options), x, call_options)
 
     with _own_trace(next(_number)), nn.intercept_methods(interceptor):
         yield
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm, of `bnjax.linen` or of Flax."""
+    """Returns whether a module is a batch norm, of `bnjax.linen` or of Flax."""
     return statistics_of(module) is not None
 
 
 def marked(module: nn.Module, call: Call, x: Any, options: dict[str, Any]) -> Any:
-    """The output of a call, with marks at its input and at its output."""
+    """Calls a module with marks at its input and at its output."""
     name = "/".join(module.path)
     return checkpoint_name(call(checkpoint_name(x, _IN + name), **options), _OUT + name)
 
 
 def followers(jaxpr: Any) -> Iterator[tuple[str, str]]:
-    """Names of marked calls, and of those that take their outputs as they are and as the only ones."""
+    """Yields pairs of marked calls' names of which the second takes the first's output, unchanged and alone."""
     uses = Counter(id(v) for eqn in jaxpr.eqns for v in eqn.invars) + Counter(map(id, jaxpr.outvars))
     made = {}
     for eqn in jaxpr.eqns:
@@ -69,7 +69,7 @@ def followers(jaxpr: Any) -> Iterator[tuple[str, str]]:
 
 
 def uses(jaxpr: Any) -> list[int]:
-    """How often each input of a program is used in it."""
+    """Counts how often each input of a program is used in it."""
     counts = Counter(map(id, jaxpr.outvars))
     for eqn in jaxpr.eqns:
         inner = list(_inner(eqn)) if eqn.primitive.name in _INLINED else []
@@ -80,12 +80,12 @@ def uses(jaxpr: Any) -> list[int]:
 
 
 def depth(jaxpr: Any) -> int:
-    """The largest number of marked calls that the input of another depends on, along the longest way."""
+    """Returns the largest number of marked calls on the longest way to the input of another marked call."""
     return _depths(jaxpr, 0)[0]
 
 
 def _depths(jaxpr: Any, start: int) -> tuple[int, int]:
-    """The same, and alike for the program's outputs; `start` for its inputs."""
+    """Returns `depth` of a program whose inputs come after `start` marked calls, and the number before its outputs."""
     largest, known = 0, {}
     for eqn in jaxpr.eqns:
         here = max([start, *(known.get(id(v), 0) for v in eqn.invars)])
@@ -104,7 +104,7 @@ def _depths(jaxpr: Any, start: int) -> tuple[int, int]:
 
 
 def _inner(eqn: Any) -> Iterator[Any]:
-    """Programs within an operation."""
+    """Yields the programs within an operation."""
     for value in eqn.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             part = getattr(part, "jaxpr", part)

@@ -1,4 +1,4 @@
-"""What the batch norms of a model are like, and the usual mistakes with them."""
+"""A description of a model's batch norms, and of the usual mistakes with them."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,23 +13,23 @@ from flax.traverse_util import flatten_dict
 from bnjax import _compat, linen
 from bnjax import nnx as layers_of_nnx
 from bnjax.inference import _calls
-from bnjax.inference.reestimate import moments_seen, none_seen
+from bnjax.inference.reestimate import add_batch_moments, no_moments
 
-_DEAD, _EXPLODING = 1e-3, 1e3  # beside the layer's median
-_NEAR = 10.0  # epsilons, up to which a variance is near epsilon
-_FAR_MEAN, _FAR_VAR = 3.0, 10.0  # running deviations between means, and the ratio of variances, of half the features
+_DEAD, _EXPLODING = 1e-3, 1e3  # bounds of features' scales in units of the layer's median
+_NEAR = 10.0  # the number of epsilons up to which a variance is near epsilon
+_FAR_MEAN, _FAR_VAR = 3.0, 10.0  # bounds of medians: of the means' distance in running deviations, and of var's ratio
 
-_SHOWN = 5  # batch norms with the same mistake
+_SHOWN = 5  # how many batch norms with the same mistake are shown
 
 Spread = tuple[float, float, float]
 
 
 class Mistake(NamedTuple):
-    """What is likely to be one.
+    """A likely mistake in a model's use of batch norm.
 
     Attributes:
-      text: what it is, and what to do.
-      measured: what was found here.
+      text: description of the mistake, and of what to do.
+      measured: the numbers that point to the mistake.
     """
 
     text: str
@@ -37,16 +37,16 @@ class Mistake(NamedTuple):
 
 
 class Description(NamedTuple):
-    """One batch norm.
+    """The description of one batch norm.
 
     Attributes:
-      path: of its variables, joined by slashes; with the kind of batches where there are several: 'norm[1]'.
-      features: how many.
+      path: path of its variables, joined by slashes; with the kind of batches where there are several: 'norm[1]'.
+      features: number of features.
       multiplier: least, median and largest effective scale, |scale| / sqrt(var + epsilon).
       deviation: least, median and largest running deviation, sqrt(var).
       dead: features whose output hardly varies: |scale| · sqrt(var / (var + epsilon)) is below 1e-3 of its median.
       exploding: features whose effective scale is above 1e3 times its median.
-      mistakes: what is likely to be one.
+      mistakes: the likely mistakes.
     """
 
     path: str
@@ -59,7 +59,7 @@ class Description(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """Of one batch norm, as far as known."""
+    """The settings of one batch norm, as far as they are known."""
 
     epsilon: float = 1e-5
     momentum: Any = None
@@ -70,14 +70,14 @@ class _Settings(NamedTuple):
 def examine(
     variables: Any, model: nn.Module | None = None, *args: Any, epsilon: float = 1e-5, **options: Any
 ) -> list[Description]:
-    """Looks at each batch norm of a model; `describe` prints the same.
+    """Describes each batch norm of a model; `describe` prints these descriptions.
 
     Args:
       variables: collections 'params' and 'batch_stats', or an nnx module.
-      model: linen module; it tells the epsilon and the momentum of each batch norm.
-      *args: of its call: a batch, whose statistics are compared with the running ones.
-      epsilon: of the batch norms, where neither a model nor an nnx module tells it.
-      **options: of the call, such as `training=False`.
+      model: linen module, from which epsilon and momentum of each batch norm are taken.
+      *args: arguments of its call: a batch, whose statistics are compared with the running ones.
+      epsilon: epsilon of the batch norms, where neither a model nor an nnx module is given.
+      **options: options of the call, such as `training=False`.
 
     Returns:
       A description of each batch norm, in the order of the variables (of the calls, with a model).
@@ -100,25 +100,25 @@ def examine(
     if isinstance(variables, nnx.Module) and model is not None:
         raise TypeError("An nnx module is looked at by itself, got a model as well. Pass describe(module).")
     if isinstance(variables, nnx.Module):
-        norms, settings, seen = *_of_nnx(variables), {}
+        norms, settings, batch_moments = *_of_nnx(variables), {}
     else:
         norms = _of_variables(variables)
         settings = {path: _Settings(epsilon) for path in norms}
-        seen = {}
+        batch_moments = {}
         if model is not None:
             settings = _settings(model, variables, args, options)
             norms = {name: norms[name] for path in settings for name in norms if name.split("[")[0] == path}
-            compared = [path for path, one in settings.items() if path in norms and one.is_comparable]
-            start = {tuple(filter(None, path.split("/"))): none_seen(norms[path]["mean"]) for path in compared}
-            seen = moments_seen(model.apply, True, options, variables, start, args)
-            seen = {"/".join(path): jax.device_get(m) for path, m in seen.items()}
+            compared = [path for path, own in settings.items() if path in norms and own.is_comparable]
+            start = {tuple(filter(None, path.split("/"))): no_moments(norms[path]["mean"]) for path in compared}
+            batch_moments = add_batch_moments(model.apply, True, options, variables, start, args)
+            batch_moments = {"/".join(path): jax.device_get(m) for path, m in batch_moments.items()}
     if not norms:
         raise ValueError(
             "variables must be an nnx module, or collections with a batch norm ('mean' and 'var' in 'batch_stats'), "
             f"got {type(variables).__name__} without one."
         )
     settings = {name: settings.get(name) or settings[name.split("[")[0]] for name in norms}
-    return [_described(name, norm, settings[name], seen.get(name)) for name, norm in norms.items()]
+    return [_described(name, norm, settings[name], batch_moments.get(name)) for name, norm in norms.items()]
 
 
 def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon: float = 1e-5, **options: Any) -> None:
@@ -129,10 +129,10 @@ def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon
 
     Args:
       variables: collections 'params' and 'batch_stats', or an nnx module.
-      model: linen module; it tells the epsilon and the momentum of each batch norm.
-      *args: of its call: a batch, whose statistics are compared with the running ones.
-      epsilon: of the batch norms, where neither a model nor an nnx module tells it.
-      **options: of the call, such as `training=False`.
+      model: linen module, from which epsilon and momentum of each batch norm are taken.
+      *args: arguments of its call: a batch, whose statistics are compared with the running ones.
+      epsilon: epsilon of the batch norms, where neither a model nor an nnx module is given.
+      **options: options of the call, such as `training=False`.
 
     Raises:
       TypeError: for a model without a batch, or beside an nnx module.
@@ -146,16 +146,16 @@ def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon
     from rich.console import Console
     from rich.table import Table
 
-    found = examine(variables, model, *args, epsilon=epsilon, **options)
+    descriptions = examine(variables, model, *args, epsilon=epsilon, **options)
     table = Table(title="Batch norms: least, median and largest of the features", title_justify="left")
     for name in ("batch norm", "features", "|scale| / √(var + ε)", "√var", "dead", "exploding"):
         table.add_column(name, justify="left" if name == "batch norm" else "right", no_wrap=True)
     mistakes: dict[str, list[str]] = {}
-    for one in found:
-        spreads = ("  ".join(f"{value:.3g}" for value in spread) for spread in (one.multiplier, one.deviation))
-        table.add_row(one.path, str(one.features), *spreads, str(len(one.dead)), str(len(one.exploding)))
-        for text, measured in one.mistakes:
-            mistakes.setdefault(text, []).append(f"  {one.path}: {measured}")
+    for norm in descriptions:
+        spreads = ("  ".join(f"{value:.3g}" for value in spread) for spread in (norm.multiplier, norm.deviation))
+        table.add_row(norm.path, str(norm.features), *spreads, str(len(norm.dead)), str(len(norm.exploding)))
+        for text, measured in norm.mistakes:
+            mistakes.setdefault(text, []).append(f"  {norm.path}: {measured}")
     console = Console(markup=False, highlight=False)
     console.print(table)
     for text, places in mistakes.items():
@@ -164,20 +164,20 @@ def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon
 
 
 def _of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """Arrays of each batch norm, by path."""
+    """Returns the arrays of each batch norm, by path."""
     stats: Any = flatten_dict(nn.meta.unbox(dict(variables.get("batch_stats", {}))))
     params: Any = flatten_dict(nn.meta.unbox(dict(variables.get("params", {}))))
     paths = [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
-    found = {}
+    norms = {}
     for path in sorted(paths, key=_natural):
         arrays = {name: stats[*path, name] for name in ("mean", "var")}
         arrays |= {name: params[*path, name] for name in ("scale", "bias") if (*path, name) in params}
-        found |= _by_kind("/".join(path), arrays)
-    return found
+        norms |= _by_kind("/".join(path), arrays)
+    return norms
 
 
 def _by_kind(path: str, arrays: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """Arrays of a batch norm, or of each kind of batches of one that has several (`SplitBatchNorm`)."""
+    """Returns the arrays of a batch norm by path, one entry for each kind of batches (`SplitBatchNorm`)."""
     wide = {name: np.asarray(v, complex if np.iscomplexobj(v) else float) for name, v in arrays.items()}
     kinds = len(wide["mean"]) if wide.get("scale", wide.get("bias", wide["mean"])).ndim < wide["mean"].ndim else None
     if kinds is None:
@@ -187,12 +187,12 @@ def _by_kind(path: str, arrays: Mapping[str, Any]) -> dict[str, dict[str, np.nda
 
 
 def _natural(path: tuple[str, ...]) -> list[Any]:
-    """To sort by: numbers by their value."""
+    """Returns a key that sorts paths with the numbers in their names by value."""
     return [(int(part) if part.isdigit() else 0, part) for name in path for part in re.split(r"(\d+)", name)]
 
 
 def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, _Settings]]:
-    """Arrays and settings of each batch norm of an nnx module, by path."""
+    """Returns arrays and settings of each batch norm of an nnx module, by path."""
     norms, settings = {}, {}
     for path, part in _compat.iter_modules(module):
         if layers_of_nnx.statistics_of(part) is not None:
@@ -200,31 +200,31 @@ def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[
             arrays = {n: getattr(part, n) for n in ("mean", "var", "scale", "bias")}
             kinds = _by_kind(name, {n: v[...] for n, v in arrays.items() if v is not None})
             norms |= kinds
-            one = _Settings(part.epsilon, part.momentum, bool(part.use_running_average))
-            settings |= dict.fromkeys(kinds, one)
+            own = _Settings(part.epsilon, part.momentum, bool(part.use_running_average))
+            settings |= dict.fromkeys(kinds, own)
     return norms, settings
 
 
 def _settings(model: nn.Module, variables: Any, args: Any, options: Any) -> dict[str, _Settings]:
-    """Those of each batch norm that a linen model calls."""
-    found = {}
+    """Returns the settings of each batch norm that a linen model calls, by path."""
+    settings = {}
 
-    def note(module, call, x, given):
-        running = linen.is_running(module, given.get("use_running_average"))
+    def note(module, call, x, call_options):
+        running = linen.is_running(module, call_options.get("use_running_average"))
         statistics = linen.statistics_of(module)
         comparable = statistics is not None and statistics.is_variance and statistics.kinds is None
-        found["/".join(module.path)] = _Settings(module.epsilon, module.momentum, running, comparable)
-        return call(x, **given)
+        settings["/".join(module.path)] = _Settings(module.epsilon, module.momentum, running, comparable)
+        return call(x, **call_options)
 
     def run(variables, *args):
         with _calls.intercept(_calls.is_norm, note):
             return model.apply(variables, *args, **options, mutable=["batch_stats"])
 
     jax.eval_shape(run, variables, *args)
-    return found
+    return settings
 
 
-def _described(path: str, arrays: Mapping[str, np.ndarray], settings: _Settings, seen: Any) -> Description:
+def _described(path: str, arrays: Mapping[str, np.ndarray], settings: _Settings, batch_moments: Any) -> Description:
     mean, var = arrays["mean"], arrays["var"]
     scale = np.abs(arrays.get("scale", np.ones(())))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -240,7 +240,7 @@ def _described(path: str, arrays: Mapping[str, np.ndarray], settings: _Settings,
         _spread(deviation),
         tuple(dead.tolist()),
         tuple(exploding.tolist()),
-        tuple(_mistakes(mean, var, settings, seen)),
+        tuple(_mistakes(mean, var, settings, batch_moments)),
     )
 
 
@@ -250,7 +250,7 @@ def _spread(values: np.ndarray) -> Spread:
     return float(np.nanmin(values)), float(np.nanmedian(values)), float(np.nanmax(values))
 
 
-def _mistakes(mean: np.ndarray, var: np.ndarray, settings: _Settings, seen: Any) -> Iterator[Mistake]:
+def _mistakes(mean: np.ndarray, var: np.ndarray, settings: _Settings, batch_moments: Any) -> Iterator[Mistake]:
     epsilon = settings.epsilon
     if broken := (~np.isfinite(mean) | ~np.isfinite(var)).sum():
         text = "Running statistics are not finite: a batch held NaN or infinity, or its variance was taken in one pass."
@@ -269,10 +269,10 @@ def _mistakes(mean: np.ndarray, var: np.ndarray, settings: _Settings, seen: Any)
     if isinstance(settings.momentum, int | float | np.number) and settings.momentum < 0.5:
         text = "momentum weighs the old value, as in Flax and Keras: where it comes from PyTorch, pass 1 minus it."
         yield Mistake(text, f"momentum {settings.momentum:g}")
-    if seen is not None and var.size and np.all(seen.count > 1):
+    if batch_moments is not None and var.size and np.all(batch_moments.count > 1):
         with np.errstate(invalid="ignore"):
-            distance = np.median(np.abs(seen.mean - mean) / np.sqrt(np.maximum(var, 0) + epsilon))
-            ratio = np.median((seen.var + epsilon) / (np.maximum(var, 0) + epsilon))
+            distance = np.median(np.abs(batch_moments.mean - mean) / np.sqrt(np.maximum(var, 0) + epsilon))
+            ratio = np.median((batch_moments.var + epsilon) / (np.maximum(var, 0) + epsilon))
         if distance > _FAR_MEAN or not 1 / _FAR_VAR < ratio < _FAR_VAR:
             text = "Running statistics are far from the batch's: train for longer, lower the momentum, or re-estimate "
             text += "them with bnjax.inference.reestimate_batch_stats."

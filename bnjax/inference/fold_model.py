@@ -1,4 +1,4 @@
-"""The batch norms of a whole Flax model folded into its linear layers."""
+"""Folding of the batch norms of a whole Flax model into its linear layers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,13 +38,13 @@ class _Linear(NamedTuple):
 
 
 def foldable_pairs(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
-    """Paths of the linear layers and batch norms that `fold_model` folds: ('block/Conv_0', 'block/BatchNorm_0'), ….
+    """Returns paths of linear layers and batch norms that `fold_model` folds: ('block/Conv_0', 'block/BatchNorm_0'), ….
 
     Args:
       model: linen module.
-      variables: its collections.
-      *args: of its call; shapes suffice (`jax.ShapeDtypeStruct`).
-      **kwargs: of its call, such as `training=False`.
+      variables: collections of the model.
+      *args: arguments of the model's call; shapes suffice (`jax.ShapeDtypeStruct`).
+      **kwargs: options of the model's call, such as `training=False`.
     """
     return [("/".join(layer.path), "/".join(norm.path)) for layer, norm, _ in _pairs(model, variables, args, kwargs)]
 
@@ -52,7 +52,7 @@ def foldable_pairs(model: nn.Module, variables: Mapping[str, Any], *args: Any, *
 def fold_model(
     model: nn.Module, variables: Mapping[str, Any], *args: Any, pairs: Sequence[tuple[str, str]] | None = None, **kwargs
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A model at inference without the batch norms that follow (or precede) a linear layer.
+    """Folds the batch norms that follow (or precede) a linear layer into it, for a model at inference.
 
     The model is run abstractly to find them: batch norms over the last axis whose input is the output of a `Dense`,
     `Conv` or `ConvTranspose` that nothing else uses, and those whose output, used by nothing else, is the input of a
@@ -62,17 +62,17 @@ def fold_model(
 
     Args:
       model: linen module.
-      variables: its collections.
-      *args: of its call; shapes suffice (`jax.ShapeDtypeStruct`).
-      pairs: those to fold, of `foldable_pairs`; all of them by default.
-      **kwargs: of its call, such as `training=False`.
+      variables: collections of the model.
+      *args: arguments of the model's call; shapes suffice (`jax.ShapeDtypeStruct`).
+      pairs: the pairs of `foldable_pairs` to fold; all of them by default.
+      **kwargs: options of the model's call, such as `training=False`.
 
     Returns:
-      `(apply, variables)`: a function like `model.apply`, for inference, and variables for it: without those of the
-      folded batch norms, and with a bias for each layer that they were folded into. Partitioning metadata is left out.
+      `(apply, variables)`: a function like `model.apply`, for inference, and variables for it, which leave out the
+      folded batch norms and have a bias for each layer that these were folded into. Partitioning metadata is left out.
 
     Raises:
-      ValueError: for a pair that can't be folded, with those that can.
+      ValueError: for a pair that can't be folded; the message lists the pairs that can.
 
     >>> from bnjax.linen import BatchNorm
     >>> model = nn.Sequential([nn.Dense(4), BatchNorm(use_running_average=True), nn.relu])
@@ -82,16 +82,16 @@ def fold_model(
     (['layers_0'], ['params'])
     """
     variables = nn.meta.unbox(variables)
-    found = {
+    foldable = {
         ("/".join(layer.path), "/".join(norm.path)): (layer, norm, is_before)
         for layer, norm, is_before in _pairs(model, variables, args, kwargs)
     }
-    pairs = [*found] if pairs is None else [(layer, norm) for layer, norm in pairs]
-    if wrong := [pair for pair in pairs if pair not in found]:
-        raise ValueError(f"pairs must be of those that can be folded, {list(found)}, got {wrong}.")
+    pairs = [*foldable] if pairs is None else [(layer, norm) for layer, norm in pairs]
+    if wrong := [pair for pair in pairs if pair not in foldable]:
+        raise ValueError(f"pairs must be of those that can be folded, {list(foldable)}, got {wrong}.")
     flat: Any = flatten_dict(dict(variables))
-    for layer, norm, is_before in (found[pair] for pair in pairs):
-        params, batch_stats = (_taken(flat, collection, norm.path) for collection in ("params", "batch_stats"))
+    for layer, norm, is_before in (foldable[pair] for pair in pairs):
+        params, batch_stats = (_pop_variables(flat, collection, norm.path) for collection in ("params", "batch_stats"))
         kernel, bias = (flat.get(("params", *layer.path, name)) for name in ("kernel", "bias"))
         if is_before:
             folded = fold_before(kernel, bias, params, batch_stats, epsilon=norm.epsilon, groups=layer.groups)
@@ -117,21 +117,21 @@ def fold_model(
     return apply, unflatten_dict(flat)
 
 
-def _taken(flat: Any, collection: str, path: Path) -> dict[str, Any]:
-    """A module's variables of a collection, which are removed."""
+def _pop_variables(flat: Any, collection: str, path: Path) -> dict[str, Any]:
+    """Removes a module's variables of a collection and returns them."""
     return {key[-1]: flat.pop(key) for key in list(flat) if key[:-1] == (collection, *path)}
 
 
 def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tuple[_Linear, _Norm, bool]]:
-    """Layers and the batch norms to fold into them, and whether these come before."""
-    found: dict[str, _Linear | _Norm | None] = {}
+    """Returns the layers and the batch norms to fold into them, and whether these come before their layer."""
+    modules: dict[str, _Linear | _Norm | None] = {}
     calls: Counter[str] = Counter()
 
     def note(module, call, x, options):
         name = "/".join(module.path)
         calls[name] += 1
         y = _calls.marked(module, call, x, options)
-        found[name] = _norm(module, x, y, options) if _calls.is_norm(module) else _linear(module)
+        modules[name] = _norm(module, x, y, options) if _calls.is_norm(module) else _linear(module)
         return y
 
     def run(variables, *args):
@@ -143,7 +143,7 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
     reused = set(_used_again(variables, jaxpr))
     pairs, taken = [], set()
     for before, after in _calls.followers(jaxpr):
-        first, second = found[before], found[after]
+        first, second = modules[before], modules[after]
         if {calls[before], calls[after]} != {1} or {before, after} & (taken | reused):
             continue
         if not _fit(first, second, flat):
@@ -158,17 +158,17 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
 
 
 def _fit(first: Any, second: Any, flat: Any) -> bool:
-    """Whether they are a batch norm with one vector of statistics and a linear layer whose kernel is no narrower."""
+    """Returns whether they are a batch norm of one set of statistics and a linear layer of a kernel no narrower."""
     norm, linear = (first, second) if isinstance(first, _Norm) else (second, first)
     if not isinstance(norm, _Norm) or not isinstance(linear, _Linear):
         return False
     kernel = flat["params", *linear.path, "kernel"].dtype
-    is_single = np.ndim(flat["batch_stats", *norm.path, "mean"]) == 1  # Flax's vmap would have given it several
+    is_single = np.ndim(flat["batch_stats", *norm.path, "mean"]) == 1  # Flax's vmap would have given it several sets
     return is_single and jnp.promote_types(kernel, norm.dtype) == kernel
 
 
 def _used_again(variables: Any, jaxpr: Any) -> Iterator[str]:
-    """Paths of the modules with variables that are used elsewhere too, or transformed first, as by WeightNorm."""
+    """Yields paths of modules with variables that are used elsewhere too, or transformed first, as by WeightNorm."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
     for path, count in zip(paths, _calls.uses(jaxpr), strict=False):  # the variables are the first inputs
         if count > 1 and path[0].key == "params":
@@ -179,8 +179,8 @@ def _norm(module: Any, x: Any, y: Any, options: Mapping[str, Any]) -> _Norm | No
     is_running = linen.is_running(module, options.get("use_running_average"))
     is_last = _checks.feature_axes(module.axis, np.ndim(x)) == (np.ndim(x) - 1,)
     one_each = np.shape(module.variables["batch_stats"]["mean"]) == np.shape(x)[-1:]
-    alike = is_running and is_last and one_each and x.dtype == y.dtype
-    return _Norm(module.path, module.epsilon, y.dtype) if alike else None
+    is_foldable = is_running and is_last and one_each and x.dtype == y.dtype
+    return _Norm(module.path, module.epsilon, y.dtype) if is_foldable else None
 
 
 def _is_norm_or_linear(module: nn.Module) -> bool:
@@ -188,7 +188,7 @@ def _is_norm_or_linear(module: nn.Module) -> bool:
 
 
 def _linear(module: nn.Module) -> _Linear | None:
-    if type(module) not in _LINEAR:  # what a subclass does with its kernel is not known
+    if type(module) not in _LINEAR:  # a subclass may use its kernel otherwise
         return None
     options = vars(module)
     window = options.get("kernel_size") or ()

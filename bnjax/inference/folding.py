@@ -1,4 +1,4 @@
-"""A batch norm folded into the linear layer beside it, for inference with fewer operations."""
+"""Folding of a batch norm into the linear layer beside it, for inference with fewer operations."""
 
 from typing import Any
 
@@ -19,18 +19,18 @@ def fold(
     epsilon: float = 1e-5,
     axis: int = -1,
 ) -> tuple[Float[Array, "..."], Float[Array, " features"]]:
-    """Kernel and bias of the layer that does what a linear layer and the batch norm after it do at inference.
+    """Returns kernel and bias of the layer that does what a linear layer and the batch norm after it do at inference.
 
         kernel' = kernel · scale / sqrt(var + epsilon)
         bias' = bias' + (bias − mean) · scale / sqrt(var + epsilon)
 
     Args:
-      kernel: of a dense layer or a convolution, grouped and transposed ones included.
-      bias: of that layer; None without.
+      kernel: kernel of a dense layer or a convolution, grouped and transposed ones included.
+      bias: bias of the layer; None for a layer without one.
       params: 'scale' and 'bias' of the batch norm; either may be absent.
-      batch_stats: its running 'mean' and 'var'.
-      epsilon: its number added to the variance.
-      axis: of the kernel's output features: the last, but for the kernel of Flax's `ConvTranspose` with
+      batch_stats: running 'mean' and 'var' of the batch norm.
+      epsilon: number that the batch norm adds to the variance.
+      axis: axis of the kernel's output features: the last, but for the kernel of Flax's `ConvTranspose` with
         `transpose_kernel=True`, where it is −2.
 
     Returns:
@@ -70,22 +70,22 @@ def fold_before(
     epsilon: float = 1e-5,
     groups: int = 1,
 ) -> tuple[Float[Array, "..."], Float[Array, " features"]]:
-    """Kernel and bias of the layer that does what a batch norm and the linear layer after it do at inference.
+    """Returns kernel and bias of the layer that does what a batch norm and the linear layer after it do at inference.
 
     With a = scale / sqrt(var + epsilon) and c = bias − mean · a of the batch norm, and sums over the window and over
     the input features i of each output feature's group:
 
         kernel'_io = kernel_io · a_i        bias'_o = bias_o + Σ_i kernel_io · c_i
 
-    That is exact for dense layers, and for convolutions that pad nothing (padding is with zeros, not with c).
+    This is exact for dense layers, and for convolutions that pad nothing (padding is with zeros, not with c).
 
     Args:
-      kernel: `[…, input features of a group, output features]`.
-      bias: of that layer; None without.
+      kernel: kernel of the layer, `[…, input features of a group, output features]`.
+      bias: bias of the layer; None for a layer without one.
       params: 'scale' and 'bias' of the batch norm; either may be absent.
-      batch_stats: its running 'mean' and 'var'.
-      epsilon: its number added to the variance.
-      groups: of a grouped convolution.
+      batch_stats: running 'mean' and 'var' of the batch norm.
+      epsilon: number that the batch norm adds to the variance.
+      groups: number of groups of a grouped convolution.
 
     Returns:
       Kernel and bias in the kernel's dtype, computed in float32 at least.
@@ -120,7 +120,7 @@ def _check_bias(bias: Any, outputs: int) -> None:
 
 
 def _affine(params: Params, batch_stats: BatchStats, features: tuple[int, ...], epsilon: Any, dtype: Any):
-    """Multiplier and offset of a batch norm at inference."""
+    """Returns multiplier and offset of a batch norm at inference."""
     _checks.check_params(params, features, ())
     _checks.check_batch_stats(batch_stats, features, ())
     _checks.check_in_range("epsilon", epsilon, 0, float("inf"))

@@ -1,4 +1,4 @@
-"""Statistics of a data set, or of the batch at hand, in place of running averages."""
+"""Statistics of a data set, or of a shifted batch, in place of running averages."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ from bnjax.inference import _calls
 from bnjax.linen import statistics_of
 from bnjax.norm import update_batch_stats
 
-_SEEN = "moments of the data"
+_DATA_MOMENTS = "moments of the data"
 Apply = Callable[..., Any]
 
 
@@ -30,34 +30,34 @@ def reestimate_batch_stats(
     bessel_correction: bool = False,
     **options: Any,
 ) -> Any:
-    """The collection 'batch_stats' with the moments of a data set in place of the running averages.
+    """Returns the collection 'batch_stats' with the moments of a data set in place of the running averages.
 
-    The batches' moments are merged by their counts, so that each batch norm gets the mean and the variance of all that
-    it was shown. What it is shown depends on how the batch norms before it normalize:
+    The batches' moments are merged by their counts, so that each batch norm gets the mean and the variance of all its
+    inputs. These inputs depend on how the batch norms before it normalize:
 
-    - by their batch's statistics, in one pass over the data: what training sees. The first layer's statistics are the
-      data's, the deeper ones' depend on the batches' size;
-    - with `exactly`, by the data's: what inference sees. It takes as many passes as there are batch norms in a row, on
-      the longest way: each pass settles those whose predecessors are settled. The result does not depend on how the
-      data are cut into batches.
+    - By default they normalize by their batch's statistics, as in training, in one pass over the data. The statistics
+      of the first layer are the data's; those of deeper layers depend on the batches' size.
+    - With `exactly` they normalize by the data's statistics, as at inference. This takes as many passes as there are
+      batch norms in a row, on the longest way: each pass settles those whose predecessors are settled. The result does
+      not depend on how the data are cut into batches.
 
-    Use it after weights have been averaged (SWA, EMA), whose running averages are of other weights; where running
-    averages lag behind or are of too small batches; and to move a model to other data.
+    Use it after weights have been averaged (SWA, EMA), where running averages belong to other weights; where running
+    averages lag behind or come from too small batches; and to move a model to other data.
 
     Args:
-      apply_fn: such as `model.apply`, of a linen model with batch norms of Flax or of `bnjax.linen`.
-      variables: its collections.
+      apply_fn: function such as `model.apply`, of a linen model with batch norms of Flax or of `bnjax.linen`.
+      variables: collections of the model.
       batches: inputs of the model, each an array or a tuple of arguments; a list, or a function that returns an
         iterator, which is called for each pass and once before. They may be sharded over a mesh.
       exactly: whether to normalize by the data's statistics, in a pass for each depth of batch norms.
       bessel_correction: whether to store the variance times n / (n − 1), as PyTorch's `update_bn` does.
-      **options: of each call, such as `training=True` where that is how the model's training phase is chosen.
+      **options: options of each call, such as `training=True` where this chooses the model's training phase.
 
     Returns:
       New statistics in the structure and dtypes of `variables['batch_stats']`.
 
     Raises:
-      ValueError: if there is no batch or no batch norm; for a batch norm that is shown nothing, or of another norm
+      ValueError: if there is no batch or no batch norm; for a batch norm that gets no examples, or of another norm
         (`LpBatchNorm`); and if the data's statistics are not finite.
       TypeError: for an iterator, which can't be read twice.
 
@@ -65,29 +65,29 @@ def reestimate_batch_stats(
       Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 2, lines 8 to 12; Wu & Johnson 2021 (arXiv 2105.07576),
       section 3 ("precise" batch norm); Izmailov et al. 2018 (arXiv 1803.05407), section 3.2.
     """
-    given, variables = variables, dict(nn.meta.unbox(variables))
+    boxed_variables, variables = variables, dict(nn.meta.unbox(variables))
     means, first = _means(variables), _first(batches)
     fixed = _that_never_move(apply_fn, variables, first, options)
     means = {path: mean for path, mean in means.items() if path not in fixed}
     passes = 1 + _depth(apply_fn, variables, first, options) if exactly else 1
-    moments_of = jax.jit(functools.partial(moments_seen, apply_fn, exactly, options))
+    moments_of = jax.jit(functools.partial(add_batch_moments, apply_fn, exactly, options))
     for _ in range(passes):
-        found = {path: none_seen(mean) for path, mean in means.items()}
+        moments_by_path = {path: no_moments(mean) for path, mean in means.items()}
         for batch in _read(batches):
-            found = moments_of(variables, found, batch)
-        variables["batch_stats"] = _replaced(variables["batch_stats"], found, bessel_correction)
-    return nn.meta.replace_boxed(given["batch_stats"], variables["batch_stats"])
+            moments_by_path = moments_of(variables, moments_by_path, batch)
+        variables["batch_stats"] = _replaced(variables["batch_stats"], moments_by_path, bessel_correction)
+    return nn.meta.replace_boxed(boxed_variables["batch_stats"], variables["batch_stats"])
 
 
 def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> set[tuple[str, ...]]:
-    """Paths of the batch norms whose statistics never move."""
+    """Returns paths of the batch norms whose statistics never move."""
     paths = set()
 
-    def note(module, call, x, given):
+    def note(module, call, x, call_options):
         statistics = statistics_of(module)
         if statistics is not None and not statistics.moves:
             paths.add(module.path)
-        return call(x, **given)
+        return call(x, **call_options)
 
     def run(variables, *arguments):
         with _calls.intercept(_calls.is_norm, note):
@@ -98,19 +98,19 @@ def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) 
 
 
 def _means(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """Running mean of each batch norm, by path."""
+    """Returns the running mean of each batch norm, by path."""
     flat: Any = flatten_dict(dict(variables.get("batch_stats", {})))
-    found = {path[:-1]: flat[*path[:-1], "mean"] for path in flat if path[-1] == "var"}
-    if not found:
+    means = {path[:-1]: flat[*path[:-1], "mean"] for path in flat if path[-1] == "var"}
+    if not means:
         raise ValueError(
             "variables must hold the collection 'batch_stats' of batch norms, with 'mean' and 'var', got the "
             f"collections {list(variables)}."
         )
-    return found
+    return means
 
 
-def none_seen(mean: Any) -> Moments:
-    """Moments of nothing, of the shape of a batch norm's mean."""
+def no_moments(mean: Any) -> Moments:
+    """Returns moments of no elements, of the shape of a batch norm's mean."""
     zeros = jnp.zeros(jnp.shape(mean), float)
     return Moments(zeros.astype(jnp.result_type(zeros, mean)), zeros, zeros)
 
@@ -136,7 +136,7 @@ def _arguments(batch: Any) -> tuple:
 
 
 def _depth(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> int:
-    """The largest number of batch norms before another."""
+    """Returns the largest number of batch norms in a row before another."""
 
     def run(variables, *arguments):
         with _calls.intercept(_calls.is_norm, _calls.marked):
@@ -145,36 +145,38 @@ def _depth(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> int:
     return _calls.depth(jax.make_jaxpr(run)(variables, *_arguments(batch)).jaxpr)
 
 
-def moments_seen(apply_fn: Apply, exactly: bool, options: Any, variables: Any, found: Any, batch: Any) -> Any:
-    """Moments of what batch norms have been shown so far (by path), merged with those of a batch.
+def add_batch_moments(
+    apply_fn: Apply, exactly: bool, options: Any, variables: Any, moments_by_path: Any, batch: Any
+) -> Any:
+    """Merges moments of the batch norms' inputs so far (by path) with those of a batch.
 
-    They are a variable of each batch norm in 'batch_stats', so that Flax's transforms treat them as its statistics.
+    The moments are a variable of each batch norm in 'batch_stats', so that Flax's transforms treat them as statistics.
     """
 
     def look(module, call, x, options):
-        if module.has_variable("batch_stats", _SEEN):
-            so_far, new = module.get_variable("batch_stats", _SEEN), _seen_by(module, x, options)
-            module.put_variable("batch_stats", _SEEN, merge_moments(so_far, new))
+        if module.has_variable("batch_stats", _DATA_MOMENTS):
+            so_far, new = module.get_variable("batch_stats", _DATA_MOMENTS), _moments_of_input(module, x, options)
+            module.put_variable("batch_stats", _DATA_MOMENTS, merge_moments(so_far, new))
         return _called(module, call, x, options, exactly)
 
     flat: Any = flatten_dict(dict(variables["batch_stats"]))
-    places = unflatten_dict(flat | {(*path, _SEEN): m for path, m in found.items()})
+    places = unflatten_dict(flat | {(*path, _DATA_MOMENTS): m for path, m in moments_by_path.items()})
     with _calls.intercept(_calls.is_norm, look):
-        given = {**variables, "batch_stats": places}
-        _, updates = apply_fn(given, *_arguments(batch), **options, mutable=("batch_stats",))
+        with_moments = {**variables, "batch_stats": places}
+        _, updates = apply_fn(with_moments, *_arguments(batch), **options, mutable=("batch_stats",))
     flat = flatten_dict(dict(updates["batch_stats"]))
-    return {path: flat[*path, _SEEN] for path in found}
+    return {path: flat[*path, _DATA_MOMENTS] for path in moments_by_path}
 
 
 def _called(module: Any, call: _calls.Call, x: Any, options: Mapping[str, Any], is_running: bool) -> Any:
-    """A batch norm's output by running statistics, or by the batch's."""
+    """Calls a batch norm so that it normalizes by running statistics, or by the batch's."""
     options = {name: value for name, value in options.items() if name != "use_running_average"}
-    object.__setattr__(module, "use_running_average", is_running)  # this call's own copy of the module
+    object.__setattr__(module, "use_running_average", is_running)  # the module is this call's own copy
     return call(x, **options)
 
 
-def _seen_by(module: Any, x: Any, options: Mapping[str, Any]) -> Moments:
-    """Moments of what a batch norm is shown; with a leading axis of kinds where it has several."""
+def _moments_of_input(module: Any, x: Any, options: Mapping[str, Any]) -> Moments:
+    """Computes the moments of a batch norm's input, with a leading axis of kinds where it has several."""
     statistics = statistics_of(module)
     assert statistics is not None
     if not statistics.is_variance:
@@ -196,14 +198,14 @@ def _seen_by(module: Any, x: Any, options: Mapping[str, Any]) -> Moments:
     return jax.tree.map(lambda v: jnp.zeros((statistics.kinds, *v.shape), v.dtype).at[options["split"]].set(v), m)
 
 
-def _replaced(batch_stats: Any, found: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:
+def _replaced(batch_stats: Any, moments_by_path: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:
     flat: Any = flatten_dict(dict(batch_stats))
-    if missed := ["/".join(path) for path, m in found.items() if not jnp.any(m.count > 0)]:
+    if missed := ["/".join(path) for path, m in moments_by_path.items() if not jnp.any(m.count > 0)]:
         raise ValueError(
             "apply_fn must show examples to every batch norm of the variables; it showed none to "
             f"{', '.join(missed)}. Pass model.apply, and the option that asks for training, if the model has one."
         )
-    for path, m in found.items():
+    for path, m in moments_by_path.items():
         if not (jnp.isfinite(m.mean).all() and jnp.isfinite(m.var).all()):
             raise ValueError(f"batches must give finite statistics, got NaN or infinity at {'/'.join(path)}.")
         old = {name: flat[*path, name] for name in ("mean", "var")}
@@ -216,22 +218,23 @@ def _replaced(batch_stats: Any, found: Mapping[tuple[str, ...], Moments], bessel
 def adapt_batch_stats(
     apply_fn: Apply, variables: Mapping[str, Any], batch: Any, *, prior: Any, **options: Any
 ) -> tuple[Any, Any]:
-    """Outputs for a batch whose distribution has shifted, and the statistics that were used for it.
+    """Computes outputs for a batch whose distribution has shifted, and the statistics that were used for it.
 
     Every batch norm mixes its running statistics, as if they were of N examples, with those of the n examples of the
-    batch, normalized so by those before it:
+    batch, which the batch norms before it have normalized in the same way:
 
         mean = (N · running mean + n · batch mean) / (N + n)        var likewise
 
     Args:
-      apply_fn: such as `model.apply`, of a linen model with batch norms of Flax or of `bnjax.linen`.
-      variables: its collections.
+      apply_fn: function such as `model.apply`, of a linen model with batch norms of Flax or of `bnjax.linen`.
+      variables: collections of the model.
       batch: input of the model, an array or a tuple of arguments, with the examples along the first axis of the first.
-      prior: N, non-negative: infinite for inference as it is, 0 for the batch's statistics alone; may be traced.
-      **options: of the call, such as `training=False`.
+      prior: N, non-negative: infinite for inference by the running statistics, 0 for the batch's statistics alone; may
+        be traced.
+      **options: options of the call, such as `training=False`.
 
     Returns:
-      `(outputs, batch_stats)`.
+      `(outputs, batch_stats)`: the model's outputs, and the mixed statistics.
 
     References:
       Schneider et al. 2020 (arXiv 2006.16971), section 2, eq. (3); Nado et al. 2020 (arXiv 2006.10963) for N = 0.
@@ -249,7 +252,7 @@ def adapt_batch_stats(
         if not statistics_of(module).moves:  # pyright: ignore[reportOptionalMemberAccess]
             return _called(module, call, x, options, True)
         old = {name: module.get_variable("batch_stats", name) for name in ("mean", "var")}
-        for name, value in update_batch_stats(old, _seen_by(module, x, options), momentum=momentum).items():
+        for name, value in update_batch_stats(old, _moments_of_input(module, x, options), momentum=momentum).items():
             module.put_variable("batch_stats", name, value)
         return _called(module, call, x, options, True)
 

@@ -15,9 +15,9 @@ from flax.linen import dtypes
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-# Bytes that a CPU makes at a time: they bound the memory, and the fastest were measured.
+# The bytes of windows and of tiles that a CPU makes at a time, which bound the memory; these were the fastest measured.
 _WINDOWS_BYTES, _TILES_BYTES = 2**21, 2**23
-_TILED_CHANNELS = 16  # from which on a 3 × 3 convolution on CPU is faster by tiles than by windows
+_TILED_CHANNELS = 16  # the channels from which on a 3 × 3 convolution on CPU is faster by tiles than by windows
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 Pair = tuple[int, int]
@@ -25,12 +25,12 @@ Pads = tuple[Pair, Pair]
 
 
 class Conv(nn.Module):
-    """Two-dimensional `flax.linen.Conv`: same parameters and results, computed by `conv2d`.
+    """A two-dimensional `flax.linen.Conv` with the same parameters and results, computed by `conv2d`.
 
     Attributes:
       features: number of output channels.
       kernel_size: height and width of the kernel.
-      strides: of the window, one number or two.
+      strides: strides of the window, one number or two.
       padding: 'SAME', 'VALID', or the numbers of zeros before and after, for height and width.
       use_bias: whether there is a 'bias'.
       dtype: dtype of the computation and the result; inferred from the input and the parameters by default.
@@ -80,9 +80,9 @@ def local_response_norm(
     Args:
       x: activations, the channels last.
       size: n, the number of channels in the sum.
-      bias: k.
-      scale: α.
-      power: β.
+      bias: k, the constant in the denominator.
+      scale: α, the weight of the sum of squares.
+      power: β, the power of the denominator.
 
     References:
       Krizhevsky, Sutskever & Hinton 2012, "ImageNet Classification with Deep Convolutional Neural Networks", section
@@ -126,7 +126,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."], keys: Key[Array, " batch"] | None) -> Float[Array, "batch ..."]:
-        """Drops elements of `x`; none without `keys`.
+        """Drops elements of `x`, none without `keys`.
 
         Args:
           x: inputs.
@@ -149,20 +149,20 @@ def conv2d(
     strides: int | Sequence[int] = 1,
     padding: str | Sequence[Sequence[int]] = "SAME",
 ) -> Float[Array, "batch ..."]:
-    """Convolution of images with a kernel, as `lax.conv_general_dilated`, and fast on CPU too.
+    """Convolves images with a kernel as `lax.conv_general_dilated` does, and fast on CPU too.
 
     `y[n, i, j] = Σ_ab x[n, s i + a − p, s j + b − p] @ kernel[a, b]`, with stride s and p zeros in front.
 
     On CPU it is made of products of matrices, a few examples at a time, because XLA's own convolution loses its threads
     there inside `lax.scan`, and is slow under `vmap`. Kernels of 3 × 3 with stride 1 and at least 16 channels take
     Winograd's 16 products, with 16 multiplications where the definition has 36 and rounding errors of the same size;
-    others take one, of a matrix whose rows are the windows. Other platforms use XLA's convolution. The choice is made
-    when the program is lowered for a platform.
+    other kernels take one product, of a matrix whose rows are the windows. Other platforms use XLA's convolution. The
+    choice is made when the program is lowered for a platform.
 
     Args:
       x: images.
-      kernel: of the dtype of `x`.
-      strides: of the window, one number or two.
+      kernel: kernel of the dtype of `x`.
+      strides: strides of the window, one number or two.
       padding: 'SAME', 'VALID', or the numbers of zeros before and after, for height and width.
 
     Returns:
@@ -191,16 +191,16 @@ def max_pool(
     strides: int | Sequence[int],
     padding: str | Sequence[Sequence[int]] = "VALID",
 ) -> Float[Array, "batch rows columns channels"]:
-    """Largest value of each window, as `flax.linen.max_pool`, with a gradient that is fast on CPU too.
+    """Returns the largest value of each window as `flax.linen.max_pool` does, with a gradient that is fast on CPU too.
 
     `y[n, i, j] = max_ab x[n, s i + a − p, s j + b − p]`, with stride s and p of padding in front.
 
-    Where values of a window are equally large, XLA's gradient goes to the first, the one used on CPU is shared.
+    Where several values of a window are the largest, XLA's gradient goes to the first; on CPU they share the gradient.
 
     Args:
       x: images.
       window_shape: height and width of the window, one number or two.
-      strides: of the window, one number or two.
+      strides: strides of the window, one number or two.
       padding: 'VALID', 'SAME', or the numbers of rows and columns of −∞ before and after.
 
     Raises:
@@ -249,44 +249,44 @@ def _conv2d(x, kernel, strides: Pair, pads: Pads):
 def _in_chunks(
     product: Callable[[Array, Any], Array], x: Array, kernel: Any, example_bytes: int, chunk_bytes: int
 ) -> Array:
-    """`product(x, kernel)` of a few examples at a time, for a product that makes `example_bytes` of each."""
-    parts = math.gcd(x.shape[0], jax.device_count())  # which devices can work on without each other
+    """Computes `product(x, kernel)` for a few examples at a time, where it makes `example_bytes` of each example."""
+    parts = math.gcd(x.shape[0], jax.device_count())  # devices can work on these parts without each other
     examples = x.shape[0] // parts
-    # Each chunk adds to the whole gradient by the kernel, so it may be as large as that.
+    # Each chunk adds to the whole gradient by the kernel, so that a chunk may be as large as the kernel.
     most = max(chunk_bytes, sum(k.size * k.dtype.itemsize for k in jax.tree.leaves(kernel)))
     fitting = (n for n in range(1, examples + 1) if examples % n == 0 and n * parts * example_bytes <= most)
     n = max(fitting, default=1)
     if n >= examples:
         return product(x, kernel)
     chunks = x.reshape(parts, -1, n, *x.shape[1:]).swapaxes(0, 1).reshape(-1, parts * n, *x.shape[1:])
-    # Without the checkpoint the backward pass would keep all that is made of the examples, several times their size.
+    # Without the checkpoint the backward pass would keep all windows or tiles, several times the examples' size.
     checkpointed = jax.checkpoint(product, prevent_cse=False)
     y = lax.map(lambda chunk: checkpointed(chunk, kernel), chunks)
     return y.reshape(-1, parts, n, *y.shape[2:]).swapaxes(0, 1).reshape(x.shape[0], *y.shape[2:])
 
 
 def _of_windows(x: Array, kernel: Array, strides: Pair) -> Array:
-    """Convolution without padding, as one product of a matrix whose rows are windows."""
+    """Convolves without padding, by one product of a matrix whose rows are windows."""
     for axis in (2, 1):
         x = jnp.concatenate(_shifts(x, axis, kernel.shape[axis - 1], strides[axis - 1]), axis=-1)
     return x @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _of_tiles(x: Array, kernels: Sequence[Array]) -> Array:
-    """Convolution without padding by a 3 × 3 kernel, given as `_winograd_kernels`, in 16 products of matrices.
+    """Convolves without padding by a 3 × 3 kernel, given as `_winograd_kernels`, in 16 products of matrices.
 
-    Winograd's minimal filtering F(2 × 2, 3 × 3): 16 multiplications for the 4 results of a tile instead of 36. With
-    neighbors a, b, c, d and a kernel (g, h, k), both results along an axis come of four products,
+    Winograd's minimal filtering F(2 × 2, 3 × 3) takes 16 multiplications for the 4 results of a tile instead of 36.
+    With neighbors a, b, c, d and a kernel (g, h, k), both results along an axis come from four products,
 
         a g + b h + c k = p + q + r and b g + c h + d k = q − r − s, where p = (a − c) g, q = (b + c) (g + h + k) / 2,
         r = (c − b) (g − h + k) / 2 and s = (b − d) k,
 
-    and so for columns of rows. The factors of the images are sums of four numbers, which keeps the precision.
+    and this is done for columns of rows. The factors of the images are sums of four numbers, which keeps the precision.
     """
     rows, columns, dtype = x.shape[1] - 2, x.shape[2] - 2, x.dtype
     x = jnp.pad(x.astype(kernels[0].dtype), ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
     factors = [f for along_rows in _winograd_factors(x, 1) for f in _winograd_factors(along_rows, 2)]
-    # As matrices, which XLA multiplies faster than arrays of more axes.
+    # The factors become matrices, which XLA multiplies faster than arrays of more axes.
     matrices = (f.reshape(math.prod(f.shape[:-1]), f.shape[-1]) for f in factors)
     products = [(m @ k).reshape(*factors[0].shape[:-1], k.shape[-1]) for m, k in zip(matrices, kernels, strict=True)]
     along_columns = [_winograd_results(products[i : i + 4], 2) for i in range(0, 16, 4)]
@@ -294,8 +294,8 @@ def _of_tiles(x: Array, kernels: Sequence[Array]) -> Array:
 
 
 def _winograd_factors(x: Array, axis: int) -> tuple[Array, ...]:
-    """The images' factors for each pair of results along an axis."""
-    # Neighbors are told apart by a reshape, whose transpose is faster than that of a slice of stride 2.
+    """Returns the images' factors for each pair of results along an axis."""
+    # A reshape separates neighbors, as its transpose is faster than that of a slice of stride 2.
     pairs = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
     even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in range(2))
     (a, c), (b, d) = (_shifts(p, axis, 2, 1) for p in (even, odd))
@@ -303,7 +303,7 @@ def _winograd_factors(x: Array, axis: int) -> tuple[Array, ...]:
 
 
 def _winograd_kernels(kernel: Array) -> list[Array]:
-    """The 16 kernels' factors [channels, features], in float32 at least."""
+    """Returns the kernel's 16 factors [channels, features], in float32 at least."""
 
     def along(axis, kernel):
         g, h, k = (lax.index_in_dim(kernel, i, axis, keepdims=False) for i in range(3))
@@ -314,7 +314,7 @@ def _winograd_kernels(kernel: Array) -> list[Array]:
 
 
 def _winograd_results(products: Sequence[Array], axis: int) -> Array:
-    """The pairs of results along an axis, in the order of the pixels."""
+    """Returns the pairs of results along an axis, in the order of the pixels."""
     p, q, r, s = products
     pairs = jnp.stack([p + q + r, q - r - s], axis + 1)
     return pairs.reshape(*p.shape[:axis], 2 * p.shape[axis], *p.shape[axis + 1 :])
@@ -326,7 +326,7 @@ def _pair(value: int | Sequence[int]) -> Pair:
 
 
 def _pads(shape: Sequence[int], window: Sequence[int], strides: Pair, padding: str | Sequence[Sequence[int]]) -> Pads:
-    """Numbers of rows and columns to add before and after an image."""
+    """Returns the numbers of rows and columns to add before and after an image."""
     if isinstance(padding, str):
         pads = np.asarray(lax.padtype_to_pads(shape[1:3], window, strides, padding)).tolist()
     else:
@@ -341,6 +341,6 @@ def _pads(shape: Sequence[int], window: Sequence[int], strides: Pair, padding: s
 
 
 def _shifts(x: Array, axis: int, window: int, stride: int) -> list[Array]:
-    """For each offset in a window along an axis, the elements of `x` that it meets."""
+    """Returns the elements of `x` that each offset in a window meets along an axis."""
     size = (x.shape[axis] - window) // stride * stride + 1
     return [lax.slice_in_dim(x, start, start + size, stride, axis) for start in range(window)]

@@ -1,4 +1,4 @@
-"""The studies' networks in Flax linen, parametrized by their normalizer, and a perceptron's by its place too."""
+"""The studies' networks in Flax linen, parametrized by their normalizer, and the perceptron by its place too."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from bnjax._sync import vary_like
 from bnjax.models.layers import Conv, Dropout, local_response_norm, max_pool
 
 Norm = Callable[..., nn.Module]
-"""Makes a normalizer from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it."""
+"""A function that makes a normalizer from `use_running_average`: `bnjax.linen.BatchNorm` or a partial of it, say."""
 Images = Float[Array, "batch height width channels"]
 Logits = Float[Array, "batch classes"]
 Mask = Shaped[Array, " batch"] | None
@@ -21,12 +21,12 @@ Keys = Key[Array, " batch"] | None
 
 
 def of_example(layer: Callable[..., nn.Module]) -> Norm:
-    """A normalizer of each example, such as `flax.linen.LayerNorm`, which has no running statistics to use."""
+    """Returns a `Norm` that makes a normalizer of each example, such as `nn.LayerNorm`, without running statistics."""
     return lambda *, use_running_average, **options: layer(**options)
 
 
 Place = Literal["none", "before", "after", "input"]
-"""Where the normalizer stands: nowhere, before or after each hidden activation, or on the network's input."""
+"""The place of the normalizer: nowhere, before or after each hidden activation, or on the network's input."""
 
 
 class Perceptron(nn.Module):
@@ -37,12 +37,12 @@ class Perceptron(nn.Module):
       outputs: size of the output, which has no activation (logits).
       norm: makes the normalizer from `use_running_average`, such as `bnjax.linen.BatchNorm` or a partial of it.
       place: 'none', 'before' or 'after' every hidden activation, or on the 'input'.
-      activation: of the hidden layers.
+      activation: activation function of the hidden layers.
       hidden_init: initializer of the hidden kernels.
       output_init: initializer of the output kernel.
       use_hidden_bias: whether the hidden layers have a bias (which a batch norm before the activation makes redundant).
       weight_norm: whether the hidden kernels are normalized (Salimans & Kingma 2016), by Flax's layer.
-      dropout_rate: of elements dropped after each hidden layer in training, with Flax's random stream 'dropout'.
+      dropout_rate: rate of elements dropped after each hidden layer in training, by Flax's random stream 'dropout'.
 
     >>> from bnjax.linen import BatchNorm
     >>> model = Perceptron(hidden=(8,), outputs=1, norm=BatchNorm, place='after')
@@ -75,12 +75,12 @@ class Perceptron(nn.Module):
     def __call__(
         self, x: Float[Array, "batch ..."], *, training: bool, mask: Mask = None
     ) -> Float[Array, "batch outputs"]:
-        """Logits of a batch; with `training`, normalized by the batch's statistics, which move the running ones.
+        """Computes logits of a batch; in training, normalized by the batch's statistics, which move the running ones.
 
         Args:
           x: inputs, flattened to one vector for each example.
           training: whether the normalizer uses the batch's statistics.
-          mask: which examples count in them, or with what weight; all by default.
+          mask: which examples count in the statistics, or with what weight; all by default.
         """
 
         def normalize(place: str, x):
@@ -100,7 +100,7 @@ class RecurrentNetwork(nn.Module):
 
         h_t = tanh(norm(W_x x_t) + norm(W_h h_{t−1}) + b)
 
-    Without a norm the two are added as they are. The normalizers have no bias, and scales that start at 0.1.
+    Without a norm the two products are added as they are. The normalizers have no bias, and scales start at 0.1.
 
     Attributes:
       num_classes: number of logits.
@@ -125,7 +125,7 @@ class RecurrentNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time features"], *, training: bool) -> Logits:
-        """Logits of a batch of sequences.
+        """Computes logits of a batch of sequences.
 
         Args:
           x: sequences of one length.
@@ -139,7 +139,7 @@ class RecurrentNetwork(nn.Module):
         else:
             options["variable_broadcast"] = ["params", "batch_stats"]
         state = vary_like(jnp.zeros((x.shape[0], self.hidden), x.dtype), x)
-        if self.is_shared and self.is_initializing():  # what a scan carries has to exist before it
+        if self.is_shared and self.is_initializing():  # the statistics that a scan carries have to exist before it
             state, _ = _Cell(self.hidden, self.norm, training, name="cell")(state, x[:, 0])
         else:
             state, _ = nn.scan(_Cell, **options)(self.hidden, self.norm, training, name="cell")(state, x)
@@ -147,7 +147,7 @@ class RecurrentNetwork(nn.Module):
 
 
 class _Cell(nn.Module):
-    """One time step."""
+    """The recurrent network's cell, which takes one time step."""
 
     hidden: int
     norm: Norm | None
@@ -168,19 +168,19 @@ class _Cell(nn.Module):
 
 
 class CifarNetwork(nn.Module):
-    """Four blocks `conv – [norm] – activation – conv – [norm] – activation – max-pool – dropout`, and one without pool.
+    """A network of four blocks `2 × (conv – [norm] – activation) – max-pool – dropout`, and one of convolutions alone.
 
-    All kernels are 3 × 3 and initialized as Keras does; the last block, which has no dropout either, is flattened for
-    a Dense layer of logits.
+    All kernels are 3 × 3 and initialized as Keras does; the last block's output is flattened for a Dense layer of
+    logits.
 
     Attributes:
       num_classes: number of logits.
       norm: makes the normalizer from `use_running_average`; None for none.
-      activation: of each convolution.
-      filters: of the convolutions in the first four blocks.
-      last_filters: of those in the last block.
-      dropout_rate: of the four dropouts.
-      dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+      activation: activation function after each convolution.
+      filters: number of filters of the convolutions in the first four blocks.
+      last_filters: number of filters of the convolutions in the last block.
+      dropout_rate: rate of the four dropouts.
+      dtype: dtype of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
 
     References:
       The CIFAR-100 article of study S5; Chollet et al. 2015, Keras, for the initializers.
@@ -202,7 +202,7 @@ class CifarNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
-        """Logits of a batch; with `training`, normalized by the batch's statistics and with dropout.
+        """Computes logits of a batch; with `training`, normalized by the batch's statistics and with dropout.
 
         Args:
           x: images of at least 16 × 16 pixels.
@@ -224,16 +224,16 @@ class CifarNetwork(nn.Module):
 class VGG(nn.Module):
     """VGG for small images: 3 × 3 convolutions `conv – [norm] – ReLU` in five stages, each ended by a max-pool.
 
-    Santurkar et al. use "a standard VGG" with Glorot initialization on CIFAR-10 and state no more. Ours are the default
-    depth, and after the convolutions two Dense layers of 512 with ReLU, without normalizer and dropout, in place of
-    4096 with dropout for ImageNet.
+    Santurkar et al. use "a standard VGG" with Glorot initialization on CIFAR-10 and state no more. The default depth is
+    our choice, and so are the two Dense layers of 512 with ReLU after the convolutions, without normalizer and dropout,
+    in place of 4096 with dropout for ImageNet.
 
     Attributes:
       num_classes: number of logits.
       norm: makes the normalizer from `use_running_average`; None for none.
       depth: number of layers with kernels: 11, 13, 16 or 19 (configurations A, B, D and E).
-      width: filters of the first stage, 8 times as many in the last and in the Dense layers.
-      dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+      width: filters of the first stage; the last stage and the Dense layers have 8 times as many.
+      dtype: dtype of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
       local_response_norm: whether the first two stages end with `bnjax.models.layers.local_response_norm`.
       weight_norm: whether the kernels of the convolutions are normalized (Salimans & Kingma 2016), by Flax's layer.
 
@@ -263,13 +263,13 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
-        """Logits of a batch; with `training`, normalized by the batch's statistics.
+        """Computes logits of a batch; with `training`, normalized by the batch's statistics.
 
         Args:
           x: images of at least 32 × 32 pixels.
           training: whether the normalizer uses the batch's statistics.
           mask: which examples count in the statistics, or with what weight; all by default.
-          keys: without effect, as there is no dropout.
+          keys: accepted without effect, as there is no dropout.
         """
         init = nn.initializers.glorot_uniform()
         for stage, layers in enumerate(_VGG_STAGES[self.depth]):
@@ -289,18 +289,18 @@ _VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19
 
 
 class ResNet(nn.Module):
-    """Residual network: a stem, four stages of residual blocks, the mean over pixels, and a Dense layer of logits.
+    """A residual network: a stem, four stages of residual blocks, the mean over pixels, and a Dense layer of logits.
 
     Attributes:
       num_classes: number of logits.
       norm: makes the normalizer from `use_running_average`; None for none, with biases in the convolutions instead.
       stage_sizes: blocks in each stage; the first block of each but the first stage halves height and width.
-      bottleneck: whether a block is 1 × 1, 3 × 3 and 1 × 1 convolutions with 4 times the features at its ends, the
-        stride in the 3 × 3 one ("version 1.5"), rather than two of 3 × 3.
+      bottleneck: whether a block is 1 × 1, 3 × 3 and 1 × 1 convolutions with 4 times the features at its ends and the
+        stride in the 3 × 3 convolution ("version 1.5"), rather than two 3 × 3 convolutions.
       stem: 'imagenet' for a 7 × 7 convolution of stride 2 and a 3 × 3 max-pool of stride 2, 'cifar' for a 3 × 3
         convolution alone.
       width: filters of the stem and the first stage; each stage doubles them.
-      dtype: of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+      dtype: dtype of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
 
     References:
       He et al. 2016, "Deep Residual Learning for Image Recognition", sections 3.3, 4.1 and 4.2; for the initializer,
@@ -328,13 +328,13 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
-        """Logits of a batch; with `training`, normalized by the batch's statistics.
+        """Computes logits of a batch; with `training`, normalized by the batch's statistics.
 
         Args:
           x: images.
           training: whether the normalizer uses the batch's statistics.
           mask: which examples count in the statistics, or with what weight; all by default.
-          keys: without effect, as there is no dropout.
+          keys: accepted without effect, as there is no dropout.
         """
 
         def conv(x, features: int, size: int, stride: int = 1):
@@ -364,25 +364,25 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_classes: int, norm: Norm | None = None, **options) -> ResNet:
-    """ResNet of 18 layers, of two 3 × 3 convolutions a block; `options` are attributes of `ResNet`."""
+    """Makes a ResNet of 18 layers, with two 3 × 3 convolutions a block; `options` are attributes of `ResNet`."""
     return ResNet(num_classes, norm, (2, 2, 2, 2), False, **options)
 
 
 def resnet50(num_classes: int, norm: Norm | None = None, **options) -> ResNet:
-    """ResNet of 50 layers, of bottleneck blocks; `options` are attributes of `ResNet`."""
+    """Makes a ResNet of 50 layers, with bottleneck blocks; `options` are attributes of `ResNet`."""
     return ResNet(num_classes, norm, (3, 4, 6, 3), True, **options)
 
 
 def _flat(x: Array) -> Array:
-    """One vector for each example, of which there may be none."""
+    """Flattens each example to one vector; there may be no examples."""
     return x.reshape((x.shape[0], math.prod(x.shape[1:])))
 
 
 def _normalize(norm: Norm | None, x: Array, training: bool, mask: Array | None) -> Array:
-    """`x` through a new normalizer of the calling module, if there is one."""
+    """Returns `x` normalized by a new normalizer of the calling module, or `x` itself without a `norm`."""
     if norm is None:
         return x
     layer = norm(use_running_average=not training)
-    if mask is None or not hasattr(layer, "use_running_average"):  # one of each example: no other matters to it
+    if mask is None or not hasattr(layer, "use_running_average"):  # normalizes each example by itself
         return layer(x)
     return layer(x, mask=mask.reshape((-1,) + (1,) * (x.ndim - 1)))

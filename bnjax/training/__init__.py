@@ -1,4 +1,4 @@
-"""Training: states with running statistics, the step in three ways to map it over devices, epochs, evaluation, meshes.
+"""Training: states with running statistics, steps mapped over devices in three ways, epochs, evaluation, meshes.
 
 Checkpoints are in `bnjax.training.checkpoint`, and steps compiled ahead of time in `bnjax.training.ahead_of_time`.
 """

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: the collectives it runs and the arrays it moves through HBM."""
+"""The text of compiled programs, read for the collectives that they run and the arrays that they move through HBM."""
 
 import math
 import re
@@ -21,12 +21,12 @@ class Shape(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Of the elements, without padding."""
+        """The bytes of the elements, without padding."""
         bits = re.search(r"\d+", self.dtype)
         return math.ceil(self.size * (int(bits[0]) if bits else 8 if self.dtype == "pred" else 0) / 8)
 
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """`name = outputs opcode(literal), attributes`, where the literal names the operands."""
+    """An instruction `name = outputs opcode(literal), attributes`, where the literal names the operands."""
 
     name: str
     outputs: tuple[Shape, ...]
@@ -46,7 +46,7 @@ class Instruction(NamedTuple):
     root: bool
 
     def called(self, role: str) -> list[str]:
-        """Names of the computations that it calls in a role, such as 'body'."""
+        """Returns the names of the computations that the instruction calls in a role, such as 'body'."""
         match = re.search(rf"\b{role}=\{{?((?:%[\w.\-]+(?:, )?)+)", self.attributes)
         return re.findall(r"%([\w.\-]+)", match[1]) if match else []
 
@@ -58,7 +58,7 @@ class Program(NamedTuple):
     """A compiled program.
 
     Attributes:
-      computations: by name, each its instructions by name.
+      computations: computations by name, each a dict of its instructions by name.
       entry: name of the computation where it begins.
       devices: number of devices that run it.
     """
@@ -79,7 +79,7 @@ def _shape(dtype: str, dims: str, layout: str) -> Shape:
 
 
 def _closing(text: str) -> int:
-    """Index just after the parenthesis that closes the one at which the text begins."""
+    """Returns the index just after the parenthesis that closes the one at which the text begins."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -89,7 +89,7 @@ def _closing(text: str) -> int:
 
 
 def parse(hlo: str) -> Program:
-    """The program whose text `as_text()` of a compiled function returns."""
+    """Parses the text that `as_text()` of a compiled function returns."""
     computations, entry, current = {}, "", {}
     for line in hlo.splitlines():
         if match := _COMPUTATION.match(line):
@@ -113,7 +113,7 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _source(computation: Computation, name: str) -> Instruction:
-    """The instruction of that name, or the one that it is a copy of."""
+    """Returns the instruction of a name, or the one that it is a copy of."""
     instruction = computation[name]
     while instruction.opcode in ("copy", "bitcast"):
         instruction = computation[instruction.operands[0]]
@@ -121,14 +121,14 @@ def _source(computation: Computation, name: str) -> Instruction:
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    """The whole number that an instruction is, if it is one."""
+    """Returns the value of an instruction that is a whole constant, None for any other."""
     source = _source(computation, name)
     whole = source.opcode == "constant" and re.fullmatch(r"-?\d+", source.literal)
     return int(source.literal) if whole else None
 
 
 def _trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
-    """How often a loop runs, if the program says so or it counts up from one constant to another."""
+    """Returns how often a loop runs, if the program says so or it counts up from one constant to another, else None."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition, body = (program.computations[loop.called(role)[0]] for role in ("condition", "body"))
@@ -151,9 +151,9 @@ class Visit(NamedTuple):
     """A computation that runs.
 
     Attributes:
-      name: of the computation.
+      name: name of the computation.
       times: how often it runs; a loop of unknown length is taken to run once.
-      known: whether there is no such loop around it.
+      known: whether no loop of unknown length is around it.
       fused: whether it is the inside of an instruction.
     """
 
@@ -173,7 +173,7 @@ _CALLED = {
 
 
 def visits(program: Program, visit: Visit | None = None) -> Iterator[Visit]:
-    """Every computation that runs, beginning with the entry."""
+    """Yields every computation that runs, beginning with the entry."""
     visit = visit or Visit(program.entry, 1, True, False)
     yield visit
     computation = program.computations[visit.name]
@@ -200,12 +200,12 @@ class Collective(NamedTuple):
     """A collective operation of a compiled program.
 
     Attributes:
-      kind: such as 'all-reduce'.
+      kind: HLO's name of the operation, such as 'all-reduce'.
       operands: types of what each device puts in, such as 'f32[256]'.
-      bytes: of the operands together.
+      bytes: bytes of all operands together.
       group_size: number of devices that exchange; the number of pairs of a 'collective-permute'.
-      executions: in one run of the program; None in a loop of unknown length.
-      computation: where it stands: the entry, the body of a loop, a branch, or a fusion with other work.
+      executions: number of executions in one run of the program; None in a loop of unknown length.
+      computation: name of the computation that holds it: the entry, the body of a loop, a branch, or a fusion.
     """
 
     kind: str
@@ -217,12 +217,12 @@ class Collective(NamedTuple):
 
     @property
     def times(self) -> int:
-        """Executions, taken to be one where that is unknown."""
+        """The number of executions, taken to be one where it is unknown."""
         return 1 if self.executions is None else self.executions
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in one execution, by the ring algorithms.
+        """The bytes that each device sends in one execution, by the ring algorithms.
 
         With `b` operand bytes in groups of `n`: all-reduce `2(n − 1)/n · b`; reduce-scatter and all-to-all
         `(n − 1)/n · b`; all-gather `(n − 1) · b`, which is `(n − 1)/n` of its output; permute and broadcast `b`.
@@ -231,7 +231,7 @@ class Collective(NamedTuple):
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """Devices in each group, from any of HLO's notations."""
+    """Returns the number of devices in each group, from any of HLO's notations."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return pairs[1].count("{")
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):  # {{0,1},{2,3}}
@@ -246,9 +246,9 @@ def _group_size(attributes: str, devices: int) -> int:
 
 
 def collectives(hlo: str | Program) -> list[Collective]:
-    """The collectives of all computations of a compiled program that run, each once.
+    """Lists the collectives of all computations of a compiled program that run, each once.
 
-    One that is started and finished apart, or that runs in pieces beside other work, is one.
+    A collective that is started and finished apart, or that runs in pieces beside other work, counts as one.
 
     Args:
       hlo: the program, or what `as_text()` of the compiled function returns, for TPU or any other platform.
@@ -257,7 +257,7 @@ def collectives(hlo: str | Program) -> list[Collective]:
       The collectives.
     """
     program = parse(hlo) if isinstance(hlo, str) else hlo
-    found, chains = [], set()
+    operations, chains = [], set()
     for visit in visits(program):
         computation = program.computations[visit.name]
         for instruction in computation.values():
@@ -272,8 +272,8 @@ def collectives(hlo: str | Program) -> list[Collective]:
             types, total = tuple(map(str, shapes)), sum(shape.bytes for shape in shapes)
             group_size = _group_size(instruction.attributes, program.devices)
             executions = visit.times if visit.known else None
-            found.append(Collective(kind, types, total, group_size, executions, visit.name))
-    return found
+            operations.append(Collective(kind, types, total, group_size, executions, visit.name))
+    return operations
 
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
@@ -283,19 +283,19 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that is writ
 
 
 def _read(user: Instruction, operand: str, shape: Shape) -> int:
-    """Bytes of an operand that an instruction reads."""
+    """Returns the bytes of an operand that an instruction reads."""
     first = user.operands[0] == operand
     if user.opcode == "tuple" or (first and user.opcode in _UPDATES):
         return 0
     if re.search("chain_id=|AsyncCollective", user.attributes):
-        return 0  # a piece of a collective; what it writes in the end is counted
+        return 0  # this is a piece of a collective, of which what it writes in the end is counted
     if first and user.opcode in _SLICES:
         return user.outputs[user.opcode.endswith("-start")].bytes
     return shape.bytes
 
 
 def _written(computation: Computation, name: str, shape: Shape) -> int:
-    """Bytes of an output of that shape that an instruction writes."""
+    """Returns the bytes that an instruction writes of an output of a shape."""
     instruction = computation[name]
     while instruction.opcode == "bitcast":
         instruction = computation[instruction.operands[0]]
@@ -307,10 +307,10 @@ def _written(computation: Computation, name: str, shape: Shape) -> int:
 
 
 def traffic(program: Program) -> Iterator[tuple[Shape, int]]:
-    """What the instructions read and write of arrays in HBM: array by array, the bytes over all executions.
+    """Yields the arrays in HBM that instructions read and write, each with the bytes moved over all executions.
 
-    A fusion is one instruction: it reads its operands (of one that it only slices, the slices) and writes its outputs
-    (of one that it changes in place, the update). Starting an asynchronous operation reads, finishing it writes.
+    A fusion is one instruction: it reads its operands (only the slices where it slices them) and writes its outputs
+    (only the update where it changes them in place). Starting an asynchronous operation reads, finishing it writes.
     """
     for visit in visits(program):
         if visit.fused:
@@ -341,11 +341,11 @@ def traffic(program: Program) -> Iterator[tuple[Shape, int]]:
 class Activation(NamedTuple):
     """The largest array that a program reads or writes in HBM, other than weights.
 
-    Weights are what has the shape of an argument that all devices hold alike; one device alone has none.
+    Arrays of the shape of an argument that every device holds whole count as weights; a single device has none.
 
     Attributes:
-      shape: on one chip, such as 'bf16[128,112,112,64]'.
-      bytes: of one.
+      shape: dtype and shape on one chip, such as 'bf16[128,112,112,64]'.
+      bytes: bytes of one such array.
       passes: how many times over the program reads or writes arrays of as many elements.
     """
 
@@ -355,10 +355,10 @@ class Activation(NamedTuple):
 
 
 def largest_activation(hlo: str | Program) -> Activation | None:
-    """The largest array that a compiled program reads or writes in HBM, other than weights, and the passes over it.
+    """Finds the largest array other than weights that a program reads or writes in HBM, and the passes over it.
 
-    A pass is one reading or writing of all elements: the bytes that `traffic` tells of arrays of as many elements, of
-    any dtype, each over its own size, added up. Half of an array read is half a pass.
+    A pass is one reading or writing of all elements. Passes are the sum, over arrays of as many elements and of any
+    dtype, of the bytes that `traffic` gives over the array's own size. Half of an array read is half a pass.
 
     Args:
       hlo: the program, or what `as_text()` of the compiled function returns, for TPU or any other platform.

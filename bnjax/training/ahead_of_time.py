@@ -1,4 +1,4 @@
-"""Training steps compiled by TPU's own compiler for pods that are not at hand, and what a run of one will cost.
+"""Training steps compiled by TPU's own compiler for pods that are not at hand, and their costs.
 
 Any machine with libtpu (`pip install 'bnjax[tpu]'`) compiles TPU programs ahead of time:
 
@@ -6,14 +6,15 @@ Any machine with libtpu (`pip install 'bnjax[tpu]'`) compiles TPU programs ahead
     x = jax.ShapeDtypeStruct((32768, 224, 224, 3), jnp.bfloat16, sharding=NamedSharding(mesh, P("batch")))
     report = compile_report(jax.jit(step), state, x, y, topology="v6e:16x16")
 
-What the report says holds for each chip and for the very program that the compiler made, whose text is read here:
+The report holds for each chip and for the very program that the compiler made, whose text is read here:
 
 - FLOPs are the compiler's own count (`cost_analysis`), which takes the body of a loop once, however often it runs. TPU
   multiplies float32 matrices in one bfloat16 pass by default, so that the peak of bfloat16 serves for both.
 - HBM traffic is what the instructions read and write of arrays in HBM. Arrays that the compiler keeps in the chip's
-  vector memory cost nothing here; the compiler's 'bytes accessed' counts these too, and what is staged there twice.
-- Collectives and traffic in a loop are counted as often as it runs if the program says how often, once if it does not;
-  a branch of a conditional as if it were taken.
+  vector memory cost nothing here; the compiler's 'bytes accessed' counts these too, and counts what is staged there
+  twice.
+- Collectives and traffic in a loop are counted as often as it runs if the program says how often, and once if it does
+  not; a branch of a conditional counts as if it were taken.
 - A step takes at least as long as its FLOPs, its HBM traffic or its communication at the published peaks. Latency is
   left out: a lower bound, not a prediction.
 """
@@ -46,7 +47,7 @@ class Chip(NamedTuple):
       ici_bandwidth: bytes/s that its links to other chips send together, half of the bidirectional bandwidth.
       axes: number of dimensions of a topology.
       pod: chips in the largest slice.
-      source: where these are published.
+      source: where these numbers are published.
     """
 
     flops: float
@@ -65,11 +66,11 @@ CHIPS = {
     "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9, 3, 8960, _DOCS + "v5p'"),
     "v6e": Chip(918e12, 32 * _GIB, 1640e9, 400e9, 2, 256, _DOCS + "v6e'"),
 }
-"""By generation. HBM is documented in GB, which the compiler takes for GiB, keeping a little for itself."""
+"""The chips by generation. HBM is documented in GB, which the compiler takes for GiB, keeping a little for itself."""
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # ask no metadata server
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: the topology's name decides
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any type will do, as the topology's name decides
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # let several processes compile at once
@@ -77,7 +78,7 @@ _ENVIRONMENT = {
 
 
 def tpu_environment() -> dict[str, str]:
-    """Sets what libtpu has to be told on a machine without a TPU, where it is not set already.
+    """Sets the environment variables that libtpu needs on a machine without a TPU, where they are not set already.
 
     libtpu reads these variables when it is loaded, with the first backend or topology, not when jax is imported. Where
     a TPU is attached, compile in a process of its own, started with JAX_PLATFORMS=cpu.
@@ -103,7 +104,7 @@ def _chip_and_count(topology: str) -> tuple[Chip, int]:
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Devices of a TPU slice that need not exist, one for each chip, to make a mesh of and compile for.
+    """Returns devices of a TPU slice that need not exist, one for each chip, to make a mesh of and compile for.
 
     Args:
       topology: generation and shape, such as 'v5e:2x4', 'v6e:16x16' or 'v5p:16x16x16'.
@@ -131,14 +132,14 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 class Memory(NamedTuple):
-    """Bytes of HBM that a program needs, padding included.
+    """The bytes of HBM that a program needs, padding included.
 
     Attributes:
-      arguments: what it is given.
-      outputs: what it returns.
-      aliased: the outputs among these that take the place of arguments (donated ones).
-      temporaries: what it needs beside these.
-      code: the program itself.
+      arguments: bytes of the program's arguments.
+      outputs: bytes of its outputs.
+      aliased: bytes of the outputs that take the place of donated arguments.
+      temporaries: bytes that it needs beside arguments and outputs.
+      code: bytes of the program itself.
     """
 
     arguments: int
@@ -149,27 +150,27 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The bytes of all uses together."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """What compiling a step for a topology showed; all numbers are of one chip and one step.
+    """The results of compiling a step for a topology; all numbers are of one chip and one step.
 
     Attributes:
-      name: of the step.
+      name: name of the step.
       topology: generation and shape of the slice.
-      seconds: that the compiler took.
-      error: why it did not compile, such as for want of memory.
-      needed: bytes of HBM that the error says it needs at least.
+      seconds: time that the compiler took.
+      error: why the step did not compile, such as for want of memory.
+      needed: bytes of HBM that the step needs at least, according to the error.
       memory: bytes of HBM by use.
       flops: floating-point operations, with one turn of each loop.
       loops: number of loops.
-      bytes_accessed: by the compiler's count.
-      hbm_bytes: read from and written to HBM.
-      activation: the largest, and the passes over arrays of its size.
-      collectives: in the order of the program.
+      bytes_accessed: bytes accessed by the compiler's count.
+      hbm_bytes: bytes read from and written to HBM.
+      activation: largest activation, and the passes over arrays of its size.
+      collectives: collectives in the order of the program.
     """
 
     name: str
@@ -187,27 +188,27 @@ class CompileReport:
 
     @property
     def chip(self) -> Chip:
-        """What is published of the chip."""
+        """The published numbers of the chip."""
         return _chip_and_count(self.topology)[0]
 
     @property
     def chips(self) -> int:
-        """Number of chips."""
+        """The number of chips."""
         return _chip_and_count(self.topology)[1]
 
     @property
     def sent(self) -> float:
-        """Bytes that each chip sends, by the ring algorithms."""
+        """The bytes that each chip sends, by the ring algorithms."""
         return sum(collective.times * collective.sent for collective in self.collectives)
 
     @property
     def intensity(self) -> float:
-        """Arithmetic intensity: FLOPs for each byte of HBM traffic."""
+        """The arithmetic intensity: FLOPs for each byte of HBM traffic."""
         return self.flops / max(self.hbm_bytes, 1)
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds that a step needs for FLOPs, HBM traffic and communication, each at its published peak."""
+        """The seconds that a step needs for FLOPs, HBM traffic and communication, each at its published peak."""
         return {
             "compute": self.flops / self.chip.flops,
             "HBM": self.hbm_bytes / self.chip.hbm_bandwidth,
@@ -216,16 +217,16 @@ class CompileReport:
 
     @property
     def binding(self) -> str:
-        """Which of these takes longest."""
+        """The resource in `times` that takes longest."""
         return max(self.times, key=self.times.__getitem__)
 
     @property
     def bound(self) -> float:
-        """`max(FLOPs / peak, HBM bytes / HBM bandwidth, bytes sent / ICI bandwidth)`: seconds a step takes at least."""
+        """The least seconds of a step: `max(FLOPs / peak, HBM bytes / HBM bandwidth, bytes sent / ICI bandwidth)`."""
         return self.times[self.binding]
 
     def rows(self) -> list[tuple[str, str]]:
-        """Quantities and their values as text."""
+        """Returns quantities and their values as text."""
         rows = [("topology", f"{self.topology}, {self.chips} chip{'s' * (self.chips > 1)}")]
         if self.memory is None:
             needed = f": needs {size(self.needed)} or more of {size(self.chip.hbm)} a chip" if self.needed else ""
@@ -255,20 +256,20 @@ class CompileReport:
         ]
 
     def collective_rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a table of the collectives, with those of a kind and group size together."""
+        """Returns header and rows of a table of the collectives, with a row for each kind and group size."""
         groups: dict[tuple[str, int], list[Collective]] = {}
         for collective in self.collectives:
             groups.setdefault((collective.kind, collective.group_size), []).append(collective)
         rows = []
-        for (kind, group_size), alike in groups.items():
-            unknown = sum(c.executions is None for c in alike)
-            count = f"{sum(c.times for c in alike)}" + (f", {unknown} in loops of unknown length" if unknown else "")
-            payload, sent = sum(c.times * c.bytes for c in alike), sum(c.times * c.sent for c in alike)
+        for (kind, group_size), group in groups.items():
+            unknown = sum(c.executions is None for c in group)
+            count = f"{sum(c.times for c in group)}" + (f", {unknown} in loops of unknown length" if unknown else "")
+            payload, sent = sum(c.times * c.bytes for c in group), sum(c.times * c.sent for c in group)
             rows.append([kind, str(group_size), count, size(payload), size(sent)])
         return ["collective", "chips in a group", "count", "payload of a chip", "sent by a chip"], rows
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain data; without costs where the step did not compile."""
+        """Returns the report as plain data, without costs where the step did not compile."""
         report = {"name": self.name, "topology": self.topology, "chips": self.chips, "chip": self.chip._asdict()}
         report |= {"seconds": self.seconds, "compiles": self.memory is not None}
         if self.memory is None:
@@ -287,7 +288,7 @@ def _listed(values: dict[str, Any], text: Callable[[float], str]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as text.
+    """Formats a number of bytes as text.
 
     >>> size(205_520_896)
     '196 MiB'
@@ -301,12 +302,13 @@ def compile_report(step: Any, *args: Any, topology: str, name: str | None = None
 
     Args:
       step: a function under `jax.jit` (or anything with `lower`), which may map over devices inside.
-      *args: its arguments; `jax.ShapeDtypeStruct`s with shardings over `topology_devices(topology)` stand for arrays.
+      *args: arguments of the step; `jax.ShapeDtypeStruct`s with shardings over `topology_devices(topology)` stand for
+        arrays.
       topology: generation and shape of the slice.
-      name: of the step in the report; that of the function by default.
+      name: name of the step in the report; the function's name by default.
 
     Returns:
-      The report; where the compiler gives up, such as for want of memory, one that says so.
+      The report; where the compiler gives up, such as for want of memory, the report says so.
 
     Raises:
       ValueError: the arguments are not distributed over all chips of the topology.
@@ -343,7 +345,7 @@ def compile_report(step: Any, *args: Any, topology: str, name: str | None = None
 
 
 def _needed(error: str) -> int | None:
-    """Bytes of HBM that the compiler says a program would need, if it says so."""
+    """Returns the bytes of HBM that a program would need according to a compiler's error, None if it names none."""
     match = re.search(r"Used ([\d.]+)([KMGT]) of .* hbm|\(([\d.]+)([KMGT])\) exceeds available HBM", error)
     if not match:
         return None

@@ -1,10 +1,10 @@
 """Checkpoints of a training: saved asynchronously and atomically by Orbax, and verified when they are restored.
 
-Orbax is handed all leaves as one array, because each array costs it time. Against that, its own tree of the same
-arrays (`StandardSave` from the host, with a digest of each) took on two busy cores: for 100 leaves of 0.8 MB in all,
-2.2 times as long to save and 7 times as long to restore; for 10 small leaves, twice as long; for 100 leaves of 27 MB,
-about as long; for 428 leaves of 205 MB, 1.0 to 1.3 times as long to save with half the wait of the caller, and 0.8
-times as long to restore. It also refuses empty arrays and empty trees, which are held here.
+Orbax is handed all leaves as one array, because each array costs it time. Compared to that, Orbax's own tree of the
+same arrays (`StandardSave` from the host, with a digest of each) took these times on two busy cores: for 100 leaves of
+0.8 MB in all, 2.2 times as long to save and 7 times as long to restore; for 10 small leaves, twice as long; for 100
+leaves of 27 MB, about as long; for 428 leaves of 205 MB, 1.0 to 1.3 times as long to save with half the wait of the
+caller, and 0.8 times as long to restore. Orbax also refuses empty arrays and empty trees, which are held here.
 """
 
 import contextlib
@@ -35,22 +35,23 @@ _SAVING = threading.Lock()  # Orbax numbers the saves of a process by a global, 
 
 
 class CheckpointError(Exception):
-    """A checkpoint that can't be written, or can't be continued; the message says what to do."""
+    """The error for a checkpoint that can't be written or can't be continued; the message says what to do."""
 
 
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one training, in a directory of their own; for a `with` statement.
 
     The process may be killed at any moment: a checkpoint appears under its name only when it is complete. Each carries
-    its configuration, and a digest by which damage is found. Of several processes (`jax.distributed`) all make the same
+    its configuration, and a digest by which damage is detected. Several processes (`jax.distributed`) all make the same
     calls, on a directory that all of them see; several threads may each have a directory of their own.
 
     Args:
-      directory: where the checkpoints are; made where it is missing.
-      configuration: what must agree for a checkpoint to be continued, such as study and batch size; values as in JSON.
-      keep: how many checkpoints remain, the newest ones.
+      directory: directory of the checkpoints; made where it is missing.
+      configuration: values as in JSON that must agree for a checkpoint to be continued, such as study and batch size.
+      keep: number of checkpoints that remain, the newest ones.
       every: least seconds from the beginning of a save to the next.
-      report: is told of each damaged checkpoint that is passed over; by default printed to stderr.
+      report: function called with a message on each damaged checkpoint that is passed over; by default it prints to
+        stderr.
 
     Raises:
       CheckpointError: for a directory that can't be used.
@@ -88,23 +89,23 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.close()
 
     def save(self, step: int, tree: Any, *, force: bool = False) -> bool:
-        """Begins to save a state, after a save that is still running. The arrays may be donated as soon as it returns.
+        """Begins to save a state, once no save is running; the arrays may be donated as soon as this returns.
 
         The copies to the host and their digest keep the caller waiting, about 0.5 s for 100 MB; writing does not.
 
         Args:
-          step: its number, greater than that of any checkpoint there.
+          step: number of the state's step, greater than that of any checkpoint in the directory.
           tree: pytree of JAX and NumPy arrays, random keys and Python integers; over several processes, replicated.
-          force: to save even if the last save began less than `every` seconds ago.
+          force: whether to save even if the last save began less than `every` seconds ago.
 
         Returns:
-          Whether a save was begun; not so if there is a checkpoint of that step.
+          Whether a save was begun; none is if there is a checkpoint of that step.
 
         Raises:
           CheckpointError: if this save or the one before it failed, as on a full disk; earlier ones are intact.
         """
         if not self._manager.is_saving_in_progress():
-            self.wait()  # whose failure is told now, due or not
+            self.wait()  # raises now if the last save failed, whether or not the next one is due
         due = time.monotonic() - self._last_save >= self._every
         if not (force or self._every <= 0 or _everywhere(due)):
             return False
@@ -119,7 +120,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         leaves = _named_leaves(tree)
         parts = jax.device_get({name: _local(name, leaf) for name, leaf in leaves.items()})
         parts = {name: np.ascontiguousarray(part).reshape(-1).view(np.uint8) for name, part in parts.items()}
-        # Never an empty one, which Orbax refuses.
+        # One byte more keeps the array from being empty, which Orbax refuses.
         data = np.concatenate([*parts.values(), np.zeros(1, np.uint8)])
         metadata = {
             "configuration": self._configuration,
@@ -135,11 +136,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         return True
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """Step and state of the newest intact checkpoint, or None where there is no checkpoint.
+        """Restores the newest intact checkpoint as its step and state; returns None where there is no checkpoint.
 
         Args:
-          like: a state of the same structure, shapes and dtypes. Each leaf is restored as the kind of thing that it is
-            here: a JAX array with this sharding (`jax.ShapeDtypeStruct` will do), a NumPy array, a key or an integer.
+          like: a state of the same structure, shapes and dtypes. Each leaf is restored as the kind of value that `like`
+            has there: a JAX array of its sharding (`jax.ShapeDtypeStruct` will do), a NumPy array, a key or an integer.
 
         Raises:
           CheckpointError: if that checkpoint is of another configuration or state, which the message compares; or if
@@ -158,18 +159,18 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise CheckpointError(
                 f"all checkpoints in {self._directory} are damaged ({damaged}); start afresh instead."
             )
-        for what, there, here in (
+        for subject, there, here in (
             ("configuration", metadata["configuration"], self._configuration),
             ("state", metadata["leaves"], _types(wanted)),
         ):
             if differences := _differences(there, here):
                 raise CheckpointError(
-                    f"the checkpoint of step {step} in {self._directory} is of another {what}: {differences}; "
+                    f"the checkpoint of step {step} in {self._directory} is of another {subject}: {differences}; "
                     "resume what saved it, give another directory, or start afresh."
                 )
         for bad, reason in damaged.items():
             self._report(f"checkpoint {self._directory / str(bad)} is damaged ({reason}); using that of step {step}.")
-        self._damaged = list(damaged)  # which the next save deletes
+        self._damaged = list(damaged)  # the next save deletes these
         sizes = metadata["bytes"]
         parts = dict(zip(sizes, np.split(data, np.cumsum(list(sizes.values()), dtype=int)), strict=False))
         leaves = [_from_bytes(parts[name].copy(), leaf) for name, leaf in wanted.items()]
@@ -183,12 +184,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._last_save = -math.inf
 
     def wait(self) -> None:
-        """Returns when no save is running; raises CheckpointError if the last one failed."""
+        """Waits until no save is running; raises CheckpointError if the last one failed."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and releases what it holds; raises CheckpointError if the last save failed."""
+        """Waits for a running save and releases Orbax's manager; raises CheckpointError if the last save failed."""
         try:
             self.wait()
         finally:
@@ -208,7 +209,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return ocp.CheckpointManager(self._directory, options=options)
 
     def _read(self, step: int) -> tuple[Any, Any, str]:
-        """Metadata and data of a checkpoint, or what is wrong with it."""
+        """Returns metadata and data of a checkpoint, and what is wrong with it ('' for nothing)."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), metadata=ocp.args.JsonRestore())
         try:
             checkpoint: Any = self._manager.restore(step, args=items)
@@ -231,7 +232,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             yield
         except Exception as error:
-            if jax.process_count() == 1:  # several would have to do so together
+            if jax.process_count() == 1:  # several processes would have to do so together
                 with contextlib.suppress(Exception):
                     self._manager.close()
                 with contextlib.suppress(Exception):
@@ -243,12 +244,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             ) from error
 
     def _is_news(self, record: logging.LogRecord) -> bool:
-        """Not so for the many tracebacks that Orbax logs of a failure that it also raises."""
+        """Returns False for the many tracebacks that Orbax logs of a failure that it also raises, else True."""
         return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _everywhere(value: bool) -> bool:
-    """Whether it is so in all processes, which must save, skip and pass over checkpoints together."""
+    """Returns whether a value is true in all processes, which must save, skip and pass over checkpoints together."""
     return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
@@ -264,7 +265,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _types(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Dtype and shape of each leaf; of a Python integer those that it has in JAX."""
+    """Returns the dtype and shape of each leaf; a Python integer has those that it gets in JAX."""
     arrays = {name: jax.typeof(leaf) if type(leaf) in _INTEGERS else leaf for name, leaf in leaves.items()}
     return {name: f"{array.dtype}[{','.join(map(str, array.shape))}]" for name, array in arrays.items()}
 
@@ -274,7 +275,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _local(name: str, leaf: Any) -> Any:
-    """The whole of a leaf, as an array that this process has."""
+    """Returns the whole of a leaf, as an array that this process has."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf, jax.typeof(leaf).dtype) if type(leaf) in _INTEGERS else leaf
     leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
@@ -284,7 +285,7 @@ def _local(name: str, leaf: Any) -> Any:
 
 
 def _from_bytes(data: np.ndarray, like: Any) -> Any:
-    """A leaf of the same kind as `like`."""
+    """Restores a leaf of the same kind as `like` from its bytes."""
     if type(like) in _INTEGERS:
         return type(like)(data.view(jax.typeof(like).dtype)[0])
     if isinstance(like, np.ndarray | np.generic):
@@ -309,14 +310,14 @@ def _digest(metadata: Mapping[str, Any], data: np.ndarray) -> str:
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """How a checkpoint differs from this program, in words."""
+    """Describes how a checkpoint differs from this program, in words."""
     texts = [{key: json.dumps(value, sort_keys=True) for key, value in side.items()} for side in (there, here)]
     pairs = [(key, *(text.get(key, "nothing") for text in texts)) for key in texts[0] | texts[1]]
-    found = [f"{key} is {old} there and {new} here" for key, old, new in pairs if old != new]
-    return ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
+    differences = [f"{key} is {old} there and {new} here" for key, old, new in pairs if old != new]
+    return ", ".join(differences[:10]) + (f" and {len(differences) - 10} more" if len(differences) > 10 else "")
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, on one line; in the system's words if TensorStore hands on its error."""
+    """Describes an error on one line, in the system's words if TensorStore hands on the system's error."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else (str(error).strip().splitlines() or [repr(error)])[0][:200]

@@ -3,20 +3,20 @@
 import ctypes
 import platform
 
-# Of glibc's malloc.h.
+# These are the numbers of mallopt's parameters in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_freed_memory(pad: int = 2**28) -> bool:
-    """Has the C library keep the memory of freed arrays for the next ones, in place of giving it back to the system.
+    """Makes the C library keep the memory of freed arrays for the next ones, in place of giving it back to the system.
 
     XLA's CPU backend allocates each result anew. glibc asks the system for what is large, and the system clears it page
     by page as it is first touched, which takes longer than a batch norm of it. Once this has been called, all threads
     share one heap that never shrinks, and after some calls every result lies in memory that was used before. The
     process stays as large as it once was. Nothing changes for arrays on accelerators.
 
-    Call it before JAX's first computation, or set BNJAX_KEEP_MEMORY=1 for the command line. Elsewhere the environment
-    variables MALLOC_ARENA_MAX=1, MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_=1000000000000 and
+    Call it before JAX's first computation, or set BNJAX_KEEP_MEMORY=1 for the command line. For other programs the
+    environment variables MALLOC_ARENA_MAX=1, MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_=1000000000000 and
     MALLOC_TOP_PAD_=268435456 do the same from a process's start.
 
     Args:

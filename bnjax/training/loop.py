@@ -34,8 +34,8 @@ class ParallelStep:
     XLA's sums over them were seen to stand still.
 
     Attributes:
-      mesh: of the devices.
-      multiple: of what number a batch's examples must be: devices times micro-batches.
+      mesh: mesh of the devices.
+      multiple: number of which a batch's examples must be a multiple: devices times micro-batches.
       compiled: a jitted function `(state, Batch, key) → (state, metrics)` of global arrays, for looking at its program.
     """
 
@@ -44,13 +44,13 @@ class ParallelStep:
     compiled: Any
 
     def __call__(self, state: TrainState, x, y, weights=None, key=None) -> tuple[TrainState, Metrics]:
-        """One step.
+        """Takes one training step.
 
         Args:
           state: parameters, running statistics and optimizer state.
           x: inputs of the batch: a global array, or a host array of this process's examples.
-          y: labels, alike.
-          weights: of the examples, alike; zero for padding.
+          y: labels of the batch, global or of this process's examples, as `x` is.
+          weights: weights of the examples, global or of this process's, as `x` is; zero for padding.
           key: random key of the step, the same in every process, from which each example gets its own.
 
         Returns:
@@ -86,7 +86,7 @@ def make_train_step(
     accumulate_steps: int = 1,
     preprocess: Preprocess | None = None,
 ) -> ParallelStep:
-    """The training step over a mesh of devices, mapped by one of JAX's three means; the results are the same.
+    """Makes the training step over a mesh of devices, mapped by one of JAX's three means; the results are the same.
 
     Each device trains on its part of the batch. A model's batch norms synchronize over the devices of a group when made
     with `axis_name='batch'`: over all, where the mesh has no groups. Where it has, the groups' running statistics are
@@ -95,7 +95,7 @@ def make_train_step(
 
     Args:
       objective: loss and correctness of each example.
-      mesh: from `bnjax.training.make_mesh`; over all devices by default.
+      mesh: mesh from `bnjax.training.make_mesh`; over all devices by default.
       parallel: 'jit' (partitioned automatically; batch norms need no `axis_name`), 'shard_map' (with replication
         checking) or 'pmap' (where groups are given to the batch norms as
         `axis_index_groups=bnjax.training.index_groups(mesh)`).
@@ -125,7 +125,7 @@ def make_train_step(
     axis_names = (SYNC_AXIS,) if parallel == "pmap" else mesh.axis_names
 
     def body(state: TrainState, batch_stats: Any, batch: Batch):
-        """The step of one device (of one group's under jit)."""
+        """Takes the step of one device, or of one group of devices under jit."""
         x, keys = batch.x, batch.keys
         if preprocess is not None:
             x = preprocess(x, None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
@@ -160,21 +160,21 @@ def make_train_step(
         if key is not None:
             batch = batch._replace(keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size)))
         batch = _constrain(batch, devices.batch_sharding(mesh))
-        seen = state.examples_seen
+        examples_seen = state.examples_seen
         rest = state.replace(batch_stats=None, examples_seen=None)
         rest, batch_stats, metrics = mapped(rest, state.batch_stats, batch)
-        if seen is not None:
+        if examples_seen is not None:
             weights = jnp.ones(size) if batch.weights is None else batch.weights
-            seen += weights.reshape((groups, -1)).sum(1)
-        rest, seen, metrics = _constrain((rest, seen, metrics), devices.replicated(mesh))
+            examples_seen += weights.reshape((groups, -1)).sum(1)
+        rest, examples_seen, metrics = _constrain((rest, examples_seen, metrics), devices.replicated(mesh))
         batch_stats = _constrain(batch_stats, devices.stats_sharding(mesh))
-        return rest.replace(batch_stats=batch_stats, examples_seen=seen), metrics
+        return rest.replace(batch_stats=batch_stats, examples_seen=examples_seen), metrics
 
     return ParallelStep(mesh, multiple, jax.jit(step, donate_argnums=0))
 
 
 def _constrain(tree: Any, sharding: NamedSharding) -> Any:
-    """Tells XLA how to place the arrays of a tree."""
+    """Constrains XLA to place the arrays of a tree by a sharding."""
     return jax.tree.map(lambda v: lax.with_sharding_constraint(v, sharding), tree)
 
 
@@ -201,7 +201,7 @@ def _by_shard_map(body, mesh: Mesh, groups: int):
         if groups > 1:
             batch_stats = jax.tree.map(lambda v: v[0], batch_stats)
         state, batch_stats, metrics = body(state, batch_stats, batch)
-        if mesh.shape[SYNC_AXIS] == 1:  # a sum that does nothing but type them as shared by the group
+        if mesh.shape[SYNC_AXIS] == 1:  # this sum does nothing but type the statistics as shared by the group
             batch_stats = lax.psum(batch_stats, SYNC_AXIS)
         if groups > 1:
             batch_stats = jax.tree.map(lambda v: v[None], batch_stats)
@@ -218,7 +218,7 @@ def _by_pmap(body, mesh: Mesh, groups: int):
     axes = {"in_axes": (None, stats_axis, 0), "out_axes": (None, stats_axis, None)}
     pmapped = jax.pmap(body, axis_name=SYNC_AXIS, devices=list(mesh.devices.flat), **axes)
     by_group, by_device = P(GROUP_AXIS), P(mesh.axis_names)
-    # Each device holds its group's statistics: only the labels change.
+    # Each device holds its group's statistics, so that these maps change nothing but the labels.
     for_devices, for_groups = (
         jax.shard_map(lambda tree: tree, mesh=mesh, in_specs=a, out_specs=b, check_vma=False)
         for a, b in ((by_group, by_device), (by_device, by_group))
@@ -243,12 +243,12 @@ def train_epoch(
     batch_size: int,
     objective: Objective,
 ) -> tuple[TrainState, Metrics]:
-    """One pass over the examples in random order: a scan of `train_step`.
+    """Trains for one pass over the examples in random order: a scan of `train_step`.
 
-    What remains after the last full batch is a smaller batch of its own.
+    The examples that remain after the last full batch form a smaller batch.
 
     Args:
-      state: where to begin.
+      state: parameters, running statistics and optimizer state to begin with.
       key: random key of the order.
       x: inputs of all examples.
       y: labels of all examples.
@@ -274,9 +274,9 @@ def train_epoch(
 
 
 def _order(bits: Array) -> Array:
-    """`argsort(bits)` of 32-bit numbers: one sort of 64-bit ones that end in the index.
+    """Computes `argsort(bits)` of 32-bit numbers by one sort of 64-bit numbers that end in the index.
 
-    XLA's CPU backend sorts single arrays several times faster than arrays that follow another.
+    XLA's CPU backend sorts a single array several times faster than one whose order another array follows.
     """
     with enable_x64():
         index = lax.broadcasted_iota(jnp.uint64, bits.shape, 0)
@@ -287,7 +287,7 @@ def _order(bits: Array) -> Array:
 def evaluate(
     state: TrainState, x: Shaped[Array, "examples ..."], y: Shaped[Array, " examples"], *, objective: Objective
 ) -> Metrics:
-    """Loss and correctness of each example, normalized by the running statistics.
+    """Computes loss and correctness of each example, normalized by the running statistics.
 
     Args:
       state: parameters and running statistics.
@@ -317,7 +317,7 @@ def evaluate_in_batches(
     mesh: Mesh | None = None,
     preprocess: Preprocess | None = None,
 ) -> Metrics:
-    """Means of the metrics over a data set, with the running statistics, each example counted once.
+    """Computes the means of the metrics over a data set, with the running statistics, each example counted once.
 
     The last batch is padded to the common size with examples of weight zero.
 
@@ -326,9 +326,9 @@ def evaluate_in_batches(
       x: inputs of all examples, on the host, the same in every process.
       y: labels of all examples.
       objective: loss and correctness of each example.
-      batch_size: examples at a time; made a multiple of the devices.
-      mesh: devices to split each batch over; by default that on which the state is, or one device.
-      preprocess: as that of `make_train_step`, called without keys.
+      batch_size: examples at a time; rounded up to a multiple of the devices.
+      mesh: mesh to split each batch over; by default the mesh on which the state is, or one device.
+      preprocess: function as in `make_train_step`, called without keys.
 
     Returns:
       `Metrics` of floats.

@@ -12,11 +12,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 SYNC_AXIS = "batch"
-"""The mesh axis over which batch norms synchronize: what a model's batch norms take as `axis_name`."""
+"""The mesh axis over which batch norms synchronize, which a model's batch norms take as `axis_name`."""
 GROUP_AXIS = "group"
 """The mesh axis over groups of devices with statistics of their own."""
 HEARTBEAT_SECONDS = 30
-"""After this time without a sign of life of one process the others end with an error."""
+"""The time without a sign of life of one process after which the others end with an error."""
 
 
 def initialize(
@@ -26,23 +26,23 @@ def initialize(
     *,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> None:
-    """Starts JAX's distributed runtime; to be called by every process before anything else uses a device.
+    """Starts JAX's distributed runtime; every process must call it before anything else uses a device.
 
     Without arguments JAX reads the environment: on TPU pods, under Slurm and under Open MPI. On CPU the collectives
     between processes are Gloo's.
 
     Args:
       coordinator: 'host:port' of process 0, the same for all.
-      num_processes: how many processes there are.
-      process_id: which of them this one is, from 0.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
       heartbeat_seconds: how long a process may give no sign of life before the others end with an error.
 
     Raises:
-      ValueError: if only some of the three are given, or one is out of range.
+      ValueError: if only some of the first three arguments are given, or one is out of range.
       RuntimeError: if the runtime can't be started, or the environment names no cluster.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
+    arguments = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in arguments.items() if value is None]
     if 0 < len(missing) < 3:
         raise ValueError(
             f"coordinator, num_processes and process_id go together; {' and '.join(missing)} missing. "
@@ -52,7 +52,7 @@ def initialize(
         raise ValueError(f"coordinator must be 'host:port', got {coordinator!r}. Say 127.0.0.1:9876 on one machine.")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id must be from 0 to {num_processes - 1}, got {process_id}.")
-    with contextlib.suppress(AttributeError):  # an option that a later version may lack
+    with contextlib.suppress(AttributeError):  # a later version may lack this option
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds)
@@ -63,14 +63,14 @@ def initialize(
 
 
 def make_mesh(group_size: int | None = None, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh to split batches over: of axis 'batch', or of 'group' and 'batch' with groups of `group_size` devices.
+    """Makes a mesh to split batches over: of axis 'batch', or of 'group' and 'batch' with `group_size` devices a group.
 
     Batch norms with `axis_name='batch'` synchronize over the devices of a group: over all without groups, not at all
-    with groups of one. A group's devices belong to one process, or are all those of several.
+    with groups of one. A group's devices belong to one process, or are all the devices of several processes.
 
     Args:
       group_size: devices in a group; None for a single group of all.
-      devices: to use; all by default.
+      devices: devices to use; all by default.
 
     Raises:
       ValueError: if the groups don't divide the devices, or one would hold parts of several processes' devices.
@@ -98,7 +98,7 @@ def make_mesh(group_size: int | None = None, *, devices: Sequence[Any] | None = 
 
 
 def num_groups(mesh: Mesh) -> int:
-    """How many groups of devices have statistics of their own; raises ValueError for a mesh of other axes."""
+    """Returns how many groups of devices have statistics of their own; raises ValueError for a mesh of other axes."""
     if mesh.axis_names not in ((SYNC_AXIS,), (GROUP_AXIS, SYNC_AXIS)) or set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(
             f"mesh must have the axis {SYNC_AXIS!r}, or {GROUP_AXIS!r} and {SYNC_AXIS!r}, of type Auto, got "
@@ -108,7 +108,7 @@ def num_groups(mesh: Mesh) -> int:
 
 
 def index_groups(mesh: Mesh) -> tuple[tuple[int, ...], ...] | None:
-    """The mesh's groups as `axis_index_groups` for the batch norms of a model under pmap; None for a single group.
+    """Returns the mesh's groups as `axis_index_groups` for a model's batch norms under pmap; None for a single group.
 
     >>> index_groups(make_mesh(devices=jax.devices()[:1]))
     """
@@ -120,27 +120,27 @@ def index_groups(mesh: Mesh) -> tuple[tuple[int, ...], ...] | None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays whose leading axis holds the examples of a batch: split over all devices."""
+    """Returns the sharding of arrays whose leading axis holds the examples of a batch: split over all devices."""
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays that every device holds whole."""
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def stats_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of running statistics: each group's with its group, or whole on every device where there is one set."""
+    """Returns the sharding of running statistics: each group's with its group, or one set whole on every device."""
     return NamedSharding(mesh, P(GROUP_AXIS)) if num_groups(mesh) > 1 else replicated(mesh)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays, split over all devices, from the examples that each process has.
+    """Makes global arrays, split over all devices, from the examples that each process has.
 
     Args:
-      batch: pytree of arrays, the examples of this process first axis; every process has equally many, a multiple of
-        its devices.
-      mesh: over all processes' devices.
+      batch: pytree of arrays whose first axis holds the examples of this process; every process has equally many, a
+        multiple of its devices.
+      mesh: mesh over all processes' devices.
 
     Raises:
       ValueError: if the examples don't divide among the devices.
@@ -157,13 +157,13 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def local_part(values: Any) -> Any:
-    """This process's equal share of the examples of a batch that every process has whole."""
+    """Returns this process's equal share of the examples of a batch that every process has whole."""
     share = len(values) // jax.process_count()
     return values[share * jax.process_index() : share * (jax.process_index() + 1)]
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Every device holds the whole tree, which must be the same in each process."""
+    """Places a tree whole on every device; it must be the same in each process."""
     sharding = replicated(mesh)
 
     def place(leaf):
@@ -176,7 +176,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Global arrays as NumPy arrays, whole in every process.
+    """Gathers global arrays as NumPy arrays, whole in every process.
 
     Args:
       tree: pytree of arrays over all processes' devices; every process must call this.

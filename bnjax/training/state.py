@@ -27,20 +27,20 @@ class TrainState(train_state.TrainState):
     """
 
     step: Any
-    params: Any  # of any container, where Flax's annotation says FrozenDict
+    params: Any  # any container will do, although Flax's annotation says FrozenDict
     batch_stats: Any
     examples_seen: Any = None  # float array [groups]
 
     @property
     def stats_groups(self) -> int | None:
-        """How many sets of running statistics are kept apart; None where there is one, for all."""
+        """The number of sets of running statistics that are kept apart; None where one set serves all."""
         return None if self.examples_seen is None else self.examples_seen.shape[0]
 
 
 def create_train_state(
     model: Any, optimizer: optax.GradientTransformation, key: Array, x: Shaped[Array, "batch ..."]
 ) -> TrainState:
-    """The state at step 0 of a Flax model, initialized for inputs like `x`.
+    """Creates the state at step 0 of a Flax model, initialized for inputs like `x`.
 
     Args:
       model: linen module whose call takes `(x, training=…)`.
@@ -55,15 +55,15 @@ def create_train_state(
         tx=optimizer,
         batch_stats=variables.get("batch_stats", {}),
     )
-    return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile a second time
+    return state.replace(step=jnp.zeros((), jnp.int32))  # with Flax's Python 0 a step would compile a second time
 
 
 def split_batch_stats(state: TrainState, groups: int) -> TrainState:
     """Gives each of several groups of devices its own copy of the running statistics.
 
     Args:
-      state: with one set of running statistics.
-      groups: how many sets to make.
+      state: state with one set of running statistics.
+      groups: number of sets to make.
 
     Returns:
       The state with a leading axis of groups in `batch_stats`, and `examples_seen` zero.
@@ -84,10 +84,11 @@ def merge_batch_stats(state: TrainState) -> TrainState:
         mean = Σ n_g mean_g / n        var = Σ n_g (var_g + (mean_g − mean)²) / n
 
     Args:
-      state: with statistics kept apart (one set is returned as it is).
+      state: state with statistics kept apart (a state with one set is returned as it is).
 
     Returns:
-      The state with one set of statistics, to evaluate and to save before the next step: that donates what both share.
+      The state with one set of statistics, to evaluate and to save before the next step, which donates the arrays that
+      both states share.
 
     Raises:
       ValueError: if there are other statistics than means and variances.
@@ -97,25 +98,25 @@ def merge_batch_stats(state: TrainState) -> TrainState:
     return state.replace(batch_stats=_merged(state.batch_stats, state.examples_seen), examples_seen=None)
 
 
-@jax.jit  # one program: many small ones, each with sums over the devices, wait for each other where cores are few
+@jax.jit  # one program, as many small ones with sums over the devices wait for each other where cores are few
 def _merged(batch_stats: Any, examples_seen: Array) -> Any:
-    seen = jnp.where(examples_seen.sum() > 0, examples_seen, 1)  # before the first step all are the same
+    counts = jnp.where(examples_seen.sum() > 0, examples_seen, 1)  # before the first step all are the same
 
     def merge(stats):
         if not isinstance(stats, Mapping):
             raise ValueError("batch_stats must hold means and variances only to be merged; there is another statistic.")
         if set(stats) != {"mean", "var"}:
             return {name: merge(v) for name, v in stats.items()}
-        m = Moments(stats["mean"][0], stats["var"][0], seen[0])
-        for g in range(1, seen.shape[0]):
-            m = merge_moments(m, Moments(stats["mean"][g], stats["var"][g], seen[g]))
+        m = Moments(stats["mean"][0], stats["var"][0], counts[0])
+        for g in range(1, counts.shape[0]):
+            m = merge_moments(m, Moments(stats["mean"][g], stats["var"][g], counts[g]))
         return {"mean": m.mean.astype(stats["mean"].dtype), "var": m.var.astype(stats["var"].dtype)}
 
     return merge(batch_stats)
 
 
 def check_groups(state: TrainState, groups: int | None, caller: str) -> None:
-    """Raises unless the state keeps as many sets of running statistics as expected (None: one for all)."""
+    """Raises unless the state keeps as many sets of running statistics as expected (None for one set for all)."""
     if state.stats_groups == groups:
         return
     if groups is None:
@@ -131,7 +132,7 @@ def check_groups(state: TrainState, groups: int | None, caller: str) -> None:
 
 
 def check_statistics(batch_stats: Any, checked: set[tuple[str, ...]]) -> None:
-    """Raises for statistics of which pmap would silently keep one device's: those of other layers than batch norms."""
+    """Raises for statistics of layers other than batch norms, of which pmap would silently keep one device's."""
     others = sorted("/".join(path) for path in flatten_dict(batch_stats) if path[:-1] not in checked)
     if others:
         raise ValueError(
@@ -141,7 +142,7 @@ def check_statistics(batch_stats: Any, checked: set[tuple[str, ...]]) -> None:
 
 
 def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
-    """A Flax interceptor that raises for batch norms that synchronize otherwise than the mesh's groups ask for."""
+    """Returns a Flax interceptor that raises for batch norms that synchronize otherwise than the mesh's groups ask."""
     size, groups = mesh.shape[SYNC_AXIS], devices.index_groups(mesh)
 
     def intercept(next_function, arguments, options, context):
@@ -155,13 +156,13 @@ def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
                 f"the running statistics of {'/'.join(module.path)} ({type(module).__name__}) in several groups of "
                 "devices can't be merged as moments can. Make the mesh without group_size."
             )
-        given = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
-        if mesh.size > 1 and statistics.moves and not is_running(module, given):
+        use_running_average = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
+        if mesh.size > 1 and statistics.moves and not is_running(module, use_running_average):
             names = module.axis_name if isinstance(module.axis_name, tuple) else (module.axis_name,)
             expected = groups if way == "pmap" else None
-            found = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))
+            module_groups = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))
             not_needed = module.axis_name is None and (way == "jit" or size == 1)
-            if not not_needed and (SYNC_AXIS not in names or found != expected):
+            if not not_needed and (SYNC_AXIS not in names or module_groups != expected):
                 wanted = f"axis_name={SYNC_AXIS!r}, axis_index_groups={expected}"
                 raise ValueError(
                     f"the batch norm {'/'.join(module.path)} must be made with {wanted} to synchronize over {size} of "
@@ -175,11 +176,11 @@ def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """Places a state on a mesh: whole on every device, but statistics kept apart each with its group.
+    """Places a state on a mesh: whole on every device, except that statistics kept apart go each to its group.
 
     Args:
-      state: the same in every process.
-      mesh: from `bnjax.training.make_mesh`.
+      state: state, which must be the same in every process.
+      mesh: mesh from `bnjax.training.make_mesh`.
 
     Raises:
       ValueError: if the state does not keep as many sets of statistics as the mesh has groups.

@@ -1,4 +1,4 @@
-"""The one step body of all training: on one device, on several together, and in micro-batches."""
+"""The one step body of all training, on one device, on several together, and in micro-batches."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ from bnjax.training.state import TrainState
 
 
 class Metrics(NamedTuple):
-    """Of one example, or the means over several.
+    """The loss and accuracy of one example, or their means over several.
 
     Attributes:
-      loss: what training minimizes.
-      accuracy: whether the example is classified correctly (1 or 0); the fraction of those that are.
+      loss: the objective that training minimizes.
+      accuracy: whether the example is classified correctly (1 or 0), or the fraction of examples that are.
     """
 
     loss: Float[ArrayLike, "..."]
@@ -32,29 +32,32 @@ class Metrics(NamedTuple):
 
 
 def binary_cross_entropy(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
-    """Cross-entropy of a sigmoid output: `log(1 + exp(−logit))` for label 1, `log(1 + exp(logit))` for label 0."""
+    """Computes the cross-entropy of a sigmoid output: `log(1 + exp(−logit))` for label 1, `log(1 + exp(logit))` for 0.
+
+    Returns the loss of each example, and whether it is classified correctly.
+    """
     logits = logits[:, 0]
     return optax.sigmoid_binary_cross_entropy(logits, labels), (logits > 0) == (labels > 0)
 
 
 def cross_entropy(logits: Float[Array, "batch classes"], labels: Shaped[Array, " batch"]):
-    """Cross-entropy of a softmax output: `−log softmax(logits)[label]`."""
+    """Computes the cross-entropy of a softmax output: `−log softmax(logits)[label]`."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels), logits.argmax(-1) == labels
 
 
 def squared_error(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
-    """Squared error of a sigmoid output: `(sigmoid(logit) − label)²`."""
+    """Computes the squared error of a sigmoid output: `(sigmoid(logit) − label)²`."""
     logits = logits[:, 0]
     return jnp.square(jax.nn.sigmoid(logits) - labels), (logits > 0) == (labels > 0)
 
 
 class Batch(NamedTuple):
-    """What a step trains on, the example axis first in each array.
+    """The arrays that a step trains on, each with the example axis first.
 
     Attributes:
       x: inputs.
       y: labels.
-      weights: of the examples, in the loss and (as `mask`) in the batch norms; zero for padding; all one by default.
+      weights: weights of the examples, in the loss and (as `mask`) in the batch norms; zero for padding; None for ones.
       keys: a random key for each example, for models that take `keys` (dropout).
     """
 
@@ -69,10 +72,10 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
 
     Args:
       batch: host arrays.
-      multiple: such as `mesh.size · accumulate_steps`, or a batch size.
+      multiple: number such as `mesh.size · accumulate_steps`, or a batch size.
 
     Returns:
-      The batch with `weights`; with all of weight one where nothing was missing.
+      The batch with `weights`, which are zero for the copies.
     """
     count = len(batch.x)
     missing = -count % multiple
@@ -85,7 +88,7 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
 
 
 class _Sums(NamedTuple):
-    """Sums over examples; of the gradients, those of `weight · loss / expected number of examples`."""
+    """The sums over examples of gradients (of `weight · loss / expected number of examples`), metrics and weights."""
 
     grads: Any
     metrics: Metrics
@@ -93,7 +96,7 @@ class _Sums(NamedTuple):
 
 
 def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objective, mutable: str, rngs: Any):
-    """Sums over a batch: the weighted loss, and beside it the metrics, the weight and the updated collection."""
+    """Returns sums over a batch: the weighted loss, and beside it metrics, weight and the updated collection."""
     x, y, weights, keys = batch
     variables = {"params": params, "batch_stats": state.batch_stats}
     options = {} if weights is None else {"mask": weights}
@@ -110,7 +113,7 @@ def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objectiv
 
 
 def _sum_dtype(params: Any, x: Any) -> Any:
-    """In which sums over examples are taken: at least float32."""
+    """Returns the dtype in which sums over examples are taken: at least float32."""
     floating = [leaf for leaf in jax.tree.leaves((params, x)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.result_type(jnp.float32, *floating)
 
@@ -127,13 +130,13 @@ def train_step(
     accumulate_steps: int = 1,
     rngs: Mapping[str, Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of gradient descent on the mean loss of a batch: the one step body of all training.
+    """Takes one step of gradient descent on the mean loss of a batch: the one step body of all training.
 
     Args:
       state: parameters, running statistics and optimizer state.
       x: inputs of the batch; with `axis_name`, the part of this member.
       y: labels of the batch.
-      weights: of the examples, in the loss and (as `mask`) in the batch norms; zero for padding.
+      weights: weights of the examples, in the loss and (as `mask`) in the batch norms; zero for padding.
       keys: a random key for each example, for models that take `keys`.
       objective: loss of each example, and whether it is classified correctly (else the accuracy is NaN); static.
       axis_name: mapped axis or axes whose members train on one batch together; static.
@@ -154,7 +157,7 @@ def train_step(
         weights = jnp.asarray(weights)
         if jnp.issubdtype(weights.dtype, jnp.integer):
             weights = weights.astype(jnp.float32)  # batch norms take integers for booleans, as Flax does
-        if jnp.issubdtype(x.dtype, jnp.floating):  # of a padding example not even NaN may reach the parameters
+        if jnp.issubdtype(x.dtype, jnp.floating):  # not even NaN of a padding example may reach the parameters
             x = jnp.where(weights.reshape((-1,) + (1,) * (x.ndim - 1)) > 0, x, 0)
     batch = Batch(x, y, weights, keys)
     expected = x.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
@@ -176,7 +179,7 @@ def check_accumulate_steps(steps: int) -> None:
 def _accumulate(
     state: TrainState, batch: Batch, objective: Objective, steps: int, expected: int, rngs: Any = None
 ) -> tuple[_Sums, Any]:
-    """The sums over the examples of this member, in micro-batches, and the moved running statistics."""
+    """Returns the sums over the examples of this member, in micro-batches, and the moved running statistics."""
     params = vary_like(state.params, batch.x)
 
     def sums_of(batch: Batch, mutable: str):
@@ -206,7 +209,7 @@ def _accumulate(
 
 
 def _remember_batch_norms(layers: dict[tuple[str, ...], Any]):
-    """A Flax interceptor that notes the batch norms by their path."""
+    """Returns a Flax interceptor that collects the batch norms by their path in `layers`."""
 
     def intercept(next_function, arguments, options, context):
         module = context.module
@@ -224,7 +227,7 @@ def _remember_batch_norms(layers: dict[tuple[str, ...], Any]):
 
 
 def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...], Any]) -> Any:
-    """Running statistics moved by the moments of all micro-batches, stacked along the first axis, merged."""
+    """Moves running statistics once, by the merged moments of all micro-batches, stacked along the first axis."""
     stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
     stacked: dict[tuple[str, ...], Any] = dict(flatten_dict(moments))
     for path, layer in layers.items():
@@ -238,5 +241,5 @@ def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...],
 
 
 def gradients(state: TrainState, x: Shaped[Array, "batch ..."], y: Shaped[Array, " batch"], *, objective: Objective):
-    """Gradient of the mean training loss of a batch by the parameters."""
+    """Computes the gradient of the mean training loss of a batch by the parameters."""
     return _accumulate(state, Batch(x, y), objective, 1, x.shape[0])[0].grads

@@ -1,4 +1,4 @@
-"""Batch norm's relatives, with its signature and state."""
+"""Variants of batch norm, with its signature and state."""
 
 from bnjax.variants.frozen import frozen_batch_norm
 from bnjax.variants.ghost import ghost_batch_norm

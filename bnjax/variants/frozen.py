@@ -17,27 +17,27 @@ def frozen_batch_norm(
     training: bool,
     **options: Unpack[Options],
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
-    """Batch norm by the running statistics, in training too, with neither these nor the parameters moving.
+    """Normalizes by the running statistics, in training too, with neither these nor the parameters moving.
 
         y = scale · (x − mean) / sqrt(var + epsilon) + bias
 
-    For fine-tuning with batches too small for statistics of their own. No derivative goes to `params` and
+    It serves fine-tuning with batches too small for statistics of their own. No derivative goes to `params` and
     `batch_stats`; mind that weight decay needs none to move a scale.
 
     Args:
       x: floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
-      batch_stats: running 'mean' and 'var' of that shape.
-      training: accepted, without effect; static.
-      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+      batch_stats: running 'mean' and 'var' of the shape of the feature axes.
+      training: accepted without effect; static.
+      **options: `Options` of `batch_norm`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
         bessel_correction. All but axis, epsilon and dtype are without effect: the statistics don't move, and there is
-        nothing to merge. What `x` holds where a mask is zero makes no gradient NaN.
+        nothing to merge. Values of `x` where a mask is zero make no gradient NaN.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and the statistics as they were given.
 
     Raises:
-      TypeError, ValueError: at trace time, as `batch_norm`.
+      TypeError, ValueError: at trace time, as `batch_norm` does.
 
     References:
       He et al. 2016 (arXiv 1512.03385), appendix A, which fixes batch norms in detection networks; Wu & Johnson
@@ -52,7 +52,7 @@ def frozen_batch_norm(
 
 
 def frozen(call: Call) -> Normalized:
-    """`frozen_batch_norm` of a checked call."""
+    """Computes `frozen_batch_norm` of a checked call."""
     params, batch_stats = jax.lax.stop_gradient((dict(call.params), dict(call.batch_stats)))
     fixed = dataclasses.replace(call, params=params, batch_stats=batch_stats, training=False)
     return fixed.normalized(*fixed.running()), call.batch_stats, None

@@ -1,4 +1,4 @@
-"""Ghost batch norm: the statistics of parts of a batch, as if each part were on a device of its own."""
+"""Ghost batch norm: normalization by the statistics of parts of a batch, as if each part had a device of its own."""
 
 import dataclasses
 from typing import Any, Unpack
@@ -21,7 +21,7 @@ def ghost_batch_norm(
     ghost_size: int,
     **options: Unpack[Options],
 ) -> tuple[Float[Array, "..."], BatchStats]:
-    """Batch norm of each `ghost_size` consecutive examples by themselves.
+    """Normalizes each `ghost_size` consecutive examples by themselves.
 
     In training the first axis that is no feature axis is cut into ghost batches (the last may be smaller), each of
     which is normalized by its own mean_g and var_g. With n_g elements (by weight) in ghost batch g, the running
@@ -29,17 +29,17 @@ def ghost_batch_norm(
 
         mean = Σ n_g mean_g / Σ n_g        var = Σ n_g var_g / Σ n_g
 
-    That is what devices give that hold a ghost batch each, normalize it without synchronization, and average their
-    running statistics by their weights. (The paper moves them once for each ghost batch, one after the other; with a
-    momentum ρ for all of G that is nearly ρ^(1/G) for each.) Inference is that of `batch_norm`.
+    Devices give the same result if each holds a ghost batch and normalizes it without synchronization, and if they
+    average their running statistics by their weights. (The paper moves these once for each ghost batch, one after the
+    other; a momentum ρ for all G of them is nearly ρ^(1/G) for each.) Inference is that of `batch_norm`.
 
     Args:
       x: real floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
-      batch_stats: running 'mean' and 'var' of that shape.
+      batch_stats: running 'mean' and 'var' of the shape of the feature axes.
       training: whether to use the ghost batches' statistics and to move the running ones; static.
       ghost_size: examples in a ghost batch, at least 1; static.
-      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+      **options: `Options` of `batch_norm`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
         bessel_correction. A ghost batch on which the mask has no weight is normalized by the running statistics; over
         axis_name the running statistics are averaged too, while a ghost batch stays on its device; with
         bessel_correction the running variance takes each ghost batch's times n_g / (n_g − 1).
@@ -48,8 +48,8 @@ def ghost_batch_norm(
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
 
     Raises:
-      TypeError, ValueError, NameError: at trace time, as `batch_norm`; also for a ghost size that is no positive int,
-        or an input without other axes than the features'.
+      TypeError, ValueError, NameError: at trace time, as `batch_norm` does; also for a ghost size that is no positive
+        int, or an input without other axes than the features'.
 
     References:
       Hoffer, Hubara & Soudry 2017 (arXiv 1705.08741), Algorithm 1.
@@ -66,7 +66,7 @@ def ghost_batch_norm(
 
 
 def normalized_by_ghosts(call: Call, ghost_size: Any) -> Normalized:
-    """`ghost_batch_norm` of a checked call."""
+    """Computes `ghost_batch_norm` of a checked call."""
     if isinstance(ghost_size, bool) or not isinstance(ghost_size, int | np.integer) or ghost_size < 1:
         raise ValueError(
             f"ghost_size must be a positive int, the number of examples in a ghost batch, got {ghost_size!r}. "

@@ -25,33 +25,33 @@ def lp_batch_norm(
     training: bool,
     **options: Unpack[Options],
 ) -> tuple[Float[Array, "..."], BatchStats]:
-    """Batch norm that divides by the average l_p norm of each feature, taken before the mean is subtracted.
+    """Normalizes by the mean and the average l_p norm of each feature, taken before the mean is subtracted.
 
     With weights w (all 1 without a mask) of total n over the reduced axes and, with `axis_name`, over its members:
 
-        norm = (Σ w |x|^p / n)^(1/p), for p = ∞ the largest |x| of those with w > 0
+        norm = (Σ w |x|^p / n)^(1/p), or for p = ∞ the largest |x| where w > 0
         y = scale · (x − mean) / sqrt(norm² + epsilon) + bias
 
-    The running 'var' is that of norm², so that inference is `batch_norm`'s own. (With p = 2, norm² = var + mean².) The
-    epsilon is ours, and so is the reading of "the average of their l_p norm" as the power mean above. Every order and
-    mode of derivative is supported; where |x| has no derivative at 0, it is taken as 0, and where several elements are
-    the largest, that of p = ∞ is their mean.
+    The running 'var' is the running average of norm², so that inference is `batch_norm`'s own. (With p = 2, norm² =
+    var + mean².) The epsilon is ours, and so is the reading of "the average of their l_p norm" as the power mean above.
+    Every order and mode of derivative is supported; the derivative of |x| at 0 is taken as 0, and where several
+    elements are the largest, the derivative for p = ∞ is the mean of theirs.
 
     Args:
       x: real floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
-      batch_stats: running 'mean' and 'var' of that shape, the latter of the squared norm; start with those of
-        `init_batch_norm`.
+      batch_stats: running 'mean' and 'var' of the shape of the feature axes, 'var' being that of the squared norm;
+        start with the statistics of `init_batch_norm`.
       p: 1, 2 or infinity (`math.inf`); static.
       training: whether to use the batch's statistics and to move the running ones; static.
-      **options: `batch_norm`'s, `Options`, but for bessel_correction: axis, momentum, epsilon, mask, axis_name,
-        axis_index_groups and dtype. Of weights p = ∞ minds only which are positive.
+      **options: `Options` of `batch_norm` but for bessel_correction: axis, momentum, epsilon, mask, axis_name,
+        axis_index_groups and dtype. With p = ∞ it only matters which weights of the mask are positive.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
 
     Raises:
-      TypeError, ValueError, NameError: at trace time, as `batch_norm`, and for another `p`.
+      TypeError, ValueError, NameError: at trace time, as `batch_norm` does, and for another `p`.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), section 3.3.
@@ -68,7 +68,7 @@ def lp_batch_norm(
 
 
 def normalized_by_norm(call: Call, p: Any) -> Normalized:
-    """`lp_batch_norm` of a checked call; its moments have the squared norm as `var`."""
+    """Computes `lp_batch_norm` of a checked call; the moments it returns have the squared norm as `var`."""
     if not isinstance(p, int | float | np.number) or p not in (1, 2, math.inf):
         raise ValueError(
             f"p must be 1, 2 or infinity, a static number, got {p!r}. Pass 1 (mean magnitude), 2 (root mean square) or "
@@ -91,7 +91,7 @@ def normalized_by_norm(call: Call, p: Any) -> Normalized:
 
 @functools.partial(keeping_arguments, static_argnums=2)
 def _moments_of_magnitude(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
-    """Moments of |x|, local, keeping only x for the backward pass."""
+    """Computes local moments of |x|, keeping only x for the backward pass."""
     x = x.astype(_dtypes.wide(x.dtype))
     if weights is not None:
         x = without_masked_extremes(x, weights)  # NaN's sign is NaN, even times a derivative of zero
@@ -101,9 +101,9 @@ def _moments_of_magnitude(x: Array, weights: Array | None, axes: tuple[int, ...]
 def _largest_magnitude(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Array:
-    """The largest |x| of each feature where the weight is positive, over all members; zero without any.
+    """Returns the largest |x| of each feature where the weight is positive, over all members; zero where there is none.
 
-    Its derivative, the mean of `sign(x) ∂x` over the largest elements of all members, is that of their mean magnitude.
+    Its derivative is that of the mean magnitude of all members' largest elements: the mean of `sign(x) ∂x` over these.
     """
     reduced = tuple(a for a in range(x.ndim) if a not in axes)
     largest = jnp.abs(lax.stop_gradient(_without_masked(x, weights))).max(reduced, initial=0)
@@ -131,6 +131,6 @@ def _largest_of_members(largest: Array, axis_name: AxisName, groups: Groups | No
 
 
 def _without_masked(x: Array, weights: Array | None) -> Array:
-    """`x` in float32 at least, with zero where the weight is zero."""
+    """Returns `x` in float32 at least, with zero where the weight is zero."""
     x = x.astype(_dtypes.wide(x.dtype))
     return x if weights is None else jnp.where(broadcast_explicitly(weights, x) > 0, x, 0)

@@ -16,21 +16,21 @@ def moving_batch_norm(
     training: bool,
     **options: Unpack[Options],
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
-    """Batch norm that normalizes by the running statistics in training as well, after these have moved.
+    """Normalizes by the running statistics in training as well, after these have moved.
 
         running ← momentum · running + (1 − momentum) · batch
         y = scale · (x − running mean) / sqrt(running var + epsilon) + bias
 
     The derivative goes through the batch's share of the running statistics, a fraction 1 − momentum, and not through
-    the past. What training computes is then close to what inference does; but as the gradient hardly knows of the
-    normalization, steps against it can add up until training diverges. With a momentum of 0 it is batch norm.
+    the past. Training then computes nearly what inference does; but as the gradient hardly knows of the normalization,
+    steps against it can add up until training diverges. With a momentum of 0 this function is batch norm.
 
     Args:
       x: floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
-      batch_stats: running 'mean' and 'var' of that shape.
+      batch_stats: running 'mean' and 'var' of the shape of the feature axes.
       training: whether to move the running statistics before they are used; static.
-      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+      **options: `Options` of `batch_norm`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
         bessel_correction. The cumulative average, a momentum of `1 − 1 / (t + 1)`, begins with the first batch's
         statistics, in place of the initial values.
 
@@ -38,7 +38,7 @@ def moving_batch_norm(
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
 
     Raises:
-      TypeError, ValueError, NameError: at trace time, as `batch_norm`.
+      TypeError, ValueError, NameError: at trace time, as `batch_norm` does.
 
     References:
       Ioffe & Szegedy 2015 (arXiv 1502.03167), section 2, on what a gradient that ignores the normalization does;
@@ -55,7 +55,7 @@ def moving_batch_norm(
 
 
 def moving(call: Call) -> Normalized:
-    """`moving_batch_norm` of a checked call."""
+    """Computes `moving_batch_norm` of a checked call."""
     if not call.training:
         return call.normalized_by_running()
     m = call.moments()

@@ -28,7 +28,7 @@ def noisy_batch_norm(
     sample_scale: Any = 0.1,
     **options: Unpack[Options],
 ) -> tuple[Float[Array, "..."], BatchStats]:
-    """Batch norm, then in training noise of non-zero mean and non-unit variance, of a distribution new at every call.
+    """Normalizes, then in training adds noise of non-zero mean and non-unit variance, newly distributed at every call.
 
     With a the output of `batch_norm`, for each unit (feature) j, and then for each sample i of it:
 
@@ -36,21 +36,22 @@ def noisy_batch_norm(
         m_ij ~ U(μ_j − sample_shift, μ_j + sample_shift)        s_ij ~ N(σ_j, sample_scale)
         y_ij = s_ij · a_ij + m_ij
 
-    Height and width count as samples: m and s are drawn for each element. Inference adds no noise. Whether the 0.1 of
-    N(σ, 0.1) is a variance or a standard deviation, the paper does not state: `sample_scale` is the deviation.
+    Height and width count as samples: m and s are drawn for each element. Inference adds no noise. The paper does not
+    state whether the 0.1 of N(σ, 0.1) is a variance or a standard deviation; here `sample_scale` is the deviation.
 
     Args:
       x: real floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
-      batch_stats: running 'mean' and 'var' of that shape, which the noise does not reach.
+      batch_stats: running 'mean' and 'var' of the shape of the feature axes, which the noise does not reach.
       training: whether to use the batch's statistics, to move the running ones and to add noise; static.
-      key: random key, needed in training only: a new one for each layer and step. All members of a mapped axis pass
-        the same; the draws of units are then common to all, and those of samples differ by the index along `axis_name`.
-      unit_shift: n_μ of the paper, at least 0; may be traced, as may the other three.
+      key: random key, needed in training only: a new key for each layer and step. All members of a mapped axis pass
+        the same key; the draws of units are then common to all, and those of samples differ by the index along
+        `axis_name`.
+      unit_shift: n_μ of the paper, at least 0; may be traced, as may the next three.
       unit_scale: n_σ of the paper, at least 1.
       sample_shift: r_μ of the paper, at least 0.
       sample_scale: r_σ of the paper, at least 0. Strengths of 0, 1, 0 and 0 give `batch_norm`.
-      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+      **options: `Options` of `batch_norm`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
         bessel_correction. The draws of units are common to all groups of axis_index_groups, and noise is drawn and
         added in float32 at least.
 
@@ -58,8 +59,8 @@ def noisy_batch_norm(
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
 
     Raises:
-      TypeError, ValueError, NameError: at trace time, as `batch_norm`; in training also for a `key` that is missing or
-        not a single one; and for strengths that are not real scalars, or are too small (where known).
+      TypeError, ValueError, NameError: at trace time, as `batch_norm` does; in training also for a `key` that is
+        missing or not a single key; and for strengths that are not real scalars, or are too small (where known).
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Algorithm 1.
@@ -79,7 +80,7 @@ def noisy_batch_norm(
 def with_noise(
     call: Call, key: Any, unit_shift: Any, unit_scale: Any, sample_shift: Any, sample_scale: Any
 ) -> Normalized:
-    """`noisy_batch_norm` of a checked call."""
+    """Computes `noisy_batch_norm` of a checked call."""
     dtype = call.x.dtype if call.dtype is None else call.dtype
     strengths = {"unit_shift": unit_shift, "unit_scale": unit_scale}
     strengths |= {"sample_shift": sample_shift, "sample_scale": sample_scale}
@@ -98,7 +99,7 @@ def with_noise(
 def _draw_noise(
     key: Any, activation: Array, axes: tuple[int, ...], axis_name: AxisName | None, strengths: Mapping[str, Any]
 ) -> tuple[Array, Array]:
-    """m and s of Algorithm 1 for each element of the activation."""
+    """Draws m and s of Algorithm 1 for each element of the activation."""
     shape, dtype = activation.shape, activation.dtype
     units = tuple(size if a in axes else 1 for a, size in enumerate(shape))
     unit_keys, sample_keys = jax.random.split(key, (2, 2))
@@ -113,7 +114,7 @@ def _draw_noise(
 
 
 def _check_key(key: Any) -> None:
-    """Raises `TypeError` unless it is a single random key, new-style or raw."""
+    """Raises `TypeError` unless `key` is a single random key, new-style or raw."""
     is_key = isinstance(key, jax.Array | np.ndarray) and (
         key.ndim == 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.ndim == 1 and key.dtype == jnp.uint32
     )

@@ -1,4 +1,4 @@
-"""Batch renormalization: in training too, close to what inference does."""
+"""Batch renormalization, whose outputs in training are close to those at inference."""
 
 from typing import Any, Unpack
 
@@ -20,33 +20,33 @@ def batch_renorm(
     d_max: Any = 5.0,
     **options: Unpack[Options],
 ) -> tuple[Float[Array, "..."], BatchStats]:
-    """Batch norm whose output in training is moved towards what the running statistics would give.
+    """Normalizes by the batch's statistics, with outputs moved towards what the running statistics would give.
 
-    With the batch's mean and var, the running ones before they move, mean' and var', and σ = sqrt(var + epsilon):
+    With the batch's mean and var, the running mean' and var' before they move, and σ = sqrt(var + epsilon):
 
         r = clip(σ / σ', 1 / r_max, r_max)        d = clip((mean − mean') / σ', −d_max, d_max)
         y = scale · ((x − mean) / σ · r + d) + bias
 
     No derivative goes through r and d. Where neither is clipped, y is what inference gives; inference is that of
-    `batch_norm`. (The paper keeps a running σ; here it is the running variance, as in all of batch norm's relatives.)
+    `batch_norm`. (The paper keeps a running σ; here it is the running variance, as in all variants of batch norm.)
 
     Args:
       x: real floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes; either may be absent.
-      batch_stats: running 'mean' and 'var' of that shape.
+      batch_stats: running 'mean' and 'var' of the shape of the feature axes.
       training: whether to use the batch's statistics and to move the running ones; static.
-      r_max: at least 1; may be traced, as a schedule is: the paper starts at 1, which with d_max = 0 is batch norm, and
-        raises it to 3 when the running statistics have settled.
-      d_max: at least 0; may be traced: the paper raises it from 0 to 5.
-      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+      r_max: limit of r, at least 1; may be traced, for a schedule: the paper starts at 1, which with d_max = 0 is batch
+        norm, and raises it to 3 when the running statistics have settled.
+      d_max: limit of |d|, at least 0; may be traced: the paper raises it from 0 to 5.
+      **options: `Options` of `batch_norm`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
         bessel_correction.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
 
     Raises:
-      TypeError, ValueError, NameError: at trace time, as `batch_norm`; also for an r_max below 1 or a d_max below 0
-        (where known).
+      TypeError, ValueError, NameError: at trace time, as `batch_norm` does; also for an r_max below 1 or a d_max below
+        0 (where known).
 
     References:
       Ioffe 2017 (arXiv 1702.03275), Algorithm 1; section 4 for the schedules.
@@ -61,7 +61,7 @@ def batch_renorm(
 
 
 def renormalized(call: Call, r_max: Any, d_max: Any) -> Normalized:
-    """`batch_renorm` of a checked call."""
+    """Computes `batch_renorm` of a checked call."""
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
         _checks.check_in_range(name, value, least, float("inf"), f"Pass {least} for batch norm without correction.")
     if not call.training:

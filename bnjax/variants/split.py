@@ -1,4 +1,4 @@
-"""Split batch norm: one scale and bias, and statistics for each of several kinds of batches."""
+"""Split batch norm, with one scale and bias, and with statistics for each of several kinds of batches."""
 
 from typing import Any, Unpack
 
@@ -15,15 +15,15 @@ from bnjax.norm import BatchStats, Options, Params, check_call, init_batch_norm,
 def init_split_batch_norm(
     num_features: int | tuple[int, ...], num_splits: int, **options: Any
 ) -> tuple[dict[str, Inexact[Array, "*features"]], dict[str, Inexact[Array, "..."]]]:
-    """Initial parameters and `num_splits` sets of running statistics, with a leading axis of these.
+    """Returns initial parameters and `num_splits` sets of running statistics, along a leading axis.
 
     Args:
       num_features: size of the feature axis, or axes.
-      num_splits: how many kinds of batches there are, at least 1.
-      **options: of `bnjax.init_batch_norm`.
+      num_splits: number of kinds of batches, at least 1.
+      **options: options of `bnjax.init_batch_norm`.
 
     Raises:
-      TypeError, ValueError: as `bnjax.init_batch_norm`, and for a `num_splits` that is no positive int.
+      TypeError, ValueError: as `bnjax.init_batch_norm` does, and for a `num_splits` that is no positive int.
 
     >>> params, batch_stats = init_split_batch_norm(3, 2)
     >>> print(params['scale'].shape, batch_stats['mean'].shape)
@@ -44,26 +44,26 @@ def split_batch_norm(
     split: Any,
     **options: Unpack[Options],
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
-    """Batch norm with the running statistics of one of several kinds of batches, such as clean and adversarial ones.
+    """Normalizes with running statistics of one of several kinds of batches, such as clean and adversarial batches.
 
-    `batch_norm` with `batch_stats` of the kind `split`; those of the others stay. (For a scale and bias of each kind as
-    well, as AdvProp has, choose among several `params` by the same index.)
+    This is `batch_norm` with `batch_stats` of the kind `split`; the statistics of other kinds stay. (For a scale and
+    bias of each kind as well, as AdvProp has, choose among several `params` by the same index.)
 
     Args:
       x: floating-point array of any shape, empty included; all of it of one kind.
       params: 'scale' and 'bias' of the shape of the feature axes, common to all kinds; either may be absent.
-      batch_stats: running 'mean' and 'var' with a leading axis of kinds before that shape.
+      batch_stats: running 'mean' and 'var' with a leading axis of kinds before the feature axes.
       training: whether to use the batch's statistics and to move the running ones; static.
-      split: which kind, from 0; may be traced, and then counts as the nearest one where it is out of range.
-      **options: `batch_norm`'s, `Options`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
+      split: index of the batch's kind, from 0; may be traced, and then is clipped to the range of kinds.
+      **options: `Options` of `batch_norm`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
         bessel_correction. The split has to be the same for all members of axis_name.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
 
     Raises:
-      TypeError, ValueError, NameError: at trace time, as `batch_norm`; also for statistics without that axis, or a
-        `split` that is no integer or out of range (where known).
+      TypeError, ValueError, NameError: at trace time, as `batch_norm` does; also for statistics without a leading axis,
+        or a `split` that is no integer or out of range (where known).
 
     References:
       Xie et al. 2020 (arXiv 1911.09665), section 4.2 (auxiliary batch norm); Li et al. 2016 (arXiv 1603.04779) and
@@ -82,12 +82,12 @@ def split_batch_norm(
 
 
 def of_kind(batch_stats: BatchStats, split: Any) -> dict[str, Array]:
-    """The running statistics of one kind."""
+    """Returns the running statistics of one kind."""
     return {name: jax.lax.dynamic_index_in_dim(value, split, keepdims=False) for name, value in batch_stats.items()}
 
 
 def put_kind(batch_stats: BatchStats, own: BatchStats, split: Any) -> BatchStats:
-    """The running statistics of all kinds, those of one kind replaced."""
+    """Returns the running statistics of all kinds with those of one kind replaced."""
     new = {n: jax.lax.dynamic_update_index_in_dim(v, own[n], split, 0) for n, v in batch_stats.items()}
     return type(batch_stats)(new)  # pyright: ignore[reportCallIssue]
 
@@ -105,7 +105,7 @@ def _num_splits(batch_stats: Any) -> int:
 
 
 def checked_split(split: Any, count: int) -> Array:
-    """The kind as an index in range; raises unless it is an integer scalar, in range where that is known."""
+    """Returns the kind as an index in range; raises unless it is an integer scalar, in range where this is known."""
     array = isinstance(split, jax.Array | np.ndarray | np.generic)
     is_integer = (
         jnp.issubdtype(split.dtype, jnp.integer) if array else isinstance(split, int) and not isinstance(split, bool)
