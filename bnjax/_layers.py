@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from bnjax._sync import Moments
-from bnjax.norm import BatchStats, Normalized, check_call, normalized_by_batch, update_batch_stats
-from bnjax.variants.frozen import frozen
-from bnjax.variants.ghost import normalized_by_ghosts
-from bnjax.variants.lp import normalized_by_norm
-from bnjax.variants.moving import moving
-from bnjax.variants.noisy import with_noise
-from bnjax.variants.renorm import renormalized
+from bnjax.norm import BatchStats, Result, batch_norm_of, check_call, update_batch_stats
+from bnjax.variants.frozen import frozen_batch_norm_of
+from bnjax.variants.ghost import ghost_batch_norm_of
+from bnjax.variants.lp import lp_batch_norm_of
+from bnjax.variants.moving import moving_batch_norm_of
+from bnjax.variants.noisy import noisy_batch_norm_of
+from bnjax.variants.renorm import batch_renorm_of
 from bnjax.variants.split import checked_split, of_kind, put_kind
 
 
@@ -22,11 +22,12 @@ class Statistics(NamedTuple):
 
     Attributes:
       is_variance: whether 'var' is the variance of the layer's input, so that it can be measured from data.
-      merges: whether the statistics of several parts of the data, merged as moments, are those of all of it.
+      merges: whether the statistics of several parts of the data, merged as moments, are those of all of it. They are
+        not where 'var' is something else (`LpBatchNorm`) or an average of parts (`GhostBatchNorm`).
       moves: whether training moves the statistics.
       kinds: number of sets of statistics along a leading axis, for as many kinds of batches; None for a single set.
-      are_given: whether the layer, called on parts of a batch, gives the moments of each in place of moving its
-        statistics, as Flax's layers can't.
+      are_given: whether the layer, called on parts of a batch one after the other, gives the moments of each in place
+        of moving its statistics. Flax's layers don't, and `NoisyBatchNorm` has one draw for a whole batch.
     """
 
     is_variance: bool = True
@@ -44,28 +45,29 @@ class Declaration(NamedTuple):
     """The declaration of a layer: its function, the function's options, and its running statistics.
 
     Attributes:
-      normalized: the function that the layer computes, of a checked call and of `options`.
+      function: the function that the layer computes, of a checked call and of `options`.
       options: names of the layer's attributes that are options of the function.
       statistics: the kind of running statistics; the layer itself knows for how many kinds of batches it has them.
       or_complex: whether the layer takes complex inputs.
+      needs_key: whether the function takes a random key, too.
     """
 
-    normalized: Callable[..., Normalized]
+    function: Callable[..., Result]
     options: tuple[str, ...] = ()
     statistics: Statistics = Statistics()
     or_complex: bool = True
+    needs_key: bool = False
 
 
 NOISE = ("unit_shift", "unit_scale", "sample_shift", "sample_scale")
-BATCH_NORM = Declaration(normalized_by_batch)
-# The noise is drawn for a batch as a whole, so that its parts can't be normalized one after the other.
-NOISY = Declaration(with_noise, NOISE, Statistics(are_given=False), or_complex=False)
-LP = Declaration(normalized_by_norm, ("p",), Statistics(is_variance=False, merges=False), or_complex=False)
-RENORM = Declaration(renormalized, ("r_max", "d_max"), or_complex=False)
-GHOST = Declaration(normalized_by_ghosts, ("ghost_size",), Statistics(merges=False), or_complex=False)
-MOVING = Declaration(moving)
-FROZEN = Declaration(frozen, statistics=Statistics(moves=False))
-SPLIT = Declaration(normalized_by_batch)
+BATCH_NORM = Declaration(batch_norm_of)
+NOISY = Declaration(noisy_batch_norm_of, NOISE, Statistics(are_given=False), or_complex=False, needs_key=True)
+LP = Declaration(lp_batch_norm_of, ("p",), Statistics(is_variance=False, merges=False), or_complex=False)
+RENORM = Declaration(batch_renorm_of, ("r_max", "d_max"), or_complex=False)
+GHOST = Declaration(ghost_batch_norm_of, ("ghost_size",), Statistics(merges=False), or_complex=False)
+MOVING = Declaration(moving_batch_norm_of)
+FROZEN = Declaration(frozen_batch_norm_of, statistics=Statistics(moves=False))
+SPLIT = Declaration(batch_norm_of)  # of the statistics of one kind, which `call_layer` selects
 
 
 def call_layer(
@@ -82,7 +84,8 @@ def call_layer(
     """Calls the function of a layer.
 
     Args:
-      layer: layer of linen or nnx, with `declared`, `statistics`, and attributes that are named in its declaration.
+      layer: layer of linen or nnx, with `declared`, `statistics`, `takes_batch_statistics`, and attributes that are
+        named in its declaration; its `bessel_correction` counts where it has one.
       x: the input.
       params: 'scale' and 'bias'.
       batch_stats: running 'mean' and 'var', of all kinds.
@@ -111,9 +114,9 @@ def call_layer(
         **options,
     )
     named = {name: getattr(layer, name) for name in declared.options}
-    if declared is NOISY:
+    if declared.needs_key:
         named["key"] = key
-    y, moved, m = declared.normalized(call, **named)
+    y, moved, m = declared.function(call, **named)
     if m is None:
         return y, batch_stats, None
     if kinds is not None:
@@ -121,5 +124,5 @@ def call_layer(
         counted = m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
         m = jax.tree.map(lambda v: jnp.zeros((kinds, *v.shape), v.dtype).at[split].set(v), counted)
     if layer.takes_batch_statistics:
-        moved = update_batch_stats(batch_stats, m, momentum=0)
+        moved = update_batch_stats(batch_stats, m, momentum=0)  # biased, as inference by them would be training
     return y, moved, m

@@ -1,4 +1,14 @@
-"""Mean and variance of a batch, plain, masked or weighted, in one read of it; `_sync` merges moments of its parts."""
+"""Mean and variance of a batch, plain, masked or weighted, in one read of it; `_sync` merges moments of its parts.
+
+From the outside in:
+
+    moments                checks the arguments
+    checked_moments        takes both parts of a complex input as features, and merges the members of a vmapped axis
+    _real_moments          carries the rule of derivatives, and merges the devices of a mesh axis
+    _moments_of_shards     takes the shards of an automatically partitioned array apart, and merges them
+    _local_moments         chooses a provisional mean, and whether to take another
+    _moments_about         sums
+"""
 
 import functools
 import math
@@ -16,9 +26,9 @@ from bnjax._sync import (
     AxisName,
     Groups,
     Moments,
-    broadcast_explicitly,
     explicitly_sharded,
     is_mesh_axis,
+    match_explicit_sharding,
     merge_over_mesh_axis,
     merge_over_shards,
     merge_over_vmapped_axis,
@@ -47,7 +57,7 @@ def moments(
 
         n = Σ w        mean = Σ w x / n        var = Σ w |x − mean|² / n
 
-    The variance is computed in one read of `x` about a provisional mean s, that of up to 256 evenly spaced elements:
+    The variance is computed in one read of `x` about a provisional mean s, that of some 256 evenly spaced elements:
     `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs. (A second read follows
     where a mask leaves too few of those elements.)
 
@@ -106,7 +116,11 @@ def checked_moments(
 def _real_moments(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
-    """Computes moments of real `x`, over all members of a mesh axis or local, with a hand-made rule of derivatives."""
+    """Computes moments of real `x`, over all members of a mesh axis or local, with a hand-made rule of derivatives.
+
+    JAX could not make the rule: the merging loops, which has no reverse mode, and x − mean would be kept for the
+    backward pass. The merging over a vmapped axis stays outside, where JAX differentiates it (see `_sync`).
+    """
     local = _moments_of_shards(x, weights, axes)
     if axis_name is None:
         return local
@@ -115,16 +129,18 @@ def _real_moments(
 
 @functools.partial(_real_moments.defjvp, symbolic_zeros=True)
 def _moments_jvp(axes, axis_name, groups, primals, tangents):
-    """Computes the derivatives of the moments by a hand-made rule.
+    """Computes the derivatives of the moments by a hand-made rule, in which mean and var are the merged ones.
 
     ∂mean = (Σ w ∂x + Σ ∂w (x − mean)) / n        ∂var = (2 Σ w (x − mean) ∂x + Σ ∂w ((x − mean)² − var)) / n
+
+    (∂mean has no part in ∂var, since Σ w (x − mean) = 0.)
     """
     (x, weights), (dx, dweights) = primals, tangents
     m = _real_moments(x, weights, axes, axis_name, groups)
 
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass.
     @keeping_arguments
-    def from_x(x, weights, mean, dx):
+    def by_x(x, weights, mean, dx):
         weighted = _weigh(dx.astype(mean.dtype), weights)
         centered = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
         if weights is not None:
@@ -132,7 +148,8 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
         return _sum(weighted, axes), 2 * _sum(centered * weighted, axes)
 
     @keeping_arguments
-    def from_weights(x, weights, mean, var, dweights):
+    def by_weights(x, weights, mean, var, dweights):
+        # A weight of zero has a derivative too, which depends on what x holds there.
         centered = without_masked_extremes(x.astype(mean.dtype), weights) - expand(mean, x.ndim, axes)
         dweights = dweights.astype(mean.dtype)
         square = jnp.square(centered) - expand(var, x.ndim, axes)
@@ -140,9 +157,9 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
 
     sums = [jnp.zeros_like(m.mean), jnp.zeros_like(m.var), jnp.zeros_like(m.count)]
     if not isinstance(dx, SymbolicZero):
-        sums[:2] = from_x(x, weights, m.mean, dx)
+        sums[:2] = by_x(x, weights, m.mean, dx)
     if weights is not None and not isinstance(dweights, SymbolicZero):
-        of_weights = from_weights(x, weights, m.mean, m.var, dweights)
+        of_weights = by_weights(x, weights, m.mean, m.var, dweights)
         sums = [a + b for a, b in zip(sums, of_weights, strict=True)]
         sums[2] = psum(sums[2], axis_name, groups)
     both = psum(jnp.stack(sums[:2]), axis_name, groups)
@@ -153,6 +170,8 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     """Computes moments of an array that automatic partitioning may have split over devices.
 
     The moments of each shard are taken about a provisional mean of its own, so that only their merging communicates.
+    The first reduced axis, that of the batch, is taken to be split over all mesh axes of type Auto. Where it is not,
+    the result is the same, and only the communication is more.
     """
     reduced = [a for a in range(x.ndim) if a not in axes]
     shards = num_shards(x, reduced[0]) if reduced else 1
@@ -170,7 +189,7 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     return merge_over_shards(local, shards, x, counts_differ=count_axis is not None)
 
 
-def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapped: bool = False) -> Moments:
+def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], is_shard: bool = False) -> Moments:
     """Computes moments of the local batch in one read of `x` about a provisional mean, that of sampled elements."""
     dtype = _dtypes.wide(x.dtype)
     steps = _sampling(x, axes)
@@ -187,26 +206,29 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], vmapp
     if all(step == slice(None) for step in steps):
         return m
     # The weights may have hidden most or all of the sample; then the moments are taken again, about the first mean.
-    if vmapped:  # vmap would take both branches of a condition anyway
+    if is_shard:  # the vmap over shards would take both branches of a condition anyway
         return _moments_about(m.mean, x, weights, axes, count)[0]
-    poor = jnp.any(jnp.square(offset) > _POOR_SHIFT * m.var)
-    return lax.cond(poor, lambda: _moments_about(m.mean, x, weights, axes, count)[0], lambda: m)
+    is_poor = ~jnp.all(jnp.square(offset) <= _POOR_SHIFT * m.var)  # also where the squares overflow
+    return lax.cond(is_poor, lambda: _moments_about(m.mean, x, weights, axes, count)[0], lambda: m)
 
 
 def _moments_about(
     shift: Array, x: Array, weights: Array | None, axes: tuple[int, ...], count: Array
 ) -> tuple[Moments, Array]:
-    """Computes moments from sums about a shift, and the mean's offset from it."""
-    first = expand(shift, x.ndim, axes)
+    """Computes moments from two sums about a shift, which XLA takes in one read, and the mean's offset from it."""
+    shift_of_mean = expand(shift, x.ndim, axes)
     # This is the same shift, opaque to XLA, whose CPU backend would write out a shared difference as large as x.
-    second = lax.optimization_barrier(first)
-    offset = _sum(_weigh(x.astype(shift.dtype) - first, weights), axes) / nonzero(count)
-    square = _sum(_weigh(jnp.square(x.astype(shift.dtype) - second), weights), axes) / nonzero(count)
+    shift_of_square = lax.optimization_barrier(shift_of_mean)
+    offset = _sum(_weigh(x.astype(shift.dtype) - shift_of_mean, weights), axes) / nonzero(count)
+    square = _sum(_weigh(jnp.square(x.astype(shift.dtype) - shift_of_square), weights), axes) / nonzero(count)
     return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count), offset
 
 
 def _sampling(x: Array, axes: tuple[int, ...]) -> list[slice]:
-    """Returns slices that leave about `_SAMPLES` elements per feature, thinning trailing axes first."""
+    """Returns slices that leave about `_SAMPLES` elements per feature, thinning trailing axes first.
+
+    Axes that explicit sharding splits are not thinned, since a slice with steps would move data between devices.
+    """
     shape = x.shape
     reduced = [a for a in range(len(shape)) if a not in axes and not explicitly_sharded(x, a)]
     excess = _reduced_size(shape, axes) // _SAMPLES
@@ -236,7 +258,7 @@ def _weigh(values: Array, weights: Array | None) -> Array:
     """Returns `weights · values`, and zero where the weight is zero, whatever the value is there."""
     if weights is None:
         return values
-    weights = broadcast_explicitly(weights, values)
+    weights = match_explicit_sharding(weights, values)
     kept = jnp.where(weights > 0, values, 0)
     return kept if weights.dtype == bool else kept * weights.astype(values.dtype)
 
@@ -255,5 +277,5 @@ def without_masked_extremes(x: Array, weights: Array) -> Array:
 
     Such values would turn zero cotangents into NaN; other masked values are normalized like the rest, as in Flax.
     """
-    weights = broadcast_explicitly(weights, x)
+    weights = match_explicit_sharding(weights, x)
     return jnp.where((weights > 0) | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)

@@ -20,8 +20,9 @@ keeping_arguments = functools.partial(
 def named_input(x: jax.Array) -> jax.Array:
     """Returns `x` under the name that `save_batch_norm_inputs` keeps.
 
-    The second name, which no policy keeps, is in the backward pass given again from what the first one kept: JAX then
-    hands that on to nested checkpoints, where it would keep another copy for each.
+    There are two names. Under that policy an outer checkpoint keeps the array of the first one, and in its backward
+    pass computes that of the second one from it. The batch norm's own checkpoints (`keeping_arguments`) are given this
+    second array, so that they share the kept one; given the first array, JAX would keep a copy for each of them.
     """
     return checkpoint_name(checkpoint_name(x, _INPUT), f"{_INPUT}_again")
 

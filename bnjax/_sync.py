@@ -1,14 +1,16 @@
 """Merging of the moments of parts of a batch into moments of the whole.
 
-With n_i, mean_i and var_i the moments of part i, n = Σ n_i, and t = n_b / n:
+A batch may lie in parts in these ways:
 
 | the parts are                     | merged by                 | formula                             | collectives |
 |-----------------------------------|---------------------------|-------------------------------------|-------------|
 | two batches, anywhere             | `merge_moments`           | Chan et al.'s for a pair            | none        |
-| devices along a mapped mesh axis  | `merge_over_mesh_axis`    | sums about a common shift           | one sum     |
+| devices along a mapped mesh axis  | `merge_over_mesh_axis`    | sums about a common shift           | one sum*    |
 | members of a vmapped axis         | `merge_over_vmapped_axis` | means, then mean squares about them | none        |
-| shards of an array that XLA split | `merge_over_shards`       | sums about a common shift           | XLA's sum   |
+| shards of an array that XLA split | `merge_over_shards`       | sums about a common shift           | XLA's sum*  |
 | ghost batches                     | `average_moments`         | averages, not merged                | one sum     |
+
+(*) It is taken a second time, about the joint mean, in the rare case that the first was too imprecise.
 
 The formulas differ for these reasons. Across devices a sum costs more than arithmetic, so that all that is needed goes
 into one sum, of mean and mean square about a shift that all devices know. That sum is of no use under vmap, where JAX
@@ -90,7 +92,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             f"got {jnp.shape(b.mean)}. Take both with the same axis."
         )
     count = a.count + b.count
-    t = b.count / jnp.where(count > 0, count, 1)
+    t = b.count / nonzero(count)
     delta = b.mean - a.mean
     mean = a.mean + delta * t
     square = jnp.square(delta.real) + jnp.square(delta.imag) if jnp.iscomplexobj(delta) else jnp.square(delta)
@@ -116,7 +118,7 @@ def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | N
     def total(shift: Array) -> Array:
         return psum(shifted_sums(shift, local, counts_differ), axis_name, groups)
 
-    zeros = vary_like(zeros, local.mean, but=axis_name)
+    zeros = vary_like(zeros, local.mean, but=axis_name)  # a loop's carry has the type of its result
     return merge_by_one_sum(total, zeros, size, None if counts_differ else local.count)
 
 
@@ -161,7 +163,8 @@ def merge_by_one_sum(total: Callable[[Array], Array], zeros: Moments, size: int,
         n = Σ n_i        mean = s + Σ n_i o_i / n        var = Σ n_i q_i / n − (Σ n_i o_i / n)²
 
     The first turn takes s = 0, which loses what mean² / var costs. Where that is much, a second turn takes s = mean.
-    All parts take the same decision on a second turn, as the sums of the first turn are common to all.
+    All parts take the same decision on a second turn, as the sums of the first turn are common to all. It is a loop
+    rather than a condition, so that the compiled program holds the sum once.
 
     Args:
       total: maps a shift to the sum of `shifted_sums` about it over the parts.
@@ -228,7 +231,10 @@ def nonzero(count: Array) -> Array:
 
 
 def is_mesh_axis(axis_name: AxisName) -> bool:
-    """Returns whether an axis, or each of several, is mapped over devices (pmap, shard_map) rather than by vmap."""
+    """Returns whether an axis, or each of several, is mapped over devices (pmap, shard_map) rather than by vmap.
+
+    Several of which some are vmapped count as vmapped.
+    """
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
@@ -297,7 +303,7 @@ def _has_explicit_sharding(x: jax.Array) -> bool:
     return any(explicitly_sharded(x, axis) for axis in range(x.ndim))
 
 
-def broadcast_explicitly(values: jax.Array, x: jax.Array) -> jax.Array:
+def match_explicit_sharding(values: jax.Array, x: jax.Array) -> jax.Array:
     """Returns `values` in the shape and the explicit sharding of `x`, or as they are where `x` has none."""
     if not _has_explicit_sharding(x):
         return values
@@ -325,8 +331,8 @@ def vary_like(tree: Any, x: jax.Array, but: AxisName | None = None) -> Any:
 
     shard_map's replication checking needs these types: derivatives by such arrays are local.
     """
-    kept = but if isinstance(but, tuple) else (but,)
-    wanted = {axis for axis in varying_axes(x) if axis not in kept}
+    excluded = but if isinstance(but, tuple) else (but,)
+    wanted = {axis for axis in varying_axes(x) if axis not in excluded}
 
     def vary(leaf):
         axes = tuple(wanted - varying_axes(leaf))

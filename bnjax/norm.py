@@ -23,6 +23,23 @@ Params = Mapping[str, Any]  # arrays of the shape of the feature axes
 BatchStats = Mapping[str, Any]
 
 
+Result = tuple[Array, BatchStats, Moments | None]
+"""The output, the running statistics, and the moments towards which the statistics moved (None if they did not)."""
+
+
+class Options(TypedDict, total=False):
+    """The options that `batch_norm`, which describes them, shares with its variants; the defaults are its own."""
+
+    axis: Axes
+    momentum: Any
+    epsilon: Any
+    mask: Any
+    axis_name: AxisName | None
+    axis_index_groups: object
+    dtype: DTypeLike | None
+    bessel_correction: bool
+
+
 def init_batch_norm(
     num_features: int | tuple[int, ...],
     *,
@@ -141,32 +158,55 @@ def batch_norm(
         dtype=dtype,
         bessel_correction=bessel_correction,
     )
-    return normalized_by_batch(call)[:2]
+    return batch_norm_of(call)[:2]
 
 
-Normalized = tuple[Array, BatchStats, Moments | None]
-"""The output, the running statistics, and the moments towards which the statistics moved (None if they did not)."""
-
-
-def normalized_by_batch(call: "Call") -> Normalized:
+def batch_norm_of(call: "Call") -> Result:
     """Computes `batch_norm` of a checked call; its variants differ from it in this function."""
     if not call.training:
-        return call.normalized_by_running()
+        return call.inference()
     m = call.moments()
-    return call.normalized(*call.batch_statistics(m)), call.moved(m), m
+    return call.output(*call.batch_statistics(m)), call.moved(m), m
 
 
-class Options(TypedDict, total=False):
-    """The options that `batch_norm`, which describes them, shares with its variants; the defaults are its own."""
-
-    axis: Axes
-    momentum: Any
-    epsilon: Any
-    mask: Any
-    axis_name: AxisName | None
-    axis_index_groups: object
-    dtype: DTypeLike | None
-    bessel_correction: bool
+def check_call(
+    x: Any,
+    params: Any,
+    batch_stats: Any,
+    training: Any,
+    *,
+    axis: Any = -1,
+    momentum: Any = 0.99,
+    epsilon: Any = 1e-5,
+    mask: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: Any = None,
+    bessel_correction: bool = False,
+    or_complex: bool = True,
+    **unknown: Any,
+) -> "Call":
+    """Checks the arguments of `batch_norm`, names its input and returns them; `or_complex` allows a complex `x`."""
+    if unknown:
+        raise TypeError(f"the options are {', '.join(Options.__annotations__)}, got {', '.join(unknown)}. Rename it.")
+    x = _checks.check_input(x, or_complex=or_complex)
+    axes = _checks.feature_axes(axis, x.ndim)
+    features = tuple(x.shape[a] for a in axes)
+    weights = _checks.sample_weights(mask, x.shape, axes)
+    _checks.check_params(params, features, axes)
+    _checks.check_batch_stats(batch_stats, features, axes)
+    _checks.check_training(training)
+    _checks.check_in_range("epsilon", epsilon, 0, float("inf"))
+    _checks.check_in_range("momentum", momentum, 0, 1)
+    if dtype is not None:
+        _checks.check_dtype(dtype, or_complex=or_complex)
+    _checks.check_complex(x, params, batch_stats, dtype)
+    groups = _checks.check_axis_name(axis_name, axis_index_groups) if training else None
+    x = named_input(x)  # the name by which `save_batch_norm_inputs` keeps it
+    return Call(
+        x, params, batch_stats, bool(training), axes, weights, groups,
+        momentum, epsilon, axis_name, dtype, bessel_correction,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +235,10 @@ class Call:
         return jnp.asarray(self.batch_stats["mean"]), jnp.asarray(self.batch_stats["var"])
 
     def batch_statistics(self, m: Moments) -> tuple[Array, Array]:
-        """Returns the batch's mean and variance, with the running ones for features on which it has no weight."""
+        """Returns the mean and variance that training normalizes by, typed as each member's.
+
+        They are the batch's, and the running ones for features on which the batch has no weight.
+        """
         mean, var = (
             jnp.where(m.count > 0, batch, running.astype(batch.dtype))
             for batch, running in zip((m.mean, m.var), self.running(), strict=True)
@@ -203,10 +246,13 @@ class Call:
         return self.of_each_member(mean, var)
 
     def of_each_member(self, mean: Array, var: Array) -> tuple[Array, Array]:
-        """Types mean and variance as each member's of the mapped axis, so that derivatives are summed over members."""
+        """Types mean and variance as varying over the mapped axis, for shard_map's replication checking.
+
+        Their cotangents are then each member's own, and meet in one sum over the members. Under vmap nothing changes.
+        """
         if self.axis_name is None:
             return mean, var
-        # Mean and variance are stacked, so that one sum serves both.
+        # One array, so that one sum serves both; of a complex input they differ in dtype.
         mean, var = vary_like((mean, var) if jnp.iscomplexobj(self.x) else jnp.stack([mean, var]), self.x)
         return mean, var
 
@@ -214,7 +260,7 @@ class Call:
         """Returns the running statistics moved towards moments."""
         return update_batch_stats(self.batch_stats, m, momentum=self.momentum, bessel_correction=self.bessel_correction)
 
-    def normalized(self, mean: Array, var: Array, params: Params | None = None) -> Array:
+    def output(self, mean: Array, var: Array, params: Params | None = None) -> Array:
         """Computes `scale · (x − mean) / sqrt(var + epsilon) + bias`, by `params` where given, else by the call's."""
         return normalize(
             self.x,
@@ -227,48 +273,9 @@ class Call:
             dtype=self.dtype,
         )
 
-    def normalized_by_running(self) -> Normalized:
+    def inference(self) -> Result:
         """Returns the result of inference: the input normalized by the running statistics, which stay as they are."""
-        return self.normalized(*self.running()), self.batch_stats, None
-
-
-def check_call(
-    x: Any,
-    params: Any,
-    batch_stats: Any,
-    training: Any,
-    *,
-    axis: Any = -1,
-    momentum: Any = 0.99,
-    epsilon: Any = 1e-5,
-    mask: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
-    bessel_correction: bool = False,
-    or_complex: bool = True,
-    **unknown: Any,
-) -> Call:
-    """Checks the arguments of `batch_norm` and returns them as a `Call`; `or_complex` allows a complex `x`."""
-    if unknown:
-        raise TypeError(f"the options are {', '.join(Options.__annotations__)}, got {', '.join(unknown)}. Rename it.")
-    x = _checks.check_input(x, or_complex=or_complex)
-    axes = _checks.feature_axes(axis, x.ndim)
-    features = tuple(x.shape[a] for a in axes)
-    weights = _checks.sample_weights(mask, x.shape, axes)
-    _checks.check_params(params, features, axes)
-    _checks.check_batch_stats(batch_stats, features, axes)
-    _checks.check_training(training)
-    _checks.check_in_range("epsilon", epsilon, 0, float("inf"))
-    _checks.check_in_range("momentum", momentum, 0, 1)
-    if dtype is not None:
-        _checks.check_dtype(dtype, or_complex=or_complex)
-    _checks.check_complex(x, params, batch_stats, dtype)
-    groups = _checks.check_axis_name(axis_name, axis_index_groups) if training else None
-    return Call(
-        named_input(x), params, batch_stats, bool(training), axes, weights, groups,
-        momentum, epsilon, axis_name, dtype, bessel_correction,
-    )  # fmt: skip
+        return self.output(*self.running()), self.batch_stats, None
 
 
 def update_batch_stats(
@@ -278,8 +285,8 @@ def update_batch_stats(
 
     Args:
       batch_stats: running 'mean' and 'var'.
-      m: moments of the batch; a count of zero leaves the running statistics as they are, and so do, feature by feature,
-        moments that are not finite in their dtype, as those of NaN or of values whose squares overflow.
+      m: moments of the batch; a count of zero leaves the running statistics as they are, and so does, feature by
+        feature, a result that is not finite in their dtype, as from NaN or from values whose squares overflow.
       momentum: weight of the old running value, in [0, 1]; may be traced.
       bessel_correction: whether to take `n / (n − 1)` times the batch's variance, n being its count, as PyTorch does;
         where n ≤ 1 the variance itself is taken.
@@ -342,7 +349,10 @@ def normalize(
     weights: Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """Computes `scale · (x − mean) / sqrt(var + epsilon) + bias`, with per-feature values along the feature axes."""
+    """Computes `scale · (x − mean) / sqrt(var + epsilon) + bias`, with per-feature values along the feature axes.
+
+    The weights weigh nothing here: where they are zero, NaN and extremes of `x` are kept out of the derivatives.
+    """
     dtype = x.dtype if dtype is None else dtype
     compute = _dtypes.wide(x.dtype, dtype)
     real = _dtypes.real(compute)
@@ -380,7 +390,7 @@ def _scale_and_shift_jvp(dtype, primals, tangents):
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass. The result is
     # rounded in this function, lest a cotangent of higher precision than `dtype` be written out.
     @keeping_arguments
-    def from_x(x, weights, mean, multiplier, dx, dmultiplier, shift):
+    def output_tangent(x, weights, mean, multiplier, dx, dmultiplier, shift):
         def clean(x):
             x = x.astype(mean.dtype)
             return x if weights is None else without_masked_extremes(x, weights)
@@ -391,6 +401,6 @@ def _scale_and_shift_jvp(dtype, primals, tangents):
             dy = dy + (clean(x) - lax.optimization_barrier(mean)) * dmultiplier
         return (dy + shift).astype(dtype)
 
-    return _scale_and_shift(x, weights, mean, multiplier, bias, dtype), from_x(
+    return _scale_and_shift(x, weights, mean, multiplier, bias, dtype), output_tangent(
         x, weights, mean, multiplier, dx, dmultiplier, shift
     )

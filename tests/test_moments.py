@@ -192,3 +192,13 @@ def test_jitted_once_for_any_values():
     traced = jax.jit(chex.assert_max_traces(bnjax.moments, n=1))
     for seed in range(3):
         traced(jax.random.normal(jax.random.key(seed), (8, 2)))
+
+
+def test_a_mask_that_hides_the_sampled_elements_of_huge_values():
+    """About a provisional mean of zero the squares overflow, although the variance does not."""
+    x = (1e20 + 1e17 * np.random.default_rng(0).normal(size=(1024, 1))).astype(np.float32)
+    mask = np.arange(1024) % 4 != 1
+    m = bnjax.moments(x, mask=mask)
+    kept = x[mask].astype(np.float64)
+    np.testing.assert_allclose(m.mean, kept.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(m.var, kept.var(0), rtol=1e-5)

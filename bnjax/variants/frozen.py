@@ -6,7 +6,7 @@ from typing import Unpack
 import jax
 from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
-from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call
+from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call
 
 
 def frozen_batch_norm(
@@ -48,11 +48,11 @@ def frozen_batch_norm(
     >>> print(y.ravel())
     [0. 2.]
     """
-    return frozen(check_call(x, params, batch_stats, training, **options))[:2]
+    return frozen_batch_norm_of(check_call(x, params, batch_stats, training, **options))[:2]
 
 
-def frozen(call: Call) -> Normalized:
+def frozen_batch_norm_of(call: Call) -> Result:
     """Computes `frozen_batch_norm` of a checked call."""
     params, batch_stats = jax.lax.stop_gradient((dict(call.params), dict(call.batch_stats)))
     fixed = dataclasses.replace(call, params=params, batch_stats=batch_stats, training=False)
-    return fixed.normalized(*fixed.running()), call.batch_stats, None
+    return fixed.output(*fixed.running()), call.batch_stats, None

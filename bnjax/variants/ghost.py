@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax._sync import Moments, average_moments, split_axis
-from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call, unbiased_var, update_batch_stats
+from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call, unbiased_var, update_batch_stats
 
 
 def ghost_batch_norm(
@@ -62,10 +62,10 @@ def ghost_batch_norm(
     [-1.  1. -1.  1.] [11.] [50.5]
     """
     call = check_call(x, params, batch_stats, training, **options, or_complex=False)
-    return normalized_by_ghosts(call, ghost_size)[:2]
+    return ghost_batch_norm_of(call, ghost_size)[:2]
 
 
-def normalized_by_ghosts(call: Call, ghost_size: Any) -> Normalized:
+def ghost_batch_norm_of(call: Call, ghost_size: Any) -> Result:
     """Computes `ghost_batch_norm` of a checked call."""
     if isinstance(ghost_size, bool) or not isinstance(ghost_size, int | np.integer) or ghost_size < 1:
         raise ValueError(
@@ -73,7 +73,7 @@ def normalized_by_ghosts(call: Call, ghost_size: Any) -> Normalized:
             "Pass 32, say."
         )
     if not call.training:
-        return call.normalized_by_running()
+        return call.inference()
     x, weights, axes, ghost_size = call.x, call.weights, call.axes, int(ghost_size)
     if len(axes) == x.ndim:
         raise ValueError(
@@ -86,7 +86,7 @@ def normalized_by_ghosts(call: Call, ghost_size: Any) -> Normalized:
     def of_ghost(x: Array, weights: Array | None) -> tuple[Array, Moments]:
         ghost = dataclasses.replace(call, x=x, weights=weights, axis_name=None, groups=None)
         m = ghost.moments()
-        return ghost.normalized(*ghost.batch_statistics(m)), m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
+        return ghost.output(*ghost.batch_statistics(m)), m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
 
     outputs, parts = [], []
     if whole:

@@ -12,8 +12,8 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from bnjax import _dtypes
 from bnjax._moments import checked_moments, expand, without_masked_extremes
 from bnjax._remat import keeping_arguments
-from bnjax._sync import AxisName, Groups, Moments, broadcast_explicitly, nonzero, psum
-from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call
+from bnjax._sync import AxisName, Groups, Moments, match_explicit_sharding, nonzero, psum
+from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call
 
 
 def lp_batch_norm(
@@ -64,10 +64,10 @@ def lp_batch_norm(
     """
     if "bessel_correction" in options:
         raise TypeError("lp_batch_norm takes no bessel_correction: an l_p norm has none. Leave it out.")
-    return normalized_by_norm(check_call(x, params, batch_stats, training, **options, or_complex=False), p)[:2]
+    return lp_batch_norm_of(check_call(x, params, batch_stats, training, **options, or_complex=False), p)[:2]
 
 
-def normalized_by_norm(call: Call, p: Any) -> Normalized:
+def lp_batch_norm_of(call: Call, p: Any) -> Result:
     """Computes `lp_batch_norm` of a checked call; the moments it returns have the squared norm as `var`."""
     if not isinstance(p, int | float | np.number) or p not in (1, 2, math.inf):
         raise ValueError(
@@ -75,7 +75,7 @@ def normalized_by_norm(call: Call, p: Any) -> Normalized:
             "math.inf (largest magnitude)."
         )
     if not call.training:
-        return call.normalized_by_running()
+        return call.inference()
     m = call.moments()
     if p == 2:
         m = m._replace(var=m.var + jnp.square(m.mean))
@@ -86,7 +86,7 @@ def normalized_by_norm(call: Call, p: Any) -> Normalized:
     else:
         norm = _largest_magnitude(call.x, call.weights, call.axes, call.axis_name, call.groups)
         m = m._replace(var=jnp.square(norm))
-    return call.normalized(*call.batch_statistics(m)), call.moved(m), m
+    return call.output(*call.batch_statistics(m)), call.moved(m), m
 
 
 @functools.partial(keeping_arguments, static_argnums=2)
@@ -133,4 +133,4 @@ def _largest_of_members(largest: Array, axis_name: AxisName, groups: Groups | No
 def _without_masked(x: Array, weights: Array | None) -> Array:
     """Returns `x` in float32 at least, with zero where the weight is zero."""
     x = x.astype(_dtypes.wide(x.dtype))
-    return x if weights is None else jnp.where(broadcast_explicitly(weights, x) > 0, x, 0)
+    return x if weights is None else jnp.where(match_explicit_sharding(weights, x) > 0, x, 0)

@@ -5,7 +5,7 @@ from typing import Unpack
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
-from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call
+from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call
 
 
 def moving_batch_norm(
@@ -51,14 +51,14 @@ def moving_batch_norm(
     >>> print(y.ravel().round(3), batch_stats['mean'])
     [0. 2.] [1.]
     """
-    return moving(check_call(x, params, batch_stats, training, **options))[:2]
+    return moving_batch_norm_of(check_call(x, params, batch_stats, training, **options))[:2]
 
 
-def moving(call: Call) -> Normalized:
+def moving_batch_norm_of(call: Call) -> Result:
     """Computes `moving_batch_norm` of a checked call."""
     if not call.training:
-        return call.normalized_by_running()
+        return call.inference()
     m = call.moments()
     batch_stats = call.moved(m)
     mean, var = (jnp.asarray(batch_stats[name]).astype(m.mean.dtype) for name in ("mean", "var"))
-    return call.normalized(*call.of_each_member(mean, var)), batch_stats, m
+    return call.output(*call.of_each_member(mean, var)), batch_stats, m

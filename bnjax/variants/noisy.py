@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, Shaped, UInt32
 
 from bnjax import _checks, _dtypes
 from bnjax._sync import AxisName
-from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call, normalized_by_batch
+from bnjax.norm import BatchStats, Call, Options, Params, Result, batch_norm_of, check_call
 
 
 def noisy_batch_norm(
@@ -74,12 +74,12 @@ def noisy_batch_norm(
     True True
     """
     call = check_call(x, params, batch_stats, training, **options, or_complex=False)
-    return with_noise(call, key, unit_shift, unit_scale, sample_shift, sample_scale)[:2]
+    return noisy_batch_norm_of(call, key, unit_shift, unit_scale, sample_shift, sample_scale)[:2]
 
 
-def with_noise(
+def noisy_batch_norm_of(
     call: Call, key: Any, unit_shift: Any, unit_scale: Any, sample_shift: Any, sample_scale: Any
-) -> Normalized:
+) -> Result:
     """Computes `noisy_batch_norm` of a checked call."""
     dtype = call.x.dtype if call.dtype is None else call.dtype
     strengths = {"unit_shift": unit_shift, "unit_scale": unit_scale}
@@ -88,10 +88,10 @@ def with_noise(
         least = 1 if name == "unit_scale" else 0
         _checks.check_in_range(name, value, least, float("inf"), f"Pass {least} for none of this noise.")
     if not call.training:
-        return call.normalized_by_running()
+        return call.inference()
     _check_key(key)
     wide = dataclasses.replace(call, dtype=_dtypes.wide(call.x.dtype, dtype))
-    activation, batch_stats, m = normalized_by_batch(wide)
+    activation, batch_stats, m = batch_norm_of(wide)
     shift, scale = _draw_noise(key, activation, call.axes, call.axis_name, strengths)
     return (scale * activation + shift).astype(dtype), batch_stats, m
 

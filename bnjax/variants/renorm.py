@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _checks
-from bnjax.norm import BatchStats, Call, Normalized, Options, Params, check_call
+from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call
 
 
 def batch_renorm(
@@ -57,22 +57,22 @@ def batch_renorm(
     >>> [f'{value:.3f}' for value in (*y[:, 0], *batch_stats['mean'])]  # mean 0 and variance 1 were the running ones
     ['1.000', '3.000', '0.020']
     """
-    return renormalized(check_call(x, params, batch_stats, training, **options, or_complex=False), r_max, d_max)[:2]
+    return batch_renorm_of(check_call(x, params, batch_stats, training, **options, or_complex=False), r_max, d_max)[:2]
 
 
-def renormalized(call: Call, r_max: Any, d_max: Any) -> Normalized:
+def batch_renorm_of(call: Call, r_max: Any, d_max: Any) -> Result:
     """Computes `batch_renorm` of a checked call."""
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
         _checks.check_in_range(name, value, least, float("inf"), f"Pass {least} for batch norm without correction.")
     if not call.training:
-        return call.normalized_by_running()
+        return call.inference()
     m = call.moments()
     mean, var = call.batch_statistics(m)
     old_mean, old_var = (value.astype(mean.dtype) for value in call.running())
-    deviation, old = (jnp.sqrt(v + jnp.asarray(call.epsilon, v.dtype)) for v in (var, old_var))
+    deviation, old_deviation = (jnp.sqrt(v + jnp.asarray(call.epsilon, v.dtype)) for v in (var, old_var))
     largest, furthest = jnp.asarray(r_max, mean.dtype), jnp.asarray(d_max, mean.dtype)
-    r = lax.stop_gradient(jnp.clip(deviation / old, 1 / largest, largest))
-    d = lax.stop_gradient(jnp.clip((mean - old_mean) / old, -furthest, furthest))
+    r = lax.stop_gradient(jnp.clip(deviation / old_deviation, 1 / largest, largest))
+    d = lax.stop_gradient(jnp.clip((mean - old_mean) / old_deviation, -furthest, furthest))
     scale, bias = (jnp.asarray(call.params.get(name, v)).astype(r.dtype) for name, v in (("scale", 1), ("bias", 0)))
     corrected = {"scale": scale * r, "bias": bias + scale * d}
-    return call.normalized(mean, var, corrected), call.moved(m), m
+    return call.output(mean, var, corrected), call.moved(m), m

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
 from bnjax import _checks
-from bnjax.norm import BatchStats, Options, Params, check_call, init_batch_norm, normalized_by_batch
+from bnjax.norm import BatchStats, Options, Params, batch_norm_of, check_call, init_batch_norm
 
 
 def init_split_batch_norm(
@@ -77,7 +77,7 @@ def split_batch_norm(
     """
     split = checked_split(split, _num_splits(batch_stats))
     call = check_call(x, params, of_kind(batch_stats, split), training, **options)
-    y, moved, _ = normalized_by_batch(call)
+    y, moved, _ = batch_norm_of(call)
     return y, put_kind(batch_stats, moved, split) if call.training else batch_stats
 
 
