@@ -1,6 +1,8 @@
 """Strict settings: 8 CPU devices, rank promotion raises, and public signatures' shapes and types are checked."""
 
+import collections
 import importlib.metadata
+import math
 import os
 from pathlib import Path
 
@@ -40,11 +42,47 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data" / "tfds"
 
 
 # Files whose tests take long: begun first, lest one process end long after the others.
-LONG = ("notebooks", "further_studies", "measured", "studies", "train", "network", "parallel", "resume", "compile")
+LONG = ("notebooks", "further_studies", "measured", "studies", "training", "network", "parallel", "resume")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
+    for grid in _grids(items):
+        for item in _beside_the_diagonal(grid):
+            item.add_marker(pytest.mark.exhaustive)
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+def _grids(items):
+    """The cases of each test with several parameters that takes all combinations of their values.
+
+    Of those the default run has as many as the longest list of values, along a diagonal, so that each value occurs.
+    """
+    cases = collections.defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and not {"slow", "tpu_compiler"} & {mark.name for mark in item.iter_markers()}:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for grid in cases.values():
+        if len(values := _values(grid)) > 1 and len(grid) == math.prod(map(len, values.values())):
+            yield grid
+
+
+def _values(grid):
+    """The values of each parameter, by identity, in the order of their first use."""
+    values = {}
+    for item in grid:
+        for name, value in item.callspec.params.items():
+            values.setdefault(name, {}).setdefault(id(value), len(values[name]))
+    return values
+
+
+def _beside_the_diagonal(grid):
+    values = _values(grid)
+    longest = max(map(len, values.values()))
+    diagonal = {tuple(i % len(values[name]) for name in values) for i in range(longest)}
+    for item in grid:
+        if tuple(values[name][id(item.callspec.params[name])] for name in values) not in diagonal:
+            yield item
 
 
 @pytest.fixture
