@@ -45,6 +45,22 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data" / "tfds"
 LONG = ("notebooks", "further_studies", "measured", "studies", "training", "network", "parallel", "resume")
 
 
+CORE = "core and not exhaustive and not slow"
+
+
+def pytest_configure(config):
+    """Lets `pytest -m core` be as short as it says."""
+    if config.option.markexpr == "core":
+        config.option.markexpr = CORE
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out the files that `pytest -m core` has no tests of, since importing them takes as long as its tests."""
+    if config.option.markexpr == CORE and collection_path.match("test_*.py"):
+        return "pytest.mark.core" not in collection_path.read_text() or None
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
     for grid in _grids(items):

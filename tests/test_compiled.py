@@ -23,6 +23,8 @@ from bnjax.linen import BatchNorm
 from bnjax.training import _hlo
 from bnjax.training.ahead_of_time import collectives
 
+pytestmark = pytest.mark.core
+
 SHAPE = (64, 8, 8, 32)
 SIZE = int(np.prod(SHAPE))
 X = jax.ShapeDtypeStruct(SHAPE, jnp.float32)

@@ -1,6 +1,7 @@
 """The directions of imports, and that `import bnjax` stays light."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def ordered() -> list[str]:
     return names
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """All modules of the package by their dotted names within it."""
     paths = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
@@ -70,6 +72,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def imports_within(path: Path) -> set[str]:
     """The modules of the package that a file imports, by their dotted names within it."""
     used = set()

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec
 import bnjax.nnx
 from bnjax.linen import BatchNorm
 
+pytestmark = pytest.mark.core
+
 KEY = jax.random.key(0)
 CONFIGURATIONS = {
     "default": {},

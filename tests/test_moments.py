@@ -10,6 +10,8 @@ from hypothesis import given, settings
 import bnjax
 from bnjax import Moments, merge_moments, moments
 
+pytestmark = pytest.mark.core
+
 SIZES = (2, 3, 17, 255, 256, 257, 1000, 65_537, 1_000_000)
 jitted = jax.jit(moments, static_argnames=("axis",))
 

@@ -13,6 +13,8 @@ from versions import SHARDING, needs_flax_0_12
 import bnjax.linen
 from bnjax.nnx import BatchNorm
 
+pytestmark = pytest.mark.core
+
 KEY = jax.random.key(0)
 CONFIGURATIONS = {
     "default": {},

@@ -15,6 +15,8 @@ from versions import needs_jax_0_8
 
 from bnjax import Moments, batch_norm, init_batch_norm, merge_moments, moments, update_batch_stats
 
+pytestmark = pytest.mark.core
+
 
 def example(shape=(7, 3), dtype=jnp.float64, seed=0):
     """Input, parameters and statistics away from their initial values."""

@@ -11,6 +11,8 @@ from bnjax import batch_norm, init_batch_norm
 from bnjax.linen import BatchNorm, BatchRenorm
 from bnjax.variants import batch_renorm
 
+pytestmark = pytest.mark.core
+
 STATIC = ("training", "axis", "axis_name", "axis_index_groups", "dtype", "bessel_correction")
 batch = jax.jit(batch_norm, static_argnames=STATIC)
 renorm = jax.jit(batch_renorm, static_argnames=STATIC)

@@ -21,6 +21,8 @@ from bnjax.linen import BatchNorm, LpBatchNorm, NoisyBatchNorm
 from bnjax.training import TrainState, cross_entropy, train_step
 from bnjax.variants import lp_batch_norm, noisy_batch_norm
 
+pytestmark = pytest.mark.core
+
 KEY = jax.random.key(0)
 SILENT = {"unit_shift": 0.0, "unit_scale": 1.0, "sample_shift": 0.0, "sample_scale": 0.0}
 NORMS = [1, 2, math.inf]
