@@ -88,6 +88,7 @@ def test_the_page_of_versions_shows_its_record(monkeypatch):
     record, text = json.loads(tool.RECORD.read_text()), tool.PAGE.read_text()
     assert text == tool.page(text, record), "it is made by: python tools/check_versions.py --page"
     assert list(record) == list(tool.ROWS)
+    assert all((ROOT / "tests" / f"test_{stem}.py").exists() for stems in tool.GROUPS.values() for stem in stems)
     assert not any(row["failed"] for row in record.values())
 
 

@@ -46,7 +46,7 @@ GROUPS = {
     "function": ("norm", "moments"),
     "layers": ("linen", "nnx"),
     "variants": ("variants", "renorm", "statistics_variants"),
-    "training": ("parallel", "train"),
+    "training": ("parallel", "training"),
     "measurements": ("analysis", "losses"),
     "extras": ("analysis_plots", "checkpoint", "cli", "data", "logs", "report"),
 }
@@ -86,7 +86,10 @@ def run(version: str, python: str, processes: str) -> dict[str, Any]:
     """Tests a version; returns what was installed, passed tests of each group, and failed and skipped tests by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed, options = [*project["dependencies"], *extras["test"]], ["-p", "no:cacheprovider"]
+    needed, options = (
+        [*project["dependencies"], *extras["test"]],
+        ["-p", "no:cacheprovider", "-m", "not slow and not tpu_compiler"],
+    )
     stems = [stem for group in GROUPS for stem in GROUPS[group] if version == LOWEST or group != "extras"]
     if version == LOWEST:
         needed += [
