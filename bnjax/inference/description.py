@@ -1,5 +1,6 @@
 """A description of a model's batch norms, and of the usual mistakes with them."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -110,7 +111,8 @@ def examine(
             norms = {name: norms[name] for path in settings for name in norms if name.split("[")[0] == path}
             compared = [path for path, own in settings.items() if path in norms and own.is_comparable]
             start = {tuple(filter(None, path.split("/"))): no_moments(norms[path]["mean"]) for path in compared}
-            batch_moments = add_batch_moments(model.apply, True, options, variables, start, args)
+            of_batch = jax.jit(functools.partial(add_batch_moments, model.apply, True, options))
+            batch_moments = of_batch(variables, start, args)
             batch_moments = {"/".join(path): jax.device_get(m) for path, m in batch_moments.items()}
     if not norms:
         raise ValueError(
