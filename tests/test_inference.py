@@ -168,7 +168,7 @@ def test_only_what_is_exact_is_folded():
     assert foldable_pairs(model, variables, x, training=True) == []
     apply, folded = fold_model(model, variables, x)
     assert set(variables["params"]) - set(folded["params"]) == {"foldable", "of_shared"}
-    np.testing.assert_allclose(apply(folded, x), model.apply(variables, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(apply)(folded, x), jax.jit(model.apply)(variables, x), rtol=1e-5, atol=1e-5)
 
 
 def test_pairs_may_be_chosen():
@@ -177,7 +177,7 @@ def test_pairs_may_be_chosen():
     pairs = foldable_pairs(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), training=False)
     apply, folded = fold_model(model, variables, x, pairs=pairs[1:], training=False)
     assert list(folded["batch_stats"]) == [pairs[0][1]]
-    y, expected = (f(v, x, training=False) for f, v in ((apply, folded), (model.apply, variables)))
+    y, expected = (inference_by(f)(v, x) for f, v in ((apply, folded), (model.apply, variables)))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"pairs must be of those that can be folded, \[.*got \[\('a', 'b'\)\]"):
         fold_model(model, variables, x, pairs=[("a", "b")], training=False)
@@ -200,7 +200,7 @@ def test_layers_of_flax_vmap_stay_and_those_of_remat_and_jit_go():
     variables = away_from_start(Net().init(KEY, x))
     assert foldable_pairs(Net(), variables, x) == [("pair/Dense_0", "pair/BatchNorm_0")]
     apply, folded = fold_model(Net(), variables, x)
-    np.testing.assert_allclose(apply(folded, x), Net().apply(variables, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(apply)(folded, x), jax.jit(Net().apply)(variables, x), rtol=1e-5, atol=1e-5)
 
 
 # --- re-estimation ----------------------------------------------------------------------------------------------------
@@ -212,6 +212,10 @@ def deep():
     x = jax.random.normal(KEY, (60, 5)) * 3 + 1
     model = models.Perceptron((8, 8, 8), 3, BatchNorm, "before")
     return model, away_from_start(model.init(KEY, x, training=False)), x
+
+
+def inference_by(apply):
+    return jax.jit(functools.partial(apply, training=False))
 
 
 def close(a, b, rtol=1e-5):
@@ -331,20 +335,21 @@ def test_errors_of_reestimation(deep):
 
 def test_adaptation_is_between_inference_and_training(deep):
     model, variables, x = deep
-    adapt = functools.partial(adapt_batch_stats, model.apply, variables, training=False)
+    by_value = functools.partial(adapt_batch_stats, model.apply, variables, training=False)
+    adapt, infer = jax.jit(by_value), inference_by(model.apply)
     y, stats = adapt(x, prior=float("inf"))
-    close((y, stats), (model.apply(variables, x, training=False), variables["batch_stats"]))
+    close((y, stats), (infer(variables, x), variables["batch_stats"]))
     y, stats = adapt(x, prior=0.0)
     close(y, model.apply(variables, x, training=True, mutable=["batch_stats"])[0], rtol=1e-4)
-    y, stats = jax.jit(adapt)(x, prior=20.0)
-    close(y, model.apply({**variables, "batch_stats": stats}, x, training=False), rtol=1e-4)
+    y, stats = adapt(x, prior=20.0)
+    close(y, infer({**variables, "batch_stats": stats}, x), rtol=1e-4)
     dense = variables["params"]["Dense_0"]
     inputs = x @ dense["kernel"] + dense["bias"][None]
     old = variables["batch_stats"]["BatchNorm_0"]
     mixed = {"mean": (20 * old["mean"] + 60 * inputs.mean(0)) / 80, "var": (20 * old["var"] + 60 * inputs.var(0)) / 80}
     close(stats["BatchNorm_0"], mixed)
     with pytest.raises(ValueError, match="prior must be a real scalar"):
-        adapt(x, prior=-1.0)
+        by_value(x, prior=-1.0)
 
 
 def test_the_model_itself_is_not_touched(deep):
@@ -517,7 +522,7 @@ def test_statistics_that_never_move_stay():
     for exactly in (False, True):
         found = reestimate_batch_stats(model.apply, variables, [x[:5], x[5:]], exactly=exactly)
         close(found, {"layers_0": frozen, "layers_2": {"mean": outputs.mean(0), "var": outputs.var(0)}})
-    _, adapted = adapt_batch_stats(model.apply, variables, x, prior=0.0)
+    _, adapted = jax.jit(functools.partial(adapt_batch_stats, model.apply, prior=0.0))(variables, x)
     close(adapted, {"layers_0": frozen, "layers_2": {"mean": outputs.mean(0), "var": outputs.var(0)}})
 
 
