@@ -15,7 +15,7 @@ from bnjax.studies.data import augmentation
 from bnjax.studies.engine.plan import Variant, divisor_from, seed_keys
 from bnjax.studies.engine.training import ONE_BY_ONE, Report, train
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import AtLeast, Condition, Source
+from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
 
@@ -51,22 +51,8 @@ VARIANTS = {
     "none_distorted": ("no batch norm, distorted", None, False, True),
     "bn_distorted": ("batch norm, distorted", BatchNorm, False, True),
 }
-_NEEDS = {"dataset": "cifar10", "steps": AtLeast(500), "width": AtLeast(8)}
-_SOURCE = Source("original paper notes, 'Accelerating BN networks'", _NEEDS)
-CLAIMS = (
-    _SOURCE.claim(
-        "A.5",
-        "with batch norm local response normalization can be removed",
-        "without it the test accuracy is at most half a point lower",
-        Condition("without − with LRN", "test_accuracy", "bn", "bn_lrn", low=-0.005),
-    ),
-    _SOURCE.claim(
-        "A.7",
-        "a batch-normalized network, which trains faster, profits from fewer photometric distortions",
-        "images as they are give a higher test accuracy than images of random brightness and contrast",
-        Condition("plain − distorted", "test_accuracy", "bn", "bn_distorted", low=0),
-    ),
-)
+
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:

@@ -18,7 +18,7 @@ from bnjax.studies import Study, data, option
 from bnjax.studies.engine.plan import Plan, Trained, Variant, divisor_from, seed_keys
 from bnjax.studies.engine.training import Report, train
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import AtLeast, Condition, Source
+from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.plots import Figure, drawing
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import interval, seeds_in_words
@@ -57,82 +57,7 @@ LAST_HIDDEN = f"Dense_{len(HIDDEN) - 1}"
 UNIT = 0
 LABELS = {"none": "no batch norm", "bn": "batch norm"}
 
-_MNIST = {"dataset": "mnist, pixels above 127"}
-_LONG = {**_MNIST, "steps": AtLeast(STEPS["cpu"])}
-_SOURCE = Source("original paper notes; Ioffe & Szegedy 2015, section 4.1", _LONG)
-_SLIDES = Source("training and inference slides, abstract", _LONG)
-CLAIMS = (
-    _SOURCE.claim(
-        "S3.1",
-        "test accuracy is higher with batch norm at every point of training",
-        "the paired difference is positive on average over training, and at the measured step where its mean is least",
-        Condition("mean gain", "mean_test_accuracy", "bn", "none", low=0),
-        Condition("least gain", "least_gain", "bn", low=0, is_difference=True),
-        published="higher",
-    ),
-    _SOURCE.claim(
-        "S3.2",
-        "the distribution of the inputs to a sigmoid of the last hidden layer is more stable with batch norm",
-        "the deviation over training of the units' median input, mean over units, is smaller at paired seeds",
-        Condition("movement with − without", "movement_of_medians", "bn", "none", high=0, digits=3),
-        published="more stable",
-    ),
-    _SOURCE.claim(
-        "S3.3",
-        "with batch norm the loss does not depend on the scale of a layer's weights",
-        "the largest cosine of a hidden unit's weights and their gradient stays below 0.01 at all measured steps",
-        Condition("largest cosine", "largest_scale_cosine", "bn", low=0, high=0.01, digits=6),
-        published="⟨w, ∂L/∂w⟩ = 0",
-        needs=_MNIST,
-    ),
-    _SOURCE.claim(
-        "S3.4",
-        "with batch norm a network trains at 5 and 30 times the learning rate that the plain one tolerates",
-        f"at every seed, {RATE_STEPS} steps at 5 and at 30 times the largest rate of {RATES[0]:g} to {RATES[-1]:g} "
-        "that trains without it there bring the loss below half of chance's",
-        Condition("seeds that train at 5 times", "trains_at_5_times", "bn", low=1, every_seed=True, digits=2),
-        Condition("at 30 times", "trains_at_30_times", "bn", low=1, every_seed=True, digits=2),
-        published="5 and 30 times",
-        needs=_MNIST,
-        amended="the rate that the plain network tolerates is now that of the same seed; it was the largest of all "
-        "seeds'",
-    ),
-    _SOURCE.claim(
-        "S3.5",
-        "networks of saturating units train with batch norm, and get stuck without: from small kernels",
-        f"from kernels of deviation {GRID['deviation'][0]:g}, a tenth of the steps at rate {LEARNING_RATE:g} reach a "
-        "test accuracy above 0.9 with it, and leave it below 0.2 without",
-        Condition("with", "accuracy_from_small_kernels", "bn", low=0.9),
-        Condition("without", "accuracy_from_small_kernels", "none", high=0.2),
-        published="trains / stuck",
-    ),
-    _SOURCE.claim(
-        "S3.5 (saturated)",
-        "… from kernels so large that most units begin in saturation",
-        f"the same, from kernels of deviation {GRID['deviation'][-1]:g}",
-        Condition("with", "accuracy_from_large_kernels", "bn", low=0.9),
-        Condition("without", "accuracy_from_large_kernels", "none", high=0.2),
-        published="trains / stuck",
-    ),
-    _SOURCE.claim(
-        "S3.5 (range)",
-        "… at all learning rates and initial kernels",
-        "the same, for the least accuracy with it and the largest without over the grid of "
-        f"{' '.join(f'{value:g}' for value in GRID['learning_rate'])} and deviations "
-        f"{' '.join(f'{value:g}' for value in GRID['deviation'])}",
-        Condition("with", "least_accuracy_in_grid", "bn", low=0.9),
-        Condition("without", "largest_accuracy_in_grid", "none", high=0.2),
-        published="trains / stuck",
-        amended="added after such a grid had been seen in which the plain network learns in most places",
-    ),
-    _SLIDES.claim(
-        "S4.4",
-        "batch norm achieves the same accuracy with 14 times fewer training steps",
-        "all steps divided by those after which the test accuracy reaches what the plain network has at the end",
-        Condition("times fewer", "times_fewer_steps", "bn", low=14, digits=1),
-        published="14 times (ImageNet)",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:

@@ -19,7 +19,7 @@ from bnjax.studies import Study, data, option
 from bnjax.studies.engine.plan import Examples, Trained, Variant, seed_keys
 from bnjax.studies.engine.training import Job, Report, train_all
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Condition, Source
+from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.results import Results
 
 
@@ -41,7 +41,6 @@ STUDY = Study(
     order=2,
 )
 
-PUBLISHED = {"deep_none": 0.86, "deep_before": 0.84}
 SETTINGS = {
     "width": 128,
     "optimizer": "Adam",
@@ -58,35 +57,7 @@ VARIANTS = {
     "deep_before": ("(b) eleven, batch norm", 11, "before", 100, 1e-3),
 }
 
-_SOURCE = Source("training and inference slides", {"deep_epochs": 100})
-CLAIMS = (
-    _SOURCE.claim(
-        "S4.1",
-        "inference equals gamma (h − mean) / sqrt(var + epsilon) + beta from the stored numbers",
-        "largest difference to a float64 calculation, over all seeds, below 1e-5 of the largest value",
-        Condition("relative error", "relative_error", "inside", high=1e-5, exact=True, digits=None),
-        published="equal to 3 decimals",
-        needs={},
-    ),
-    _SOURCE.claim(
-        "S4.2",
-        "test accuracy of the deep network is about 0.86 without and 0.84 with batch norm",
-        "each published number lies in the 95 % prediction interval of one run",
-        *(
-            Condition(label, "test_accuracy", name, low=PUBLISHED[name], high=PUBLISHED[name], one_run=True)
-            for label, name in (("without", "deep_none"), ("with", "deep_before"))
-        ),
-        published="0.86, 0.84 (one run each)",
-    ),
-    _SOURCE.claim(
-        "S4.3",
-        "batch norm prevents overfitting: training and validation loss stay together in the deep network",
-        "the gap between validation and training loss (both with running statistics, at the end) is smaller with batch "
-        "norm, paired over seeds",
-        Condition("gap with − without", "loss_gap", "deep_before", "deep_none", high=0),
-        published="a figure",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options) -> dict[str, Variant]:

@@ -19,7 +19,7 @@ from bnjax.studies.data import augmentation
 from bnjax.studies.engine.plan import Variant, seed_keys
 from bnjax.studies.engine.training import Report, train
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Condition, Source
+from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
 
@@ -64,65 +64,7 @@ SETTINGS = {
     "augmentation": "shear 0.2, zoom 0.2, horizontal flip",
 }
 
-_LONG = {"two_passes": True}  # over the training set, before what a network learns or not is said
-_SOURCE = Source("CIFAR-100 article", _LONG)
-CLAIMS = (
-    _SOURCE.claim(
-        "S5.0",
-        "chance level on the article's 100 classes is 10 %",
-        "one divided by the number of classes lies in 9.5 to 10.5 %",
-        Condition("chance", "chance_in_the_article", "sigmoid_none", low=0.095, high=0.105, exact=True),
-        published="10 %",
-        needs={},
-        is_arithmetic=True,
-    ),
-    _SOURCE.claim(
-        "S5.6",
-        "dividing by the batch variance plus a small number gives inputs of unit variance",
-        f"the deviation of values of deviation {DEVIATION:g} divided by their variance plus ε lies in 0.95 to 1.05",
-        Condition("deviation", "deviation_in_the_article", "sigmoid_none", low=0.95, high=1.05, exact=True),
-        published="unit variance",
-        needs={},
-        is_arithmetic=True,
-    ),
-    _SOURCE.claim(
-        "S5.1",
-        "the sigmoid network without batch norm stays at chance",
-        "its best test accuracy is at most 1.5 times that of chance",
-        Condition("times chance", "best_over_chance", "sigmoid_none", high=1.5, digits=2),
-        published="chance",
-    ),
-    _SOURCE.claim(
-        "S5.2",
-        "the sigmoid network with batch norm learns",
-        "its best test accuracy is at least 3 times that of chance",
-        Condition("times chance", "best_over_chance", "sigmoid_bn", low=3, digits=2),
-        published="learns",
-    ),
-    _SOURCE.claim(
-        "S5.3",
-        "the ReLU network without batch norm makes some gains and stalls",
-        "its best test accuracy is above that of chance, and gains less than a point in the last quarter of the epochs",
-        Condition("times chance", "best_over_chance", "relu_none", low=1.5, digits=2),
-        Condition("gain in the last quarter", "late_gain", "relu_none", high=0.01, is_difference=True),
-        published="stalls",
-    ),
-    _SOURCE.claim(
-        "S5.4",
-        "the ReLU network with batch norm is better",
-        "the paired difference in best test accuracy is positive",
-        Condition("with − without", "best_test_accuracy", "relu_bn", "relu_none", low=0),
-        published="better",
-    ),
-    _SOURCE.claim(
-        "S5.5",
-        "gradients reach the first layer of the sigmoid network only with batch norm",
-        "the first layer's gradient over the last's, at the start, is above 0.1 with it and below 0.01 without",
-        Condition("with", "first_to_last_gradient", "sigmoid_bn", low=0.1),
-        Condition("without", "first_to_last_gradient", "sigmoid_none", high=0.01, digits=None),
-        needs={},
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:

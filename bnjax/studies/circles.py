@@ -14,7 +14,7 @@ from bnjax.studies import Study, data, option
 from bnjax.studies.engine.plan import Examples, Variant, seed_keys
 from bnjax.studies.engine.training import Job, Report, train_all
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Condition, Source
+from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.results import Results
 
 
@@ -60,64 +60,7 @@ NORMS = {
 }
 SETTINGS = {"hidden": 50, "optimizer": "SGD", "learning_rate": 0.01, "momentum": 0.9, "batch_size": 32, "epsilon": 1e-3}
 
-_SOURCE = Source("circles case study", {"epochs": 100})
-CLAIMS = (
-    _SOURCE.claim(
-        "S1.1",
-        "test accuracy ends near 84 % with batch norm after the activation, similar to none",
-        "the mean lies in 0.84 ± 0.02, and the paired difference to none in ± 0.02",
-        Condition("after", "test_accuracy", "after", low=0.82, high=0.86),
-        Condition("after − none", "test_accuracy", "after", "none", low=-0.02, high=0.02),
-        published="about 0.84",
-    ),
-    _SOURCE.claim(
-        "S1.2",
-        "test accuracy passes 80 % within 20 epochs with batch norm after the activation, instead of 30 to 40",
-        "the mean epoch is at most 20 with it, and in 30 to 40 without",
-        Condition("after", "epochs_to_80_percent", "after", high=20, digits=1),
-        Condition("none", "epochs_to_80_percent", "none", low=30, high=40, digits=1),
-        published="≤ 20 against 30 to 40",
-    ),
-    _SOURCE.claim(
-        "S1.3",
-        "with batch norm the training accuracy measured during the epoch ends below the test accuracy",
-        f"mean over the last {LAST} epochs minus final test accuracy is negative, after and before",
-        Condition("after", "during_epoch_minus_test", "after", high=0, is_difference=True),
-        Condition("before", "during_epoch_minus_test", "before", high=0, is_difference=True),
-        published="below",
-    ),
-    _SOURCE.claim(
-        "S1.4",
-        "before the activation it learns about as fast as none, with training accuracy around 70 to 75 %",
-        f"mean training accuracy of the last {LAST} epochs in 0.70 to 0.75, and the paired difference in epochs to "
-        "80 % within ± 10",
-        Condition("before", "train_accuracy_during_epoch", "before", low=0.70, high=0.75),
-        Condition("epochs later", "epochs_to_80_percent", "before", "none", low=-10, high=10, digits=1),
-        published="0.70 to 0.75",
-    ),
-    _SOURCE.claim(
-        "S1.5",
-        "batch norm after the activation ends better than before it",
-        "the paired difference in final test accuracy is positive",
-        Condition("after − before", "test_accuracy", "after", "before", low=0),
-        published="better",
-    ),
-    _SOURCE.claim(
-        "S1.10",
-        "batch norm can halve the number of epochs, or better",
-        "epochs to 80 % after the activation minus half of those without, at paired seeds, is at most 0",
-        Condition("epochs beyond half", "epochs_beyond_half", "after", high=0, is_difference=True, digits=1),
-        published="a half or less",
-    ),
-    _SOURCE.claim(
-        "S1.11",
-        "before the activation the network ends slightly worse than without batch norm",
-        "the paired difference in final test accuracy is negative, and above −0.05",
-        Condition("before − none", "test_accuracy", "before", "none", low=-0.05, high=0),
-        published="slightly worse",
-        amended="added after both accuracies had been published here",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options) -> dict[str, Variant]:

@@ -9,7 +9,7 @@ from bnjax.studies import Study, data, option
 from bnjax.studies.engine.plan import Examples, Variant, seed_keys
 from bnjax.studies.engine.training import Job, Report, train_all
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Claim, Condition, Source
+from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS
 
@@ -38,7 +38,6 @@ STUDY = Study(
 PLACES = {"none": "no batch norm", "before": "batch norm"}
 NORMALIZERS = ("renorm", "layer", "group", "weight")  # before the activation, at one batch size
 PUBLISHED_WITHOUT = {16: 0.9745, 32: 0.9718, 64: 0.9709, 128: 0.9720}
-PUBLISHED = {"none": 0.9706, "before": 0.9723}
 THRESHOLD = 0.97
 SETTINGS = {
     "hidden": list(HIDDEN),
@@ -48,37 +47,7 @@ SETTINGS = {
     "epsilon": EPSILON,
 }
 
-_SOURCE = Source("MNIST assignment", {"dataset": "mnist", "epochs": 10})
-
-
-def _one_run(claim: str, variant: str, statement: str, published: float) -> Claim:
-    condition = Condition("accuracy", "test_accuracy", variant, low=published, high=published, one_run=True)
-    rule = "the published number lies in the 95 % prediction interval of one run"
-    return _SOURCE.claim(
-        claim,
-        statement,
-        rule,
-        condition,
-        published=f"{published:.4f} (one run)",
-    )
-
-
-CLAIMS = (
-    _one_run("S2.1", "none_32", "test accuracy without batch norm, batch 32", PUBLISHED["none"]),
-    _one_run("S2.2", "before_32", "test accuracy with batch norm, batch 32", PUBLISHED["before"]),
-    *(
-        _one_run(f"S2.3 ({size})", f"none_{size}", f"test accuracy without batch norm, batch {size}", published)
-        for size, published in PUBLISHED_WITHOUT.items()
-    ),
-    _SOURCE.claim(
-        "S2.4",
-        "with batch norm training converges in fewer epochs",
-        "first epoch of 97 % validation accuracy, batch 32 (one more than there are where it is never reached): the "
-        "paired difference is negative",
-        Condition("with − without", "epochs_to_97_percent", "before_32", "none_32", high=0, digits=1),
-        published="fewer",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:

@@ -15,7 +15,7 @@ from bnjax.studies import Study, data, option
 from bnjax.studies.engine.plan import Variant, compiler_options, divisor_from, seed_keys
 from bnjax.studies.engine.training import Report, train
 from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import AtLeast, Condition, Source
+from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
 
@@ -50,38 +50,8 @@ VARIANTS = {
     "per_step_epsilon": (f"for each time step, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), False),
     "shared_epsilon": (f"shared over time, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), True),
 }
-_NEEDS = {"dataset": "mnist", "steps": AtLeast(1000)}
-_CIRCLES = Source("circles case study", _NEEDS)
-_COOIJMANS = Source("Cooijmans et al. 2016 (arXiv 1603.09025), section 3", _NEEDS)
-_ADDED = "added after running averages had been seen to fail; ε and the size of these batches were tried at three seeds"
-CLAIMS = (
-    _CIRCLES.claim(
-        "S1.9",
-        "batch norm can be used with recurrent networks",
-        "with statistics for each time step the test accuracy is at most a point below the plain network's",
-        Condition("per step − none", "test_accuracy", "per_step", "none", low=-0.01),
-    ),
-    _CIRCLES.claim(
-        "S1.9 (population)",
-        f"… with statistics computed from the training set after the training, and ε = {EPSILON:g}",
-        f"the same bound, with statistics of batches of {POPULATION_BATCH} examples instead of running averages",
-        Condition("per step − none", "population_accuracy", "per_step_epsilon", "none", low=-0.01),
-        amended=_ADDED,
-    ),
-    _COOIJMANS.claim(
-        "R.2",
-        "in a recurrent network statistics shared over time do worse than those for each time step",
-        "the paired difference in test accuracy is negative",
-        Condition("shared − per step", "test_accuracy", "shared", "per_step", high=0),
-    ),
-    _COOIJMANS.claim(
-        "R.2 (population)",
-        f"… with statistics computed from the training set after the training, and ε = {EPSILON:g}",
-        "the same, with the mean over time of the statistics of each step as what is shared",
-        Condition("shared − per step", "population_accuracy", "shared_epsilon", "per_step_epsilon", high=0),
-        amended=_ADDED,
-    ),
-)
+
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -12,10 +11,10 @@ from bnjax import analysis, studies
 from bnjax.studies import Study, data, deep_linear, landscape, option, vgg
 from bnjax.studies.engine.plan import Plan, Trained, Variant, divisor_up_to, seed_keys
 from bnjax.studies.engine.training import ONE_BY_ONE, Report, overhead, train
-from bnjax.studies.evidence.claims import Claim, Condition, Source
+from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import seeds_in_words
-from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED, RATES
+from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,98 +59,7 @@ FULL = {"steps": 15_000, "every": 100, "width": 64, "rate_steps": 1000, "linear_
 SHORT = {"steps": 500, "every": 20, "width": 16, "rate_steps": 100, "linear_steps": 10_000}
 LINEAR_EVERY = 200
 
-
-_SOURCE = Source("Santurkar et al. 2018", {"dataset": "cifar10"})
-
-
-def _smaller(claim: str, what: str, metric: str) -> Claim:
-    return _SOURCE.claim(
-        claim,
-        f"{what} is smaller with batch norm at nearly all steps",
-        "at 90 % of the measured steps and more, in both networks (what is not finite is larger than all else)",
-        *(
-            Condition(f"{label}: share of steps", f"share_with_smaller_{metric}", f"{net}_bn", low=0.9, digits=2)
-            for net, label in (("vgg", "VGG"), ("linear", "deep linear"))
-        ),
-        published="smaller",
-    )
-
-
-def _helps(claim: str, statement: str, published: str, variants: Sequence[str]) -> Claim:
-    return _SOURCE.claim(
-        claim,
-        statement,
-        "VGG's training loss over the last 20th of the steps is below the plain network's (or chance's) by at least "
-        "80 % of what batch norm brings, and that is positive",
-        Condition("gain of batch norm", "gain", "vgg_bn", low=0, is_difference=True, digits=3),
-        *(
-            Condition(
-                f"of {LABELS[v]} beyond 80 % of it",
-                "gain_beyond_80_percent",
-                f"vgg_{v}",
-                low=0,
-                is_difference=True,
-                digits=3,
-            )
-            for v in variants
-        ),
-        published=published,
-    )
-
-
-CLAIMS = (
-    _SOURCE.claim(
-        "S6.1",
-        "VGG without augmentation: 83 % with batch norm, 80 % without",
-        "mean test accuracy within 0.02 of each, at full length and width",
-        Condition("with", "test_accuracy", "vgg_bn", low=0.81, high=0.85),
-        Condition("without", "test_accuracy", "vgg_none", low=0.78, high=0.82),
-        published="0.83 / 0.80",
-        needs={"dataset": "cifar10", "full_length": True, "augmented": False},
-    ),
-    _SOURCE.claim(
-        "S6.1 (augmented)",
-        "VGG with augmentation: 92 % with batch norm, 88 % without",
-        "mean test accuracy within 0.02 of each, at full length and width",
-        Condition("with", "test_accuracy", "vgg_bn", low=0.90, high=0.94),
-        Condition("without", "test_accuracy", "vgg_none", low=0.86, high=0.90),
-        published="0.92 / 0.88",
-        needs={"dataset": "cifar10", "full_length": True, "augmented": True},
-    ),
-    _smaller("S6.2", "loss variation along the gradient", "loss_range"),
-    _smaller("S6.3", "change of the gradient along it", "gradient_change"),
-    _smaller("S6.4", "effective β-smoothness", "beta"),
-    _SOURCE.claim(
-        "S6.5",
-        "internal covariate shift is not smaller with batch norm",
-        "the cosine of a layer's gradients before and after the others' update (mean over the layers and steps where "
-        "both are finite and not zero) is not larger with it, and their distance relative to the first's norm not "
-        "smaller, in both networks at paired seeds",
-        *(
-            Condition(
-                f"{label}: {what} with − without", metric, f"{net}_bn", f"{net}_none", low=low, high=high, digits=3
-            )
-            for net, label in (("vgg", "VGG"), ("linear", "deep linear"))
-            for what, metric, low, high in (
-                ("cosine", "shift_cosine", -math.inf, 0.0),
-                ("distance", "relative_shift", 0.0, math.inf),
-            )
-        ),
-        published="not smaller",
-        amended="the distance was added; the first rule was of the cosine alone, which left it undecided",
-    ),
-    _helps("S6.6", "noisy batch norm trains about as fast as batch norm", "as fast", ("noisy",)),
-    _helps("S6.7", "l₁, l₂ and l∞ normalization help as much as batch norm", "as much", ("l1", "l2", "linf")),
-    _SOURCE.claim(
-        "S6.8",
-        "the plain network fails at learning rates at which the normalized one trains",
-        f"of the rates {', '.join(f'{rate:g}' for rate in RATES)}, the largest at which the loss falls a tenth below "
-        "chance's within some steps is larger with it at every seed (undecided where the plain network trains at none)",
-        Condition("seeds", "tolerates_larger_rates", "vgg_bn", low=1, every_seed=True, digits=2),
-        published="fails",
-        amended="a plain network that trains at no rate is now undecided; it counted as reproduced",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
