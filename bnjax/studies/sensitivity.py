@@ -1,4 +1,4 @@
-"""What S2's perceptron depends on: learning rate, initial scale, batch size, regularization, place and normalizer."""
+"""S2's perceptron over learning rates, initial scales, batch sizes, regularization, places and normalizers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,13 +11,17 @@ import numpy as np
 from bnjax import analysis, studies, training
 from bnjax.analysis import losses
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine.plan import Variant, compiler_options, random_batch, seed_keys
-from bnjax.studies.engine.training import Report, in_threads, train
-from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import read_claims
-from bnjax.studies.evidence.plots import Figure
-from bnjax.studies.evidence.results import Results
-from bnjax.studies.evidence.statistics import seeds_in_words
+from bnjax.studies.engine import (
+    Report,
+    Variant,
+    compiler_options,
+    in_threads,
+    random_batch,
+    scaled_kernels,
+    seed_keys,
+    train,
+)
+from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
 from bnjax.studies.perceptrons import (
     BATCH_SIZE,
     BATCH_SIZES,
@@ -33,7 +37,7 @@ from bnjax.studies.perceptrons import (
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.ImageOptions):
-    """What a run of the perceptrons may choose."""
+    """The options of a run of the perceptrons."""
 
     seeds: int = option(8, "number of seeds")
     steps: int = option(750, "steps of training", shown="750 of 32 examples, as many examples at other batch sizes")
@@ -59,15 +63,10 @@ CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
-    """The networks at the default settings, by name."""
+    """Returns the networks at the default settings, by name."""
     at_default = optimizer(options.steps, *(DEFAULTS[key] for key in ("learning_rate", "l2", "decay")))
-    shape = (images.train.x[0].size,)
-    return options.selected(
-        {
-            name: Variant(name, label, build(), at_default, shape, BATCH_SIZE)
-            for name, (label, build) in NETWORKS.items()
-        }
-    )
+    how = {"optimizer": at_default, "input_shape": (images.train.x[0].size,), "batch_size": BATCH_SIZE}
+    return options.selected({name: Variant(name, label, build(), **how) for name, (label, build) in NETWORKS.items()})
 
 
 def run(options: Options, report: Report):
@@ -81,17 +80,14 @@ def run(options: Options, report: Report):
     results = Results(STUDY.name, settings, range(options.seeds))
 
     def work(case: Case, report: Report) -> Results:
-        part = Results(STUDY.name, settings, range(options.seeds))
+        part = Results(STUDY.name, settings, results.seeds)
         label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
         named = {"name": case.name, "label": label, "batch_size": case.batch_size}
         steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
-        train_part, test_part = sets[case.is_small], test
+        splits = [sets[case.is_small], test]
         if case.pixel_scale != 1:
-            train_part, test_part = (
-                data.Split(x * np.float32(case.pixel_scale), y) for x, y in (train_part, test_part)
-            )
-        network = dataclasses.replace(variants[case.network], **named)
-        _train(part, case, network, train_part, test_part, steps, report, options)
+            splits = [data.Split(x * np.float32(case.pixel_scale), y) for x, y in splits]
+        _train(part, case, dataclasses.replace(variants[case.network], **named), *splits, steps, report, options)
         return part
 
     for part in in_threads(work, [case for case in CASES if case.network in variants], report):
@@ -116,40 +112,28 @@ def _train(
     def create(setting):
         changing = optimizer(steps, setting["learning_rate"], setting["l2"], setting["decay"])
         state = dataclasses.replace(network, optimizer=changing).create(setting)
-
-        def scaled(path, p):
-            return p * setting["init_scale"] if path[-1].key == "kernel" else p
-
-        return state.replace(params=jax.tree.map_with_path(scaled, state.params))
+        return state.replace(params=scaled_kernels(state.params, setting["init_scale"]))
 
     def measure(state, x, y, key):
         variables = {"batch_stats": state.batch_stats}
         loss = losses.linen_loss(model, variables, training.cross_entropy, rngs={"dropout": key})
         ends = ["Dense_0", f"Dense_{len(model.hidden)}"]
         first, last = analysis.gradient_norms(loss, state.params, x, y, layers=ends).values()
-        accuracy = jnp.mean(training.evaluate(state, *held_out, objective=training.cross_entropy).accuracy)
+        accuracy = jnp.mean(network.correct(state, *held_out))
         return {"test_accuracy": accuracy, "first_to_last_gradient": first / last, "first_gradient": first}
 
     draw = (fixed_batch if case.is_fixed else random_batch)(case.batch_size)
     how: dict[str, Any] = {"every": steps // MEASURED, "compiler_options": compiler_options(steps)}
     plan = network.plan(steps, create=create, draw=draw, measure=measure, **how)
     trained = train(plan, settings, tuple(train_set), report=report, options=options)
-    evaluate = jax.jit(
-        jax.vmap(lambda s, x, y: training.evaluate(s, x, y, objective=training.cross_entropy), (0, None, None)),
-        compiler_options=compiler_options(),
-    )
+    correct = jax.jit(jax.vmap(network.correct, (0, None, None)), compiler_options=compiler_options())
     on_test, on_training = (
-        jax.tree.map(lambda v: np.asarray(v.mean(1)), evaluate(trained.state, split.x[:10_000], split.y[:10_000]))
-        for split in (test, train_set)
+        np.asarray(correct(trained.state, split.x[:10_000], split.y[:10_000]).mean(1)) for split in (test, train_set)
     )
     at_start = {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}
-    metrics = {
-        "test_accuracy": on_test.accuracy,
-        "train_accuracy": on_training.accuracy,
-        "generalization_gap": on_training.accuracy - on_test.accuracy,
-        **at_start,
-    }
-    curve = np.concatenate([trained.measurements["test_accuracy"], on_test.accuracy[:, None]], 1)
+    metrics = {"test_accuracy": on_test, "train_accuracy": on_training, "generalization_gap": on_training - on_test}
+    metrics |= at_start
+    curve = np.concatenate([trained.measurements["test_accuracy"], on_test[:, None]], 1)
     for number, (name, cell) in enumerate(cells.items()):
         rows = slice(number * seeds, (number + 1) * seeds)
         results.variants[name] = (
@@ -169,16 +153,15 @@ def _compare(results: Results, networks: Sequence[str]) -> None:
 
     for network in networks:
         for sweep in SWEEPS:
-            found = np.stack([accuracy(name) for name in Case(network, {sweep: SWEEPS[sweep]}).settings])
-            results.set_metric(network, f"range_over_{sweep}", found.max(0) - found.min(0))
-        for lost, other in (
-            ("lost_at_batch_2", "batch 2"),
-            ("lost_at_10_times", "learning_rate 0.01"),
-            ("lost_by_raw_pixels", "pixels to 255"),
+            accuracies = np.stack([accuracy(name) for name in Case(network, {sweep: SWEEPS[sweep]}).settings])
+            results.set_metric(network, f"range_over_{sweep}", np.ptp(accuracies, 0))
+        for lost, before, after in (
+            ("lost_at_batch_2", "", ", batch 2"),
+            ("lost_at_10_times", "", ", learning_rate 0.01"),
+            ("lost_by_raw_pixels", "", ", pixels to 255"),
+            ("lost_by_fast_decay", ", decay 1", ", decay 6"),
         ):
-            results.set_metric(network, lost, accuracy(network) - accuracy(f"{network}, {other}"))
-        fast, slow = (accuracy(f"{network}, decay {value:g}") for value in (6, 1))
-        results.set_metric(network, "lost_by_fast_decay", slow - fast)
+            results.set_metric(network, lost, accuracy(network + before) - accuracy(network + after))
         larger, default = (results.metric(f"{network}{name}", "first_gradient") for name in (", init_scale 10", ""))
         results.set_metric(network, "gradient_growth", larger / default)
         small = f"{network}, small set"
@@ -187,21 +170,18 @@ def _compare(results: Results, networks: Sequence[str]) -> None:
         results.set_metric(small, "gain_by_shuffling", accuracy(small) - accuracy(f"{small}, fixed batches"))
 
 
-def _figures(results: Results, networks: Sequence[str], title: str) -> dict[str, Figure]:
-    """Test accuracy over each sweep."""
-    figures = {}
+def _figures(results: Results, networks: Sequence[str], title: str) -> dict[str, plots.Figure]:
+    """Draws the test accuracy over each sweep."""
     if not networks:
-        return figures
-    for sweep, values in SWEEPS.items():
-        if sweep == "decay":
-            continue
+        return {}
+    figures = {}
+    for sweep in ("learning_rate", "init_scale"):
         series = {}
         for network in networks:
-            names = Case(network, {sweep: values}).settings
+            names = Case(network, {sweep: SWEEPS[sweep]}).settings
             by_value = {settings[sweep]: results.metric(name, "test_accuracy") for name, settings in names.items()}
-            series[NETWORKS[network][0]] = [by_value[value] for value in values]
-        text = sweep.replace("_", " ")
-        figures[f"{sweep}.png"] = plots.sweep(values, series, text, title)
+            series[NETWORKS[network][0]] = [by_value[value] for value in SWEEPS[sweep]]
+        figures[f"{sweep}.png"] = plots.sweep(SWEEPS[sweep], series, sweep.replace("_", " "), title)
     series = {
         NETWORKS[name][0]: [results.metric(Case(name, {}, size).name, "test_accuracy") for size in BATCH_SIZES]
         for name in ("none", "bn", "renorm", "layer")

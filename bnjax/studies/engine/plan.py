@@ -211,6 +211,10 @@ class Variant:
         rngs = {"dropout": key, "noise": key}
         return training.train_step(state, self.prepared(x), y, objective=self.objective, rngs=rngs)
 
+    def correct(self, state, x: Any, y: Any) -> Any:
+        """Returns for each of some inputs of the model whether it is classified correctly, with running statistics."""
+        return training.evaluate(state, x, y, objective=self.objective).accuracy
+
     def evaluate(self, state, x: Any, y: Any) -> training.Metrics:
         """Means over some examples, in batches, with running statistics."""
         options: Any = {"objective": self.objective, "batch_size": _EVALUATED, "preprocess": self.preprocess}
@@ -288,6 +292,11 @@ def step_keys(setting: Setting, number: Any) -> tuple[Any, Any]:
 def seed_keys(seeds: Sequence[int]) -> jax.Array:
     """The random key of each seed."""
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def scaled_kernels(params: Any, factor: Any) -> Any:
+    """Multiplies the kernels among a network's parameters by a factor."""
+    return jax.tree.map_with_path(lambda path, p: p * factor if path[-1].key == "kernel" else p, params)
 
 
 def divisor_from(least: int, number: int) -> int:
