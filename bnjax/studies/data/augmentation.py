@@ -1,4 +1,4 @@
-"""How images become inputs of a network: centered, and varied at random by a key for each or for all of a batch."""
+"""Preparation of images for a network: centered, and varied at random by a key for each or for all of a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -110,7 +110,7 @@ def shear_zoom_flip(
     columns = zoom[0] * x[None, :] - jnp.sin(angle) * zoom[1] * y[:, None]
 
     def weights(position, size: int):
-        """Of the `size` pixels along an axis, in the interpolation at each position, counted from the center."""
+        """Returns the weights of `size` pixels along an axis at each position, counted from the center."""
         position = jnp.clip(position + (size - 1) / 2, 0, size - 1)
         return jnp.maximum(0, 1 - jnp.abs(jnp.subtract.outer(position, jnp.arange(size))))
 

@@ -319,7 +319,7 @@ def _pixels(picture, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _cache_path(builder, split: str) -> Path:
-    """Where the decoded split is cached: the name changes with the files that it was read from."""
+    """Returns the path of the decoded split, whose name changes with the files that it was read from."""
     root = os.environ.get("BNJAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnjax"
     files = sorted(Path(builder.data_path).glob(f"*{split}*"))
     state = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
