@@ -140,7 +140,7 @@ class Trained:
         return self.curves[curve][:, -parts:].mean(1)
 
     def epochs_to(self, curve: str, threshold: float) -> np.ndarray:
-        """Returns each seed's first epoch (from 1) at which a curve reaches a threshold; the last plus 1 if none does."""
+        """Returns each seed's first epoch (from 1) at which a curve reaches a threshold; one too many if none does."""
         reached = self.curves[curve] >= threshold
         return np.where(reached.any(1), reached.argmax(1) + 1.0, reached.shape[1] + 1.0)
 
