@@ -66,7 +66,7 @@ CLAIMS = read_claims(__file__)
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """Returns the four networks by name: `<activation>_<bn|none>`."""
     filters = options.width or _scale()["filters"]
-    groups = training.index_groups(_mesh(options)) if options.parallel == "pmap" else None
+    groups = training.index_groups(training.make_mesh(options.group_size)) if options.parallel == "pmap" else None
     norm = functools.partial(
         BatchNorm, epsilon=SETTINGS["epsilon"], axis_name=training.SYNC_AXIS, axis_index_groups=groups
     )
@@ -92,7 +92,7 @@ def run(options: Options, report: Report):
     """
     dataset, epochs, batch_size = options.dataset, options.epochs, options.batch_size
     steps, filters = options.steps_per_epoch or _scale()["steps_per_epoch"], options.width or _scale()["filters"]
-    mesh = _mesh(options)
+    mesh = training.make_mesh(options.group_size)
     images = data.images(dataset, options.data_dir, report.reading)
     how = {"parallel": options.parallel, "accumulate_steps": options.accumulate_steps}
     settings = {
@@ -137,11 +137,6 @@ def run(options: Options, report: Report):
 
 def _scale() -> dict[str, int]:
     return SHORT if jax.default_backend() == "cpu" else FULL
-
-
-def _mesh(options: Options) -> jax.sharding.Mesh:
-    """Makes a mesh of all devices, in the groups that the options ask for."""
-    return training.make_mesh(options.group_size)
 
 
 def _normalized_in_the_article() -> np.ndarray:

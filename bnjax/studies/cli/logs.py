@@ -19,7 +19,7 @@ class TensorBoard:
     A training's name and its steps come with every value.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, study: str, options: Mapping[str, Any]):
         with needs("tensorboard"):
             import tensorboardX
         self._directory = directory / "tensorboard"
@@ -162,8 +162,5 @@ def open_logs(names: Sequence[str], directory: Path, study: str, options: Mappin
       MissingExtraError: if the package of one is not installed.
       ValueError: if one refuses.
     """
-    makers = {
-        "tensorboard": lambda: TensorBoard(directory),
-        "wandb": lambda: WeightsAndBiases(directory, study, options),
-    }
-    return Logs([makers[name]() for name in dict.fromkeys(names)])
+    makers = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    return Logs([makers[name](directory, study, options) for name in dict.fromkeys(names)])

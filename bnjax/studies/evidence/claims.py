@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import tomllib
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -257,8 +256,11 @@ def _claim(table: Any, source: Mapping[str, Any], where: str) -> Claim:
     kinds |= {"conditions": list, "needs": dict}
     _check(table, kinds, where, optional=("published", "needs", "amended", "is_arithmetic"))
     conditions = tuple(_condition(c, f"{where}, condition {i}") for i, c in enumerate(table["conditions"], 1))
-    needs: Mapping[str, Any] = table.get("needs", source.get("needs", {}))
-    needs = {key: _need(value, f"{where}, needs.{key}") for key, value in needs.items()}
+    needs = dict(table.get("needs", source.get("needs", {})))
+    for key, value in needs.items():
+        if isinstance(value, dict):
+            _check(value, {"at_least": float}, f"{where}, needs.{key}")
+            needs[key] = AtLeast(value["at_least"])
     return Claim(**{"published": "–", **table, "source": source["name"], "conditions": conditions, "needs": needs})
 
 
@@ -277,14 +279,6 @@ def _condition(table: Any, where: str) -> Condition:
     return condition
 
 
-def _need(value: Any, where: str) -> Any:
-    """Returns the value that a setting must have."""
-    if not isinstance(value, dict):
-        return value
-    _check(value, {"at_least": float}, where)
-    return AtLeast(value["at_least"])
-
-
 def _check(table: Any, kinds: Mapping[str, Any], where: str, optional: Sequence[str] = ()) -> None:
     """Raises ValueError where a table lacks a field, has one that is not known, or one of another kind."""
     if not isinstance(table, dict):
@@ -297,5 +291,6 @@ def _check(table: Any, kinds: Mapping[str, Any], where: str, optional: Sequence[
         kind = kinds[name]
         allowed = int | float if kind is float else kind
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            expected = kind if isinstance(kind, types.UnionType) else kind.__name__
-            raise ValueError(f"{where}: {name} must be of type {expected}, got {value!r}.")
+            raise ValueError(
+                f"{where}: {name} must be of type {kind.__name__ if isinstance(kind, type) else kind}, got {value!r}."
+            )
