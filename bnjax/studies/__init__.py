@@ -99,7 +99,7 @@ _HERE: Mapping[str, Any] = {**_MANY, "is_recorded": False}
 
 @dataclasses.dataclass(frozen=True)
 class ParallelOptions(Options):
-    """Options of a study that trains one network on several devices, each said by its text."""
+    """Options of a study that trains one network on several devices; the text of each says what it is."""
 
     devices: int | None = option(
         None, "devices of this process (default all; on CPU, simulated ones)", metavar="N", **_HERE

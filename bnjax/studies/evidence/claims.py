@@ -272,7 +272,7 @@ def _condition(table: Any, where: str) -> Condition:
     _check(table, kinds, where, optional=tuple(kinds)[3:])
     condition = Condition(**table)
     low, high = condition.low, condition.high
-    if low > high or (low, high) == (-math.inf, math.inf):
+    if not low <= high or (low, high) == (-math.inf, math.inf):
         raise ValueError(f"{where}: low and high must be the ends of a range, got {low} and {high}.")
     if condition.one_run and low != high:
         raise ValueError(f"{where}: low and high must both be the published number with one_run, got {low} and {high}.")
