@@ -38,7 +38,7 @@ STUDY = Study(
 )
 
 BATCH_SIZE, LEARNING_RATE, PARTS = 128, 0.1, 10
-STRENGTH = 0.5  # of the photometric distortions
+STRENGTH = 0.5  # strength of the photometric distortions
 # name: (label, norm, local response normalization, distorted)
 VARIANTS = {
     "none": ("no batch norm", None, False, False),

@@ -48,8 +48,8 @@ STUDY = Study(
 
 FULL = {"steps_per_epoch": 2000, "filters": 60}
 SHORT = {"steps_per_epoch": 80, "filters": 16}
-CLASSES = 100  # of the article
-DEVIATION = 2.0  # of the values that its formula is tried on
+CLASSES = 100  # classes of the article's data set
+DEVIATION = 2.0  # deviation of the values that the article's formula is tried on
 ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu}
 SETTINGS = {
     "dropout": 0.15,

@@ -14,13 +14,13 @@ from bnjax.studies.evidence import plots
 from bnjax.studies.evidence.plots import Figure, drawing
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
-RADIUS = 0.05  # of SAM's ball
-EXAMPLES = 256  # of the batch on which all is measured
-PARTS = 16  # of a batch, whose gradients are compared
-GRID = np.linspace(-1, 1, 13)  # of the surface along filter-normalized directions
+RADIUS = 0.05  # radius of SAM's ball
+EXAMPLES = 256  # size of the batch on which all is measured
+PARTS = 16  # parts of a batch, whose gradients are compared
+GRID = np.linspace(-1, 1, 13)  # coordinates of the surface along filter-normalized directions
 PATH_POINTS = 13
 QUANTITIES = ("loss", "gradient_distance", "smoothness", "gradient_cosine")
-SHOWN = {  # by the end of the figure's name, networks whose landscapes along the gradient are drawn beside each other
+SHOWN = {  # end of a figure's name: networks whose landscapes along the gradient it shows
     "": ("none", "bn"),
     "_interventions": ("bn", "noisy", "l1", "l2", "linf"),
     "_normalizers": ("bn", "renorm", "layer", "group", "weight"),

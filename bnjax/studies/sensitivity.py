@@ -55,9 +55,8 @@ STUDY = Study(
     order=4,
 )
 
-EXAMPLES = 24_000  # that a training sees
 SMALL_SET = 3000  # examples of the trainings that overfit
-MEASURED = 6  # times in a training
+MEASURED = 6  # measurements in a training
 
 CLAIMS = read_claims(__file__)
 

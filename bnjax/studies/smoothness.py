@@ -51,7 +51,7 @@ LABELS = {
     "group": "group norm",
     "weight": "weight norm",
 }
-PAIR = ("none", "bn")  # whose landscapes are drawn
+PAIR = ("none", "bn")  # networks whose landscapes are drawn
 FULL = {"steps": 15_000, "every": 100, "width": 64, "rate_steps": 1000, "linear_steps": 10_000}
 SHORT = {"steps": 500, "every": 20, "width": 16, "rate_steps": 100, "linear_steps": 10_000}
 LINEAR_EVERY = 200

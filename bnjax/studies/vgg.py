@@ -19,7 +19,7 @@ from bnjax.studies import data
 from bnjax.studies.data import augmentation
 from bnjax.studies.engine import Plan, Variant, random_batch, step_keys
 
-NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
+NORMS: Mapping[str, Callable[[int], Any]] = {  # functions of the network's width
     "none": lambda width: None,
     "bn": lambda width: BatchNorm,
     "noisy": lambda width: NoisyBatchNorm,
@@ -29,13 +29,13 @@ NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
     "renorm": lambda width: BatchRenorm,
     "layer": lambda width: of_example(nn.LayerNorm),
     "group": lambda width: of_example(functools.partial(nn.GroupNorm, num_groups=math.gcd(32, max(1, width // 2)))),
-    "weight": lambda width: None,  # what it normalizes is the kernels
+    "weight": lambda width: None,  # it normalizes the kernels
 }
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 PROBED = np.linspace(0.5, 4, 8)  # step sizes of the probe, in learning rates
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-LEARNT = 0.9  # of the loss of an even guess
+LEARNT = 0.9  # fraction of the loss of an even guess
 
 
 def variants(images: data.Dataset, width: int, labels: Mapping[str, str]) -> dict[str, Variant]:

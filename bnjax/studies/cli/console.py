@@ -28,8 +28,8 @@ with needs("studies"):
     from rich.table import Table
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
-_COLUMNS = 5  # of numbers in a table
-_WIDTH = 160  # of the ledger in a file
+_COLUMNS = 5  # columns of numbers in a table
+_WIDTH = 160  # width of the ledger in a file
 
 
 class _Report:
@@ -81,7 +81,7 @@ def run_study(
     Raises:
       MissingExtraError: if a log's package is not installed.
     """
-    quiet = quiet or jax.process_index() > 0  # of several processes, one speaks and saves
+    quiet = quiet or jax.process_index() > 0  # one of several processes speaks and saves
     logs = open_logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())
     console = Console(quiet=quiet, highlight=False)
     configuration = {"study": study.name, "dataset": getattr(options, "dataset", None)}
@@ -132,7 +132,7 @@ def print_ledger(
         directory.mkdir(parents=True, exist_ok=True)
         try:
             run_study(study, options, directory, quiet, resume=True)
-        except CheckpointError as error:  # what was interrupted had other options
+        except CheckpointError as error:  # the interrupted run had other options
             say(f"{study.name}: {error} Starting afresh.")
             run_study(study, options, directory, quiet)
 

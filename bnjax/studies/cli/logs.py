@@ -10,7 +10,7 @@ import numpy as np
 from bnjax._extras import needs
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_rows, parameter_rows
 
-_POINTS = 500  # of a curve at most
+_POINTS = 500  # largest number of points of a curve
 
 
 class TensorBoard:

@@ -53,7 +53,7 @@ class Compiled:
         """Returns the final state, on the host."""
         return jax.device_get(state)
 
-    whole = placed = staticmethod(lambda state: state)  # as it is saved, and as it goes on
+    whole = placed = staticmethod(lambda state: state)  # saved, and continued, as it is
 
 
 @functools.lru_cache(maxsize=32)
