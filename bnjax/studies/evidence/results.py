@@ -1,27 +1,6 @@
 """Results of a study: its numbers and claims, the files that it leaves, and tables of them.
 
-`results.json`, schema 2:
-
-    {
-      "schema": 2,
-      "study": name, "command": which makes it again, "options": {those that were chosen}, "settings": {…},
-      "seeds": [ints], "seconds": wall time,
-      "started": UTC time, "versions": {package: version},
-      "machine": {"system", "processor", "cores", "python", "backend", "devices"},
-      "variants": {name: {"label": text, "settings": {…},
-                          "metrics": {metric: {"values": [one per seed, null where undefined], "mean", "ci95", "n"}},
-                          "parameters": {"params" or "batch_stats": {path: shape}}}},
-      "claims": [{"id", "source", "statement", "published", "rule", "amended", "needs", "measured", "verdict",
-                  "conditions": [{"label", "metric", "variant", "minus", "low", "high", "one_run", "every_seed",
-                                  "mean", "ci95", "n", "effect", "met"}]}],
-      "figures": {file: what it shows},
-      "notes": {…}
-    }
-
-`ci95` is half the width of the 95 % confidence interval of the mean over seeds, by Student's t; `n` counts the seeds
-at which the metric is defined. Every claim's rule was fixed before the runs, but for what "amended" says.
-`curves.npz` holds, for each variant, its curves `<variant>/<split>_<metric>` as `[seeds, epochs]`, and the first
-seed's histograms.
+The page of the studies (docs/studies.md) has the schema of `results.json`.
 """
 
 import contextlib
