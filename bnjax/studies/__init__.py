@@ -59,7 +59,7 @@ class Options:
 
     @classmethod
     def shown(cls) -> list[dataclasses.Field]:
-        """The fields that are options of the command line."""
+        """Returns the fields that are options of the command line."""
         return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
 
     def to_json(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _parser() -> _Parser:
 
 
 def _add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
-    """An argument for each option of a study, read as the type of its field says."""
+    """Adds an argument for each option of a study, read as the type of its field says."""
     kinds: dict[Any, Any] = {int: _positive, str: str, tuple[int, ...]: _sizes, tuple[str, ...]: _names}
     groups: dict[str, Any] = {"": parser}
     for field in options.shown():

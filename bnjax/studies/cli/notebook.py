@@ -30,7 +30,7 @@ class Progress:
         return update
 
     def reading(self, text: str, fraction: float) -> None:
-        """Data is being read."""
+        """Hears that data is being read."""
         self.say(f"{text}: {100 * fraction:.0f} %")
 
     def say(self, text: str) -> None:

@@ -83,7 +83,7 @@ def shear_zoom_flip(
     zoom: Float[Array, "2"],
     flip: Bool[Array, ""],
 ) -> Float[Array, "height width channels"]:
-    """An image sheared and zoomed about its center, then mirrored.
+    """Shears and zooms an image about its center, then mirrors it.
 
     Column x and row y of the result, counted from the center, are the image's at column `zₓ x − sin(shear) z_y y` and
     row `cos(shear) z_y y`, interpolated bilinearly; beyond its edges the image continues as its nearest pixels. As the
@@ -127,7 +127,7 @@ def centered(images: np.ndarray) -> Callable[[Array, Any], Array]:
 def distorted(
     images: Float[Array, "batch height width channels"], key: Key[Array, ""], strength: float
 ) -> Float[Array, "batch height width channels"]:
-    """Each image with a random contrast and brightness.
+    """Gives each image a random contrast and brightness.
 
     Args:
       images: of mean 0 and deviation 1.

@@ -122,7 +122,7 @@ class Trained:
 
     @functools.cached_property
     def curves(self) -> dict[str, np.ndarray]:
-        """'<split>_loss' and '<split>_accuracy', each `[S, parts]`.
+        """The curves '<split>_loss' and '<split>_accuracy', each `[S, parts]`.
 
         The split 'train' is the mean over the part's batches, in training mode; the others were looked at after it.
         """

@@ -125,7 +125,7 @@ def _count(histograms: Any, first: int, leaves: Any) -> None:
 
 
 def _means(plan: Plan, metrics: training.Metrics, end: int, looked: dict[str, Any]) -> dict[str, float]:
-    """Means over settings of the training metrics of the last part so far, and of what was looked at after it."""
+    """Returns means over settings of the training metrics of the last part so far, and of what was looked at after it."""
     part = slice((end - 1) // plan.part * plan.part, end)
     splits = {"train": jax.tree.map(lambda v: v[part], metrics)}
     splits |= {k: jax.tree.map(lambda v: v[-1:], v) for k, v in looked.items() if isinstance(v, training.Metrics)}
@@ -195,7 +195,7 @@ class _Stoppable:
 
 
 def _cores() -> int:
-    """Processor cores that this process may use; all of them where the system does not tell."""
+    """Counts the processor cores that this process may use; all of them where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -221,7 +221,7 @@ def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -
 
 
 def _digest(settings: Setting) -> str:
-    """A text that changes with any number of the settings."""
+    """Returns a text that changes with any number of the settings."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(settings):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

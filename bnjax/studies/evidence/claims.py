@@ -114,7 +114,7 @@ class Outcome:
 
     @property
     def text(self) -> str:
-        """'label mean ± half (effect)' for the ledger."""
+        """The text 'label mean ± half (effect)' for the ledger."""
         condition = self.condition
         if not self.measured.n:
             return f"{condition.label} not measured"
@@ -179,7 +179,7 @@ class Judgment:
 
     @property
     def verdict(self) -> str:
-        """'reproduced' if every condition is met, 'not reproduced' if one fails, else 'undecided'."""
+        """The verdict: 'reproduced' if every condition is met, 'not reproduced' if one fails, else 'undecided'."""
         if any(outcome.met is False for outcome in self.outcomes):
             return "wrong in the source" if self.claim.is_arithmetic else "not reproduced"
         return "reproduced" if self.outcomes and all(outcome.met for outcome in self.outcomes) else "undecided"
