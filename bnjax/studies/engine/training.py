@@ -125,7 +125,7 @@ def _count(histograms: Any, first: int, leaves: Any) -> None:
 
 
 def _means(plan: Plan, metrics: training.Metrics, end: int, looked: dict[str, Any]) -> dict[str, float]:
-    """Returns means over settings of the training metrics of the last part so far, and of what was looked at after it."""
+    """Returns means over settings of the metrics of the last part so far, and of the splits evaluated after it."""
     part = slice((end - 1) // plan.part * plan.part, end)
     splits = {"train": jax.tree.map(lambda v: v[part], metrics)}
     splits |= {k: jax.tree.map(lambda v: v[-1:], v) for k, v in looked.items() if isinstance(v, training.Metrics)}
