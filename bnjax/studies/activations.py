@@ -137,13 +137,12 @@ class _Network:
         inputs = losses.layer_outputs(self.model, variables, self.test.x[:LOOKED_AT])
         hidden = {name: inputs[name] for name in self.layers[:-1]}
         at = losses.linen_loss(self.model, variables, training.cross_entropy), state.params, x, y
-        how = {"layers": [f"{name}/kernel" for name in self.layers[:-1]]}
-        how["learning_rate"] = state.opt_state.hyperparams["learning_rate"]
+        kernels, rate = [f"{name}/kernel" for name in self.layers[:-1]], state.opt_state.hyperparams["learning_rate"]
         return {
             **self.accuracy(state),
             "activations": analysis.activation_statistics(hidden, jax.nn.sigmoid),
             "gradient_norms": analysis.gradient_norms(*at, layers=self.layers),
-            "invariance": analysis.scale_invariance(*at, **how),
+            "invariance": analysis.scale_invariance(*at, layers=kernels, learning_rate=rate),
         }
 
     def learning_rates(self, keys, rates, examples: data.Split) -> analysis.LearningRateRange:
@@ -248,7 +247,7 @@ def _figures(all_trained: dict[str, Trained], ranges: dict[str, Any], title: str
         options = {"ylabel": "‖∂L/∂W‖₂", "log": True, "ordered": True}
         drawing.curves(axis, measured[label]["gradient_norms"], times, **options)
 
-    def pair(text: str, draw: Callable[[Any, str], Any], **options: Any) -> Figure:
+    def pair(text: str, draw: Callable[..., Any], **options: Any) -> Figure:
         """Draws both networks beside each other, on one scale."""
         panels = [(label, functools.partial(draw, label=label)) for label in measured]
         return plots.panels(text, panels, sharey=True, **options)

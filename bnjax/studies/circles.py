@@ -95,7 +95,7 @@ def run(options: Options, report: Report):
     results.set_metric("after", "epochs_beyond_half", results.metric("after", "epochs_to_80_percent") - half)
     results.judge(CLAIMS)
     main, after = all_trained[:3], all_trained[1]
-    marks = dict.fromkeys(("train_accuracy", "test_accuracy"), THRESHOLD)
+    marks = {"train_accuracy": THRESHOLD, "test_accuracy": THRESHOLD}
     parts = {
         "learning_curves": ("Two circles", main),
         "extensions": ("Extensions", [after, *all_trained[3:6]]),

@@ -111,7 +111,7 @@ def at_the_end(
     if rates is not None:
         metrics["largest_rate"] = np.asarray(rates.largest)
     progress(0.5)
-    path = jax.device_get(_path(network, *states[:2], noise, batch)) if len(states) > 1 else None
+    path = jax.device_get(_path(network, states[0], states[1], noise, batch)) if len(states) > 1 else None
     progress(0.6)
     around = _landscape(network, trained, states[0], noise, batch) if with_landscape else None
     progress(1.0)

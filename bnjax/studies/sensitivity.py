@@ -83,10 +83,11 @@ def run(options: Options, report: Report):
         label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
         named = {"name": case.name, "label": label, "batch_size": case.batch_size}
         steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
-        splits = [sets[case.is_small], test]
+        train_part, test_part = sets[case.is_small], test
         if case.pixel_scale != 1:
-            splits = [data.Split(x * np.float32(case.pixel_scale), y) for x, y in splits]
-        _train(part, case, dataclasses.replace(variants[case.network], **named), *splits, steps, report, options)
+            train_part, test_part = (data.Split(x * np.float32(case.pixel_scale), y) for x, y in (train_part, test))
+        network = dataclasses.replace(variants[case.network], **named)
+        _train(part, case, network, train_part, test_part, steps, report, options)
         return part
 
     for part in in_threads(work, [case for case in CASES if case.network in variants], report):
