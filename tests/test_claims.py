@@ -5,7 +5,19 @@ import re
 import numpy as np
 import pytest
 
-from bnjax.studies import STUDIES, Options, cifar, mnist, smoothness
+from bnjax.studies import (
+    STUDIES,
+    Options,
+    activations,
+    cifar,
+    circles,
+    mnist,
+    perceptrons,
+    recurrent,
+    sensitivity,
+    smoothness,
+    vgg,
+)
 from bnjax.studies.cli import console
 from bnjax.studies.data import DataError
 from bnjax.studies.evidence.claims import AtLeast, Claim, Condition, read_claims
@@ -98,6 +110,30 @@ def test_every_claim_is_told_apart_and_complete():
     for one in found:
         assert one.source and one.statement and one.published and one.rule and one.conditions
         assert all(condition.low > -math.inf or condition.high < math.inf for condition in one.conditions)
+
+
+def test_numbers_in_the_rules_are_those_of_the_studies():
+    claims = {claim.id: claim for study in STUDIES.values() for claim in claims_of(study)}
+    small = f"trained on {sensitivity.SMALL_SET} images"
+    sweeps = {sweep: ", ".join(f"{value:g}" for value in values) for sweep, values in perceptrons.SWEEPS.items()}
+    times, (least, *_, largest) = activations.RATE_STEPS, activations.RATES
+    written = {
+        **dict.fromkeys(("S1.3", "S1.4"), f"last {circles.LAST} epochs"),
+        **dict.fromkeys(("S1.6", "S1.7", "S2.11", "S3.6", "A.2", "A.3", "A.6"), small),
+        "S2.5": sweeps["init_scale"],
+        "S2.6": sweeps["learning_rate"],
+        "S2.10": f"batches of {perceptrons.BATCH_SIZES[-1]} give",
+        "S3.4": f"{times} steps at 5 and at 30 times the largest rate of {least:g} to {largest:g}",
+        "S3.5": f"kernels of deviation {activations.GRID['deviation'][0]:g}",
+        "S3.5 (saturated)": f"kernels of deviation {activations.GRID['deviation'][-1]:g}",
+        "S5.6": f"values of deviation {cifar.DEVIATION:g}",
+        "S6.8": f"of the rates {', '.join(f'{rate:g}' for rate in vgg.RATES)},",
+        "S1.9 (population)": f"batches of {recurrent.POPULATION_BATCH} examples",
+    }
+    for name, text in written.items():
+        assert text in claims[name].rule, name
+    assert f"ε = {recurrent.EPSILON:g}" in claims["S1.9 (population)"].statement
+    assert claims["S3.1"].needs["steps"] == AtLeast(activations.STEPS["cpu"])
 
 
 TEXT = """
