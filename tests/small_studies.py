@@ -1,4 +1,4 @@
-"""What the tests of the studies share: a report that is not shown, and small image sets."""
+"""Helpers of the studies' tests: a report that is not shown, and small image sets."""
 
 import numpy as np
 

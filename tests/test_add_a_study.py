@@ -34,7 +34,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
-    """What the commands said once the guide's file was there, and the directory of their results."""
+    """Returns the output of the commands once the guide's file was there, and the directory of their results."""
     directory = tmp_path_factory.mktemp("studies")
     (directory / "quadrants.py").write_text(GUIDE.read_text().split("```py\n")[1].split("```")[0])
     runs = directory / "runs"

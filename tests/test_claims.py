@@ -1,13 +1,26 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
-from bnjax.studies import STUDIES, Options, cifar, mnist, smoothness
+from bnjax.studies import (
+    STUDIES,
+    Options,
+    activations,
+    cifar,
+    circles,
+    mnist,
+    perceptrons,
+    recurrent,
+    sensitivity,
+    smoothness,
+    vgg,
+)
 from bnjax.studies.cli import console
 from bnjax.studies.data import DataError
-from bnjax.studies.evidence.claims import AtLeast, Claim, Condition
+from bnjax.studies.evidence.claims import AtLeast, Claim, Condition, read_claims
 from bnjax.studies.evidence.ledger import claims_of, make_ledger, saved_runs
 from bnjax.studies.evidence.results import Results, command
 from bnjax.studies.evidence.statistics import interval, prediction_interval
@@ -97,6 +110,89 @@ def test_every_claim_is_told_apart_and_complete():
     for one in found:
         assert one.source and one.statement and one.published and one.rule and one.conditions
         assert all(condition.low > -math.inf or condition.high < math.inf for condition in one.conditions)
+
+
+def test_numbers_in_the_rules_are_those_of_the_studies():
+    claims = {claim.id: claim for study in STUDIES.values() for claim in claims_of(study)}
+    small = f"trained on {sensitivity.SMALL_SET} images"
+    sweeps = {sweep: ", ".join(f"{value:g}" for value in values) for sweep, values in perceptrons.SWEEPS.items()}
+    times, (least, *_, largest) = activations.RATE_STEPS, activations.RATES
+    written = {
+        **dict.fromkeys(("S1.3", "S1.4"), f"last {circles.LAST} epochs"),
+        **dict.fromkeys(("S1.6", "S1.7", "S2.11", "S3.6", "A.2", "A.3", "A.6"), small),
+        "S2.5": sweeps["init_scale"],
+        "S2.6": sweeps["learning_rate"],
+        "S2.10": f"batches of {perceptrons.BATCH_SIZES[-1]} give",
+        "S3.4": f"{times} steps at 5 and at 30 times the largest rate of {least:g} to {largest:g}",
+        "S3.5": f"kernels of deviation {activations.GRID['deviation'][0]:g}",
+        "S3.5 (saturated)": f"kernels of deviation {activations.GRID['deviation'][-1]:g}",
+        "S5.6": f"values of deviation {cifar.DEVIATION:g}",
+        "S6.8": f"of the rates {', '.join(f'{rate:g}' for rate in vgg.RATES)},",
+        "S1.9 (population)": f"batches of {recurrent.POPULATION_BATCH} examples",
+    }
+    for name, text in written.items():
+        assert text in claims[name].rule, name
+    assert f"ε = {recurrent.EPSILON:g}" in claims["S1.9 (population)"].statement
+    assert claims["S3.1"].needs["steps"] == AtLeast(activations.STEPS["cpu"])
+
+
+TEXT = """
+[[sources]]
+name = "a source"
+needs = {epochs = 7, steps = {at_least = 10}}
+[[sources.claims]]
+id = "X.1"
+statement = "a statement"
+rule = "a rule"
+conditions = [{label = "with", metric = "m", variant = "a", minus = "b", low = 0, digits = "auto"}]
+[[sources.claims]]
+id = "X.2"
+statement = "another"
+rule = "the same"
+published = "1"
+needs = {}
+conditions = [{label = "with", metric = "m", variant = "a", low = 1, high = 1, one_run = true}]
+"""
+
+
+def test_claims_are_read_from_the_module_or_from_the_file_beside_it(tmp_path):
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "some.toml").write_text(TEXT)
+    first, second = read_claims(str(tmp_path / "some.py"))
+    assert (first, second) == read_claims("anywhere.py", TEXT)
+    condition = Condition("with", "m", "a", "b", low=0, digits=None)
+    needs = {"epochs": 7, "steps": AtLeast(10)}
+    assert first == Claim("X.1", "a source", "a statement", "–", "a rule", (condition,), needs)
+    assert second.needs == {} and second.published == "1" and second.conditions[0].one_run
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("needs = {epochs", "need = {epochs", "some.toml, source 1: need is not a field; expected name, claims, needs"),
+        ('id = "X.1"', "id = 1", "some.toml, claim 1: id must be of type str, got 1"),
+        ('id = "X.1"\n', "", "some.toml, a claim of a source: id is missing"),
+        ('id = "X.2"', 'id = "X.1"', "some.toml, claim X.1: id must be that of one claim only"),
+        ('rule = "a rule"\n', "", "some.toml, claim X.1: rule is missing"),
+        ('label = "with", metric = "m", variant = "a", m', "m", "some.toml, claim X.1, condition 1: label is missing"),
+        ("low = 0", "low = true", "some.toml, claim X.1, condition 1: low must be of type float, got True"),
+        (
+            "low = 0, ",
+            "",
+            "some.toml, claim X.1, condition 1: low and high must be the ends of a range, got -inf and inf",
+        ),
+        ("low = 1", "low = 0", "some.toml, claim X.2, condition 1: low and high must both be the published number"),
+        ("at_least", "least", "some.toml, claim X.1, needs.steps: least is not a field; expected at_least"),
+        ('digits = "auto"', 'digits = "all"', "condition 1: digits must be of type int | None, got 'all'"),
+        ("[[sources]]", "[[sources", "some.toml: "),
+    ],
+)
+def test_faulty_claims_name_file_claim_and_field(tmp_path, old, new, message):
+    (tmp_path / "claims").mkdir()
+    assert old in TEXT
+    (tmp_path / "claims" / "some.toml").write_text(TEXT.replace(old, new, 1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_claims(str(tmp_path / "some.py"))
 
 
 def save_run(directory, study, options, values=(0.84, 0.841), settings=None):

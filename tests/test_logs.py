@@ -1,4 +1,4 @@
-"""What `--log` writes, read back from the files."""
+"""The files that `--log` writes, read back."""
 
 import struct
 import sys

@@ -157,7 +157,7 @@ def test_activations(monkeypatch):
 
 
 class Tiny(nn.Module):
-    """In place of VGG, which takes long to compile."""
+    """A small network in the place of VGG, which takes long to compile."""
 
     classes: int
     norm: object

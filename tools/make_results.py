@@ -61,7 +61,7 @@ def publish(run: Path, name: str, document: dict[str, Any]) -> None:
 
 def published(name: str) -> Results | None:
     """Loads the published results of a study."""
-    return Results.read(DOCS / "results" / f"{name}.json")
+    return Results.load(DOCS / "results" / f"{name}.json")
 
 
 def ledger_page(studies: dict[str, Results]) -> str:

@@ -23,11 +23,11 @@ _ALWAYS_RECORDED = ("seeds", "dataset")
 def option(
     default: Any, text: str, *, shown: str = "", choices: Sequence[str] = (), group: str = "", **more: Any
 ) -> Any:
-    """A field of `Options` that is an option of the command line too, named as the field.
+    """Declares a field of `Options` that is an option of the command line too, named as the field.
 
     Args:
       default: its value where it is not given.
-      text: what `--help` says of it.
+      text: text of `--help`.
       shown: the default in words, where it is not that value.
       choices: the only values that it may have.
       group: heading under which `--help` shows it.
@@ -39,13 +39,13 @@ def option(
 
 
 def default_text(field: dataclasses.Field) -> str:
-    """The default of an option in words; empty where there is none worth saying."""
+    """Writes the default of an option in words; nothing where there is none worth saying."""
     return field.metadata["default"] or ("" if field.default in (None, False) else str(field.default))
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a run of any study may choose; a study's own options are a dataclass made of this one.
+    """The options of any study; a study's own options are a dataclass made of this one.
 
     Attributes:
       seeds: number of seeds, 0 to seeds − 1.
@@ -59,11 +59,11 @@ class Options:
 
     @classmethod
     def shown(cls) -> list[dataclasses.Field]:
-        """The fields that are options of the command line."""
+        """Returns the fields that are options of the command line."""
         return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
 
     def to_json(self) -> dict[str, Any]:
-        """Those that change what is measured, without the defaults."""
+        """Returns the options that change what is measured, without the defaults."""
         values = {field: getattr(self, field.name) for field in self.shown() if field.metadata["is_recorded"]}
         return {
             field.name: list(value) if isinstance(value, tuple) else value
@@ -72,11 +72,7 @@ class Options:
         }
 
     def selected(self, networks: Mapping[str, Any]) -> dict[str, Any]:
-        """The networks named by the option `variants`; all of them where it names none.
-
-        Raises:
-          ValueError: for a name that is not among them.
-        """
+        """Returns the networks named by the option `variants`, which have to be among them; all where it names none."""
         names: Sequence[str] = getattr(self, "variants", None) or tuple(networks)
         if unknown := sorted(set(names) - set(networks)):
             raise ValueError(f"--variants must be among {', '.join(networks)}, got {', '.join(unknown)}.")
@@ -85,12 +81,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions(Options):
-    """Options of a study of an image set of TensorFlow Datasets.
-
-    Attributes:
-      dataset: its name; a study that takes others says so in a field of its own.
-      data_dir: where prepared image sets are.
-    """
+    """Options of a study of an image set of TensorFlow Datasets; one of other sets has a field `dataset` of its own."""
 
     dataset: str = option("mnist", "image set", choices=("mnist", "fashion_mnist"))
     data_dir: str | None = option(
@@ -108,18 +99,7 @@ _HERE: Mapping[str, Any] = {**_MANY, "is_recorded": False}
 
 @dataclasses.dataclass(frozen=True)
 class ParallelOptions(Options):
-    """Options of a study that trains one network on several devices.
-
-    Attributes:
-      devices: of this process.
-      parallel: how a step is mapped over devices: 'jit', 'shard_map' or 'pmap'.
-      group_size: devices whose batch norms synchronize; all by default.
-      accumulate_steps: micro-batches in a step.
-      coordinator: address of process 0.
-      processes: how many there are.
-      process_id: which of them this is.
-      distributed: whether JAX finds the processes in the environment.
-    """
+    """Options of a study that trains one network on several devices; the text of each says what it is."""
 
     devices: int | None = option(
         None, "devices of this process (default all; on CPU, simulated ones)", metavar="N", **_HERE
@@ -141,21 +121,21 @@ class ParallelOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a study's module says of itself, as `STUDY`.
+    """The declaration of a study, `STUDY` in its module.
 
     The module also has `CLAIMS`; `networks(options)`, or `networks(options, images)` where it takes image sets, by name
     what it trains (each a `bnjax.studies.engine.plan.Variant`); and `run(options, report)`, which trains, judges the
     claims, and returns the results and the figures by file name.
 
     Attributes:
-      name: on the command line, that of the file.
-      summary: one line.
-      source: where the study comes from.
+      name: name on the command line, that of the file.
+      summary: one line on what it does.
+      source: document that the study comes from.
       options: its own options, a dataclass made of `Options`.
       compiled: the network whose training step `bnjax compile` compiles; empty for none.
       compiled_options: options with which it has the size that it has on an accelerator.
       fast: the options of `bnjax claims --fast`; None where that leaves the study out.
-      source_size: what the source trained, where the study's default on a CPU is smaller.
+      source_size: size of the source's trainings, where the study's default on a CPU is smaller.
       order: place in lists.
     """
 
@@ -171,7 +151,7 @@ class Study:
 
     @property
     def fields(self) -> dict[str, dataclasses.Field]:
-        """Its options of the command line, by name."""
+        """The options of the command line, by name."""
         return {field.name: field for field in self.options.shown()}
 
     @property
@@ -181,7 +161,7 @@ class Study:
 
     @property
     def length(self) -> str:
-        """How long its trainings are by default, such as 'epochs: 100'."""
+        """The length of its trainings by default, such as 'epochs: 100'."""
         lengths = (f"{name}: {default_text(self.fields[name])}" for name in ("steps", "epochs") if name in self.fields)
         return next(lengths, "")
 
@@ -191,7 +171,7 @@ class Study:
 
 
 def _declared(path: Path) -> Study | None:
-    """The `STUDY` of a file, of which only that and the class of its options are run; None for a file without."""
+    """Returns the `STUDY` of a file, of which only that and its `Options` are run; None for a file without."""
     text = path.read_text(encoding="utf-8")
     if "\nSTUDY = " not in text:
         return None
@@ -210,7 +190,7 @@ def _declared(path: Path) -> Study | None:
 
 
 def find_studies() -> dict[str, Study]:
-    """All studies by name, in the order of lists."""
+    """Finds all studies, by name, in the order of lists."""
     files = (file for directory in __path__ for file in Path(directory).glob("*.py"))
     declared = sorted(
         (study for file in files if (study := _declared(file))), key=lambda study: (study.order, study.name)

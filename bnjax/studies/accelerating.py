@@ -1,6 +1,7 @@
 """Two more of the changes that batch norm is said to allow: no local response normalization, and fewer distortions."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,13 @@ from bnjax.linen import BatchNorm
 from bnjax.models import VGG
 from bnjax.studies import Study, data, option
 from bnjax.studies.data import augmentation
-from bnjax.studies.engine.plan import Variant, divisor_from, seed_keys
-from bnjax.studies.engine.training import ONE_BY_ONE, Report, train
-from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import AtLeast, Condition, Source
-from bnjax.studies.evidence.results import Results
-from bnjax.studies.evidence.statistics import seeds_in_words
+from bnjax.studies.engine import ONE_BY_ONE, Report, Variant, divisor_from, seed_keys, train
+from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.ImageOptions):
-    """What a run of the narrow VGGs may choose."""
+    """The options of a run of the narrow VGGs."""
 
     seeds: int = option(3, "number of seeds")
     steps: int = option(500, "steps of training")
@@ -41,7 +38,7 @@ STUDY = Study(
 )
 
 BATCH_SIZE, LEARNING_RATE, PARTS = 128, 0.1, 10
-STRENGTH = 0.5  # of the photometric distortions
+STRENGTH = 0.5  # strength of the photometric distortions
 # name: (label, norm, local response normalization, distorted)
 VARIANTS = {
     "none": ("no batch norm", None, False, False),
@@ -51,32 +48,19 @@ VARIANTS = {
     "none_distorted": ("no batch norm, distorted", None, False, True),
     "bn_distorted": ("batch norm, distorted", BatchNorm, False, True),
 }
-_NEEDS = {"dataset": "cifar10", "steps": AtLeast(500), "width": AtLeast(8)}
-_SOURCE = Source("original paper notes, 'Accelerating BN networks'", _NEEDS)
-CLAIMS = (
-    _SOURCE.claim(
-        "A.5",
-        "with batch norm local response normalization can be removed",
-        "without it the test accuracy is at most half a point lower",
-        Condition("without − with LRN", "test_accuracy", "bn", "bn_lrn", low=-0.005),
-    ),
-    _SOURCE.claim(
-        "A.7",
-        "a batch-normalized network, which trains faster, profits from fewer photometric distortions",
-        "images as they are give a higher test accuracy than images of random brightness and contrast",
-        Condition("plain − distorted", "test_accuracy", "bn", "bn_distorted", low=0),
-    ),
-)
+
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
-    """The six networks by name."""
+    """Returns the six networks by name."""
     prepare, shape = augmentation.centered(images.train.x), images.train.x.shape[1:]
-    variants = {}
-    for name, (label, norm, has_lrn, _) in VARIANTS.items():
-        model = VGG(images.num_classes, norm, 11, options.width, local_response_norm=has_lrn)
-        variants[name] = Variant(name, label, model, optax.sgd(LEARNING_RATE), shape, BATCH_SIZE, preprocess=prepare)
-    return variants
+    how = {"optimizer": optax.sgd(LEARNING_RATE), "input_shape": shape, "batch_size": BATCH_SIZE, "preprocess": prepare}
+    vgg = functools.partial(VGG, images.num_classes, depth=11, width=options.width)
+    return {
+        name: Variant(name, label, vgg(norm=norm, local_response_norm=has_lrn), **how)
+        for name, (label, norm, has_lrn, _) in VARIANTS.items()
+    }
 
 
 def run(options: Options, report: Report):
@@ -103,7 +87,7 @@ def run(options: Options, report: Report):
 
 
 def _distorted_step(network: Variant):
-    """A training step on distorted images."""
+    """Makes a training step on distorted images."""
     plain = dataclasses.replace(network, preprocess=None)
     return lambda state, x, y, key: plain.step(
         state, augmentation.distorted(network.prepared(x), key, STRENGTH), y, key

@@ -1,6 +1,8 @@
 """S3: three hidden layers of 100 sigmoid units on binary MNIST, with and without batch norm, watched in training."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +17,14 @@ from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine.plan import Plan, Trained, Variant, divisor_from, seed_keys
-from bnjax.studies.engine.training import Report, train
-from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import AtLeast, Condition, Source
+from bnjax.studies.engine import Plan, Report, Trained, Variant, divisor_from, scaled_kernels, seed_keys, train
+from bnjax.studies.evidence import Results, interval, plots, read_claims, seeds_in_words
 from bnjax.studies.evidence.plots import Figure, drawing
-from bnjax.studies.evidence.results import Results
-from bnjax.studies.evidence.statistics import interval, seeds_in_words
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.ImageOptions):
-    """What a run of the sigmoid networks may choose."""
+    """The options of a run of the sigmoid networks."""
 
     seeds: int = option(4, "number of seeds")
     steps: int | None = option(None, "steps of training", shown="10,000 on CPU, 50,000 on GPU and TPU")
@@ -50,93 +48,18 @@ LEARNING_RATE, DEVIATION = 0.1, 0.1
 GRID = {"learning_rate": (0.03, 0.1, 0.3, 1.0), "deviation": (0.01, 0.1, 0.3, 1.0)}
 RATES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 RATE_STEPS = 500
-TIMES = (5, 30)  # the learning rate
-LEARNT = 0.5 * float(np.log(10))  # a loss: half of that of chance
+TIMES = (5, 30)  # multiples of the learning rate that are tried
+LEARNT = 0.5 * float(np.log(10))  # a loss that is half of that of chance
 LOOKED_AT = 1000  # test images whose activations are looked at
 LAST_HIDDEN = f"Dense_{len(HIDDEN) - 1}"
 UNIT = 0
 LABELS = {"none": "no batch norm", "bn": "batch norm"}
 
-_MNIST = {"dataset": "mnist, pixels above 127"}
-_LONG = {**_MNIST, "steps": AtLeast(STEPS["cpu"])}
-_SOURCE = Source("original paper notes; Ioffe & Szegedy 2015, section 4.1", _LONG)
-_SLIDES = Source("training and inference slides, abstract", _LONG)
-CLAIMS = (
-    _SOURCE.claim(
-        "S3.1",
-        "test accuracy is higher with batch norm at every point of training",
-        "the paired difference is positive on average over training, and at the measured step where its mean is least",
-        Condition("mean gain", "mean_test_accuracy", "bn", "none", low=0),
-        Condition("least gain", "least_gain", "bn", low=0, is_difference=True),
-        published="higher",
-    ),
-    _SOURCE.claim(
-        "S3.2",
-        "the distribution of the inputs to a sigmoid of the last hidden layer is more stable with batch norm",
-        "the deviation over training of the units' median input, mean over units, is smaller at paired seeds",
-        Condition("movement with − without", "movement_of_medians", "bn", "none", high=0, digits=3),
-        published="more stable",
-    ),
-    _SOURCE.claim(
-        "S3.3",
-        "with batch norm the loss does not depend on the scale of a layer's weights",
-        "the largest cosine of a hidden unit's weights and their gradient stays below 0.01 at all measured steps",
-        Condition("largest cosine", "largest_scale_cosine", "bn", low=0, high=0.01, digits=6),
-        published="⟨w, ∂L/∂w⟩ = 0",
-        needs=_MNIST,
-    ),
-    _SOURCE.claim(
-        "S3.4",
-        "with batch norm a network trains at 5 and 30 times the learning rate that the plain one tolerates",
-        f"at every seed, {RATE_STEPS} steps at 5 and at 30 times the largest rate of {RATES[0]:g} to {RATES[-1]:g} "
-        "that trains without it there bring the loss below half of chance's",
-        Condition("seeds that train at 5 times", "trains_at_5_times", "bn", low=1, every_seed=True, digits=2),
-        Condition("at 30 times", "trains_at_30_times", "bn", low=1, every_seed=True, digits=2),
-        published="5 and 30 times",
-        needs=_MNIST,
-        amended="the rate that the plain network tolerates is now that of the same seed; it was the largest of all "
-        "seeds'",
-    ),
-    _SOURCE.claim(
-        "S3.5",
-        "networks of saturating units train with batch norm, and get stuck without: from small kernels",
-        f"from kernels of deviation {GRID['deviation'][0]:g}, a tenth of the steps at rate {LEARNING_RATE:g} reach a "
-        "test accuracy above 0.9 with it, and leave it below 0.2 without",
-        Condition("with", "accuracy_from_small_kernels", "bn", low=0.9),
-        Condition("without", "accuracy_from_small_kernels", "none", high=0.2),
-        published="trains / stuck",
-    ),
-    _SOURCE.claim(
-        "S3.5 (saturated)",
-        "… from kernels so large that most units begin in saturation",
-        f"the same, from kernels of deviation {GRID['deviation'][-1]:g}",
-        Condition("with", "accuracy_from_large_kernels", "bn", low=0.9),
-        Condition("without", "accuracy_from_large_kernels", "none", high=0.2),
-        published="trains / stuck",
-    ),
-    _SOURCE.claim(
-        "S3.5 (range)",
-        "… at all learning rates and initial kernels",
-        "the same, for the least accuracy with it and the largest without over the grid of "
-        f"{' '.join(f'{value:g}' for value in GRID['learning_rate'])} and deviations "
-        f"{' '.join(f'{value:g}' for value in GRID['deviation'])}",
-        Condition("with", "least_accuracy_in_grid", "bn", low=0.9),
-        Condition("without", "largest_accuracy_in_grid", "none", high=0.2),
-        published="trains / stuck",
-        amended="added after such a grid had been seen in which the plain network learns in most places",
-    ),
-    _SLIDES.claim(
-        "S4.4",
-        "batch norm achieves the same accuracy with 14 times fewer training steps",
-        "all steps divided by those after which the test accuracy reaches what the plain network has at the end",
-        Condition("times fewer", "times_fewer_steps", "bn", low=14, digits=1),
-        published="14 times (ImageNet)",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
-    """The networks without and with batch norm, by name."""
+    """Returns the networks without and with batch norm, by name."""
     init, shape = nn.initializers.normal(1.0), (images.train.x[0].size,)  # scaled by the setting's deviation
     model = Perceptron(HIDDEN, 10, None, "none", nn.sigmoid, init, init)
     models = {"none": model, "bn": model.clone(norm=BatchNorm, place="before")}
@@ -169,7 +92,7 @@ def run(options: Options, report: Report):
     all_trained, ranges = {}, {}
     for name, variant in networks(options, images).items():
         network = _Network(variant, test)
-        plan = network.plan(steps, every)
+        plan = network.plan(steps, every, variant.label, network.measure)
         all_trained[name] = train(plan, of_seeds, train_set, report=report, options=options)
         _add(results, all_trained[name])
         _add_grid(results, network, train_set, of_seeds["key"], settings["grid_steps"], report)
@@ -185,52 +108,49 @@ def run(options: Options, report: Report):
 
 
 class _Network:
-    """The network with or without batch norm, and what is measured of it."""
+    """The network with or without batch norm, and its measurements."""
 
     def __init__(self, variant: Variant, test: data.Split):
         self.variant, self.model = variant, variant.model
         self.test = jax.tree.map(jnp.asarray, test)
         variables = self.model.init(jax.random.key(0), self.test.x[:1], training=False)
-        self.layers = losses.layers_in_order(self.model, variables, self.test.x[:1])
-        self.kernels = [f"{layer[0]}/kernel" for layer in self.layers[:-1]]
+        self.layers = [layer[0] for layer in losses.layers_in_order(self.model, variables, self.test.x[:1])]
 
     def create(self, setting):
-        """The state at step 0, of a seed, a learning rate and a deviation of the initial kernels."""
+        """Creates the state at step 0, of a seed, a learning rate and a deviation of the initial kernels."""
         optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=setting["learning_rate"])
         state = dataclasses.replace(self.variant, optimizer=optimizer).create(setting)
-        return state.replace(params=_scaled(state.params, setting["deviation"]))
+        return state.replace(params=scaled_kernels(state.params, setting["deviation"]))
 
-    def plan(self, steps: int, every: int, *, is_of_grid: bool = False) -> Plan:
-        """How to train and measure it: in the grid only its accuracy."""
-
-        def measure(state, x, y, key):
-            accuracy = jnp.mean(training.evaluate(state, *self.test, objective=training.cross_entropy).accuracy)
-            return {"accuracy": accuracy} | ({} if is_of_grid else self.look(state, x, y))
-
-        label = self.variant.label + ", grid" * is_of_grid
+    def plan(self, steps: int, every: int, label: str, measure: Callable[..., Any]) -> Plan:
+        """Plans its training."""
         named = dataclasses.replace(self.variant, label=label)
         return named.plan(steps, create=self.create, measure=measure, every=every)
 
-    def look(self, state, x, y) -> dict[str, Any]:
-        """Activations by layer, and the norms and scale invariance of gradients, in training mode."""
+    def accuracy(self, state, *inputs) -> dict[str, Any]:
+        """Measures the accuracy on the test set."""
+        return {"accuracy": jnp.mean(self.variant.correct(state, *self.test))}
+
+    def measure(self, state, x, y, key) -> dict[str, Any]:
+        """Measures activations by layer, and the norms and scale invariance of gradients, in training mode."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         inputs = losses.layer_outputs(self.model, variables, self.test.x[:LOOKED_AT])
-        hidden = {layer[0]: inputs[layer[0]] for layer in self.layers[:-1]}
-        loss = losses.linen_loss(self.model, variables, training.cross_entropy)
-        rate = state.opt_state.hyperparams["learning_rate"]
+        hidden = {name: inputs[name] for name in self.layers[:-1]}
+        at = losses.linen_loss(self.model, variables, training.cross_entropy), state.params, x, y
+        kernels, rate = [f"{name}/kernel" for name in self.layers[:-1]], state.opt_state.hyperparams["learning_rate"]
         return {
+            **self.accuracy(state),
             "activations": analysis.activation_statistics(hidden, jax.nn.sigmoid),
-            "gradient_norms": analysis.gradient_norms(loss, state.params, x, y, layers=[n[0] for n in self.layers]),
-            "invariance": analysis.scale_invariance(loss, state.params, x, y, layers=self.kernels, learning_rate=rate),
+            "gradient_norms": analysis.gradient_norms(*at, layers=self.layers),
+            "invariance": analysis.scale_invariance(*at, layers=kernels, learning_rate=rate),
         }
 
     def learning_rates(self, keys, rates, examples: data.Split) -> analysis.LearningRateRange:
-        """Which rates train, for each seed."""
+        """Finds which rates train, for each seed."""
         x, y = jax.tree.map(jnp.asarray, tuple(examples))
 
         def of_seed(key, x, y):
-            setting = {"key": key, "learning_rate": rates[0], "deviation": jnp.asarray(DEVIATION)}
-            state = self.create(setting)
+            state = self.create({"key": key, "learning_rate": rates[0], "deviation": jnp.asarray(DEVIATION)})
             loss = losses.linen_loss(self.model, {"batch_stats": state.batch_stats}, training.cross_entropy)
             index = jax.random.randint(jax.random.fold_in(key, 3), (RATE_STEPS, BATCH_SIZE), 0, y.shape[0])
             options = {"target": LEARNT, "batch_size": len(rates)}
@@ -242,131 +162,115 @@ class _Network:
 
 
 def _add(results: Results, trained: Trained) -> None:
-    """The numbers of the main training."""
+    """Adds the numbers of the main training."""
     measured = trained.measurements
+    norms, accuracy = measured["gradient_norms"], measured["accuracy"]
     last = measured["activations"][LAST_HIDDEN]  # percentiles [seeds, times, 3, units]
-    median, width = last.percentiles[:, :, 1], last.percentiles[:, :, 2] - last.percentiles[:, :, 0]
+    low, median, high = np.moveaxis(last.percentiles, 2, 0)
     movement = median.std(1)
-    relative = movement / np.maximum(width.mean(1), 1e-12)
-    curves = {"test_accuracy": measured["accuracy"], "batch_loss": np.asarray(trained.metrics.loss)}
+    relative = movement / np.maximum((high - low).mean(1), 1e-12)
+    curves = {"test_accuracy": accuracy, "batch_loss": np.asarray(trained.metrics.loss)}
     for layer, statistics in measured["activations"].items():
         curves |= {f"saturated_{layer}": statistics.saturated, f"dead_{layer}": statistics.dead}
-    for layer, norms in measured["gradient_norms"].items():
-        curves[f"gradient_norm_{layer}"] = norms
-    ratio = measured["gradient_norms"]["Dense_0"] / measured["gradient_norms"][f"Dense_{len(HIDDEN)}"]
+    curves |= {f"gradient_norm_{layer}": of_layer for layer, of_layer in norms.items()}
     metrics = {
-        "test_accuracy": measured["accuracy"][:, -1],
-        "mean_test_accuracy": measured["accuracy"][:, 1:].mean(1),
+        "test_accuracy": accuracy[:, -1],
+        "mean_test_accuracy": accuracy[:, 1:].mean(1),
         "movement_of_medians": movement.mean(1),
         "relative_movement": np.median(relative, 1),
         "largest_scale_cosine": measured["invariance"].cosine.max((1, 2)),
         "saturated_at_end": last.saturated[:, -1],
-        "first_to_last_gradient": np.median(ratio, 1),
+        "first_to_last_gradient": np.median(norms["Dense_0"] / norms[f"Dense_{len(HIDDEN)}"], 1),
     }
     results.add(trained, {"learning_rate": LEARNING_RATE, "deviation": DEVIATION}, metrics, curves)
 
 
 def _add_grid(results: Results, network: _Network, examples: data.Split, keys, steps: int, report: Report) -> None:
-    """Shorter trainings over initial deviations and learning rates, all at once."""
-    name, rates, deviations = network.variant.name, GRID["learning_rate"], GRID["deviation"]
-    cells = [(rate, deviation) for deviation in deviations for rate in rates]
-    count = len(keys)
-    settings = {
-        "key": jnp.tile(keys, len(cells)),
-        "learning_rate": jnp.repeat(jnp.array([rate for rate, _ in cells]), count),
-        "deviation": jnp.repeat(jnp.array([deviation for _, deviation in cells]), count),
-    }
-    plan = network.plan(steps, divisor_from(steps // 2, steps), is_of_grid=True)
+    """Adds shorter trainings over initial deviations and learning rates, all at once."""
+    name, label, rates, deviations = network.variant.name, network.variant.label, *GRID.values()
+    cells, count = list(itertools.product(deviations, rates)), len(keys)
+    deviation, rate = (jnp.repeat(jnp.array(values), count) for values in zip(*cells, strict=True))
+    settings = {"key": jnp.tile(keys, len(cells)), "learning_rate": rate, "deviation": deviation}
+    plan = network.plan(steps, divisor_from(steps // 2, steps), f"{label}, grid", network.accuracy)
     trained = train(plan, settings, examples, report=report)
-    final = jax.jit(jax.vmap(lambda state: training.evaluate(state, *network.test, objective=training.cross_entropy)))
-    accuracy = np.asarray(final(trained.state).accuracy.mean(1)).reshape((len(cells), count))
+    final = jax.jit(jax.vmap(lambda state: network.variant.correct(state, *network.test)))
+    accuracy = np.asarray(final(trained.state).mean(1)).reshape((len(cells), count))
     results.notes.setdefault("grid", {})[name] = [
         {"learning_rate": rate, "deviation": deviation, "test_accuracy": values.tolist()}
-        for (rate, deviation), values in zip(cells, accuracy, strict=True)
+        for (deviation, rate), values in zip(cells, accuracy, strict=True)
     ]
-    lines = ["deviation   " + "".join(f"rate {rate:<12g}" for rate in rates)]
     for size, deviation in (("small", deviations[0]), ("large", deviations[-1])):
-        results.set_metric(name, f"accuracy_from_{size}_kernels", accuracy[cells.index((LEARNING_RATE, deviation))])
+        results.set_metric(name, f"accuracy_from_{size}_kernels", accuracy[cells.index((deviation, LEARNING_RATE))])
     results.set_metric(name, "least_accuracy_in_grid", accuracy.min(0))
     results.set_metric(name, "largest_accuracy_in_grid", accuracy.max(0))
+    lines = ["deviation   " + "".join(f"rate {rate:<12g}" for rate in rates)]
     for deviation, row in zip(deviations, accuracy.reshape((len(deviations), len(rates), count)), strict=True):
         lines.append(f"{deviation:<12g}" + "".join(f"{interval(values).text(3):<17}" for values in row))
-    results.texts.append((f"{network.variant.label}: test accuracy after {steps} steps", "\n".join(lines)))
+    results.texts.append((f"{label}: test accuracy after {steps} steps", "\n".join(lines)))
 
 
 def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) -> None:
-    """The numbers that compare the two networks at the same seeds."""
+    """Adds the numbers that compare the two networks at the same seeds."""
     with_, without = (results.arrays[f"{name}/test_accuracy"][:, 1:] for name in ("bn", "none"))
     gain = with_ - without
     results.set_metric("bn", "least_gain", gain[:, gain.mean(0).argmin()])
     reached = with_ >= without[:, -1:]
     first = np.where(reached.any(1), reached.argmax(1) + 1, np.nan)  # measurements; the first was before any step
     results.set_metric("bn", "times_fewer_steps", with_.shape[1] / first)
-    # Where the plain network trains at the largest rate of all, what it tolerates is not known.
+    # Where the plain network trains at the largest rate of all, the rate that it tolerates is not known.
     largest, trains = np.asarray(ranges["none"].largest), np.asarray(ranges["bn"].trains)
     known = np.isfinite(ranges["none"].breaks_at)
     tried = _multiples(ranges["none"])
     for times in TIMES:
         own = [tried.index(times * float(rate)) if known[seed] else 0 for seed, rate in enumerate(largest)]
-        found = np.where(known, trains[np.arange(len(own)), own], np.nan)
-        results.set_metric("bn", f"trains_at_{times}_times", found)
+        is_trained = np.where(known, trains[np.arange(len(own)), own], np.nan)
+        results.set_metric("bn", f"trains_at_{times}_times", is_trained)
     results.set_metric("none", "largest_rate", largest)
 
 
 def _figures(all_trained: dict[str, Trained], ranges: dict[str, Any], title: str) -> dict[str, Figure]:
+    """Draws all figures, by file name."""
     times = next(iter(all_trained.values())).measured_at
     measured = {trained.plan.label: trained.measurements for trained in all_trained.values()}
-    one_unit = {k: m["activations"][LAST_HIDDEN].percentiles[0, :, :, UNIT] for k, m in measured.items()}
-    saturated = {k: {n: s.saturated for n, s in m["activations"].items()} for k, m in measured.items()}
-    norms = {k: m["gradient_norms"] for k, m in measured.items()}
+    accuracies = {label: m["accuracy"] for label, m in measured.items()}
     of_label = {LABELS[name]: of for name, of in ranges.items()}
-    accuracies = {k: m["accuracy"] for k, m in measured.items()}
+
+    def percentiles(axis, label):
+        one_unit = measured[label]["activations"][LAST_HIDDEN].percentiles[0, :, :, UNIT]
+        drawing.activation_percentiles(axis, {label: one_unit}, times)
+
+    def saturation(axis, label):
+        saturated = {layer: of.saturated for layer, of in measured[label]["activations"].items()}
+        drawing.curves(axis, saturated, times, ylabel="fraction saturated", ordered=True)
+
+    def norms(axis, label):
+        options = {"ylabel": "‖∂L/∂W‖₂", "log": True, "ordered": True}
+        drawing.curves(axis, measured[label]["gradient_norms"], times, **options)
+
+    def pair(text: str, draw: Callable[..., Any], **options: Any) -> Figure:
+        """Draws both networks beside each other, on one scale."""
+        panels = [(label, functools.partial(draw, label=label)) for label in measured]
+        return plots.panels(text, panels, sharey=True, **options)
+
     return {
         "test_accuracy.png": plots.curves(accuracies, times, "test accuracy", title),
-        "percentiles.png": _pair(
-            "Inputs to one sigmoid of the last hidden layer, the first seed",
-            one_unit,
-            lambda ax, k, v: drawing.activation_percentiles(ax, {k: v}, times),
-            legend=False,
+        "percentiles.png": pair(
+            "Inputs to one sigmoid of the last hidden layer, the first seed", percentiles, legend=False
         ),
-        "saturation.png": _pair(
-            f"Inputs at which the sigmoid is flat ({title})",
-            saturated,
-            lambda ax, k, v: drawing.curves(ax, v, times, ylabel="fraction saturated", ordered=True),
-        ),
-        "gradient_norms.png": _pair(
-            f"Gradient norms by layer ({title})",
-            norms,
-            lambda ax, k, v: drawing.curves(ax, v, times, ylabel="‖∂L/∂W‖₂", log=True, ordered=True),
-        ),
+        "saturation.png": pair(f"Inputs at which the sigmoid is flat ({title})", saturation),
+        "gradient_norms.png": pair(f"Gradient norms by layer ({title})", norms),
         "learning_rates.png": plots.panel(
             f"After {RATE_STEPS} steps ({title})", lambda axis: drawing.learning_rate_range(axis, of_label)
         ),
     }
 
 
-def _pair(title: str, values: dict[str, Any], draw: Callable[[Any, str, Any], Any], *, legend: bool = True) -> Figure:
-    """Without and with batch norm beside each other, on one scale."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    for ax, (label, value) in zip(figure.subplots(1, len(values), sharey=True), values.items(), strict=True):
-        draw(ax, label, value)
-        ax.set_title(label, fontsize=9)
-    if legend:
-        drawing.legend(figure)
-    return figure
-
-
 def _multiples(without: analysis.LearningRateRange) -> tuple[float, ...]:
-    """1, 5 and 30 times the largest rate that trains without batch norm, for every seed's (else of the least tried)."""
+    """Returns 1, 5 and 30 times each seed's largest rate that trains without batch norm (else the least tried)."""
     largest = {float(rate) for rate in np.asarray(without.largest) if np.isfinite(rate)} or {RATES[0]}
     return tuple(sorted({times * rate for rate in largest for times in (1, *TIMES)}))
 
 
-def _scaled(params: Any, deviation: Any) -> Any:
-    return jax.tree.map_with_path(lambda path, p: p * deviation if path[-1].key == "kernel" else p, params)
-
-
 def _binary(images: np.ndarray) -> np.ndarray:
-    """Pixels 0 or 1, one float32 vector for each image."""
+    """Returns pixels 0 or 1, one float32 vector for each image."""
     return (images.reshape(len(images), -1) > 127).astype(np.float32)

@@ -16,16 +16,13 @@ from bnjax import studies, training
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine.plan import Examples, Trained, Variant, seed_keys
-from bnjax.studies.engine.training import Job, Report, train_all
-from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Condition, Source
-from bnjax.studies.evidence.results import Results
+from bnjax.studies.engine import Examples, Job, Report, Trained, Variant, seed_keys, train_all
+from bnjax.studies.evidence import Results, plots, read_claims
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.Options):
-    """What a run of the blobs may choose."""
+    """The options of a run of the blobs."""
 
     seeds: int = option(32, "number of seeds")
     epochs: int | None = option(None, "epochs of training", shown="50 shallow, 100 deep, 10 inside")
@@ -41,15 +38,8 @@ STUDY = Study(
     order=2,
 )
 
-PUBLISHED = {"deep_none": 0.86, "deep_before": 0.84}
-SETTINGS = {
-    "width": 128,
-    "optimizer": "Adam",
-    "learning_rate": 0.01,
-    "batch_size": 300,
-    "momentum": 0.99,
-    "epsilon": 1e-3,
-}
+SETTINGS = {"width": 128, "optimizer": "Adam", "learning_rate": 0.01, "batch_size": 300}
+SETTINGS |= {"momentum": 0.99, "epsilon": 1e-3}
 
 # name: (label, hidden layers, place, epochs, epsilon of the source's part)
 VARIANTS = {
@@ -58,39 +48,11 @@ VARIANTS = {
     "deep_before": ("(b) eleven, batch norm", 11, "before", 100, 1e-3),
 }
 
-_SOURCE = Source("training and inference slides", {"deep_epochs": 100})
-CLAIMS = (
-    _SOURCE.claim(
-        "S4.1",
-        "inference equals gamma (h − mean) / sqrt(var + epsilon) + beta from the stored numbers",
-        "largest difference to a float64 calculation, over all seeds, below 1e-5 of the largest value",
-        Condition("relative error", "relative_error", "inside", high=1e-5, exact=True, digits=None),
-        published="equal to 3 decimals",
-        needs={},
-    ),
-    _SOURCE.claim(
-        "S4.2",
-        "test accuracy of the deep network is about 0.86 without and 0.84 with batch norm",
-        "each published number lies in the 95 % prediction interval of one run",
-        *(
-            Condition(label, "test_accuracy", name, low=PUBLISHED[name], high=PUBLISHED[name], one_run=True)
-            for label, name in (("without", "deep_none"), ("with", "deep_before"))
-        ),
-        published="0.86, 0.84 (one run each)",
-    ),
-    _SOURCE.claim(
-        "S4.3",
-        "batch norm prevents overfitting: training and validation loss stay together in the deep network",
-        "the gap between validation and training loss (both with running statistics, at the end) is smaller with batch "
-        "norm, paired over seeds",
-        Condition("gap with − without", "loss_gap", "deep_before", "deep_none", high=0),
-        published="a figure",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options) -> dict[str, Variant]:
-    """The networks of parts (a) and (b) by name."""
+    """Returns the networks of parts (a) and (b) by name."""
     variants = {}
     for name, (label, layers, place, _, epsilon) in VARIANTS.items():
         norm = None if place == "none" else functools.partial(BatchNorm, epsilon=epsilon)
@@ -137,12 +99,11 @@ def run(options: Options, report: Report):
         "test_accuracy": "validation accuracy",
     }
     title = f"Two blobs, {options.seeds} seeds: mean and 95 % interval"
-    figures = {
+    return results, {
         "histograms.png": plots.histograms(all_trained),
         "learning_curves.png": plots.learning_curves(all_trained, panels, title),
         "decision_boundaries.png": plots.decision_boundaries(all_trained, sets[0].test),
     }
-    return results, figures
 
 
 def _stacked(splits: Sequence[data.Split]) -> data.Split:
@@ -150,11 +111,7 @@ def _stacked(splits: Sequence[data.Split]) -> data.Split:
 
 
 def inside(options: Options, report: Report) -> dict[str, dict]:
-    """Part (c): trains 2 or 3 features → 4 units and compares inference with a calculation from the stored numbers.
-
-    Args:
-      options: the number of seeds, and where checkpoints are.
-      report: is told the progress.
+    """Trains 2 or 3 features → 4 units, part (c), and compares inference with a calculation from the stored numbers.
 
     Returns:
       For each number of features: 'h' and 'r' of the first seed's first three examples, 'gamma', 'beta', 'mean' and
@@ -173,10 +130,7 @@ def inside(options: Options, report: Report) -> dict[str, dict]:
         settings = {"key": seed_keys(seeds), "examples": Examples.of(data.Split(x, y), {})}
         jobs.append(Job(variant.epochs(10, 100), settings))
     all_trained = train_all(jobs, report, options)
-    return {
-        one.plan.name: _compare(one, job.settings["examples"].train.x)
-        for job, one in zip(jobs, all_trained, strict=True)
-    }
+    return {t.plan.name: _compare(t, j.settings["examples"].train.x) for j, t in zip(jobs, all_trained, strict=True)}
 
 
 def _compare(trained: Trained, x: np.ndarray) -> dict:
@@ -196,12 +150,11 @@ def _compare(trained: Trained, x: np.ndarray) -> dict:
 
 
 def inside_texts(results: Results) -> list[tuple[str, str]]:
-    """What part (c) prints: the stored numbers of the first seed beside the manual calculation."""
-    lines = []
+    """Returns the texts of part (c): the stored numbers of the first seed beside the manual calculation."""
+    texts = []
     for title, part in results.notes["inside"].items():
-        rows = {k: np.array(part[k]) for k in ("h", "gamma", "beta", "mean", "var", "r", "manual")}
-        text = "\n".join(f"{k} = {np.array2string(v.round(3), prefix=k + ' = ')}" for k, v in rows.items())
-        lines.append(
-            (f"(c) inside batch norm, {title}, first seed", f"{text}\nlargest difference {part['difference']:.1e}")
-        )
-    return lines
+        rows = {k: np.array(part[k]).round(3) for k in ("h", "gamma", "beta", "mean", "var", "r", "manual")}
+        lines = [f"{k} = {np.array2string(v, prefix=k + ' = ')}" for k, v in rows.items()]
+        lines.append(f"largest difference {part['difference']:.1e}")
+        texts.append((f"(c) inside batch norm, {title}, first seed", "\n".join(lines)))
+    return texts

@@ -16,17 +16,13 @@ from bnjax.linen import BatchNorm
 from bnjax.models import CifarNetwork
 from bnjax.studies import Study, data, option
 from bnjax.studies.data import augmentation
-from bnjax.studies.engine.plan import Variant, seed_keys
-from bnjax.studies.engine.training import Report, train
-from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Condition, Source
-from bnjax.studies.evidence.results import Results
-from bnjax.studies.evidence.statistics import seeds_in_words
+from bnjax.studies.engine import Report, Variant, seed_keys, train
+from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.ParallelOptions, studies.ImageOptions):
-    """What a run of the convolutional networks may choose."""
+    """The options of a run of the convolutional networks."""
 
     seeds: int = option(3, "number of seeds")
     epochs: int = option(
@@ -52,8 +48,8 @@ STUDY = Study(
 
 FULL = {"steps_per_epoch": 2000, "filters": 60}
 SHORT = {"steps_per_epoch": 80, "filters": 16}
-CLASSES = 100  # of the article
-DEVIATION = 2.0  # of the values that its formula is tried on
+CLASSES = 100  # classes of the article's data set
+DEVIATION = 2.0  # deviation of the values that the article's formula is tried on
 ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu}
 SETTINGS = {
     "dropout": 0.15,
@@ -64,84 +60,28 @@ SETTINGS = {
     "augmentation": "shear 0.2, zoom 0.2, horizontal flip",
 }
 
-_LONG = {"two_passes": True}  # over the training set, before what a network learns or not is said
-_SOURCE = Source("CIFAR-100 article", _LONG)
-CLAIMS = (
-    _SOURCE.claim(
-        "S5.0",
-        "chance level on the article's 100 classes is 10 %",
-        "one divided by the number of classes lies in 9.5 to 10.5 %",
-        Condition("chance", "chance_in_the_article", "sigmoid_none", low=0.095, high=0.105, exact=True),
-        published="10 %",
-        needs={},
-        is_arithmetic=True,
-    ),
-    _SOURCE.claim(
-        "S5.6",
-        "dividing by the batch variance plus a small number gives inputs of unit variance",
-        f"the deviation of values of deviation {DEVIATION:g} divided by their variance plus ε lies in 0.95 to 1.05",
-        Condition("deviation", "deviation_in_the_article", "sigmoid_none", low=0.95, high=1.05, exact=True),
-        published="unit variance",
-        needs={},
-        is_arithmetic=True,
-    ),
-    _SOURCE.claim(
-        "S5.1",
-        "the sigmoid network without batch norm stays at chance",
-        "its best test accuracy is at most 1.5 times that of chance",
-        Condition("times chance", "best_over_chance", "sigmoid_none", high=1.5, digits=2),
-        published="chance",
-    ),
-    _SOURCE.claim(
-        "S5.2",
-        "the sigmoid network with batch norm learns",
-        "its best test accuracy is at least 3 times that of chance",
-        Condition("times chance", "best_over_chance", "sigmoid_bn", low=3, digits=2),
-        published="learns",
-    ),
-    _SOURCE.claim(
-        "S5.3",
-        "the ReLU network without batch norm makes some gains and stalls",
-        "its best test accuracy is above that of chance, and gains less than a point in the last quarter of the epochs",
-        Condition("times chance", "best_over_chance", "relu_none", low=1.5, digits=2),
-        Condition("gain in the last quarter", "late_gain", "relu_none", high=0.01, is_difference=True),
-        published="stalls",
-    ),
-    _SOURCE.claim(
-        "S5.4",
-        "the ReLU network with batch norm is better",
-        "the paired difference in best test accuracy is positive",
-        Condition("with − without", "best_test_accuracy", "relu_bn", "relu_none", low=0),
-        published="better",
-    ),
-    _SOURCE.claim(
-        "S5.5",
-        "gradients reach the first layer of the sigmoid network only with batch norm",
-        "the first layer's gradient over the last's, at the start, is above 0.1 with it and below 0.01 without",
-        Condition("with", "first_to_last_gradient", "sigmoid_bn", low=0.1),
-        Condition("without", "first_to_last_gradient", "sigmoid_none", high=0.01, digits=None),
-        needs={},
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
-    """The four networks by name: `<activation>_<bn|none>`."""
+    """Returns the four networks by name: `<activation>_<bn|none>`."""
     filters = options.width or _scale()["filters"]
-    groups = training.index_groups(_mesh(options)) if options.parallel == "pmap" else None
+    groups = training.index_groups(training.make_mesh(options.group_size)) if options.parallel == "pmap" else None
     norm = functools.partial(
         BatchNorm, epsilon=SETTINGS["epsilon"], axis_name=training.SYNC_AXIS, axis_index_groups=groups
     )
-    optimizer = optax.rmsprop(SETTINGS["learning_rate"], decay=SETTINGS["decay"], eps=1e-7)
-    preprocess = functools.partial(prepare, mean=float(images.train.x.mean()))
+    how = {
+        "optimizer": optax.rmsprop(SETTINGS["learning_rate"], decay=SETTINGS["decay"], eps=1e-7),
+        "input_shape": images.train.x.shape[1:],
+        "batch_size": options.batch_size,
+        "preprocess": functools.partial(prepare, mean=float(images.train.x.mean())),
+    }
     variants = {}
     for activation, function in ACTIVATIONS.items():
-        for place, label in (("none", "no batch norm"), ("bn", "batch norm")):
-            of_place = norm if place == "bn" else None
+        for place, label, of_place in (("none", "no batch norm", None), ("bn", "batch norm", norm)):
             model = CifarNetwork(images.num_classes, of_place, function, filters, _last_filters(filters))
-            name, shape = f"{activation}_{place}", images.train.x.shape[1:]
-            given = (model, optimizer, shape, options.batch_size)
-            variants[name] = Variant(name, f"{activation}, {label}", *given, preprocess=preprocess)
+            name = f"{activation}_{place}"
+            variants[name] = Variant(name, f"{activation}, {label}", model, **how)
     return options.selected(variants)
 
 
@@ -152,8 +92,9 @@ def run(options: Options, report: Report):
     """
     dataset, epochs, batch_size = options.dataset, options.epochs, options.batch_size
     steps, filters = options.steps_per_epoch or _scale()["steps_per_epoch"], options.width or _scale()["filters"]
-    mesh = _mesh(options)
+    mesh = training.make_mesh(options.group_size)
     images = data.images(dataset, options.data_dir, report.reading)
+    how = {"parallel": options.parallel, "accumulate_steps": options.accumulate_steps}
     settings = {
         **SETTINGS,
         "dataset": dataset,
@@ -169,22 +110,22 @@ def run(options: Options, report: Report):
     }
     results = Results(STUDY.name, settings, range(options.seeds))
     of_seeds = {"key": seed_keys(results.seeds), "seed": np.arange(options.seeds)}
-    how = {"parallel": options.parallel, "accumulate_steps": options.accumulate_steps}
     all_trained = []
     for name, network in networks(options, images).items():
         step = training.make_train_step(network.objective, mesh, preprocess=network.preprocess, **how)
         plan, examples = network.parallel_epochs(epochs, steps, step), (images.train, {"test": images.test})
         trained = train(plan, of_seeds, examples, mapped=mesh, report=report, options=options)
         all_trained.append(trained)
+        accuracy = trained.curves["test_accuracy"]
         metrics = {
             "test_accuracy": trained.final("test_accuracy"),
-            "best_test_accuracy": trained.curves["test_accuracy"].max(1),
+            "best_test_accuracy": accuracy.max(1),
             "test_loss": trained.final("test_loss"),
             "train_accuracy_during_epoch": trained.final("train_accuracy"),
             "chance_in_the_article": np.full(options.seeds, 1 / CLASSES),
             "deviation_in_the_article": np.full(options.seeds, _normalized_in_the_article().std()),
-            "best_over_chance": trained.curves["test_accuracy"].max(1) * images.num_classes,
-            "late_gain": _late_gain(trained.curves["test_accuracy"]),
+            "best_over_chance": accuracy.max(1) * images.num_classes,
+            "late_gain": _late_gain(accuracy),
             "first_to_last_gradient": _gradient_ratios(network, images.train, results.seeds),
         }
         activation, _, place = name.partition("_")
@@ -198,19 +139,14 @@ def _scale() -> dict[str, int]:
     return SHORT if jax.default_backend() == "cpu" else FULL
 
 
-def _mesh(options: Options) -> jax.sharding.Mesh:
-    """All devices, in the groups that the options ask for."""
-    return training.make_mesh(options.group_size)
-
-
 def _normalized_in_the_article() -> np.ndarray:
-    """Normal values of a known deviation, normalized as the article writes: by the variance, not by its root."""
+    """Draws normal values of a known deviation, normalized as the article writes: by the variance, not by its root."""
     values = np.random.default_rng(0).normal(0, DEVIATION, 100_000)
     return (values - values.mean()) / (values.var() + SETTINGS["epsilon"])
 
 
 def _late_gain(accuracy: np.ndarray) -> np.ndarray:
-    """How much the best accuracy rises in the last quarter of the epochs; NaN for fewer than four."""
+    """Returns by how much the best accuracy rises in the last quarter of the epochs; NaN for fewer than four."""
     count = accuracy.shape[1]
     if count < 4:
         return np.full(len(accuracy), np.nan)
@@ -218,7 +154,7 @@ def _late_gain(accuracy: np.ndarray) -> np.ndarray:
 
 
 def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) -> np.ndarray:
-    """The norm of the first kernel's gradient over the last's, at the start, for each seed."""
+    """Returns the norm of the first kernel's gradient over the last's, at the start, for each seed."""
     x, y = (jnp.asarray(part[: network.batch_size]) for part in train)
     x = network.prepared(x)
     norm = None if network.model.norm is None else functools.partial(BatchNorm, epsilon=SETTINGS["epsilon"])
@@ -235,12 +171,12 @@ def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) 
 
 
 def _last_filters(filters: int) -> int:
-    """Of the last block, in the article's proportion: 100 to 60."""
+    """Returns the filters of the last block, in the article's proportion: 100 to 60."""
     return round(filters * 5 / 3)
 
 
 def prepare(x, keys, *, mean: float):
-    """Zero-centered float32 images, with the source's augmentation where there are keys.
+    """Makes zero-centered float32 images, with the source's augmentation where there are keys.
 
     The source subtracts the test set's own mean from the test images; here the training set's serves for both.
     """

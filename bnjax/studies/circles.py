@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import optax
 from flax import linen as nn
@@ -11,16 +10,13 @@ from bnjax import studies, training
 from bnjax.linen import BatchNorm, BatchRenorm
 from bnjax.models import Perceptron, of_example
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine.plan import Examples, Variant, seed_keys
-from bnjax.studies.engine.training import Job, Report, train_all
-from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Condition, Source
-from bnjax.studies.evidence.results import Results
+from bnjax.studies.engine import Examples, Job, Report, Variant, seed_keys, train_all
+from bnjax.studies.evidence import Results, plots, read_claims
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.Options):
-    """What a run of the circles may choose."""
+    """The options of a run of the circles."""
 
     seeds: int = option(32, "number of seeds")
     epochs: int = option(100, "epochs of training")
@@ -60,78 +56,20 @@ NORMS = {
 }
 SETTINGS = {"hidden": 50, "optimizer": "SGD", "learning_rate": 0.01, "momentum": 0.9, "batch_size": 32, "epsilon": 1e-3}
 
-_SOURCE = Source("circles case study", {"epochs": 100})
-CLAIMS = (
-    _SOURCE.claim(
-        "S1.1",
-        "test accuracy ends near 84 % with batch norm after the activation, similar to none",
-        "the mean lies in 0.84 ± 0.02, and the paired difference to none in ± 0.02",
-        Condition("after", "test_accuracy", "after", low=0.82, high=0.86),
-        Condition("after − none", "test_accuracy", "after", "none", low=-0.02, high=0.02),
-        published="about 0.84",
-    ),
-    _SOURCE.claim(
-        "S1.2",
-        "test accuracy passes 80 % within 20 epochs with batch norm after the activation, instead of 30 to 40",
-        "the mean epoch is at most 20 with it, and in 30 to 40 without",
-        Condition("after", "epochs_to_80_percent", "after", high=20, digits=1),
-        Condition("none", "epochs_to_80_percent", "none", low=30, high=40, digits=1),
-        published="≤ 20 against 30 to 40",
-    ),
-    _SOURCE.claim(
-        "S1.3",
-        "with batch norm the training accuracy measured during the epoch ends below the test accuracy",
-        f"mean over the last {LAST} epochs minus final test accuracy is negative, after and before",
-        Condition("after", "during_epoch_minus_test", "after", high=0, is_difference=True),
-        Condition("before", "during_epoch_minus_test", "before", high=0, is_difference=True),
-        published="below",
-    ),
-    _SOURCE.claim(
-        "S1.4",
-        "before the activation it learns about as fast as none, with training accuracy around 70 to 75 %",
-        f"mean training accuracy of the last {LAST} epochs in 0.70 to 0.75, and the paired difference in epochs to "
-        "80 % within ± 10",
-        Condition("before", "train_accuracy_during_epoch", "before", low=0.70, high=0.75),
-        Condition("epochs later", "epochs_to_80_percent", "before", "none", low=-10, high=10, digits=1),
-        published="0.70 to 0.75",
-    ),
-    _SOURCE.claim(
-        "S1.5",
-        "batch norm after the activation ends better than before it",
-        "the paired difference in final test accuracy is positive",
-        Condition("after − before", "test_accuracy", "after", "before", low=0),
-        published="better",
-    ),
-    _SOURCE.claim(
-        "S1.10",
-        "batch norm can halve the number of epochs, or better",
-        "epochs to 80 % after the activation minus half of those without, at paired seeds, is at most 0",
-        Condition("epochs beyond half", "epochs_beyond_half", "after", high=0, is_difference=True, digits=1),
-        published="a half or less",
-    ),
-    _SOURCE.claim(
-        "S1.11",
-        "before the activation the network ends slightly worse than without batch norm",
-        "the paired difference in final test accuracy is negative, and above −0.05",
-        Condition("before − none", "test_accuracy", "before", "none", low=-0.05, high=0),
-        published="slightly worse",
-        amended="added after both accuracies had been published here",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options) -> dict[str, Variant]:
-    """The ten networks by name."""
+    """Returns the ten networks by name."""
+    optimizer = optax.sgd(SETTINGS["learning_rate"], SETTINGS["momentum"])
+    how = {"optimizer": optimizer, "input_shape": (2,), "batch_size": SETTINGS["batch_size"]}
     variants = {}
     for name, (label, place, arguments) in VARIANTS.items():
-        given: dict[str, Any] = {"epsilon": SETTINGS["epsilon"], **arguments}
-        kind = given.pop("norm", "batch norm")
-        norm = None if place == "none" else functools.partial(NORMS[kind], **given)
-        init = nn.initializers.he_uniform()
-        model = Perceptron((50,), 1, norm, place, hidden_init=init, weight_norm=kind == "weight norm")
-        optimizer = optax.sgd(SETTINGS["learning_rate"], SETTINGS["momentum"])
-        objective = training.binary_cross_entropy
-        variants[name] = Variant(name, label, model, optimizer, (2,), SETTINGS["batch_size"], objective)
+        kind, given = arguments.get("norm", "batch norm"), {k: v for k, v in arguments.items() if k != "norm"}
+        norm = None if place == "none" else functools.partial(NORMS[kind], **{"epsilon": SETTINGS["epsilon"], **given})
+        init, is_weight_norm = nn.initializers.he_uniform(), kind == "weight norm"
+        model = Perceptron((50,), 1, norm, place, hidden_init=init, weight_norm=is_weight_norm)
+        variants[name] = Variant(name, label, model, objective=training.binary_cross_entropy, **how)
     return variants
 
 
@@ -145,32 +83,27 @@ def run(options: Options, report: Report):
     all_trained = train_all(jobs, report, options)
     for trained in all_trained:
         _, place, arguments = VARIANTS[trained.plan.name]
-        results.add(
-            trained,
-            {"place": place, **arguments},
-            {
-                "train_accuracy": trained.final("fitted_accuracy"),
-                "test_accuracy": trained.final("test_accuracy"),
-                "train_accuracy_during_epoch": trained.final("train_accuracy", LAST),
-                "epochs_to_80_percent": trained.epochs_to("test_accuracy", THRESHOLD),
-                "during_epoch_minus_test": trained.final("train_accuracy", LAST) - trained.final("test_accuracy"),
-            },
-        )
+        metrics = {
+            "train_accuracy": trained.final("fitted_accuracy"),
+            "test_accuracy": trained.final("test_accuracy"),
+            "train_accuracy_during_epoch": trained.final("train_accuracy", LAST),
+            "epochs_to_80_percent": trained.epochs_to("test_accuracy", THRESHOLD),
+            "during_epoch_minus_test": trained.final("train_accuracy", LAST) - trained.final("test_accuracy"),
+        }
+        results.add(trained, {"place": place, **arguments}, metrics)
     half = results.metric("none", "epochs_to_80_percent") / 2
     results.set_metric("after", "epochs_beyond_half", results.metric("after", "epochs_to_80_percent") - half)
     results.judge(CLAIMS)
-    main = all_trained[:3]
+    main, after = all_trained[:3], all_trained[1]
     marks = {"train_accuracy": THRESHOLD, "test_accuracy": THRESHOLD}
-    ending = f", {options.seeds} seeds: mean and 95 % interval"
-    figures = {
-        "histograms.png": plots.histograms(main),
-        "learning_curves.png": plots.learning_curves(main, plots.PANELS, "Two circles" + ending, marks),
-        "extensions.png": plots.learning_curves(
-            [all_trained[1], *all_trained[3:6]], plots.PANELS, "Extensions" + ending, marks
-        ),
-        "normalizers.png": plots.learning_curves(
-            [all_trained[1], *all_trained[6:]], plots.PANELS, "Normalizers" + ending, marks
-        ),
-        "decision_boundaries.png": plots.decision_boundaries(all_trained[:6], circles.test),
+    parts = {
+        "learning_curves": ("Two circles", main),
+        "extensions": ("Extensions", [after, *all_trained[3:6]]),
+        "normalizers": ("Normalizers", [after, *all_trained[6:]]),
     }
-    return results, figures
+    ending = f", {options.seeds} seeds: mean and 95 % interval"
+    figures = {"histograms.png": plots.histograms(main)} | {
+        f"{name}.png": plots.learning_curves(shown, plots.PANELS, title + ending, marks)
+        for name, (title, shown) in parts.items()
+    }
+    return results, {**figures, "decision_boundaries.png": plots.decision_boundaries(all_trained[:6], circles.test)}

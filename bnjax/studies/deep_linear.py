@@ -13,7 +13,7 @@ from jax import lax
 
 import bnjax
 from bnjax import analysis, training, variants
-from bnjax.studies.engine.plan import Plan, step_keys
+from bnjax.studies.engine import Plan, step_keys
 
 DEPTH, SIZE, EXAMPLES = 25, 10, 1000
 LEARNING_RATE = 1e-6
@@ -38,15 +38,15 @@ NORMALIZERS: Mapping[str, Normalizer | None] = {
 
 
 def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
-    """How the network is trained, from every seed at once, by gradient descent on all examples.
+    """Plans the training of the network, from every seed at once, by gradient descent on all examples.
 
     `‖x W₁ … W₂₅ − x A‖²`, summed over 1000 examples x: with the sum the source's learning rate of 1e-6 is just below
     where the plain network diverges, with the mean it would hardly move. The normalizer follows every matrix but the
     last.
 
     Args:
-      name: in `NORMALIZERS`.
-      label: for tables and figures.
+      name: name in `NORMALIZERS`.
+      label: label for tables and figures.
       steps: number of steps.
       every: steps between measurements: a gradient probe, and the internal covariate shift of the 25 layers.
     """
@@ -54,10 +54,8 @@ def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
 
     def create(setting):
         of_data, of_weights = jax.random.split(jax.random.fold_in(setting["key"], 0))
-        target, x = (
-            jax.random.normal(key, shape)
-            for key, shape in zip(jax.random.split(of_data), ((SIZE, SIZE), (EXAMPLES, SIZE)), strict=True)
-        )
+        of_target, of_x = jax.random.split(of_data)
+        target, x = jax.random.normal(of_target, (SIZE, SIZE)), jax.random.normal(of_x, (EXAMPLES, SIZE))
         init = nn.initializers.glorot_normal()
         layers: list[Any] = [{"kernel": init(key, (SIZE, SIZE))} for key in jax.random.split(of_weights, DEPTH)]
         if normalize is not None:
@@ -105,5 +103,4 @@ def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
     def draw(examples, setting, number):
         return step_keys(setting, number)[1:]
 
-    how: Any = {"measure": measure, "every": every, "watch": watch}
-    return Plan(f"linear_{name}", label, create, draw, step, steps, **how)
+    return Plan(f"linear_{name}", label, create, draw, step, steps, measure=measure, every=every, watch=watch)

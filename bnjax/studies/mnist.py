@@ -6,17 +6,14 @@ import optax
 
 from bnjax import studies
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine.plan import Examples, Variant, seed_keys
-from bnjax.studies.engine.training import Job, Report, train_all
-from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import Claim, Condition, Source
-from bnjax.studies.evidence.results import Results
+from bnjax.studies.engine import Examples, Job, Report, Variant, seed_keys, train_all
+from bnjax.studies.evidence import Results, plots, read_claims
 from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.ImageOptions):
-    """What a run on MNIST may choose."""
+    """The options of a run on MNIST."""
 
     seeds: int = option(8, "number of seeds")
     epochs: int = option(10, "epochs of training")
@@ -35,11 +32,15 @@ STUDY = Study(
     order=3,
 )
 
-PLACES = {"none": "no batch norm", "before": "batch norm"}
 NORMALIZERS = ("renorm", "layer", "group", "weight")  # before the activation, at one batch size
 PUBLISHED_WITHOUT = {16: 0.9745, 32: 0.9718, 64: 0.9709, 128: 0.9720}
-PUBLISHED = {"none": 0.9706, "before": 0.9723}
 THRESHOLD = 0.97
+PANELS = {
+    "train_accuracy": "training accuracy (during the epoch)",
+    "validation_accuracy": "validation accuracy",
+    "train_loss": "training loss (during the epoch)",
+    "validation_loss": "validation loss",
+}
 SETTINGS = {
     "hidden": list(HIDDEN),
     "optimizer": "Adam",
@@ -48,75 +49,41 @@ SETTINGS = {
     "epsilon": EPSILON,
 }
 
-_SOURCE = Source("MNIST assignment", {"dataset": "mnist", "epochs": 10})
-
-
-def _one_run(claim: str, variant: str, statement: str, published: float) -> Claim:
-    condition = Condition("accuracy", "test_accuracy", variant, low=published, high=published, one_run=True)
-    rule = "the published number lies in the 95 % prediction interval of one run"
-    return _SOURCE.claim(
-        claim,
-        statement,
-        rule,
-        condition,
-        published=f"{published:.4f} (one run)",
-    )
-
-
-CLAIMS = (
-    _one_run("S2.1", "none_32", "test accuracy without batch norm, batch 32", PUBLISHED["none"]),
-    _one_run("S2.2", "before_32", "test accuracy with batch norm, batch 32", PUBLISHED["before"]),
-    *(
-        _one_run(f"S2.3 ({size})", f"none_{size}", f"test accuracy without batch norm, batch {size}", published)
-        for size, published in PUBLISHED_WITHOUT.items()
-    ),
-    _SOURCE.claim(
-        "S2.4",
-        "with batch norm training converges in fewer epochs",
-        "first epoch of 97 % validation accuracy, batch 32 (one more than there are where it is never reached): the "
-        "paired difference is negative",
-        Condition("with − without", "epochs_to_97_percent", "before_32", "none_32", high=0, digits=1),
-        published="fewer",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
-    """With and without batch norm at each batch size, and the other normalizers at one, by name and size."""
-    shown = 32 if 32 in options.batch_sizes else options.batch_sizes[0]
+    """Returns both networks at each batch size, and the other normalizers at one, by name and size."""
+    shape, optimizer = (images.train.x[0].size,), optax.adam(SETTINGS["learning_rate"], eps=1e-7)
     kinds = {"none": "none", "before": "bn"} | {name: name for name in NORMALIZERS}
-    labels = PLACES | {name: NETWORKS[name][0] for name in NORMALIZERS}
     models = {name: NETWORKS[kind][1]() for name, kind in kinds.items()}
-    trainings = [(name, size) for size in options.batch_sizes for name in PLACES]
-    trainings += [(name, shown) for name in NORMALIZERS]
+    trainings = [(name, size) for size in options.batch_sizes for name in ("none", "before")]
+    trainings += [(name, _shown(options)) for name in NORMALIZERS]
     return {
         f"{name}_{size}": Variant(
-            f"{name}_{size}",
-            f"{labels[name]}, batch {size}",
-            models[name],
-            optax.adam(SETTINGS["learning_rate"], eps=1e-7),
-            (images.train.x[0].size,),
-            size,
+            f"{name}_{size}", f"{NETWORKS[kinds[name]][0]}, batch {size}", models[name], optimizer, shape, size
         )
         for name, size in trainings
     }
 
 
+def _shown(options: Options) -> int:
+    """Returns the batch size of the curves and of the other normalizers."""
+    return 32 if 32 in options.batch_sizes else options.batch_sizes[0]
+
+
 def run(options: Options, report: Report):
     """Trains with and without batch norm at each batch size, and the other normalizers, and judges S2.1 to S2.4."""
-    dataset, epochs, batch_sizes = options.dataset, options.epochs, options.batch_sizes
+    dataset, epochs, batch_sizes, shown = options.dataset, options.epochs, options.batch_sizes, _shown(options)
     images = data.images(dataset, options.data_dir, report.reading)
     x, y = data.pixels(images.train.x), images.train.y
     kept = len(x) - len(x) // 5
-    train, validation = data.Split(x[:kept], y[:kept]), data.Split(x[kept:], y[kept:])
-    test = data.Split(data.pixels(images.test.x), images.test.y)
-    too_large = [size for size in batch_sizes if size > kept]
-    if too_large:
+    validation, test = data.Split(x[kept:], y[kept:]), data.Split(data.pixels(images.test.x), images.test.y)
+    if too_large := [size for size in batch_sizes if size > kept]:
         raise ValueError(f"--batch-sizes must not exceed the {kept} training examples, got {too_large[0]}.")
     settings = {**SETTINGS, "dataset": dataset, "epochs": epochs, "batch_sizes": list(batch_sizes)}
     results = Results(STUDY.name, settings, range(options.seeds))
-    shown = 32 if 32 in batch_sizes else batch_sizes[0]
-    examples = Examples.of(train, {"validation": validation, "test": test})
+    examples = Examples.of(data.Split(x[:kept], y[:kept]), {"validation": validation, "test": test})
     keys = {"key": seed_keys(results.seeds)}
     jobs = [Job(network.epochs(epochs, kept), keys, examples) for network in networks(options, images).values()]
     all_trained = {trained.plan.name: trained for trained in train_all(jobs, report, options)}
@@ -131,35 +98,22 @@ def run(options: Options, report: Report):
         network, size = name.split("_")
         results.add(trained, {"network": network, "batch_size": int(size)}, metrics)
     results.judge(CLAIMS)
-    pair = [all_trained[f"{place}_{shown}"] for place in ("none", "before")]
-    panels = {
-        "train_accuracy": "training accuracy (during the epoch)",
-        "validation_accuracy": "validation accuracy",
-        "train_loss": "training loss (during the epoch)",
-        "validation_loss": "validation loss",
-    }
     series = {
         label: [results.metric(f"{place}_{size}", "test_accuracy") for size in batch_sizes]
         for place, label in (("none", "without batch norm"), ("before", "with batch norm"))
     }
     published = PUBLISHED_WITHOUT if dataset == "mnist" else {}
-    figures = {
+    pair, others = (
+        [all_trained[f"{network}_{shown}"] for network in group]
+        for group in (("none", "before"), ("before", *NORMALIZERS))
+    )
+    title, run_title = (
+        f"{dataset}, batch {shown}, {options.seeds} seeds",
+        f"{dataset}, {epochs} epochs, {options.seeds} seeds",
+    )
+    return results, {
         "histograms.png": plots.histograms(pair),
-        "learning_curves.png": plots.learning_curves(
-            pair, panels, f"{dataset}, batch {shown}, {options.seeds} seeds: mean and 95 % interval"
-        ),
-        "normalizers.png": plots.learning_curves(
-            [all_trained[f"{network}_{shown}"] for network in ("before", *NORMALIZERS)],
-            panels,
-            f"{dataset}, batch {shown}, {options.seeds} seeds: other normalizers",
-        ),
-        "batch_sizes.png": plots.sweep(
-            batch_sizes,
-            series,
-            "batch size",
-            f"{dataset}, {epochs} epochs, {options.seeds} seeds",
-            base=2,
-            published=published,
-        ),
+        "learning_curves.png": plots.learning_curves(pair, PANELS, f"{title}: mean and 95 % interval"),
+        "normalizers.png": plots.learning_curves(others, PANELS, f"{title}: other normalizers"),
+        "batch_sizes.png": plots.sweep(batch_sizes, series, "batch size", run_title, base=2, published=published),
     }
-    return results, figures

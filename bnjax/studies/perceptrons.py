@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from bnjax.linen import BatchNorm, BatchRenorm
 from bnjax.models import Perceptron, of_example
-from bnjax.studies.engine.plan import step_keys
+from bnjax.studies.engine import step_keys
 
 HIDDEN, DEEP = (64, 64), (64,) * 8
 BATCH_SIZE = 32
@@ -26,42 +26,35 @@ BATCH_SIZES = (2, 4, 8, 16, 32, 64, 256)
 EPSILON = 1e-3
 
 
-def _norm(layer: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.Module]:
-    return functools.partial(layer, epsilon=EPSILON, **options)
+def _perceptron(
+    norm: Callable[..., nn.Module] | None = None, place: str = "before", hidden: Sequence[int] = HIDDEN, **options: Any
+) -> Callable[[], Perceptron]:
+    """Returns what builds a perceptron, with a normalizer of ε = 0.001 in some place."""
+    norm = functools.partial(norm, epsilon=EPSILON) if norm else None
+    return lambda: Perceptron(hidden, 10, norm, place if norm else "none", **options)
 
 
-_build = functools.partial(Perceptron, HIDDEN, 10)
+_GROUP = of_example(functools.partial(nn.GroupNorm, num_groups=8))
 NETWORKS: Mapping[str, tuple[str, Callable[[], Perceptron]]] = {
-    "none": ("no batch norm", _build),
-    "bn": ("batch norm", lambda: _build(_norm(BatchNorm), "before")),
-    "renorm": ("batch renorm", lambda: _build(_norm(BatchRenorm), "before")),
-    "layer": ("layer norm", lambda: _build(_norm(of_example(nn.LayerNorm)), "before")),
-    "group": ("group norm", lambda: _build(_norm(of_example(functools.partial(nn.GroupNorm, num_groups=8))), "before")),
-    "weight": ("weight norm", lambda: _build(weight_norm=True)),
-    "relu_after": ("batch norm after ReLU", lambda: _build(_norm(BatchNorm), "after")),
+    "none": ("no batch norm", _perceptron()),
+    "bn": ("batch norm", _perceptron(BatchNorm)),
+    "renorm": ("batch renorm", _perceptron(BatchRenorm)),
+    "layer": ("layer norm", _perceptron(of_example(nn.LayerNorm))),
+    "group": ("group norm", _perceptron(_GROUP)),
+    "weight": ("weight norm", _perceptron(weight_norm=True)),
+    "relu_after": ("batch norm after ReLU", _perceptron(BatchNorm, "after")),
     **{
-        f"{name}_{place}": (
-            f"{name}, batch norm {place}",
-            lambda f=function, place=place: _build(_norm(BatchNorm), place, f),
-        )
+        f"{name}_{place}": (f"{name}, batch norm {place}", _perceptron(BatchNorm, place, activation=function))
         for name, function in (("sigmoid", nn.sigmoid), ("tanh", nn.tanh))
         for place in ("before", "after")
     },
     **{
-        f"{place}_dropout_{rate}": (
-            f"{label}, dropout {rate}",
-            lambda norm=norm, place=place, rate=rate: _build(
-                norm, "none" if norm is None else "before", dropout_rate=rate
-            ),
-        )
-        for place, label, norm in (("none", "no batch norm", None), ("bn", "batch norm", _norm(BatchNorm)))
+        f"{name}_dropout_{rate}": (f"{label}, dropout {rate}", _perceptron(norm, dropout_rate=rate))
+        for name, label, norm in (("none", "no batch norm", None), ("bn", "batch norm", BatchNorm))
         for rate in (0.2, 0.5)
     },
-    "deep_none": ("eight sigmoid layers", lambda: Perceptron(DEEP, 10, activation=nn.sigmoid)),
-    "deep_bn": (
-        "eight sigmoid layers, batch norm",
-        lambda: Perceptron(DEEP, 10, _norm(BatchNorm), "before", nn.sigmoid),
-    ),
+    "deep_none": ("eight sigmoid layers", _perceptron(hidden=DEEP, activation=nn.sigmoid)),
+    "deep_bn": ("eight sigmoid layers, batch norm", _perceptron(BatchNorm, hidden=DEEP, activation=nn.sigmoid)),
 }
 
 
@@ -70,7 +63,7 @@ class Case(NamedTuple):
 
     Attributes:
       network: its name in `NETWORKS`.
-      sweeps: what is varied, one at a time, from `DEFAULTS`.
+      sweeps: values of the settings that are varied, one at a time, from `DEFAULTS`.
       batch_size: examples in a step.
       is_small: whether the training set is small enough to overfit.
       is_fixed: whether the same examples form a batch throughout.
@@ -86,7 +79,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the training at the default settings."""
+        """The name of the training at the default settings."""
         batch = "" if self.batch_size == BATCH_SIZE else f", batch {self.batch_size}"
         scale = "" if self.pixel_scale == 1 else f", pixels to {self.pixel_scale:g}"
         return self.network + batch + ", small set" * self.is_small + ", fixed batches" * self.is_fixed + scale
@@ -94,12 +87,12 @@ class Case(NamedTuple):
     @property
     def settings(self) -> dict[str, dict[str, float]]:
         """Name to settings of each training, the default first."""
-        found = {self.name: dict(DEFAULTS)}
-        for key, values in self.sweeps.items():
-            for value in values:
-                if value != DEFAULTS[key]:
-                    found[f"{self.name}, {key} {value:g}"] = {**DEFAULTS, key: value}
-        return found
+        return {self.name: dict(DEFAULTS)} | {
+            f"{self.name}, {key} {value:g}": {**DEFAULTS, key: value}
+            for key, values in self.sweeps.items()
+            for value in values
+            if value != DEFAULTS[key]
+        }
 
 
 CASES = (
@@ -116,7 +109,7 @@ CASES = (
 
 
 def optimizer(steps: int, learning_rate: Any, l2: Any, decay: Any) -> optax.GradientTransformation:
-    """Adam, with the gradient of `l2 / 2 · ‖W‖²`, and a learning rate that falls exponentially by exp(−decay)."""
+    """Makes Adam, with the gradient of `l2 / 2 · ‖W‖²`, and a learning rate that falls exponentially by exp(−decay)."""
 
     def make(learning_rate, l2, decay):
         schedule = optax.scale_by_schedule(lambda step: jnp.exp(-decay * step / steps))

@@ -12,17 +12,13 @@ from bnjax import studies, training
 from bnjax.linen import BatchNorm
 from bnjax.models import RecurrentNetwork
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine.plan import Variant, compiler_options, divisor_from, seed_keys
-from bnjax.studies.engine.training import Report, train
-from bnjax.studies.evidence import plots
-from bnjax.studies.evidence.claims import AtLeast, Condition, Source
-from bnjax.studies.evidence.results import Results
-from bnjax.studies.evidence.statistics import seeds_in_words
+from bnjax.studies.engine import Report, Variant, compiler_options, divisor_from, seed_keys, train
+from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.ImageOptions):
-    """What a run of the recurrent networks may choose."""
+    """The options of a run of the recurrent networks."""
 
     seeds: int = option(16, "number of seeds")
     steps: int = option(1000, "steps of training")
@@ -50,51 +46,15 @@ VARIANTS = {
     "per_step_epsilon": (f"for each time step, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), False),
     "shared_epsilon": (f"shared over time, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), True),
 }
-_NEEDS = {"dataset": "mnist", "steps": AtLeast(1000)}
-_CIRCLES = Source("circles case study", _NEEDS)
-_COOIJMANS = Source("Cooijmans et al. 2016 (arXiv 1603.09025), section 3", _NEEDS)
-_ADDED = "added after running averages had been seen to fail; ε and the size of these batches were tried at three seeds"
-CLAIMS = (
-    _CIRCLES.claim(
-        "S1.9",
-        "batch norm can be used with recurrent networks",
-        "with statistics for each time step the test accuracy is at most a point below the plain network's",
-        Condition("per step − none", "test_accuracy", "per_step", "none", low=-0.01),
-    ),
-    _CIRCLES.claim(
-        "S1.9 (population)",
-        f"… with statistics computed from the training set after the training, and ε = {EPSILON:g}",
-        f"the same bound, with statistics of batches of {POPULATION_BATCH} examples instead of running averages",
-        Condition("per step − none", "population_accuracy", "per_step_epsilon", "none", low=-0.01),
-        amended=_ADDED,
-    ),
-    _COOIJMANS.claim(
-        "R.2",
-        "in a recurrent network statistics shared over time do worse than those for each time step",
-        "the paired difference in test accuracy is negative",
-        Condition("shared − per step", "test_accuracy", "shared", "per_step", high=0),
-    ),
-    _COOIJMANS.claim(
-        "R.2 (population)",
-        f"… with statistics computed from the training set after the training, and ε = {EPSILON:g}",
-        "the same, with the mean over time of the statistics of each step as what is shared",
-        Condition("shared − per step", "population_accuracy", "shared_epsilon", "per_step_epsilon", high=0),
-        amended=_ADDED,
-    ),
-)
+
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
-    """The five networks by name."""
+    """Returns the five networks by name."""
+    how = {"optimizer": optax.adam(LEARNING_RATE), "input_shape": images.train.x.shape[1:3], "batch_size": BATCH_SIZE}
     return {
-        name: Variant(
-            name,
-            label,
-            RecurrentNetwork(images.num_classes, HIDDEN, norm, is_shared),
-            optax.adam(LEARNING_RATE),
-            images.train.x.shape[1:3],
-            BATCH_SIZE,
-        )
+        name: Variant(name, label, RecurrentNetwork(images.num_classes, HIDDEN, norm, is_shared), **how)
         for name, (label, norm, is_shared) in VARIANTS.items()
     }
 
@@ -110,24 +70,22 @@ def run(options: Options, report: Report):
     held_out = jax.tree.map(jnp.asarray, test)
     settings = {"hidden": HIDDEN, "optimizer": "Adam", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
     results = Results(STUDY.name, {**settings, "dataset": dataset, "steps": steps}, range(options.seeds))
-    keys = {"key": seed_keys(results.seeds)}
-
-    def accuracy(state, *inputs):
-        return jnp.mean(training.evaluate(state, *held_out, objective=training.cross_entropy).accuracy)
-
-    accuracies = jax.jit(jax.vmap(accuracy))
-    curves = {}
+    keys, curves = {"key": seed_keys(results.seeds)}, {}
     for name, network in networks(options, images).items():
+
+        def accuracy(state, *inputs, network=network):
+            return jnp.mean(network.correct(state, *held_out))
+
         plan = network.plan(steps, measure=accuracy, every=every, compiler_options=compiler_options(steps))
         trained = train(plan, keys, tuple(train_set), report=report, options=options)
-        loss = np.asarray(trained.metrics.loss)
+        accuracies, loss = jax.jit(jax.vmap(accuracy)), np.asarray(trained.metrics.loss)
+        estimate = functools.partial(with_population_statistics, network.model, jnp.asarray(train_set.x))
+        states = jax.jit(functools.partial(jax.lax.map, estimate))(trained.state)
         metrics = {
             "test_accuracy": np.asarray(accuracies(trained.state)),
             "final_loss": loss[:, -max(1, steps // 20) :].mean(1),
+            "population_accuracy": np.asarray(accuracies(states)),
         }
-        estimate = functools.partial(with_population_statistics, network.model, jnp.asarray(train_set.x))
-        states = jax.jit(functools.partial(jax.lax.map, estimate))(trained.state)
-        metrics["population_accuracy"] = np.asarray(accuracies(states))
         curves[network.label] = np.concatenate([trained.measurements, metrics["test_accuracy"][:, None]], 1)
         shown = {"test_accuracy": curves[network.label], "train_loss": loss}
         results.add(trained, {"statistics": name}, metrics, shown)
@@ -140,12 +98,12 @@ def run(options: Options, report: Report):
 def with_population_statistics(
     model: RecurrentNetwork, x: jax.Array, state: training.TrainState
 ) -> training.TrainState:
-    """A state with statistics of the training set in place of running averages.
+    """Puts statistics of the training set in the place of running averages.
 
     Args:
       model: the network.
-      x: training examples, of which batches are made; what is left over is not used.
-      state: after the training.
+      x: training examples, of which batches are made; those left over are not used.
+      state: state after the training.
 
     Returns:
       The state with the means over the batches of their means and variances (and over time, where statistics are
@@ -154,13 +112,13 @@ def with_population_statistics(
     if model.norm is None:
         return state
     size = min(POPULATION_BATCH, len(x))
-    seeing = model.clone(norm=functools.partial(model.norm, momentum=0.0), is_shared=False)  # each batch's and step's
+    observer = model.clone(norm=functools.partial(model.norm, momentum=0.0), is_shared=False)  # each batch's and step's
 
     def statistics(batch):
-        variables = {**seeing.init(jax.random.key(0), batch, training=False), "params": state.params}
-        _, updates = seeing.apply(variables, batch, training=True, mutable=["batch_stats"])
+        variables = {**observer.init(jax.random.key(0), batch, training=False), "params": state.params}
+        _, updates = observer.apply(variables, batch, training=True, mutable=["batch_stats"])
         return updates["batch_stats"]
 
-    seen = jax.lax.map(statistics, x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]))
+    of_batches = jax.lax.map(statistics, x[: len(x) // size * size].reshape(-1, size, *x.shape[1:]))
     axes = (0, 1) if model.is_shared else 0
-    return state.replace(batch_stats=jax.tree.map(lambda values: values.mean(axes), seen))
+    return state.replace(batch_stats=jax.tree.map(lambda values: values.mean(axes), of_batches))

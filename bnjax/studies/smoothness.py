@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -10,17 +9,14 @@ import numpy as np
 
 from bnjax import analysis, studies
 from bnjax.studies import Study, data, deep_linear, landscape, option, vgg
-from bnjax.studies.engine.plan import Plan, Trained, Variant, divisor_up_to, seed_keys
-from bnjax.studies.engine.training import ONE_BY_ONE, Report, overhead, train
-from bnjax.studies.evidence.claims import Claim, Condition, Source
-from bnjax.studies.evidence.results import Results
-from bnjax.studies.evidence.statistics import seeds_in_words
-from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED, RATES
+from bnjax.studies.engine import ONE_BY_ONE, Plan, Report, Trained, Variant, divisor_up_to, overhead, seed_keys, train
+from bnjax.studies.evidence import Results, read_claims, seeds_in_words
+from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.ImageOptions):
-    """What a run of VGG and of the deep linear network may choose."""
+    """The options of a run of VGG and of the deep linear network."""
 
     seeds: int = option(3, "number of seeds")
     steps: int | None = option(
@@ -55,107 +51,16 @@ LABELS = {
     "group": "group norm",
     "weight": "weight norm",
 }
-PAIR = ("none", "bn")  # whose landscapes are drawn
+PAIR = ("none", "bn")  # networks whose landscapes are drawn
 FULL = {"steps": 15_000, "every": 100, "width": 64, "rate_steps": 1000, "linear_steps": 10_000}
 SHORT = {"steps": 500, "every": 20, "width": 16, "rate_steps": 100, "linear_steps": 10_000}
 LINEAR_EVERY = 200
 
-
-_SOURCE = Source("Santurkar et al. 2018", {"dataset": "cifar10"})
-
-
-def _smaller(claim: str, what: str, metric: str) -> Claim:
-    return _SOURCE.claim(
-        claim,
-        f"{what} is smaller with batch norm at nearly all steps",
-        "at 90 % of the measured steps and more, in both networks (what is not finite is larger than all else)",
-        *(
-            Condition(f"{label}: share of steps", f"share_with_smaller_{metric}", f"{net}_bn", low=0.9, digits=2)
-            for net, label in (("vgg", "VGG"), ("linear", "deep linear"))
-        ),
-        published="smaller",
-    )
-
-
-def _helps(claim: str, statement: str, published: str, variants: Sequence[str]) -> Claim:
-    return _SOURCE.claim(
-        claim,
-        statement,
-        "VGG's training loss over the last 20th of the steps is below the plain network's (or chance's) by at least "
-        "80 % of what batch norm brings, and that is positive",
-        Condition("gain of batch norm", "gain", "vgg_bn", low=0, is_difference=True, digits=3),
-        *(
-            Condition(
-                f"of {LABELS[v]} beyond 80 % of it",
-                "gain_beyond_80_percent",
-                f"vgg_{v}",
-                low=0,
-                is_difference=True,
-                digits=3,
-            )
-            for v in variants
-        ),
-        published=published,
-    )
-
-
-CLAIMS = (
-    _SOURCE.claim(
-        "S6.1",
-        "VGG without augmentation: 83 % with batch norm, 80 % without",
-        "mean test accuracy within 0.02 of each, at full length and width",
-        Condition("with", "test_accuracy", "vgg_bn", low=0.81, high=0.85),
-        Condition("without", "test_accuracy", "vgg_none", low=0.78, high=0.82),
-        published="0.83 / 0.80",
-        needs={"dataset": "cifar10", "full_length": True, "augmented": False},
-    ),
-    _SOURCE.claim(
-        "S6.1 (augmented)",
-        "VGG with augmentation: 92 % with batch norm, 88 % without",
-        "mean test accuracy within 0.02 of each, at full length and width",
-        Condition("with", "test_accuracy", "vgg_bn", low=0.90, high=0.94),
-        Condition("without", "test_accuracy", "vgg_none", low=0.86, high=0.90),
-        published="0.92 / 0.88",
-        needs={"dataset": "cifar10", "full_length": True, "augmented": True},
-    ),
-    _smaller("S6.2", "loss variation along the gradient", "loss_range"),
-    _smaller("S6.3", "change of the gradient along it", "gradient_change"),
-    _smaller("S6.4", "effective β-smoothness", "beta"),
-    _SOURCE.claim(
-        "S6.5",
-        "internal covariate shift is not smaller with batch norm",
-        "the cosine of a layer's gradients before and after the others' update (mean over the layers and steps where "
-        "both are finite and not zero) is not larger with it, and their distance relative to the first's norm not "
-        "smaller, in both networks at paired seeds",
-        *(
-            Condition(
-                f"{label}: {what} with − without", metric, f"{net}_bn", f"{net}_none", low=low, high=high, digits=3
-            )
-            for net, label in (("vgg", "VGG"), ("linear", "deep linear"))
-            for what, metric, low, high in (
-                ("cosine", "shift_cosine", -math.inf, 0.0),
-                ("distance", "relative_shift", 0.0, math.inf),
-            )
-        ),
-        published="not smaller",
-        amended="the distance was added; the first rule was of the cosine alone, which left it undecided",
-    ),
-    _helps("S6.6", "noisy batch norm trains about as fast as batch norm", "as fast", ("noisy",)),
-    _helps("S6.7", "l₁, l₂ and l∞ normalization help as much as batch norm", "as much", ("l1", "l2", "linf")),
-    _SOURCE.claim(
-        "S6.8",
-        "the plain network fails at learning rates at which the normalized one trains",
-        f"of the rates {', '.join(f'{rate:g}' for rate in RATES)}, the largest at which the loss falls a tenth below "
-        "chance's within some steps is larger with it at every seed (undecided where the plain network trains at none)",
-        Condition("seeds", "tolerates_larger_rates", "vgg_bn", low=1, every_seed=True, digits=2),
-        published="fails",
-        amended="a plain network that trains at no rate is now undecided; it counted as reproduced",
-    ),
-)
+CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
-    """VGG with each normalizer, by name."""
+    """Returns VGG with each normalizer, by name."""
     return vgg.variants(images, options.width or _scale()["width"], options.selected(LABELS))
 
 
@@ -164,7 +69,7 @@ def run(options: Options, report: Report):
 
     By default VGG has its full length and width on an accelerator, else 500 steps of a quarter of the width.
     """
-    dataset, chosen, scale = options.dataset, options.selected(LABELS), _scale()
+    dataset, names, scale = options.dataset, options.selected(LABELS), _scale()
     steps, width = options.steps or scale["steps"], options.width or scale["width"]
     parts = [n for n in range(1, steps // 10 + 1) if steps % n == 0 and steps // n <= 200]
     if not parts:
@@ -195,8 +100,8 @@ def run(options: Options, report: Report):
     }
     results = Results(STUDY.name, settings, range(options.seeds))
     keys, examples = seed_keys(results.seeds), tuple(images.train)
-    linear, measured, ends = {}, {}, {}
-    for name in (name for name in chosen if name in deep_linear.NORMALIZERS):
+    linear, all_trained, ends = {}, {}, {}
+    for name in (name for name in names if name in deep_linear.NORMALIZERS):
         plan = deep_linear.plan_of(name, f"deep linear, {LABELS[name]}", linear_steps, linear_every)
         linear[name] = train(plan, {"key": keys}, report=report, options=options)
         _add(results, linear[name], {})
@@ -204,17 +109,17 @@ def run(options: Options, report: Report):
         network = vgg.Network(variant, images, augmented=options.augment)
         plan = network.plan(steps, every)
         trained = train(plan, {"key": keys}, examples, mapped=ONE_BY_ONE, report=report, options=options)
-        told = functools.partial(report.reading, f"{variant.label}, at the end")
+        progress = functools.partial(report.reading, f"{variant.label}, at the end")
         rates = network.learning_rates(keys, settings["rate_steps"], examples) if name in PAIR else None
-        ends[name] = landscape.at_the_end(network, trained, keys, examples, rates, told, name in PAIR)
-        measured[name] = trained
+        ends[name] = landscape.at_the_end(network, trained, keys, examples, rates, progress, name in PAIR)
+        all_trained[name] = trained
         _add(results, trained, ends[name].metrics)
         if name == "bn":
             _note_overhead(results, plan, network, keys, examples)
-    _add_comparisons(results, tuple(chosen), float(np.log(images.num_classes)))
+    _add_comparisons(results, tuple(names), float(np.log(images.num_classes)))
     results.judge(CLAIMS)
     title = f"{dataset}, {seeds_in_words(options.seeds)}"
-    return results, landscape.figures(measured, linear, ends, LABELS, title)
+    return results, landscape.figures(all_trained, linear, ends, LABELS, title)
 
 
 def _scale() -> dict[str, int]:
@@ -222,28 +127,17 @@ def _scale() -> dict[str, int]:
 
 
 def _add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray]) -> None:
-    """The numbers of one training: what was measured on the way, and what at the end."""
+    """Adds the numbers of one training: those measured on the way, and those at the end."""
     probe: analysis.GradientProbe = trained.measurements["probe"]
-    shift = trained.measurements["shift"]
-    loss = np.asarray(trained.metrics.loss)
-    tail = max(1, loss.shape[1] // 20)
-    curves = {
-        "train_loss": loss,
-        "train_accuracy": np.asarray(trained.metrics.accuracy),
-        "loss_min": probe.loss_min,
-        "loss_max": probe.loss_max,
-        "distance_min": probe.distance_min,
-        "distance_max": probe.distance_max,
-        "cosine_min": probe.cosine_min,
-        "smoothness": np.asarray(probe.max_smoothness),
-        "gradient_norm": probe.gradient_norm,
-        "shift_distance": shift.distance,
-        "shift_cosine": shift.cosine,
-        "layer_gradient_norm": shift.gradient_norm,
-    }
+    shift, loss = trained.measurements["shift"], np.asarray(trained.metrics.loss)
+    probed = ("loss_min", "loss_max", "distance_min", "distance_max", "cosine_min", "max_smoothness", "gradient_norm")
+    curves = {"train_loss": loss, "train_accuracy": trained.metrics.accuracy}
+    curves |= {name.removeprefix("max_"): getattr(probe, name) for name in probed}
+    curves |= {"shift_distance": shift.distance, "shift_cosine": shift.cosine}
+    curves |= {"layer_gradient_norm": shift.gradient_norm}
     relative = shift.distance / shift.gradient_norm
     metrics = {
-        "final_loss": loss[:, -tail:].mean(1),
+        "final_loss": loss[:, -max(1, loss.shape[1] // 20) :].mean(1),
         "loss_range": np.mean(probe.loss_max - probe.loss_min, 1),
         "gradient_distance": np.mean(probe.distance_max, 1),
         "smoothness": np.mean(np.asarray(probe.max_smoothness), 1),
@@ -252,70 +146,59 @@ def _add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray
         "relative_shift": _mean_of_finite(relative[:, :, 1:]),
         **at_the_end,
     }
-    curves = {key: np.asarray(values, np.float32) for key, values in curves.items()}
-    results.add(trained, {}, metrics, curves)
+    results.add(trained, {}, metrics, {key: np.asarray(values, np.float32) for key, values in curves.items()})
     results.arrays[f"{trained.plan.name}/measured_at"] = trained.measured_at
 
 
 def _note_overhead(results: Results, plan: Plan, network: vgg.Network, keys, examples) -> None:
-    """What measuring costs, beside what its gradients should."""
+    """Notes the time that measuring takes, beside that of its gradients."""
     with_, without = overhead(plan, {"key": keys[0]}, examples, repeats=3)
-    predicted = 1 + network.extra_gradients / plan.every
-    results.notes["overhead"] = {
-        "seconds_a_step": without,
-        "seconds_a_measured_step": with_,
-        "ratio": with_ / without,
-        "gradients_ratio": predicted,
-    }
-    results.texts.append(
-        (
-            "cost of measuring (VGG, batch norm)",
-            f"{network.extra_gradients} gradients every {plan.every} steps: {predicted:.2f} times the gradients of "
-            f"plain training, {with_ / without:.2f} times its time ({without * 1e3:.0f} ms a step without)",
-        )
-    )
+    count, ratio = network.extra_gradients, with_ / without
+    predicted = 1 + count / plan.every
+    seconds = {"seconds_a_step": without, "seconds_a_measured_step": with_}
+    results.notes["overhead"] = {**seconds, "ratio": ratio, "gradients_ratio": predicted}
+    text = f"{count} gradients every {plan.every} steps: {predicted:.2f} times the gradients of plain training, "
+    text += f"{ratio:.2f} times its time ({without * 1e3:.0f} ms a step without)"
+    results.texts.append(("cost of measuring (VGG, batch norm)", text))
 
 
-def _add_comparisons(results: Results, chosen: Sequence[str], chance: float) -> None:
-    """The numbers that compare a network with the plain one at the same seeds, from the loss of an even guess."""
-    if "none" not in chosen:
+def _add_comparisons(results: Results, names: Sequence[str], chance: float) -> None:
+    """Adds the numbers that compare a network with the plain one at the same seeds, from the loss of an even guess."""
+    if "none" not in names:
         return
-    for variant in chosen:
-        for net in ("vgg", "linear"):
-            if f"{net}_{variant}" not in results.variants:
-                continue
-            for what, high, low in (
-                ("loss_range", "loss_max", "loss_min"),
-                ("gradient_change", "distance_max", None),
-                ("beta", "smoothness", None),
-            ):
-                ours, plain = (_range(results, f"{net}_{v}", high, low) for v in (variant, "none"))
-                results.set_metric(f"{net}_{variant}", f"share_with_smaller_{what}", _is_smaller(ours, plain).mean(1))
+    for name in names:
+        for net in ("vgg", "linear") if f"linear_{name}" in results.variants else ("vgg",):
+            plain = _curves(results, f"{net}_none")
+            for key, ours in _curves(results, f"{net}_{name}").items():
+                share = _is_smaller(ours, plain[key]).mean(1)
+                results.set_metric(f"{net}_{name}", f"share_with_smaller_{key}", share)
         # A diverged plain network counts as one that has learnt nothing, the others as worse.
-        ours, plain = (np.fmin(results.metric(f"vgg_{v}", "final_loss"), 10 * chance) for v in (variant, "none"))
-        results.set_metric(f"vgg_{variant}", "gain", np.minimum(plain, chance) - ours)
-    if "bn" in chosen:
-        for variant in chosen:
-            missing = results.metric(f"vgg_{variant}", "gain") - 0.8 * results.metric("vgg_bn", "gain")
-            results.set_metric(f"vgg_{variant}", "gain_beyond_80_percent", missing)
-        ours, plain = (results.metric(f"vgg_{v}", "largest_rate") for v in ("bn", "none"))
+        ours, plain = (np.fmin(results.metric(f"vgg_{of}", "final_loss"), 10 * chance) for of in (name, "none"))
+        results.set_metric(f"vgg_{name}", "gain", np.minimum(plain, chance) - ours)
+    if "bn" in names:
+        for name in names:
+            missing = results.metric(f"vgg_{name}", "gain") - 0.8 * results.metric("vgg_bn", "gain")
+            results.set_metric(f"vgg_{name}", "gain_beyond_80_percent", missing)
+        ours, plain = (results.metric(f"vgg_{of}", "largest_rate") for of in ("bn", "none"))
         larger = (np.nan_to_num(ours) > plain).astype(float)
-        # What a network tolerates that trains at no rate is not known.
+        # The rate that a network tolerates which trains at none is not known.
         results.set_metric("vgg_bn", "tolerates_larger_rates", np.where(np.isnan(plain), np.nan, larger))
 
 
+def _curves(results: Results, variant: str) -> dict[str, np.ndarray]:
+    """Returns a variant's curves along the gradient of which the smaller are the smoother."""
+    keys = ("loss_min", "loss_max", "distance_max", "smoothness")
+    low, high, distance, beta = (results.arrays[f"{variant}/{key}"] for key in keys)
+    return {"loss_range": high - low, "gradient_change": distance, "beta": beta}
+
+
 def _mean_of_finite(values: np.ndarray) -> np.ndarray:
-    """For each seed the mean of the numbers; NaN where there is none."""
+    """Returns for each seed the mean of the numbers; NaN where there is none."""
     count = np.isfinite(values).sum((1, 2))
     total = np.where(np.isfinite(values), values, 0).sum((1, 2))
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _is_smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Where a < b, what is not finite being larger than any number."""
+    """Says where a < b, a number that is not finite being larger than any other."""
     return np.isfinite(a) & (~np.isfinite(b) | (a < b))
-
-
-def _range(results: Results, variant: str, high: str, low: str | None) -> np.ndarray:
-    values = results.arrays[f"{variant}/{high}"]
-    return values if low is None else values - results.arrays[f"{variant}/{low}"]

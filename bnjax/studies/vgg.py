@@ -17,9 +17,9 @@ from bnjax.linen import BatchNorm, BatchRenorm, LpBatchNorm, NoisyBatchNorm
 from bnjax.models import VGG, of_example
 from bnjax.studies import data
 from bnjax.studies.data import augmentation
-from bnjax.studies.engine.plan import Plan, Variant, random_batch, step_keys
+from bnjax.studies.engine import Plan, Variant, random_batch, step_keys
 
-NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
+NORMS: Mapping[str, Callable[[int], Any]] = {  # functions of the network's width
     "none": lambda width: None,
     "bn": lambda width: BatchNorm,
     "noisy": lambda width: NoisyBatchNorm,
@@ -29,30 +29,23 @@ NORMS: Mapping[str, Callable[[int], Any]] = {  # by the width of the network
     "renorm": lambda width: BatchRenorm,
     "layer": lambda width: of_example(nn.LayerNorm),
     "group": lambda width: of_example(functools.partial(nn.GroupNorm, num_groups=math.gcd(32, max(1, width // 2)))),
-    "weight": lambda width: None,  # what it normalizes is the kernels
+    "weight": lambda width: None,  # it normalizes the kernels
 }
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 PROBED = np.linspace(0.5, 4, 8)  # step sizes of the probe, in learning rates
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-LEARNT = 0.9  # of the loss of an even guess
+LEARNT = 0.9  # fraction of the loss of an even guess
 
 
 def variants(images: data.Dataset, width: int, labels: Mapping[str, str]) -> dict[str, Variant]:
-    """VGG of some width with each normalizer, by name."""
+    """Returns VGG of some width with each normalizer, by name."""
     prepare, shape = augmentation.centered(images.train.x), images.train.x.shape[1:]
-    return {
-        name: Variant(
-            f"vgg_{name}",
-            f"VGG, {label}",
-            VGG(images.num_classes, NORMS[name](width), 11, width, weight_norm=name == "weight"),
-            optax.sgd(LEARNING_RATE),
-            shape,
-            BATCH_SIZE,
-            preprocess=prepare,
-        )
-        for name, label in labels.items()
+    models = {
+        name: VGG(images.num_classes, NORMS[name](width), 11, width, weight_norm=name == "weight") for name in labels
     }
+    how = {"optimizer": optax.sgd(LEARNING_RATE), "input_shape": shape, "batch_size": BATCH_SIZE, "preprocess": prepare}
+    return {name: Variant(f"vgg_{name}", f"VGG, {labels[name]}", model, **how) for name, model in models.items()}
 
 
 class Network:
@@ -68,13 +61,13 @@ class Network:
         self.layers = losses.layers_in_order(variant.model, variables, example)
 
     def loss(self, batch_stats: Any, key: Any, **options: Any):
-        """`loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
+        """Makes `loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
         variables = {"batch_stats": batch_stats}
         loss = losses.linen_loss(self.variant.model, variables, training.cross_entropy, rngs={"noise": key}, **options)
         return lambda params, x, y: loss(params, self.variant.prepared(x), y)
 
     def plan(self, steps: int, every: int) -> Plan:
-        """How to train and measure it: K + 1 gradients for the probe, one for the next step, one for each layer."""
+        """Plans its training, measured by K + 1 gradients for the probe, one for the next step, one for each layer."""
 
         def measure(state, x, y, key):
             loss = self.loss(state.batch_stats, key)
@@ -89,23 +82,20 @@ class Network:
 
     @property
     def extra_gradients(self) -> int:
-        """What one measurement costs."""
+        """The number of gradients that one measurement takes."""
         return len(PROBED) + 1 + 1 + len(self.layers)
 
     def learning_rates(self, keys, steps: int, examples) -> analysis.LearningRateRange:
-        """Which of `RATES` train within some steps, for each seed."""
+        """Finds which of `RATES` train within some steps, for each seed."""
         x, y = jax.tree.map(jnp.asarray, examples)
 
         def of_seed(key, x, y):
             state = self.variant.create({"key": key})
             loss = self.loss(state.batch_stats, key)
             index = jax.random.randint(jax.random.fold_in(key, 3), (steps, BATCH_SIZE), 0, y.shape[0])
+            rates, target = jnp.array(RATES), LEARNT * self.chance
             return analysis.learning_rate_range(
-                lambda params, i: loss(params, x[i], y[i]),
-                state.params,
-                jnp.array(RATES),
-                (index,),
-                target=LEARNT * self.chance,
+                lambda params, i: loss(params, x[i], y[i]), state.params, rates, (index,), target=target
             )
 
         run_seed = jax.jit(of_seed)
@@ -113,7 +103,7 @@ class Network:
 
 
 def _augmented_batch(examples, setting, number):
-    """A random batch, mirrored and moved."""
+    """Draws a random batch, mirrored and moved."""
     x, y, key = random_batch(BATCH_SIZE)(examples, setting, number)
     of_batch, _ = step_keys(setting, number)
     return augmentation.random_crop_flip(x, jax.random.split(jax.random.fold_in(of_batch, 1), BATCH_SIZE)), y, key

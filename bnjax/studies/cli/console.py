@@ -28,8 +28,8 @@ with needs("studies"):
     from rich.table import Table
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
-_COLUMNS = 5  # of numbers in a table
-_WIDTH = 160  # of the ledger in a file
+_COLUMNS = 5  # columns of numbers in a table
+_WIDTH = 160  # width of the ledger in a file
 
 
 class _Report:
@@ -67,37 +67,29 @@ def run_study(
     checkpoint_every: float = 60.0,
     log: Sequence[str] = (),
 ) -> Results:
-    """Runs a study, prints its tables, and saves its files.
+    """Runs a study, prints its tables, saves its files, and returns its results.
 
     Args:
-      study: which.
-      options: seeds, epochs and data.
+      study: the study.
+      options: its options.
       out: directory for `results.json`, `curves.npz`, `summary.md` and figures.
       quiet: whether to print nothing.
       resume: whether to continue from the checkpoints in `out`, rather than to begin anew.
       checkpoint_every: seconds between two checkpoints of a training.
       log: names of the logs to write beside these, of `bnjax.studies.LOGS`.
 
-    Returns:
-      What was measured.
-
     Raises:
       MissingExtraError: if a log's package is not installed.
     """
-    quiet = quiet or jax.process_index() > 0  # of several processes, one speaks and saves
+    quiet = quiet or jax.process_index() > 0  # one of several processes speaks and saves
     logs = open_logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())
     console = Console(quiet=quiet, highlight=False)
     configuration = {"study": study.name, "dataset": getattr(options, "dataset", None)}
     saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
+    text, now = TextColumn("{task.description}"), TextColumn("{task.fields[now]}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), now)
     with Progress(*columns, console=console, disable=quiet) as progress:
         results, figures = study.load().run(options, _Report(progress, logs))
     results.options = options.to_json()
@@ -115,14 +107,14 @@ def run_study(
 def print_ledger(
     names: Sequence[str], seeds: int | None, fast: bool, out: Path, data_dir: str | None, quiet: bool
 ) -> ledger.Ledger:
-    """Prints and saves the verdicts on the claims of some studies, running what is missing.
+    """Prints, saves and returns the verdicts on the claims of some studies, running what is missing.
 
     Args:
-      names: of the studies.
-      seeds: how many; each study's own number by default.
+      names: names of the studies.
+      seeds: number of seeds; each study's own by default.
       fast: whether to run `Study.fast` only.
       out: directory of the studies' directories.
-      data_dir: where prepared image sets are.
+      data_dir: directory of prepared image sets.
       quiet: whether to print nothing but the ledger.
     """
     from bnjax.training.checkpoint import CheckpointError
@@ -132,40 +124,33 @@ def print_ledger(
     def options_of(study: Study) -> list[Options]:
         if fast and study.fast is None:
             return []
-        chosen = {**(study.fast if fast and study.fast else {}), **({"seeds": seeds} if seeds else {})}
+        common = {**(study.fast if fast and study.fast else {}), **({"seeds": seeds} if seeds else {})}
         choices = [{"dataset": dataset, "data_dir": data_dir} for dataset in study.datasets] or [{}]
-        return [study.load().Options(**chosen, **of_data) for of_data in choices]
+        return [study.load().Options(**common, **of_data) for of_data in choices]
 
     def run(study: Study, options: Options, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         try:
             run_study(study, options, directory, quiet, resume=True)
-        except CheckpointError as error:  # what was interrupted had other options
-            tell(f"{study.name}: {error} Starting afresh.")
+        except CheckpointError as error:  # the interrupted run had other options
+            say(f"{study.name}: {error} Starting afresh.")
             run_study(study, options, directory, quiet)
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         if not quiet:
             console.print(text)
 
-    found = ledger.make_ledger(names, options_of, out, run, tell)
-    _print_table(console, "claims", *found.rows())
-    if notes := found.footnotes():
+    judged = ledger.make_ledger(names, options_of, out, run, say)
+    _print_table(console, "claims", *judged.rows())
+    if notes := judged.footnotes():
         console.print(f"Changed after results had been seen:{notes}", markup=False)
-    console.print(found.summary())
-    found.save(out)
-    return found
+    console.print(judged.summary())
+    judged.save(out)
+    return judged
 
 
 def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:
-    """Compiles a training step for a slice of TPU chips, prints the report and saves it.
-
-    Args:
-      name: of the step.
-      topology: generation and shape of the slice.
-      parallel: 'jit' or 'shard_map'.
-      batch_size: examples on each chip; the step's own by default.
-      json_file: where to save the report, if anywhere.
+    """Compiles a training step as `bnjax.studies.engine.steps` does, prints the report, and saves it where asked to.
 
     Returns:
       Whether it compiles, which it does not where it needs more memory than a chip has.

@@ -10,7 +10,7 @@ import numpy as np
 from bnjax._extras import needs
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_rows, parameter_rows
 
-_POINTS = 500  # of a curve at most
+_POINTS = 500  # largest number of points of a curve
 
 
 class TensorBoard:
@@ -19,7 +19,7 @@ class TensorBoard:
     A training's name and its steps come with every value.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, study: str, options: Mapping[str, Any]):
         with needs("tensorboard"):
             import tensorboardX
         self._directory = directory / "tensorboard"
@@ -31,34 +31,27 @@ class TensorBoard:
         return self._writers[training]
 
     def scalars(self, training: str, step: float, values: Mapping[str, float]) -> None:
-        """Numbers of a training."""
+        """Logs numbers of a training."""
         for name, value in values.items():
             self._writer(training).add_scalar(name, value, round(step))
 
     def histogram(self, training: str, name: str, step: float, counts: np.ndarray, edges: np.ndarray) -> None:
-        """Counts between edges."""
+        """Logs counts between edges."""
         centers = (edges[:-1] + edges[1:]) / 2
-        self._writer(training).add_histogram_raw(
-            name,
-            min=float(edges[0]),
-            max=float(edges[-1]),
-            num=int(counts.sum()),
-            sum=float(counts @ centers),
-            sum_squares=float(counts @ centers**2),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=round(step),
-        )
+        ends = {"min": float(edges[0]), "max": float(edges[-1]), "bucket_limits": edges[1:].tolist()}
+        sums = {"num": int(counts.sum()), "sum": float(counts @ centers), "sum_squares": float(counts @ centers**2)}
+        at = {"bucket_counts": counts.tolist(), "global_step": round(step)}
+        self._writer(training).add_histogram_raw(name, **ends, **sums, **at)
 
     def figure(self, name: str, path: Path, text: str) -> None:
-        """An image."""
+        """Logs an image."""
         from PIL import Image
 
         with Image.open(path) as image:
             self._writer("study").add_image(name, np.asarray(image.convert("RGB")), dataformats="HWC")
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of texts."""
+        """Logs a table of texts."""
         self._writer("study").add_text(name, markdown_table(header, rows))
 
     def close(self) -> None:
@@ -80,7 +73,7 @@ class WeightsAndBiases:
             raise ValueError(f"--log wandb: {error} (WANDB_MODE=offline works without an account).") from None
 
     def scalars(self, training: str, step: float, values: Mapping[str, Any]) -> None:
-        """Numbers of a training."""
+        """Logs numbers of a training."""
         if training not in self._trainings:  # each has steps of its own
             self._trainings.add(training)
             self._run.define_metric(f"{training}/*", step_metric=f"{training}/step")
@@ -88,15 +81,15 @@ class WeightsAndBiases:
         self._run.log({f"{training}/step": step, **named})
 
     def histogram(self, training: str, name: str, step: float, counts: np.ndarray, edges: np.ndarray) -> None:
-        """Counts between edges."""
+        """Logs counts between edges."""
         self.scalars(training, step, {name: self._wandb.Histogram(np_histogram=(counts, edges))})
 
     def figure(self, name: str, path: Path, text: str) -> None:
-        """An image."""
+        """Logs an image."""
         self._run.log({f"figures/{name}": self._wandb.Image(str(path), caption=text)})
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of texts."""
+        """Logs a table of texts."""
         self._run.log({name: self._wandb.Table(list(header), [list(row) for row in rows])})
 
     def close(self) -> None:
@@ -115,12 +108,12 @@ class Logs:
         self._lengths[training] = length
 
     def scalars(self, training: str, step: float, values: Mapping[str, float]) -> None:
-        """The latest means over seeds of a training."""
+        """Logs the latest means over seeds of a training."""
         for log in self._logs:
             log.scalars(training, step, values)
 
     def results(self, results: Results, out: Path) -> None:
-        """What a study leaves: curves (means over seeds), the first seed's histograms, figures, and tables."""
+        """Logs a study's curves (means over seeds), the first seed's histograms, figures, and tables."""
         for training in results.variants:
             prefix = f"{training}/"
             arrays = {key[len(prefix) :]: v for key, v in results.arrays.items() if key.startswith(prefix)}
@@ -140,7 +133,7 @@ class Logs:
                     log.table(name, header, rows)
 
     def _steps(self, training: str, count: int) -> np.ndarray:
-        """When the values of a curve were measured, the last at the end of the training."""
+        """Returns the steps at which a curve was measured, the last at the end of the training."""
         return self._lengths.get(training, count) * np.arange(1, count + 1) / count
 
     def _curve(self, training: str, name: str, values: np.ndarray) -> None:
@@ -163,20 +156,11 @@ class Logs:
 
 
 def open_logs(names: Sequence[str], directory: Path, study: str, options: Mapping[str, Any]) -> Logs:
-    """The logs by name.
-
-    Args:
-      names: among `bnjax.studies.LOGS`.
-      directory: of the run's files.
-      study: its name.
-      options: of the run.
+    """Opens the logs of some names, among `bnjax.studies.LOGS`, for a run of a study with some options.
 
     Raises:
       MissingExtraError: if the package of one is not installed.
       ValueError: if one refuses.
     """
-    makers = {
-        "tensorboard": lambda: TensorBoard(directory),
-        "wandb": lambda: WeightsAndBiases(directory, study, options),
-    }
-    return Logs([makers[name]() for name in dict.fromkeys(names)])
+    makers = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    return Logs([makers[name](directory, study, options) for name in dict.fromkeys(names)])

@@ -65,23 +65,23 @@ def _parser() -> _Parser:
     run = commands.add_parser("run", help="run a study: train, print its tables, save its numbers and figures")
     studies = run.add_subparsers(dest="study", metavar="STUDY", required=True, parser_class=_Parser)
     for study in STUDIES.values():
-        one = studies.add_parser(
+        command = studies.add_parser(
             study.name,
             help=study.summary,
             formatter_class=_FORMAT,
             description=f"{study.summary}.\nSource: {study.source}.\n\n"
             f"{_what_it_does(study)},\nand saves results.json, curves.npz, summary.md and figures.",
         )
-        _add_options(one, study.options)
-        one.add_argument(
+        _add_options(command, study.options)
+        command.add_argument(
             "--out",
             type=Path,
             metavar="DIR",
             default=Path("runs") / study.name,
             help=f"where to save (default runs/{study.name})",
         )
-        one.add_argument("--quiet", action="store_true", help="print nothing but errors")
-        one.add_argument(
+        command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        command.add_argument(
             "--log",
             action="append",
             choices=LOGS,
@@ -89,8 +89,8 @@ def _parser() -> _Parser:
             help="log scalars, histograms, figures and tables there too (may be repeated; needs bnjax[tensorboard] or "
             "bnjax[wandb])",
         )
-        one.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
-        one.add_argument(
+        command.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
+        command.add_argument(
             "--checkpoint-every",
             type=_seconds,
             default=60.0,
@@ -106,7 +106,7 @@ def _parser() -> _Parser:
 
 
 def _add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
-    """An argument for each option of a study, read as the type of its field says."""
+    """Adds an argument for each option of a study, read as the type of its field says."""
     kinds: dict[Any, Any] = {int: _positive, str: str, tuple[int, ...]: _sizes, tuple[str, ...]: _names}
     groups: dict[str, Any] = {"": parser}
     for field in options.shown():
@@ -314,10 +314,10 @@ def _start_devices(options: ParallelOptions) -> None:
         jax.config.update("jax_num_cpu_devices", options.devices)
     if _several_processes(options):
         training.initialize(options.coordinator, options.processes, options.process_id)
-    found = jax.local_device_count()
-    if options.devices and found != options.devices:
+    count = jax.local_device_count()
+    if options.devices and count != options.devices:
         raise ValueError(
-            f"--devices {options.devices} were asked for, this process has {found} ({jax.default_backend()}); "
+            f"--devices {options.devices} were asked for, this process has {count} ({jax.default_backend()}); "
             "hide some from it (CUDA_VISIBLE_DEVICES, TPU_VISIBLE_DEVICES) or ask for those."
         )
 

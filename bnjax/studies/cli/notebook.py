@@ -30,7 +30,7 @@ class Progress:
         return update
 
     def reading(self, text: str, fraction: float) -> None:
-        """Data is being read."""
+        """Hears that data is being read."""
         self.say(f"{text}: {100 * fraction:.0f} %")
 
     def say(self, text: str) -> None:
@@ -40,14 +40,11 @@ class Progress:
 
 
 def run(study: str, **options: Any) -> tuple[Results, dict[str, Figure]]:
-    """Runs a study as `bnjax run` does, but saves nothing.
+    """Runs a study as `bnjax run` does, but saves nothing, and returns its results and its figures by name.
 
     Args:
       study: its name, such as 'circles'.
-      **options: the attributes of its `Options` that are to be other than its own, such as seeds and epochs.
-
-    Returns:
-      What was measured, and figures by name.
+      **options: attributes of its `Options`, such as seeds and epochs.
     """
     module, progress = STUDIES[study].load(), Progress()
     results = module.run(module.Options(**options), progress)
@@ -56,22 +53,22 @@ def run(study: str, **options: Any) -> tuple[Results, dict[str, Figure]]:
 
 
 def show(figure: Figure) -> display.Image:
-    """A figure as an image, whatever matplotlib's backend is."""
+    """Shows a figure as an image, whatever matplotlib's backend is."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
     return display.Image(content.getvalue())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> display.Markdown:
-    """A table."""
+    """Shows a table."""
     return display.Markdown(markdown_table(header, [[str(cell) for cell in row] for row in rows]))
 
 
 def metrics(results: Results) -> display.Markdown:
-    """Mean ± 95 % interval over seeds of each variant."""
+    """Shows mean ± 95 % interval over seeds of each variant."""
     return table(*metric_rows(results))
 
 
 def claims(results: Results) -> display.Markdown:
-    """The claims of the study's source, with what was measured and the verdicts."""
+    """Shows the claims of the study's source, with what was measured and the verdicts."""
     return table(*claim_rows(results.claims))

@@ -10,7 +10,6 @@ from typing import Any
 from bnjax._extras import needs
 from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
-from bnjax.studies.evidence.claims import Judgment
 from bnjax.studies.evidence.ledger import Ledger, judge, saved_runs
 from bnjax.studies.evidence.results import Results, metric_rows
 from bnjax.studies.evidence.statistics import seeds_in_words
@@ -22,14 +21,7 @@ _MARKS = {"reproduced": "✓", "not reproduced": "✗", "undecided": "?", "wrong
 
 
 def write_report(run_dir: Path, out: Path) -> int:
-    """Writes the page of a study's directory, or of a directory of such.
-
-    Args:
-      run_dir: a directory with `results.json` in it, or in its directories.
-      out: the file to write.
-
-    Returns:
-      How many studies it shows.
+    """Writes the page of a study's directory, or of a directory of such, and returns how many runs it shows.
 
     Raises:
       ValueError: if there are no results.
@@ -37,24 +29,21 @@ def write_report(run_dir: Path, out: Path) -> int:
     studies = saved_runs(run_dir)
     if not studies:
         raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it; {run_dir} has none.")
-    judgments: list[Judgment] = []
-    for name, runs in studies.items():
-        judgments += judge(STUDIES[name], list(runs.values()))
-    ledger = Ledger(judgments, {name: len(next(iter(runs.values())).seeds) for name, runs in studies.items()})
-    ordered = [(path, saved) for runs in studies.values() for path, saved in runs.items()]
-    single = len(studies) == 1
-    name = next(iter(studies)) if single else ""
+    by_study = {name: judge(STUDIES[name], list(runs.values())) for name, runs in studies.items()}
+    judgments = [judgment for judged in by_study.values() for judgment in judged]
+    shown = [(path, saved) for runs in studies.values() for path, saved in runs.items()]
+    title = f"Batch norm: {next(iter(studies))}" if len(studies) == 1 else "Batch norm: the studies and their claims"
     page = _template().render(
-        title=f"Batch norm: {name}" if single else "Batch norm: the studies and their claims",
-        counts=ledger.counts(),
+        title=title,
+        counts=Ledger(judgments, {}).counts(),
         marks=_MARKS,
         claims=[judgment.to_json() for judgment in judgments],
-        studies=[_study(path, saved, len(studies[saved.study]) > 1) for path, saved in ordered],
+        studies=[_study(path, saved, len(studies[saved.study]) > 1) for path, saved in shown],
         made_by="bnjax report",
     )
     with atomic_file(out) as file:
         file.write(page.encode())
-    return len(ordered)
+    return len(shown)
 
 
 def _template() -> jinja2.Template:
@@ -67,34 +56,31 @@ def _template() -> jinja2.Template:
 
 
 def _study(path: Path, saved: Results, is_one_of_several: bool) -> dict[str, Any]:
-    document = saved.document
-    study = STUDIES[saved.study]
+    """Returns what the page shows of a run."""
+    study, document = STUDIES[saved.study], saved.document
     header, rows = metric_rows(saved)
     tables = [{"title": f"Measured, {seeds_in_words(len(saved.seeds))}", "header": header, "rows": rows}]
     if sizes := _sizes(document):
         tables.append({"title": "Parameters", "header": ["variant", "trainable", "batch statistics"], "rows": sizes})
+    figures = [(path / file, text) for file, text in document.get("figures", {}).items() if (path / file).exists()]
     return {
         "name": path.resolve().name if is_one_of_several else study.name,
         "summary": study.summary[0].upper() + study.summary[1:],
         "source": study.source,
         "command": saved.command,
         "tables": tables,
-        "figures": [
-            _figure(path / file, text) for file, text in document.get("figures", {}).items() if (path / file).exists()
-        ],
+        "figures": [_figure(file, text) for file, text in figures],
         "settings": _settings(document),
     }
 
 
 def _sizes(document: Mapping[str, Any]) -> list[list[str]]:
-    """How many parameters the networks have, networks alike in one row."""
-    labels: dict[tuple[int, int], list[str]] = {}
+    """Counts the parameters of the networks, networks alike in one row."""
+    labels: dict[tuple[int, ...], list[str]] = {}
     for variant in document["variants"].values():
         if shapes := variant.get("parameters"):
-            trainable, statistics = (
-                sum(map(math.prod, shapes.get(name, {}).values())) for name in ("params", "batch_stats")
-            )
-            labels.setdefault((trainable, statistics), []).append(variant["label"])
+            sizes = [sum(map(math.prod, shapes.get(name, {}).values())) for name in ("params", "batch_stats")]
+            labels.setdefault(tuple(sizes), []).append(variant["label"])
     return [["; ".join(names), *(f"{count:,}" for count in sizes)] for sizes, names in labels.items()]
 
 
@@ -124,10 +110,5 @@ def _text(value: Any) -> str:
 def _figure(path: Path, text: str) -> dict[str, Any]:
     content = path.read_bytes()
     width, height = struct.unpack(">II", content[16:24])  # PNG's first chunk
-    return {
-        "data": base64.b64encode(content).decode(),
-        "text": text,
-        "title": text.split(". ")[0],
-        "width": width,
-        "height": height,
-    }
+    data, title = base64.b64encode(content).decode(), text.split(". ")[0]
+    return {"data": data, "text": text, "title": title, "width": width, "height": height}

@@ -1,4 +1,4 @@
-"""How images become inputs of a network: centered, and varied at random by a key for each or for all of a batch."""
+"""Preparation of images for a network: centered, and varied at random by a key for each or for all of a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +83,7 @@ def shear_zoom_flip(
     zoom: Float[Array, "2"],
     flip: Bool[Array, ""],
 ) -> Float[Array, "height width channels"]:
-    """An image sheared and zoomed about its center, then mirrored.
+    """Shears and zooms an image about its center, then mirrors it.
 
     Column x and row y of the result, counted from the center, are the image's at column `zₓ x − sin(shear) z_y y` and
     row `cos(shear) z_y y`, interpolated bilinearly; beyond its edges the image continues as its nearest pixels. As the
@@ -110,7 +110,7 @@ def shear_zoom_flip(
     columns = zoom[0] * x[None, :] - jnp.sin(angle) * zoom[1] * y[:, None]
 
     def weights(position, size: int):
-        """Of the `size` pixels along an axis, in the interpolation at each position, counted from the center."""
+        """Returns the weights of `size` pixels along an axis at each position, counted from the center."""
         position = jnp.clip(position + (size - 1) / 2, 0, size - 1)
         return jnp.maximum(0, 1 - jnp.abs(jnp.subtract.outer(position, jnp.arange(size))))
 
@@ -127,7 +127,7 @@ def centered(images: np.ndarray) -> Callable[[Array, Any], Array]:
 def distorted(
     images: Float[Array, "batch height width channels"], key: Key[Array, ""], strength: float
 ) -> Float[Array, "batch height width channels"]:
-    """Each image with a random contrast and brightness.
+    """Gives each image a random contrast and brightness.
 
     Args:
       images: of mean 0 and deviation 1.

@@ -56,7 +56,7 @@ class Dataset(NamedTuple):
 
 
 def circles() -> Dataset:
-    """Two noisy concentric circles: 1000 points of scikit-learn's `make_circles(noise=0.1, random_state=1)`.
+    """Draws two noisy concentric circles: 1000 points of scikit-learn's `make_circles(noise=0.1, random_state=1)`.
 
     The first 500 train and the last 500 test: float32 inputs `[500, 2]`, labels 0 (outer circle) and 1.
 
@@ -72,7 +72,7 @@ def circles() -> Dataset:
 
 
 def blobs(seed: int = 0) -> Dataset:
-    """Two overlapping Gaussian blobs: 1000 points around (0, 0) and (0.5, 0.1) with standard deviation 0.25.
+    """Draws two overlapping Gaussian blobs: 1000 points around (0, 0) and (0.5, 0.1), standard deviation 0.25.
 
     A random three quarters train and the rest test: float32 inputs `[750, 2]` and `[250, 2]`.
 
@@ -93,7 +93,7 @@ def blobs(seed: int = 0) -> Dataset:
 
 
 def blank(name: str) -> Dataset:
-    """Two images, black and white, in the place of an image set, to make networks for it where there is no data.
+    """Makes two images, black and white, in the place of an image set, to make networks for it without data.
 
     >>> blank("cifar100").train.x.shape
     (2, 32, 32, 3)
@@ -114,7 +114,7 @@ def images(
     data_dir: str | os.PathLike | None = None,
     progress: Callable[[str, float], Any] = lambda text, fraction: None,
 ) -> Dataset:
-    """An image classification set of TensorFlow Datasets, as arrays: uint8 `[N, H, W, C]` and int32 labels `[N]`.
+    """Reads an image classification set of TensorFlow Datasets: uint8 `[N, H, W, C]` and int32 labels `[N]`.
 
     The records are decoded once and cached (in `$BNJAX_CACHE`, or `bnjax` in the user's cache directory); a set that is
     not there is downloaded. The order is the one of the records, which TFDS shuffles once. TensorFlow is not needed for
@@ -142,7 +142,7 @@ def images(
 
 
 def _builder(name: str, data_dir: str | os.PathLike | None):
-    """A TFDS builder whose records are on disk, downloaded where they were not."""
+    """Makes a TFDS builder whose records are on disk, downloaded where they were not."""
     with needs("data"):
         import tensorflow_datasets as tfds
     if not hasattr(tfds, "builder"):  # it only logs what it can't import
@@ -216,7 +216,7 @@ def _encode_with_pillow(feature) -> None:
 
 
 def _mnist_splits(builder, downloads) -> dict[str, Iterator[tuple[int, dict]]]:
-    """The examples of MNIST's and Fashion-MNIST's files, which TFDS reads with TensorFlow."""
+    """Reads the examples of MNIST's and Fashion-MNIST's files, which TFDS reads with TensorFlow."""
     paths = downloads.download({url.rpartition("/")[2]: url for url in builder.url_infos})
 
     def examples(split: str) -> Iterator[tuple[int, dict]]:
@@ -230,7 +230,7 @@ def _mnist_splits(builder, downloads) -> dict[str, Iterator[tuple[int, dict]]]:
 
 
 def _cifar_splits(builder, downloads) -> dict[str, Iterator[tuple[int, dict]]]:
-    """The examples of CIFAR-10's or CIFAR-100's archive, which TFDS reads with TensorFlow."""
+    """Reads the examples of CIFAR-10's or CIFAR-100's archive, which TFDS reads with TensorFlow."""
     [url] = builder.url_infos
     features, files = builder.info.features, {}
     with tarfile.open(Path(downloads.download(url))) as archive:
@@ -255,7 +255,7 @@ _READERS = {"mnist": _mnist_splits, "fashion_mnist": _mnist_splits, "cifar10": _
 
 
 def _feature_names(builder) -> tuple[str, str]:
-    """The names of the image and the label among the features of a set."""
+    """Finds the names of the image and the label among the features of a set."""
     import tensorflow_datasets as tfds
 
     keys, features = builder.info.supervised_keys, builder.info.features
@@ -271,7 +271,7 @@ def _feature_names(builder) -> tuple[str, str]:
 
 
 def _split(builder, split: str, image: str, label: str, progress: Callable[[str, float], Any]) -> Split:
-    """One split as arrays, from the cache where it is there."""
+    """Reads one split as arrays, from the cache where it is there."""
     count, shape = builder.info.splits[split].num_examples, builder.info.features[image].shape
     cached = _cache_path(builder, split)
     if cached.exists():
@@ -319,7 +319,7 @@ def _pixels(picture, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _cache_path(builder, split: str) -> Path:
-    """Where the decoded split is cached: the name changes with the files that it was read from."""
+    """Returns the path of the decoded split, whose name changes with the files that it was read from."""
     root = os.environ.get("BNJAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnjax"
     files = sorted(Path(builder.data_path).glob(f"*{split}*"))
     state = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])

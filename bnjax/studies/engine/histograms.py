@@ -17,7 +17,7 @@ Histograms = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def empty_histograms(params: Any, times: int) -> Histograms:
-    """Those of as many times in a training, to be counted."""
+    """Makes empty histograms of some times in a training."""
     return {
         f"{kind}/{path}": (np.zeros((times, _BINS), np.int32), np.zeros((times, 2), np.float32))
         for kind in ("weight", "gradient")
@@ -35,7 +35,7 @@ def count_values(histograms: Histograms, time: int, leaves: Mapping[str, Any]) -
 
 
 def parameter_shapes(states: Any, leading: int) -> dict[str, dict[str, list[int]]]:
-    """Collection ('params', 'batch_stats') to path to shape, without the leading axes (of seeds)."""
+    """Returns collection ('params', 'batch_stats') to path to shape, without the leading axes (of seeds)."""
     return {
         name: {path: list(leaf.shape[leading:]) for path, leaf in by_path(tree).items()}
         for name in ("params", "batch_stats")
@@ -44,7 +44,7 @@ def parameter_shapes(states: Any, leading: int) -> dict[str, dict[str, list[int]
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of dicts, by their path."""
+    """Returns the leaves of a tree of dicts, by their path."""
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
@@ -56,11 +56,11 @@ _RECORDER = optax.GradientTransformation(_zeros, lambda updates, state, params=N
 
 
 def recording(state: training.TrainState) -> training.TrainState:
-    """A state whose next training step changes no parameter and leaves the gradient as `opt_state`."""
+    """Makes a state whose next training step changes no parameter and leaves the gradient as `opt_state`."""
     return state.replace(tx=_RECORDER, opt_state=_RECORDER.init(state.params))
 
 
 def watched(step: Callable[..., Any], state: training.TrainState, *inputs: Any) -> tuple[Any, Any]:
-    """The parameters, and the gradient of a step that is not taken."""
+    """Returns the parameters, and the gradient of a step that is not taken."""
     recorded, _ = step(recording(jax.tree.map(jnp.copy, state)), *inputs)
     return state.params, recorded.opt_state

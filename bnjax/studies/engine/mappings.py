@@ -1,4 +1,4 @@
-"""How a plan is mapped: compiled for all settings at once or for one, or by a step over the devices of a mesh."""
+"""Mappings of a plan: compiled for all settings at once or for one, or by a step over the devices of a mesh."""
 
 import functools
 from typing import Any
@@ -28,13 +28,13 @@ class Compiled:
         self.calls = [(first, first + plan.call) for first in range(0, plan.steps, plan.call)]
 
     def create(self, setting: Setting) -> Any:
-        """The state at step 0."""
+        """Makes the state at step 0."""
         state = self._create(setting)
         self.parameters = parameter_shapes(state, self._leading)
         return state
 
     def empty(self, state: Any, setting: Setting) -> tuple[Any, Any]:
-        """Arrays for the metrics, the measurements and the looks of the whole training, and its histograms."""
+        """Makes arrays for the metrics, the measurements and the looks of the whole training, and its histograms."""
         inputs = (state, setting, self._examples, 0)
         _, values, leaves = jax.eval_shape(self._run, *inputs)
         series = jax.tree.map(lambda v: np.zeros((len(self.calls) * v.shape[0], *v.shape[1:]), v.dtype), values)
@@ -42,32 +42,31 @@ class Compiled:
         return series, empty_histograms(leaves["weight"], self._plan.parts) if leaves else {}
 
     def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
-        """Some steps: the next state, `(metrics, measurements, looks)` in the order of time, and watched leaves."""
+        """Takes some steps; returns the next state, `(metrics, measurements, looks)` over time, and watched leaves."""
         return self._run(state, setting, self._examples, first)
 
     def watch(self, state: Any, setting: Setting, end: int) -> Any:
-        """What is watched beside the training, after some steps; nothing where that is not asked for."""
+        """Returns the leaves watched beside the training, after some steps; none where that is not asked for."""
         return self._watch(state, setting, self._examples, end) if self._is_beside else {}
 
     def kept(self, state: Any) -> Any:
-        """The final state, on the host."""
+        """Returns the final state, on the host."""
         return jax.device_get(state)
 
-    whole = placed = staticmethod(lambda state: state)  # as it is saved, and as it goes on
+    whole = placed = staticmethod(lambda state: state)  # saved, and continued, as it is
 
 
 @functools.lru_cache(maxsize=32)
 def _programs(plan: Plan, is_vmapped: bool, is_watched: bool) -> tuple[Any, Any, Any]:
-    """The compiled programs of a plan, kept for its next training: initial states, steps, and watched leaves."""
+    """Compiles a plan, kept for its next training: initial states, steps, and watched leaves."""
     over = jax.vmap if is_vmapped else lambda function, *_: function
 
     def leaves_of_first(state, setting, examples, number):
         if is_vmapped:
             state, setting = jax.tree.map(lambda v: v[0], (state, setting))
-        inputs = _inputs(plan, setting, examples, number)
         watch = plan.watch or functools.partial(watched, plan.step)
-        leaves = dict(zip(("weight", "gradient"), watch(state, *inputs), strict=True))
-        return jax.tree.map(lambda v: v[None], leaves)
+        weight, gradient = watch(state, *_inputs(plan, setting, examples, number))
+        return jax.tree.map(lambda v: v[None], {"weight": weight, "gradient": gradient})
 
     look = over(lambda state, setting, examples: plan.look(state, setting.get("examples", examples)), (0, 0, None))
 
@@ -90,12 +89,12 @@ def _programs(plan: Plan, is_vmapped: bool, is_watched: bool) -> tuple[Any, Any,
 
 
 def _inputs(plan: Plan, setting: Setting, examples: Any, number: Any) -> tuple:
-    """What a step takes besides the state."""
+    """Draws the inputs of a step."""
     return plan.draw(setting.get("examples", examples), setting, number)
 
 
 def steps_of(plan: Plan, state, setting: Setting, examples, numbers, *, over=lambda function, *_: function) -> tuple:
-    """Some steps, traced: `(state, metrics, measurements)`, where `over` maps a function over settings."""
+    """Takes some steps, traced: `(state, metrics, measurements)`, where `over` maps a function over settings."""
 
     def of(function):
         mapped = over(lambda s, setting, e, number: function(s, *_inputs(plan, setting, e, number)), (0, 0, None, None))
@@ -125,13 +124,13 @@ class OnMesh:
         self.calls = list(zip([0, *ends], ends, strict=False))
 
     def create(self, setting: Setting) -> Any:
-        """The state at step 0, on the mesh."""
+        """Makes the state at step 0, on the mesh."""
         state = self._plan.create(setting)
         self.parameters = parameter_shapes(state, 0)
         return self.placed(training.split_batch_stats(state, self._groups) if self._groups > 1 else state)
 
     def empty(self, state: Any, setting: Setting) -> tuple[Any, Any]:
-        """Arrays for the metrics and the looks of the whole training, and its histograms."""
+        """Makes arrays for the metrics and the looks of the whole training, and its histograms."""
 
         def metrics(times):
             return training.Metrics(*(np.zeros(times, np.float32) for _ in training.Metrics._fields))
@@ -141,7 +140,7 @@ class OnMesh:
         return (metrics(self._plan.steps), (), looked), counted
 
     def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
-        """Some steps: the next state, `(metrics, measurements, looks)` in the order of time, and watched leaves."""
+        """Takes some steps; returns the next state, `(metrics, measurements, looks)` over time, and watched leaves."""
         pending = []
         for number in range(first, end):
             state, metrics = self._step(state, *self._inputs(setting, number))
@@ -153,29 +152,27 @@ class OnMesh:
         return state, (metrics, (), jax.tree.map(np.atleast_1d, looked)), {}
 
     def watch(self, state: Any, setting: Setting, end: int) -> Any:
-        """The parameters after a part of the training and the gradient of its last step; nothing within a part."""
+        """Returns the parameters after a part of the training, and its last gradient; nothing within a part."""
         if not self._is_counted or end % self._plan.part:
             return {}
-        leaves = dict(
-            zip(("weight", "gradient"), watched(self._step, state, *self._inputs(setting, end - 1)), strict=True)
-        )
-        return jax.tree.map(lambda v: v[None], leaves)
+        weight, gradient = watched(self._step, state, *self._inputs(setting, end - 1))
+        return jax.tree.map(lambda v: v[None], {"weight": weight, "gradient": gradient})
 
     def _inputs(self, setting: Setting, number: int) -> tuple:
-        """What a step takes besides the state: this process's part of a batch, and the key."""
+        """Draws the inputs of a step: this process's part of a batch, and the key."""
         x, y = self._plan.draw(self._examples, setting, number)
         batch = training.pad_batch(training.Batch(x, y), self._step.multiple)
         batch = jax.tree.map(training.local_part, batch)
         return batch.x, batch.y, batch.weights, jax.random.fold_in(setting["key"], number + 1)
 
     def whole(self, state: Any) -> Any:
-        """The state as it is saved: statistics of the groups of all processes together."""
+        """Returns the state as it is saved: statistics of the groups of all processes together."""
         is_apart = self._groups > 1 and jax.process_count() > 1
         return state.replace(batch_stats=training.to_host(state.batch_stats)) if is_apart else state
 
     def placed(self, state: Any) -> Any:
-        """The state on the mesh."""
+        """Places the state on the mesh."""
         return training.place_state(state, self._step.mesh)
 
     def kept(self, state: Any) -> None:
-        """Nothing: it may be large."""
+        """Keeps nothing of the final state, which may be large."""

@@ -1,4 +1,4 @@
-"""What is trained: a network and how it learns, as a plan that the engine carries out for many seeds or on a mesh."""
+"""Plans of trainings: a network and how it learns, which the engine carries out for many seeds or on a mesh."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ _LONG = 5000  # steps of a training that better kernels repay
 _EVALUATED = 1000  # examples at a time
 
 Setting = Mapping[str, Any]
-"""What tells one training of a plan from another: 'key', the random key of its seed, 'examples' of its own, numbers."""
+"""The differences between trainings of one plan: 'key', the random key of its seed, 'examples' of its own, numbers."""
 
 
 def compiler_options(steps: int = 0) -> dict[str, Any]:
-    """XLA's, for a training of so many steps: compiling takes most of a short one, so that less effort there pays.
+    """Returns options of XLA for a training of some steps: compiling takes most of a short one, so less effort pays.
 
-    What the environment variable XLA_FLAGS says wins.
+    Options that the environment variable XLA_FLAGS names are left to it.
     """
     options: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
     if steps < _LONG:
@@ -36,26 +36,26 @@ def compiler_options(steps: int = 0) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """How a network is trained and measured, by functions that are traced (but not on a mesh).
+    """A training of a network and its measurements, by functions that are traced (but not on a mesh).
 
     The same plan carried out again, for as many settings, compiles nothing.
 
     Attributes:
       name: key in results.
-      label: for tables and figures.
-      create: the state at step 0, a pytree, from a setting.
-      draw: `(examples, setting, number) -> inputs`, what a step takes besides the state, such as `random_batch(128)`.
+      label: label for tables and figures.
+      create: makes the state at step 0, a pytree, from a setting.
+      draw: `(examples, setting, number) -> inputs`, those of a step besides the state, such as `random_batch(128)`.
       step: one training step `(state, *inputs) -> (state, Metrics)`.
       steps: number of steps.
       measure: `(state, *inputs) -> pytree`, before a step, with its inputs; None to measure nothing.
       every: steps between two measurements, which divides them; the first is before the first step.
       part: steps of a part of the training, which `every` divides; by default there are some twenty parts.
-      look: `(state, examples) -> dict`, after each part: what is kept of the state, or `Metrics` of further examples.
+      look: `(state, examples) -> dict`, after each part: parts of the state to keep, or `Metrics` of other examples.
       watch: `(state, *inputs) -> (weights, gradients)`, after each part, two trees of dicts for histograms; by default
         the parameters, and the gradient of the step.
       unit: steps that count as one in reports, such as those of an epoch.
-      compiler_options: of XLA, such as `compiler_options()` for networks that take longer to compile than to train.
-      configuration: what else decides its numbers, which a checkpoint has to agree with.
+      compiler_options: options of XLA, such as `compiler_options()` for networks that compile longer than they train.
+      configuration: all else that decides its numbers, which a checkpoint has to agree with.
     """
 
     name: str
@@ -75,41 +75,41 @@ class Plan:
 
     def __post_init__(self):
         if self.every < 1 or self.steps % self.every:
-            text = f"the steps must be a multiple of those between measurements, {self.every}, got {self.steps}."
-            raise ValueError(text)
+            raise ValueError(
+                f"the steps must be a multiple of those between measurements, {self.every}, got {self.steps}."
+            )
         if not self.part:
             measured = self.steps // self.every
             object.__setattr__(self, "part", self.every * divisor_up_to(measured // _CALLS, measured))
 
     @property
     def parts(self) -> int:
-        """How many parts the training has."""
+        """The number of parts of the training."""
         return self.steps // self.part
 
     @property
     def length(self) -> int:
-        """What reports count to: steps, or epochs."""
+        """The number that reports count to: steps, or epochs."""
         return self.steps // self.unit
 
     @property
     def call(self) -> int:
-        """Steps of one compiled call."""
+        """The steps of one compiled call."""
         return self.part * divisor_up_to(self.parts // _CALLS, self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What was seen of a plan's training, for each of S settings.
+    """The outcome of a plan's training, for each of S settings.
 
     Attributes:
-      plan: what was carried out.
+      plan: the plan that was carried out.
       metrics: `Metrics` of each step's batch, before the step, `[S, steps]`.
       measurements: pytree of arrays `[S, measurements, …]`.
-      looked: what `Plan.look` gave after each part, `[S, parts, …]`.
+      looked: results of `Plan.look` after each part, `[S, parts, …]`.
       state: final states, with a leading axis of S; None where they are not kept.
       parameters: collection ('params', 'batch_stats') to path to shape.
-      histograms: of the first setting, '<weight|gradient>/<layer>/<parameter>' to `(counts [parts, bins], range
-        [parts, 2])`; empty where these were not asked for.
+      histograms: those of the first setting, where they were asked for.
     """
 
     plan: Plan
@@ -122,10 +122,9 @@ class Trained:
 
     @functools.cached_property
     def curves(self) -> dict[str, np.ndarray]:
-        """'<split>_loss' and '<split>_accuracy', each `[S, parts]`.
+        """The curves '<split>_loss' and '<split>_accuracy', each `[S, parts]`.
 
-        The split 'train' is what training saw during the part, in training mode; the others are those that were looked
-        at after it.
+        The split 'train' is the mean over the part's batches, in training mode; the others were looked at after it.
         """
         during = jax.tree.map(lambda v: v.reshape((len(v), self.plan.parts, -1)).mean(2), self.metrics)
         splits = {"train": during, **{k: v for k, v in self.looked.items() if isinstance(v, training.Metrics)}}
@@ -137,11 +136,11 @@ class Trained:
         return np.arange(0, self.plan.steps, self.plan.every)
 
     def final(self, curve: str, parts: int = 1) -> np.ndarray:
-        """Mean of a curve over the last parts, for each setting."""
+        """Returns the mean of a curve over the last parts, for each setting."""
         return self.curves[curve][:, -parts:].mean(1)
 
     def epochs_to(self, curve: str, threshold: float) -> np.ndarray:
-        """For each seed the first epoch (from 1) at which a curve reaches `threshold`, the last plus 1 if none does."""
+        """Returns each seed's first epoch (from 1) at which a curve reaches a threshold; one too many if none does."""
         reached = self.curves[curve] >= threshold
         return np.where(reached.any(1), reached.argmax(1) + 1.0, reached.shape[1] + 1.0)
 
@@ -152,7 +151,7 @@ class Examples:
     """Examples to train on, and further splits to evaluate after each epoch, all as one, so that one evaluation serves.
 
     Attributes:
-      train: to train on.
+      train: the examples to train on.
       held_out: all others; None where there are none.
       splits: name, first and last index of each split in these.
     """
@@ -163,7 +162,7 @@ class Examples:
 
     @classmethod
     def of(cls, train: Split, evaluation: Mapping[str, Split], axis: int = 0) -> "Examples":
-        """Those of some splits, whose axis of examples is the first, or the second where each seed has its own."""
+        """Joins some splits, whose axis of examples is the first, or the second where each seed has its own."""
         ends = np.cumsum([0, *(split.y.shape[-1] for split in evaluation.values())]).tolist()
         held_out: list[Any] = [jnp.concatenate(parts, axis) for parts in zip(*evaluation.values(), strict=True)]
         splits = tuple(zip(evaluation, ends[:-1], ends[1:], strict=True))
@@ -176,15 +175,15 @@ class Variant:
 
     Attributes:
       name: key in results.
-      label: for tables and figures.
+      label: label for tables and figures.
       model: linen module.
       optimizer: optax gradient transformation.
-      input_shape: of one input of the model.
+      input_shape: shape of one input of the model.
       batch_size: examples in a step.
       objective: loss and correctness of each example.
       preprocess: maps bytes and a random key for each example (None in evaluation) to inputs of the model, on the
         device; None where the examples are inputs of the model.
-      input_dtype: of the inputs of the model.
+      input_dtype: dtype of the inputs of the model.
     """
 
     name: str
@@ -198,32 +197,36 @@ class Variant:
     input_dtype: Any = jnp.float32
 
     def create(self, setting: Setting) -> training.TrainState:
-        """The state at step 0, of a setting's key."""
+        """Makes the state at step 0, of a setting's key."""
         key, example = jax.random.fold_in(setting["key"], 0), jnp.zeros((1, *self.input_shape), self.input_dtype)
         return training.create_train_state(self.model, self.optimizer, key, example)
 
     def prepared(self, x) -> Any:
-        """Inputs of the model, of examples."""
+        """Makes inputs of the model of examples, as for evaluation."""
         return x if self.preprocess is None else self.preprocess(x, None)
 
     def step(self, state, x, y, key) -> tuple[training.TrainState, training.Metrics]:
-        """One training step, whose key is that of dropout and of noise."""
+        """Takes one training step, whose key is that of dropout and of noise."""
         rngs = {"dropout": key, "noise": key}
         return training.train_step(state, self.prepared(x), y, objective=self.objective, rngs=rngs)
 
+    def correct(self, state, x: Any, y: Any) -> Any:
+        """Returns for each of some inputs of the model whether it is classified correctly, with running statistics."""
+        return training.evaluate(state, x, y, objective=self.objective).accuracy
+
     def evaluate(self, state, x: Any, y: Any) -> training.Metrics:
-        """Means over some examples, in batches, with running statistics."""
+        """Returns means over some examples, in batches, with running statistics."""
         options: Any = {"objective": self.objective, "batch_size": _EVALUATED, "preprocess": self.preprocess}
         return training.evaluate_in_batches(state, x, y, **options)
 
     def plan(self, steps: int, **options: Any) -> Plan:
-        """Steps of batches drawn at random, measured as the attributes of `Plan` say that are given."""
+        """Plans steps of batches drawn at random; options are other attributes of `Plan`."""
         given: dict[str, Any] = {"create": self.create, "draw": random_batch(self.batch_size), "step": self.step}
         given["configuration"] = {"batch_size": self.batch_size}
         return Plan(self.name, self.label, steps=steps, **(given | options))
 
     def epochs(self, epochs: int, count: int) -> Plan:
-        """Passes over so many examples, in an order drawn anew for each, all splits of `Examples` evaluated after each.
+        """Plans passes over all examples, in an order drawn anew for each, with evaluation of `Examples` after each.
 
         A step of the plan is an epoch. Histograms are of the gradient of the first batch of the examples, in training
         mode.
@@ -252,7 +255,7 @@ class Variant:
         return self.plan(epochs, draw=draw, step=step, part=1, look=look, watch=watch, compiler_options=options)
 
     def parallel_epochs(self, epochs: int, steps_per_epoch: int, step: training.ParallelStep) -> Plan:
-        """Epochs of so many steps on a mesh, the splits of `(train, evaluation)` evaluated after each.
+        """Plans epochs of some steps on a mesh, the splits of `(train, evaluation)` evaluated after each.
 
         Batches are taken from a new permutation of the examples for each pass over them, without regard to its end.
         """
@@ -268,7 +271,7 @@ class Variant:
 
 
 def random_batch(batch_size: int) -> Callable[[Any, Any, Any], tuple]:
-    """Draws as many examples `(x, y)` at random, with replacement, and the step's key."""
+    """Makes a function that draws examples `(x, y)` at random, with replacement, and the step's key."""
 
     def draw(examples, setting, number):
         x, y = examples
@@ -280,28 +283,33 @@ def random_batch(batch_size: int) -> Callable[[Any, Any, Any], tuple]:
 
 
 def step_keys(setting: Setting, number: Any) -> tuple[Any, Any]:
-    """The random keys of a step's batch, and of all else in it."""
+    """Returns the random keys of a step's batch, and of all else in it."""
     of_step = jax.random.fold_in(setting["key"], number + 1)
     return jax.random.fold_in(of_step, 0), jax.random.fold_in(of_step, 1)
 
 
 def seed_keys(seeds: Sequence[int]) -> jax.Array:
-    """The random key of each seed."""
+    """Makes the random key of each seed."""
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
+def scaled_kernels(params: Any, factor: Any) -> Any:
+    """Multiplies the kernels among a network's parameters by a factor."""
+    return jax.tree.map_with_path(lambda path, p: p * factor if path[-1].key == "kernel" else p, params)
+
+
 def divisor_from(least: int, number: int) -> int:
-    """The smallest divisor of a number that is at least so large."""
+    """Returns the smallest divisor of a number from some least one."""
     return next(n for n in range(max(1, least), number + 1) if number % n == 0)
 
 
 def divisor_up_to(most: int, number: int) -> int:
-    """The largest divisor of a number that is at most so large (or 1)."""
+    """Returns the largest divisor of a number up to some greatest one (or 1)."""
     return next(n for n in range(max(1, most), 0, -1) if number % n == 0)
 
 
 def _of_permutation(train: Split, batch_size: int, step: int, seed: int) -> Split:
-    """The examples of a step: those at its place in one permutation of all after the other."""
+    """Returns the examples of a step: those at its place in one permutation of all after the other."""
     count = len(train.y)
     place = np.arange(step * batch_size, (step + 1) * batch_size)
     index = np.empty(batch_size, np.int64)

@@ -12,11 +12,11 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """Where a study's trainings are saved, and how often.
+    """The place where a study's trainings are saved, and how often.
 
     Attributes:
-      directory: each training has a directory in it.
-      configuration: of the whole study, such as its name and data set, which a checkpoint must agree with.
+      directory: directory in which each training has its own.
+      configuration: settings of the whole study, such as its name and data set, which a checkpoint must agree with.
       every: seconds from one checkpoint to the next.
       resume: whether to continue what is there, rather than to remove it.
       report: is told of damaged checkpoints.
@@ -41,7 +41,7 @@ class Saved:
                 shutil.rmtree(self._directory, ignore_errors=True)
 
     def restore(self, like: Callable[[], Any]) -> tuple[int, Any] | None:
-        """Step and state of the newest checkpoint, or None to start afresh."""
+        """Reads step and state of the newest checkpoint; None to start afresh."""
         if not (self._saving and self._saving.resume and self._directory.is_dir()):
             return None
         return self._open(self._saving).restore(like())

@@ -17,13 +17,10 @@ from bnjax.training.ahead_of_time import CompileReport, compile_report, topology
 
 
 def network_of(name: str) -> Variant:
-    """What a step trains: a study's own network, or a residual network in bfloat16 (He et al. 2016, section 3.4).
-
-    Args:
-      name: in `bnjax.studies.COMPILABLE`.
+    """Makes a study's own network, or a residual network in bfloat16 (He et al. 2016, section 3.4).
 
     Raises:
-      ValueError: for an unknown name.
+      ValueError: for a name that is not in `bnjax.studies.COMPILABLE`.
     """
     if name not in COMPILABLE:
         raise ValueError(f"the step must be one of {', '.join(COMPILABLE)}, got {name!r}.")
@@ -42,13 +39,10 @@ def compile_step(name: str, topology: str, *, parallel_by: str = "jit", batch_si
     """Compiles the training step of a study's network with synchronized batch norm for a slice of TPU chips.
 
     Args:
-      name: in `bnjax.studies.COMPILABLE`.
+      name: name in `bnjax.studies.COMPILABLE`.
       topology: generation and shape of the slice, such as 'v5e:2x4'.
       parallel_by: 'jit' or 'shard_map'.
       batch_size: examples on each chip; the study's by default.
-
-    Returns:
-      What the compiled program needs and does.
 
     Raises:
       ValueError: for an unknown name or topology.
@@ -63,13 +57,9 @@ def compile_step(name: str, topology: str, *, parallel_by: str = "jit", batch_si
 def abstract_step(
     network: Variant, mesh: Mesh, *, parallel_by: str, batch_size: int | None = None
 ) -> tuple[Any, tuple]:
-    """The jitted step over a mesh, and shapes with shardings to lower it with.
+    """Returns the jitted step over a mesh, and shapes with shardings to lower it with.
 
-    Args:
-      network: what to train; its batch norms are made to synchronize.
-      mesh: of the devices.
-      parallel_by: 'jit' or 'shard_map'.
-      batch_size: examples on each device; the network's by default.
+    The network's batch norms are made to synchronize; the batch size is that of each device, by default the network's.
     """
     model = network.model.clone(norm=functools.partial(network.model.norm, axis_name=training.SYNC_AXIS))
     step = training.make_train_step(network.objective, mesh, parallel=parallel_by, preprocess=network.preprocess)

@@ -26,19 +26,19 @@ from bnjax.studies.engine.saving import Saved
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 
 Update = Callable[[float, dict[str, float]], Any]
-"""Is told the steps or epochs done, and the latest means over seeds."""
+"""A function that is told the steps or epochs done, and the latest means over seeds."""
 
 
 @runtime_checkable
 class Report(Protocol):
-    """What a study tells of its progress."""
+    """A listener that a study tells its progress."""
 
     def task(self, plan: Plan) -> Update:
         """Begins a training; the returned function is told what is done, up to the plan's length."""
         ...
 
     def reading(self, text: str, fraction: float) -> Any:
-        """Data is being read."""
+        """Hears that data is being read."""
         ...
 
 
@@ -64,8 +64,8 @@ def train(
       mapped: 'together' for all settings at once by vmap; 'one by one'; or the mesh over whose devices the plan's step,
         a `bnjax.training.ParallelStep`, splits each batch, one setting after the other.
       report: is told the progress.
-      options: of the study: where checkpoints are, and whether to count weights and gradients of the first setting
-        after each part, beside the training, whose numbers that leaves as they are.
+      options: options of the study: where checkpoints are, and whether to count weights and gradients of the first
+        setting after each part, beside the training, whose numbers that leaves as they are.
       histograms: whether to count them in any case, within the compiled program.
     """
     update = report.task(plan) if report else lambda done, means: None
@@ -125,7 +125,7 @@ def _count(histograms: Any, first: int, leaves: Any) -> None:
 
 
 def _means(plan: Plan, metrics: training.Metrics, end: int, looked: dict[str, Any]) -> dict[str, float]:
-    """Means over settings of the training metrics of the last part so far, and of what was looked at after it."""
+    """Returns means over settings of the metrics of the last part so far, and of the splits evaluated after it."""
     part = slice((end - 1) // plan.part * plan.part, end)
     splits = {"train": jax.tree.map(lambda v: v[part], metrics)}
     splits |= {k: jax.tree.map(lambda v: v[-1:], v) for k, v in looked.items() if isinstance(v, training.Metrics)}
@@ -146,16 +146,7 @@ class Job(NamedTuple):
 
 
 def train_all(jobs: Sequence[Job], report: Report, options: Options) -> list[Trained]:
-    """Trains several plans with histograms, as many at a time as there are processor cores.
-
-    Args:
-      jobs: what to train, on what.
-      report: is told the progress of each.
-      options: of the study.
-
-    Returns:
-      The trainings in the order of the jobs, the same as one after the other.
-    """
+    """Trains several plans with histograms, as many at a time as there are processor cores; returns them in order."""
 
     def work(job: Job, watched: Report) -> Trained:
         return train(*job, report=watched, options=options, histograms=True)
@@ -171,11 +162,8 @@ def in_threads(work: Callable[[Any, Report], Any], jobs: Sequence[Any], report: 
     Args:
       work: `(job, report) → result`; telling its progress to the report stops it once another job has failed or was
         interrupted.
-      jobs: what to do.
+      jobs: the jobs, in whose order the results are returned.
       report: is told the progress of all.
-
-    Returns:
-      The results in the order of the jobs.
     """
     stoppable = _Stoppable(report)
     with ThreadPoolExecutor(min(len(jobs), _cores())) as pool:
@@ -207,40 +195,33 @@ class _Stoppable:
 
 
 def _cores() -> int:
-    """Processor cores that this process may use; all of them where the system does not tell."""
+    """Counts the processor cores that this process may use; all of them where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -> tuple[float, float]:
-    """Seconds a step, with measurements and without: medians over alternating runs of `every` steps, compiled before.
+    """Times a step of one training with measurements and without.
 
-    Args:
-      plan: how to train and measure.
-      setting: of one training.
-      examples: as those of `train`.
-      repeats: runs of each.
+    Returns:
+      Seconds of each, medians over as many alternating runs of `every` steps, compiled before.
     """
     examples = jax.tree.map(jnp.asarray, examples)
     state = jax.jit(plan.create)(setting)
-    plans = {True: plan, False: dataclasses.replace(plan, measure=None)}
+    plans, numbers = (plan, dataclasses.replace(plan, measure=None)), jnp.arange(plan.every)
     run = jax.jit(
-        lambda state, examples, measured: steps_of(plans[measured], state, setting, examples, jnp.arange(plan.every))[
-            1:
-        ],
-        static_argnums=2,
+        lambda state, examples, i: steps_of(plans[i], state, setting, examples, numbers)[1:], static_argnums=2
     )
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for repeat in range(repeats + 1):
-        for measured, seconds in times.items():
-            clock = time.perf_counter()
-            jax.block_until_ready(run(state, examples, measured))
-            if repeat:
-                seconds.append((time.perf_counter() - clock) / plan.every)
-    return float(np.median(times[True])), float(np.median(times[False]))
+    seconds = np.empty((repeats + 1, 2))
+    for repeat, i in np.ndindex(seconds.shape):
+        clock = time.perf_counter()
+        jax.block_until_ready(run(state, examples, i))
+        seconds[repeat, i] = (time.perf_counter() - clock) / plan.every
+    measured, plain = np.median(seconds[1:], axis=0).tolist()
+    return measured, plain
 
 
 def _digest(settings: Setting) -> str:
-    """A text that changes with any number of the settings."""
+    """Returns a text that changes with any number of the settings."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(settings):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,1 +1,7 @@
-"""What a study shows: claims as data, statistics, results and their one reader, the ledger and figures."""
+"""Evidence of the studies: claims as data, statistics, results and their one reader, the ledger and figures."""
+
+from bnjax.studies.evidence.claims import read_claims
+from bnjax.studies.evidence.results import Results
+from bnjax.studies.evidence.statistics import interval, seeds_in_words
+
+__all__ = ["Results", "interval", "read_claims", "seeds_in_words"]

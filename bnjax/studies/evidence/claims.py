@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,7 +22,7 @@ class Record(Protocol):
     seeds: Sequence[int]
 
     def values(self, variant: str, metric: str) -> np.ndarray | None:
-        """A metric of a variant at each seed; None where it was not measured."""
+        """Returns a metric of a variant at each seed; None where it was not measured."""
         ...
 
 
@@ -71,7 +73,7 @@ class Condition:
     digits: int | None = 4
 
     def judge(self, record: Record) -> "Outcome":
-        """What was measured of it."""
+        """Compares the range with what was measured."""
         values = record.values(self.variant, self.metric)
         others = record.values(self.minus, self.metric) if self.minus else None
         if values is None or (self.minus and others is None):
@@ -96,10 +98,10 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What was measured of a condition.
+    """The measured quantity of a condition.
 
     Attributes:
-      condition: which.
+      condition: the condition that it decides.
       measured: mean over seeds and 95 % interval (that of one run with `one_run`).
       effect: of a paired difference, its mean divided by its standard deviation over seeds (Cohen's d_z); else NaN.
       met: True, False, or None where that is undecided or was not measured.
@@ -112,7 +114,7 @@ class Outcome:
 
     @property
     def text(self) -> str:
-        """'label mean ± half (effect)' for the ledger."""
+        """The text 'label mean ± half (effect)' for the ledger."""
         condition = self.condition
         if not self.measured.n:
             return f"{condition.label} not measured"
@@ -131,12 +133,12 @@ class Claim:
     """A statement of a source.
 
     Attributes:
-      id: such as 'S1.1'.
-      source: document, and place in it.
-      statement: in our words.
+      id: its name in the ledger, such as 'S1.1'.
+      source: the document, and the place in it.
+      statement: the statement in our words.
       published: the number published, or a dash.
       rule: what decides, in words, fixed before the run.
-      conditions: what decides; all of them have to be met.
+      conditions: the conditions that decide; all of them have to be met.
       needs: settings that the run must have had; numbers may be `AtLeast`.
       amended: what of the rule was changed after results had been seen, and why; empty where nothing was.
       is_arithmetic: whether the statement can be checked without a run; if it fails, the source is wrong.
@@ -153,7 +155,7 @@ class Claim:
     is_arithmetic: bool = False
 
     def judge(self, record: Record) -> "Judgment":
-        """The verdict on a study's results."""
+        """Returns the verdict on a study's results."""
         differing = [key for key, value in self.needs.items() if not _meets(record.settings.get(key), value)]
         if differing:
             reason = "needs " + ", ".join(_setting(key, self.needs[key]) for key in differing)
@@ -162,41 +164,13 @@ class Claim:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A document whose statements are checked.
-
-    Attributes:
-      name: of the document, and place in it.
-      needs: settings that a run must have had to decide its claims, where these do not say otherwise.
-    """
-
-    name: str
-    needs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def claim(
-        self,
-        id: str,
-        statement: str,
-        rule: str,
-        *conditions: Condition,
-        published: str = "–",
-        needs: Mapping[str, Any] | None = None,
-        amended: str = "",
-        is_arithmetic: bool = False,
-    ) -> Claim:
-        """A claim of this source, of the attributes of `Claim`."""
-        needs = self.needs if needs is None else needs
-        return Claim(id, self.name, statement, published, rule, conditions, needs, amended, is_arithmetic)
-
-
-@dataclasses.dataclass(frozen=True)
 class Judgment:
     """A claim and what was measured of it.
 
     Attributes:
-      claim: which.
-      outcomes: of its conditions; none where the run can't decide it.
-      reason: why not, in words.
+      claim: the claim that is judged.
+      outcomes: an outcome for each of its conditions; none where the run can't decide it.
+      reason: why the run can't decide it, in words.
     """
 
     claim: Claim
@@ -205,7 +179,7 @@ class Judgment:
 
     @property
     def verdict(self) -> str:
-        """'reproduced' if every condition is met, 'not reproduced' if one fails, else 'undecided'."""
+        """The verdict: 'reproduced' if every condition is met, 'not reproduced' if one fails, else 'undecided'."""
         if any(outcome.met is False for outcome in self.outcomes):
             return "wrong in the source" if self.claim.is_arithmetic else "not reproduced"
         return "reproduced" if self.outcomes and all(outcome.met for outcome in self.outcomes) else "undecided"
@@ -216,21 +190,14 @@ class Judgment:
         return self.reason or "; ".join(outcome.text for outcome in self.outcomes)
 
     def to_json(self) -> dict[str, Any]:
-        """Its entry in `results.json`."""
+        """Returns the entry in `results.json`."""
         claim = self.claim
         texts = {key: getattr(claim, key) for key in ("id", "source", "statement", "published", "rule", "amended")}
         texts["needs"] = {key: str(value) for key, value in claim.needs.items()}
+        declared = ("label", "metric", "variant", "minus", "low", "high", "one_run", "every_seed")
         conditions = [
-            {
-                **{key: getattr(o.condition, key) for key in ("label", "metric", "variant", "minus", "low", "high")},
-                "one_run": o.condition.one_run,
-                "every_seed": o.condition.every_seed,
-                "mean": o.measured.mean,
-                "ci95": o.measured.half,
-                "n": o.measured.n,
-                "effect": o.effect,
-                "met": o.met,
-            }
+            {key: getattr(o.condition, key) for key in declared}
+            | {"mean": o.measured.mean, "ci95": o.measured.half, "n": o.measured.n, "effect": o.effect, "met": o.met}
             for o in self.outcomes
         ]
         return {**texts, "conditions": conditions, "measured": self.measured, "verdict": self.verdict}
@@ -245,3 +212,85 @@ def _meets(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, AtLeast):
         return isinstance(value, int | float) and value >= wanted.value
     return value == wanted
+
+
+def read_claims(study_file: str, text: str | None = None) -> tuple[Claim, ...]:
+    """Reads the claims of a study from TOML: tables `[[sources]]`, each with tables `[[sources.claims]]`.
+
+    A source has a `name` and the `needs` of its claims, where these have none of their own. The keys of a claim are the
+    attributes of `Claim`, those of its conditions the attributes of `Condition`; `published` is a dash by default. In
+    `needs` the value `{at_least = 500}` is a number that may be larger, and `digits = "auto"` shows as many decimals as
+    the interval leaves.
+
+    Args:
+      study_file: the file of the study's module. Its claims are in `claims/<study>.toml` beside it.
+      text: the claims, where the module holds them itself.
+
+    Raises:
+      ValueError: for claims that are not so; the message names file, claim and field.
+    """
+    path = Path(study_file)
+    if text is None:
+        path = path.parent / "claims" / f"{path.stem}.toml"
+        text = path.read_text(encoding="utf-8")
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}.") from None
+    _check(document, {"sources": list}, str(path))
+    claims: dict[str, Claim] = {}
+    for number, source in enumerate(document["sources"], 1):
+        _check(source, {"name": str, "claims": list, "needs": dict}, f"{path}, source {number}", optional=("needs",))
+        for table in source["claims"]:
+            claim = _claim(table, source, str(path))
+            if claim.id in claims:
+                raise ValueError(f"{path}, claim {claim.id}: id must be that of one claim only.")
+            claims[claim.id] = claim
+    return tuple(claims.values())
+
+
+def _claim(table: Any, source: Mapping[str, Any], where: str) -> Claim:
+    """Returns the claim of a table."""
+    where += f", claim {table['id']}" if isinstance(table, dict) and "id" in table else f", a claim of {source['name']}"
+    kinds = {field.name: field.type for field in dataclasses.fields(Claim) if field.name != "source"}
+    kinds |= {"conditions": list, "needs": dict}
+    _check(table, kinds, where, optional=("published", "needs", "amended", "is_arithmetic"))
+    conditions = tuple(_condition(c, f"{where}, condition {i}") for i, c in enumerate(table["conditions"], 1))
+    needs = dict(table.get("needs", source.get("needs", {})))
+    for key, value in needs.items():
+        if isinstance(value, dict):
+            _check(value, {"at_least": float}, f"{where}, needs.{key}")
+            needs[key] = AtLeast(value["at_least"])
+    return Claim(**{"published": "–", **table, "source": source["name"], "conditions": conditions, "needs": needs})
+
+
+def _condition(table: Any, where: str) -> Condition:
+    """Returns the condition of a table."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Condition)}
+    if isinstance(table, dict) and table.get("digits") == "auto":
+        table = {**table, "digits": None}
+    _check(table, kinds, where, optional=tuple(kinds)[3:])
+    condition = Condition(**table)
+    low, high = condition.low, condition.high
+    if not low <= high or (low, high) == (-math.inf, math.inf):
+        raise ValueError(f"{where}: low and high must be the ends of a range, got {low} and {high}.")
+    if condition.one_run and low != high:
+        raise ValueError(f"{where}: low and high must both be the published number with one_run, got {low} and {high}.")
+    return condition
+
+
+def _check(table: Any, kinds: Mapping[str, Any], where: str, optional: Sequence[str] = ()) -> None:
+    """Raises ValueError where a table lacks a field, has one that is not known, or one of another kind."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: expected a table, got {table!r}.")
+    if unknown := sorted(set(table) - set(kinds)):
+        raise ValueError(f"{where}: {unknown[0]} is not a field; expected {', '.join(kinds)}.")
+    if missing := [name for name in kinds if name not in table and name not in optional]:
+        raise ValueError(f"{where}: {missing[0]} is missing.")
+    for name, value in table.items():
+        kind = kinds[name]
+        allowed = int | float if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(
+                f"{where}: {name} must be of type {kind.__name__ if isinstance(kind, type) else kind}, got {value!r}."
+            )

@@ -16,38 +16,38 @@ class Ledger:
     """Claims with their verdicts.
 
     Attributes:
-      judgments: in the order of the studies.
-      seeds: of each study that was run.
+      judgments: the judged claims, in the order of the studies.
+      seeds: number of seeds of each study that was run.
     """
 
     judgments: Sequence[Judgment]
     seeds: Mapping[str, int]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of its table, with a mark at amended claims."""
+        """Returns header and rows of its table, with a mark at amended claims."""
         header, rows = claim_rows(self.judgments)
         for row, judgment in zip(rows, self.judgments, strict=True):
             row[-1] += "*" * bool(judgment.claim.amended)
         return header, rows
 
     def counts(self) -> dict[str, int]:
-        """How many claims have each verdict."""
-        found = [judgment.verdict for judgment in self.judgments]
-        return {verdict: found.count(verdict) for verdict in VERDICTS if verdict in found}
+        """Counts the claims of each verdict."""
+        verdicts = [judgment.verdict for judgment in self.judgments]
+        return {verdict: verdicts.count(verdict) for verdict in VERDICTS if verdict in verdicts}
 
     def markdown(self) -> str:
-        """As a page."""
+        """Writes the ledger as a page."""
         table = markdown_table(*self.rows())
         seeds = ", ".join(f"{study} {count}" for study, count in self.seeds.items())
         return f"# Claims: {self.summary()}\n\nSeeds: {seeds}.\n\n{table}\n{self.footnotes()}"
 
     def footnotes(self) -> str:
-        """What was changed of the rules after results had been seen, as a list in Markdown."""
+        """Lists in Markdown the changes of the rules after results had been seen."""
         notes = [f"- * {j.claim.id}: {j.claim.amended}" for j in self.judgments if j.claim.amended]
         return "\n" + "\n".join(notes) + "\n" if notes else ""
 
     def summary(self) -> str:
-        """Counts as text."""
+        """Writes the counts."""
         return ", ".join(f"{count} {verdict}" for verdict, count in self.counts().items())
 
     def save(self, out: Path) -> None:
@@ -59,24 +59,25 @@ class Ledger:
 
 
 def claims_of(study: Study) -> tuple[Claim, ...]:
-    """The claims that a study decides."""
+    """Returns the claims that a study decides."""
     return study.load().CLAIMS
 
 
 def saved_runs(directory: Path) -> dict[str, dict[Path, Results]]:
-    """The results in a directory and in those in it, by study, in the order of the studies.
+    """Loads the results in a directory and in those in it, by study, in the order of the studies.
 
     Of several runs of a study the one in the directory of its name comes first.
     """
-    found = {path: saved for path in (directory, *sorted(directory.glob("*/"))) if (saved := Results.load(path))}
-    runs = {name: {path: saved for path, saved in found.items() if saved.study == name} for name in STUDIES}
+    paths = (directory, *sorted(directory.glob("*/")))
+    saved = {path: results for path in paths if (results := Results.load(path))}
+    runs = {name: {path: results for path, results in saved.items() if results.study == name} for name in STUDIES}
     return {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
 
 
 def judge(study: Study, runs: Sequence[Results]) -> list[Judgment]:
-    """The verdicts on a study's claims, each from the first of some runs that decides it."""
-    found = ([claim.judge(run) for run in runs] for claim in claims_of(study))
-    return [next((one for one in of if one.verdict != "undecided"), of[0]) for of in found]
+    """Returns the verdicts on a study's claims, each from the first of some runs that decides it."""
+    judged = ([claim.judge(run) for run in runs] for claim in claims_of(study))
+    return [next((judgment for judgment in of if judgment.verdict != "undecided"), of[0]) for of in judged]
 
 
 def make_ledger(
@@ -84,7 +85,7 @@ def make_ledger(
     options_of: Callable[[Study], Sequence[Options]],
     out: Path,
     run: Callable[[Study, Options, Path], Any],
-    tell: Callable[[str], Any] = print,
+    say: Callable[[str], Any] = print,
 ) -> Ledger:
     """Judges the claims of some studies, each from its results in `out`, run into `out / study` where they are missing.
 
@@ -92,12 +93,12 @@ def make_ledger(
     `bnjax claims --fast`, is replaced by a longer one.
 
     Args:
-      names: of the studies.
-      options_of: how a study is to be run, and how else where the data of that can't be had; nothing for a study to
-        leave out.
+      names: names of the studies.
+      options_of: returns how a study is to be run, and how else where the data of that can't be had; nothing for a
+        study to leave out.
       out: directory of the studies' directories.
       run: runs a study into a directory.
-      tell: is told what is done.
+      say: is told what is done.
 
     Returns:
       The ledger. The claims of a study that is left out, or whose data can't be had, are undecided, with the reason.
@@ -109,14 +110,14 @@ def make_ledger(
         reason = "" if choices else "left out by --fast"
         saved = Results.load(out / name)
         if saved and not _is_to_be_replaced(saved, study, choices):
-            tell(f"{name}: results of `{saved.command}` found in {out / name}")
+            say(f"{name}: results of `{saved.command}` found in {out / name}")
         else:
             for options in choices:
                 try:
                     run(study, options, out / name)
                 except DataError as error:
                     reason = reason or f"not run: {error}"
-                    tell(f"{name}: {error}")
+                    say(f"{name}: {error}")
                 else:
                     break
         if runs := saved_runs(out).get(name):
@@ -128,12 +129,12 @@ def make_ledger(
 
 
 def _is_to_be_replaced(saved: Results, study: Study, choices: Sequence[Options]) -> bool:
-    """Whether a run is the same as one of the choices but for fewer seeds, or was a fast one and they are not."""
-    found = dict(saved.options)
-    seeds = found.pop("seeds")
-    wanted = [options.to_json() for options in choices]
-    alike = [options for options in wanted if {**options, "seeds": seeds} == {**found, "seeds": seeds}]
+    """Says whether a run has fewer seeds than any of the choices that it else equals, or was fast and they are not."""
+    options = dict(saved.options)
+    seeds = options.pop("seeds")
+    wanted = [choice.to_json() for choice in choices]
+    alike = [choice for choice in wanted if {**choice, "seeds": seeds} == {**options, "seeds": seeds}]
     if alike:
-        return all(seeds < options["seeds"] for options in alike)
+        return all(seeds < choice["seeds"] for choice in alike)
     fast = study.options(**{**(study.fast or {}), "seeds": seeds}).to_json()
-    return bool(choices and study.fast) and {**found, "seeds": seeds, "dataset": None} == {**fast, "dataset": None}
+    return bool(choices and study.fast) and {**options, "seeds": seeds, "dataset": None} == {**fast, "dataset": None}

@@ -27,89 +27,110 @@ PANELS = {
 """Curves and their labels, of studies with training and test examples."""
 
 
+def panels(
+    title: str,
+    draw: Sequence[tuple[str, Callable[[Any], Any] | None]],
+    *,
+    size: tuple[float, float] = (9, 3.8),
+    columns: int = 2,
+    legend: bool = True,
+    **shared: Any,
+) -> Figure:
+    """Draws panels beside each other, with one legend.
+
+    Args:
+      title: title of the figure.
+      draw: title of each panel and the function that draws it on its axes; None leaves the place empty.
+      size: width and height in inches.
+      columns: panels beside each other.
+      legend: whether there is a legend.
+      **shared: axes in common, as `sharex=True`.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    grid = np.ravel(figure.subplots(-(-len(draw) // columns), columns, **shared))
+    for axis, (name, function) in zip(grid, draw, strict=True):
+        if function is None:
+            axis.remove()
+        else:
+            function(axis)
+            axis.set_title(name, fontsize=9)
+    if legend:
+        drawing.legend(figure)
+    return figure
+
+
+def panel(title: str, draw: Callable[[Any], Any]) -> Figure:
+    """Draws a figure of one panel, with its legend."""
+    return panels(title, [("", draw)], size=(6, 4), columns=1)
+
+
+def curves(values: Mapping[str, Any], times: Any, label: str, title: str, **options: Any) -> Figure:
+    """Draws curves over the steps of training, one for each label, as `bnjax.analysis.plots.curves` does."""
+    return panel(title, lambda axis: drawing.curves(axis, values, times, ylabel=label, **options))
+
+
+def _grid(title: str, count: int, columns: int, size: tuple[float, float], room: tuple[float, float]) -> tuple:
+    """Returns a figure and as many axes on a grid, each of some size, with room for what is beside them."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(size[0] * columns + room[0], size[1] * rows + room[1]), layout="constrained")
+    figure.suptitle(title)
+    axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
+
+
 def learning_curves(
     trained: Sequence[Trained], panels: Mapping[str, str], title: str, marks: Mapping[str, float] | None = None
 ) -> Figure:
-    """Mean curves over seeds with 95 % confidence bands, one panel for each curve.
+    """Draws mean curves over seeds with 95 % confidence bands, one panel for each curve.
 
     Args:
       trained: variants to draw.
       panels: curve name to axis label.
-      title: of the figure.
+      title: title of the figure.
       marks: curve name to a horizontal line, such as a threshold.
     """
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.4 * rows + 0.9), layout="constrained")
-    figure.suptitle(title)
-    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
-    for axis, (curve, label) in zip(axes, panels.items(), strict=False):
-        for i, one in enumerate(trained):
-            values = one.curves[curve]
+    figure, axes = _grid(title, len(panels), 2, (5.2, 3.4), (0, 0.9))
+    for axis, (curve, label) in zip(axes, panels.items(), strict=True):
+        for i, variant in enumerate(trained):
+            values, style = variant.curves[curve], line_style(i)
             mean, half = values.mean(0), half_width(values.std(0, ddof=1), len(values)) if len(values) > 1 else 0
             epochs = np.arange(1, len(mean) + 1)
-            chosen = line_style(i)
-            axis.plot(epochs, mean, label=one.plan.label, linewidth=1.4, **chosen)
-            axis.fill_between(epochs, mean - half, mean + half, color=chosen["color"], alpha=0.2, linewidth=0)
+            axis.plot(epochs, mean, label=variant.plan.label, linewidth=1.4, **style)
+            axis.fill_between(epochs, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
         if marks and curve in marks:
             axis.axhline(marks[curve], color="#666666", linewidth=0.8)
         axis.set(xlabel="epoch", ylabel=label)
         axis.grid(alpha=0.25)
-    for axis in axes[len(panels) :]:
-        axis.remove()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     return figure
 
 
-def curves(values: Mapping[str, Any], times: Any, label: str, title: str, **options: Any) -> Figure:
-    """Curves over the steps of training, one for each label, as `bnjax.analysis.plots.curves` draws them."""
-    return panel(title, lambda axis: drawing.curves(axis, values, times, ylabel=label, **options))
-
-
-def panel(title: str, draw: Callable[[Any], Any], size: tuple[float, float] = (6, 4)) -> Figure:
-    """A figure of one panel, which a function draws, and its legend."""
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure.subplots())
-    figure.suptitle(title, fontsize=10)
-    drawing.legend(figure)
-    return figure
-
-
 def decision_boundaries(trained: Sequence[Trained], data: Split) -> Figure:
-    """The plane colored by the first seed's predicted probability, and the examples, one panel for each variant."""
-    columns = min(3, len(trained))
-    rows = -(-len(trained) // columns)
-    figure = Figure(figsize=(3.3 * columns + 0.8, 3.2 * rows + 0.4), layout="constrained")
-    figure.suptitle("Test examples and the decision boundary of the first seed")
-    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    """Draws examples on the plane colored by the first seed's predicted probability, one panel for each variant."""
+    title = "Test examples and the decision boundary of the first seed"
+    figure, axes = _grid(title, len(trained), 3, (3.3, 3.2), (0.8, 0.4))
     low, high = data.x.min(0) - 0.3, data.x.max(0) + 0.3
     grid_x, grid_y = np.meshgrid(np.linspace(low[0], high[0], 101), np.linspace(low[1], high[1], 101))
     points = np.stack([grid_x.ravel(), grid_y.ravel()], axis=1).astype(np.float32)
     image = None
-    for axis, one in zip(axes, trained, strict=False):
-        state = jax.tree.map(lambda leaf: leaf[0], one.state)
-        logits = _outputs(state, points)
+    for axis, variant in zip(axes, trained, strict=True):
+        logits = _outputs(jax.tree.map(lambda leaf: leaf[0], variant.state), points)
         probability = np.asarray(jax.nn.sigmoid(logits[:, 0])).reshape(grid_x.shape)
         image = axis.contourf(grid_x, grid_y, probability, levels=np.linspace(0, 1, 21), cmap="RdBu_r", alpha=0.75)
         axis.contour(grid_x, grid_y, probability, levels=[0.5], colors="black", linewidths=1.2)
         for label, marker, color in ((0, "o", "#08306b"), (1, "^", "#67000d")):
-            chosen = data.x[data.y == label]
-            axis.scatter(
-                chosen[:, 0], chosen[:, 1], s=9, marker=marker, color=color, linewidths=0, label=f"class {label}"
-            )
-        axis.set_title(one.plan.label, fontsize=10)
+            x, y = data.x[data.y == label].T
+            axis.scatter(x, y, s=9, marker=marker, color=color, linewidths=0, label=f"class {label}")
+        axis.set_title(variant.plan.label, fontsize=10)
         axis.set_aspect("equal")
-    for axis in axes[len(trained) :]:
-        axis.remove()
     if image is not None:
-        figure.colorbar(
-            image,
-            ax=list(axes[: len(trained)]),
-            label="predicted probability of class 1",
-            shrink=0.7,
-            ticks=[0, 0.25, 0.5, 0.75, 1],
-        )
+        text = "predicted probability of class 1"
+        figure.colorbar(image, ax=list(axes), label=text, shrink=0.7, ticks=[0, 0.25, 0.5, 0.75, 1])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -121,13 +142,10 @@ def _outputs(state: TrainState, x: jax.Array) -> jax.Array:
 
 
 def histograms(trained: Sequence[Trained]) -> Figure:
-    """The first seed's kernels, and the gradients of these, over training: first and last layer of each variant.
+    """Draws the first seed's kernels, and their gradients, over training: first and last layer of each variant's row.
 
     Each column of a panel is the histogram after one epoch: the darker, the more values lie there. `curves.npz` holds
     those of every parameter.
-
-    Args:
-      trained: variants, one row each.
     """
     height = 2.2 * len(trained) + 0.8
     figure = Figure(figsize=(11, height))
@@ -135,28 +153,24 @@ def histograms(trained: Sequence[Trained]) -> Figure:
     # By hand, since finding a layout takes longer than all the drawing.
     figure.subplots_adjust(0.07, 0.5 / height, 0.98, 1 - 0.75 / height, wspace=0.3, hspace=0.3)
     grid = figure.subplots(len(trained), 4, squeeze=False, sharex=True)
-    for one, row in zip(trained, grid, strict=True):
-        kernels = [
-            path.split("/", 1)[1] for path in one.histograms if path.startswith("weight") and path.endswith("kernel")
-        ]
+    for variant, row in zip(trained, grid, strict=True):
+        kernels = [path for path in variant.histograms if re.fullmatch("weight/.*kernel", path)]
         kernels.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path)])
-        chosen = [(kind, name) for name in (kernels[0], kernels[-1]) for kind in ("weight", "gradient")]
-        for axis, (kind, name) in zip(row, chosen, strict=True):
-            counts, ends = one.histograms[f"{kind}/{name}"]
-            low, high, density = _common_bins(counts, ends)
-            extent = (0.5, len(counts) + 0.5, low, high)
-            axis.imshow(
-                np.sqrt(density.T), cmap="Blues", aspect="auto", origin="lower", extent=extent, interpolation="nearest"
-            )
+        first, last = (path.removeprefix("weight/") for path in (kernels[0], kernels[-1]))
+        shown = [(kind, name) for name in (first, last) for kind in ("weight", "gradient")]
+        for axis, (kind, name) in zip(row, shown, strict=True):
+            low, high, density = _common_bins(*variant.histograms[f"{kind}/{name}"])
+            image = {"extent": (0.5, len(density) + 0.5, low, high), "origin": "lower", "interpolation": "nearest"}
+            axis.imshow(np.sqrt(density.T), cmap="Blues", aspect="auto", **image)
             axis.set_title(f"{name.removesuffix('/kernel')}, {kind}s", fontsize=9)
-        row[0].set_ylabel(one.plan.label)
+        row[0].set_ylabel(variant.plan.label)
     for axis in grid[-1]:
         axis.set_xlabel("epoch")
     return figure
 
 
 def _common_bins(counts: np.ndarray, ends: np.ndarray, bins: int = 61) -> tuple[float, float, np.ndarray]:
-    """Histograms of different ranges on the central bins of one common range, each scaled to a maximum of one."""
+    """Puts histograms of different ranges on the central bins of one common range, each scaled to a maximum of one."""
     low, high = np.percentile(ends[:, 0], 2), np.percentile(ends[:, 1], 98)
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -179,20 +193,20 @@ def sweep(
     base: int = 10,
     published: Mapping[Any, float] | None = None,
 ) -> Figure:
-    """Final test accuracy against a setting, mean and 95 % interval, with the published numbers.
+    """Draws the final test accuracy against a setting, mean and 95 % interval, with the published numbers.
 
     Args:
       values: the abscissa, on a logarithmic scale.
       series: label to the accuracies over seeds at each value.
-      label: of the abscissa.
-      title: of the figure.
-      base: of the logarithm.
+      label: label of the abscissa.
+      title: title of the figure.
+      base: base of the logarithm.
       published: value to the source's number.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for i, (name, found) in enumerate(series.items()):
-        measured = [interval(v) for v in found]
+    for i, (name, accuracies) in enumerate(series.items()):
+        measured = [interval(v) for v in accuracies]
         means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
         axis.errorbar(values, means, halves, label=name, marker="o", capsize=4, **line_style(i))
     shown = {value: number for value, number in (published or {}).items() if value in values}

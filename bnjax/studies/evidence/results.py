@@ -1,38 +1,18 @@
-"""What a study measured: intervals, claims, and the files it leaves.
+"""Results of a study: its numbers and claims, the files that it leaves, and tables of them.
 
-`results.json`, schema 2:
-
-    {
-      "schema": 2,
-      "study": name, "command": which makes it again, "options": {those that were chosen}, "settings": {…},
-      "seeds": [ints], "seconds": wall time,
-      "started": UTC time, "versions": {package: version},
-      "machine": {"system", "processor", "cores", "python", "backend", "devices"},
-      "variants": {name: {"label": text, "settings": {…},
-                          "metrics": {metric: {"values": [one per seed, null where undefined], "mean", "ci95", "n"}},
-                          "parameters": {"params" or "batch_stats": {path: shape}}}},
-      "claims": [{"id", "source", "statement", "published", "rule", "amended", "needs", "measured", "verdict",
-                  "conditions": [{"label", "metric", "variant", "minus", "low", "high", "one_run", "every_seed",
-                                  "mean", "ci95", "n", "effect", "met"}]}],
-      "figures": {file: what it shows},
-      "notes": {…}
-    }
-
-`ci95` is half the width of the 95 % confidence interval of the mean over seeds, by Student's t; `n` counts the seeds
-at which the metric is defined. Every claim's rule was fixed before the runs, but for what "amended" says.
-`curves.npz` holds, for each variant, its curves `<variant>/<split>_<metric>` as `[seeds, epochs]`, and the first
-seed's histograms.
+The page of the studies (docs/studies.md) has the schema of `results.json`.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,51 +25,47 @@ from bnjax.studies.evidence.statistics import Interval, interval
 
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
 
+Measured = tuple[str, Mapping[str, Any], Mapping[str, np.ndarray]]
+Shapes = Mapping[str, Mapping[str, Sequence[int]]]
+
 
 @dataclasses.dataclass
 class Results:
     """All that a study measured, just now or as its `results.json` says.
 
     Attributes:
-      study: its name.
-      settings: common settings.
-      seeds: which seeds.
+      study: name of the study.
+      settings: settings that all variants have in common.
+      seeds: seeds of the trainings.
       variants: name to `(label, settings, {metric: values over seeds})`.
-      claims: statements checked.
-      arrays: for `curves.npz`.
-      notes: further numbers.
+      claims: the claims that were judged.
+      arrays: arrays for `curves.npz`.
+      notes: numbers that are no metric of a variant.
       texts: title and text of what the terminal shows beside the tables.
-      options: of the run, as chosen.
+      options: options of the run, as `Options.to_json` gives them.
       figures: file name to what it shows.
-      parameters: of each variant, collection ('params', 'batch_stats') to path to shape.
+      parameters: collection ('params', 'batch_stats') to path to shape, for each variant.
       document: the content of the file that it was read from.
     """
 
     study: str
     settings: Mapping[str, Any]
     seeds: Sequence[int]
-    variants: dict[str, tuple[str, Mapping[str, Any], Mapping[str, np.ndarray]]] = dataclasses.field(
-        default_factory=dict
-    )
+    variants: dict[str, Measured] = dataclasses.field(default_factory=dict)
     claims: list[Judgment] = dataclasses.field(default_factory=list)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     texts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    parameters: dict[str, Mapping[str, Mapping[str, Sequence[int]]]] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, Shapes] = dataclasses.field(default_factory=dict)
     document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, directory: Path) -> "Results | None":
-        """What a study left in a directory; None where there is nothing, or something else."""
-        return cls.read(directory / "results.json")
-
-    @classmethod
-    def read(cls, file: Path) -> "Results | None":
-        """What a file holds, alike."""
+    def load(cls, path: Path) -> "Results | None":
+        """Reads the results in a directory, or in a file; None where there is nothing, or something else."""
         try:
-            document = json.loads(file.read_text())
+            document = json.loads((path / "results.json" if path.is_dir() else path).read_text())
             if document["schema"] != 2 or document["study"] not in STUDIES:
                 return None
             variants: Any = {
@@ -103,7 +79,7 @@ class Results:
 
     @property
     def command(self) -> str:
-        """Makes them again."""
+        """The command that makes them again."""
         return command(self.study, self.options)
 
     def add(
@@ -117,10 +93,10 @@ class Results:
         name = trained.plan.name
         self.variants[name] = (trained.plan.label, settings, metrics)
         shown: Mapping[str, np.ndarray] = trained.curves if curves is None else curves
-        self.arrays.update({f"{name}/{curve}": values for curve, values in shown.items()})
+        self.arrays |= {f"{name}/{curve}": values for curve, values in shown.items()}
         self.add_parameters(name, trained.parameters, trained.histograms)
 
-    def add_parameters(self, name: str, shapes: Mapping[str, Any], histograms: Mapping[str, Any]) -> None:
+    def add_parameters(self, name: str, shapes: Shapes, histograms: Mapping[str, Any]) -> None:
         """Adds the shapes of a variant's parameters and what was counted of them."""
         self.parameters[name] = shapes
         for path, (counts, ends) in histograms.items():
@@ -128,7 +104,7 @@ class Results:
             self.arrays[f"{name}/histograms/{path}/range"] = ends
 
     def metric(self, variant: str, metric: str) -> np.ndarray:
-        """Values of a metric over seeds."""
+        """Returns the values of a metric over seeds."""
         return self.variants[variant][2][metric]
 
     def set_metric(self, variant: str, metric: str, values: np.ndarray) -> None:
@@ -137,7 +113,7 @@ class Results:
         self.variants[variant] = (label, settings, {**metrics, metric: values})
 
     def values(self, variant: str, metric: str) -> np.ndarray | None:
-        """Values of a metric over seeds; None where it was not measured."""
+        """Returns the values of a metric over seeds; None where it was not measured."""
         return self.variants[variant][2].get(metric) if variant in self.variants else None
 
     def judge(self, claims: Sequence[Claim]) -> None:
@@ -145,10 +121,9 @@ class Results:
         self.claims = [claim.judge(self) for claim in claims]
 
     def to_json(self, seconds: float, started: datetime.datetime) -> dict[str, Any]:
-        """The content of `results.json`."""
+        """Returns the content of `results.json`."""
         import jax
 
-        devices = jax.devices()
         return {
             "schema": 2,
             "study": self.study,
@@ -165,7 +140,7 @@ class Results:
                 "cores": os.cpu_count(),
                 "python": platform.python_version(),
                 "backend": jax.default_backend(),
-                "devices": [device.device_kind for device in devices],
+                "devices": [device.device_kind for device in jax.devices()],
             },
             "variants": {
                 name: {
@@ -192,34 +167,31 @@ def save(
     """Writes `results.json`, `curves.npz`, `summary.md` and the figures, each complete or not at all.
 
     Args:
-      results: what was measured.
+      results: the results of a study.
       figures: file name to matplotlib figure.
       out: directory, made where it is missing.
       seconds: wall time.
-      started: when the run began.
+      started: time at which the run began.
 
     Returns:
       The paths written.
     """
-    paths = []
     results.figures = {name: _description(name, figure) for name, figure in figures.items()}
-    for name, figure in figures.items():
+    arrays: dict[str, Any] = results.arrays
+    contents: dict[str, Callable[[Any], Any]] = {
+        "curves.npz": lambda file: np.savez_compressed(file, **arrays),
+        **{name: functools.partial(figure.savefig, format="png", dpi=120) for name, figure in figures.items()},
+        "summary.md": lambda file: file.write(summary_markdown(results).encode() + b"\n"),
+        "results.json": lambda file: file.write(json_text(results.to_json(seconds, started)).encode() + b"\n"),
+    }
+    for name, write in contents.items():
         with atomic_file(out / name) as file:
-            figure.savefig(file, format="png", dpi=120)
-        paths.append(out / name)
-    with atomic_file(out / "curves.npz") as file:
-        arrays: dict[str, Any] = results.arrays
-        np.savez_compressed(file, **arrays)
-    document = json_text(results.to_json(seconds, started))
-    for name, text in (("summary.md", summary_markdown(results)), ("results.json", document)):
-        with atomic_file(out / name) as file:
-            file.write(text.encode() + b"\n")
-        paths.append(out / name)
-    return [out / "curves.npz", *paths]
+            write(file)
+    return [out / name for name in contents]
 
 
 def command(study: str, options: Mapping[str, Any]) -> str:
-    """The command that runs a study with some options, as `Options.to_json` gives them."""
+    """Returns the command that runs a study with some options, as `Options.to_json` gives them."""
     words = ["bnjax", "run", study]
     fields = STUDIES[study].fields if study in STUDIES else {}
     for key, value in options.items():
@@ -231,12 +203,12 @@ def command(study: str, options: Mapping[str, Any]) -> str:
 
 
 def _values(entry: Mapping[str, Any]) -> np.ndarray:
-    """A metric at each seed, as a file has it."""
+    """Returns a metric at each seed, as a file has it."""
     return np.array([np.nan if value is None else value for value in entry["values"]], np.float64)
 
 
 def _installed_versions() -> dict[str, str]:
-    """Versions of the packages that results may depend on, of those that are installed."""
+    """Returns the versions of the packages that results may depend on, of those that are installed."""
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -245,7 +217,7 @@ def _installed_versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's model, where the system tells."""
+    """Returns the processor's model, where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -255,7 +227,7 @@ def _processor() -> str:
 
 
 def _description(name: str, figure: Any) -> str:
-    """What a figure shows, in words: its title (or name), what is drawn against what, and of which networks."""
+    """Says what a figure shows: its title (or name), what is drawn against what, and of which networks."""
     titles = [figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]
     title = next((title for title in titles if title), name.removesuffix(".png").replace("_", " "))
     drawn = [f"{axis.get_ylabel()} against {axis.get_xlabel()}" for axis in figure.axes if axis.get_xlabel()]
@@ -267,7 +239,7 @@ def _description(name: str, figure: Any) -> str:
 
 
 def json_text(document: Any) -> str:
-    """As JSON, with null for what it has no number for."""
+    """Writes JSON, with null for a number that is not finite."""
     return json.dumps(_without_nan(document), indent=1, ensure_ascii=False)
 
 
@@ -280,28 +252,26 @@ def _without_nan(value: Any) -> Any:
 
 
 def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of variants: mean ± 95 % interval (and, where not at all, at how many seeds)."""
+    """Returns header and rows of the table of variants: mean ± 95 % interval (where not of all seeds, of how many)."""
     names = list(dict.fromkeys(metric for _, _, metrics in results.variants.values() for metric in metrics))
     rows = []
     for label, _, metrics in results.variants.values():
-        cells = [label]
-        for name in names:
-            if name not in metrics:
-                cells.append("")
-                continue
-            measured = interval(metrics[name])
-            if "accuracy" in name:
-                measured = Interval(100 * measured.mean, 100 * measured.half, measured.n)
-            digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else None
-            missing = "" if measured.n == len(results.seeds) else f" ({measured.n}/{len(results.seeds)} seeds)"
-            cells.append(measured.text(digits) + missing)
-        rows.append(cells)
+        texts = [_metric_text(name, metrics[name], len(results.seeds)) if name in metrics else "" for name in names]
+        rows.append([label, *texts])
     header = [name.replace("_", " ").replace("accuracy", "accuracy [%]") for name in names]
     return ["variant", *header], rows
 
 
+def _metric_text(name: str, values: np.ndarray, seeds: int) -> str:
+    """Writes mean ± interval of a metric, an accuracy in percent."""
+    mean, half, n = interval(values)
+    percent = 100 if "accuracy" in name else 1
+    digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else None
+    return Interval(percent * mean, percent * half, n).text(digits) + ("" if n == seeds else f" ({n}/{seeds} seeds)")
+
+
 def metric_tables(results: Results, columns: int) -> list[tuple[list[str], list[list[str]]]]:
-    """`metric_rows` as several tables of so many numbers, rather than one too wide to read; without empty rows."""
+    """Returns `metric_rows` as several tables of so many numbers, not one too wide to read; without empty rows."""
     header, rows = metric_rows(results)
     tables = []
     for start in range(1, len(header), columns):
@@ -311,13 +281,13 @@ def metric_tables(results: Results, columns: int) -> list[tuple[list[str], list[
 
 
 def claim_rows(judgments: Sequence[Judgment]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of claims."""
+    """Returns header and rows of the table of claims."""
     rows = [[j.claim.id, j.claim.statement, j.claim.published, j.measured, j.verdict] for j in judgments]
     return ["claim", "statement", "published", "measured", "verdict"], rows
 
 
-def parameter_rows(shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a network's table: what is trained, with its sum, then the batch statistics with theirs.
+def parameter_rows(shapes: Shapes) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of a network's table: parameters with their sum, then batch statistics with theirs.
 
     Args:
       shapes: collection ('params', 'batch_stats') to path to shape.
@@ -331,15 +301,15 @@ def parameter_rows(shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[l
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """As Markdown."""
+    """Writes a table in Markdown."""
     lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def summary_markdown(results: Results) -> str:
-    """Both tables in Markdown."""
-    parts = [f"# {results.study}: {len(results.seeds)} seeds, mean ± 95 % interval"]
-    for header, rows in (metric_rows(results), claim_rows(results.claims)):
-        if rows:
-            parts.append(markdown_table(header, rows))
+    """Writes both tables in Markdown."""
+    tables = [
+        markdown_table(header, rows) for header, rows in (metric_rows(results), claim_rows(results.claims)) if rows
+    ]
+    parts = [f"# {results.study}: {len(results.seeds)} seeds, mean ± 95 % interval", *tables]
     return "\n\n".join(parts)

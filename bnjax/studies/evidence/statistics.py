@@ -11,7 +11,7 @@ class Interval(NamedTuple):
     """Mean over seeds with its 95 % confidence interval.
 
     Attributes:
-      mean: over the seeds at which the quantity is defined.
+      mean: mean over the seeds at which the quantity is defined.
       half: half the width of the interval, by Student's t; NaN for fewer than two.
       n: number of those seeds.
     """
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
         return self.mean + self.half
 
     def text(self, digits: int | None = None) -> str:
-        """'mean ± half', or a dash where there is nothing.
+        """Writes 'mean ± half', or a dash where there is nothing.
 
         Args:
           digits: decimals; by default so many that two digits of the half width are seen (three of a mean without one).
@@ -43,7 +43,7 @@ class Interval(NamedTuple):
         return f"{self.mean:{formats[0]}}{half}"
 
     def _formats(self) -> tuple[str, str]:
-        """Of mean and half width, by powers of ten where these would be long."""
+        """Returns the formats of mean and half width, by powers of ten where these would be long."""
         known = self.half if math.isfinite(self.half) and self.half > 0 else abs(self.mean) / 10
         decimals = max(0, 1 - _power(known)) if known else 0
         if decimals <= 5 and abs(self.mean) < 1e6:
@@ -52,17 +52,17 @@ class Interval(NamedTuple):
 
 
 def _power(value: float) -> int:
-    """Of ten."""
+    """Returns the power of ten of a number's first digit."""
     return math.floor(math.log10(abs(value)))
 
 
 def seeds_in_words(count: int) -> str:
-    """'1 seed', '2 seeds', …"""
+    """Writes '1 seed', '2 seeds', …"""
     return f"{count} seed{'s' * (count > 1)}"
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Mean and 95 % confidence interval, `t(0.975, n − 1) · s / √n`, of the values that are not NaN.
+    """Computes mean and 95 % confidence interval, `t(0.975, n − 1) · s / √n`, of the values that are not NaN.
 
     >>> print(interval(np.array([1., 2., 3., np.nan])).text(2))
     2.00 ± 2.48
@@ -70,25 +70,23 @@ def interval(values: np.ndarray) -> Interval:
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     n = len(values)
-    if n == 0:
-        return Interval(math.nan, math.nan, 0)
     half = float(half_width(values.std(ddof=1), n)) if n > 1 else math.nan
-    return Interval(float(values.mean()), half, n)
+    return Interval(float(values.mean()) if n else math.nan, half, n)
 
 
 def half_width(deviation: Any, n: int) -> Any:
-    """Half the width of the 95 % confidence interval of a mean, from the sample deviation of n ≥ 2 values."""
+    """Computes half the width of the 95 % confidence interval of a mean, from the sample deviation of n ≥ 2 values."""
     return special.stdtrit(n - 1, 0.975) * deviation / math.sqrt(n)
 
 
 def prediction_interval(values: np.ndarray) -> Interval:
-    """Where one further run would lie with 95 % probability: mean ± `t(0.975, n − 1) · s · √(1 + 1/n)`."""
+    """Computes where one more run would lie with 95 % probability: mean ± `t(0.975, n − 1) · s · √(1 + 1/n)`."""
     mean, half, n = interval(values)
     return Interval(mean, half * math.sqrt(n + 1), n)
 
 
 def within(measured: Interval, low: float, high: float) -> bool | None:
-    """True where the whole interval lies in [low, high], False where none of it does, None where that is undecided."""
+    """Says whether the whole interval lies in [low, high] (True) or none of it (False); None where neither holds."""
     if measured.low >= low and measured.high <= high:
         return True
     if measured.high < low or measured.low > high:
