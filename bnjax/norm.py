@@ -262,16 +262,17 @@ class Call:
 
     def output(self, mean: Array, var: Array, params: Params | None = None) -> Array:
         """Computes `scale · (x − mean) / sqrt(var + epsilon) + bias`, by `params` where given, else by the call's."""
-        return normalize(
-            self.x,
-            mean,
-            var,
-            self.params if params is None else params,
-            axes=self.axes,
-            epsilon=self.epsilon,
-            weights=self.weights,
-            dtype=self.dtype,
-        )
+        params = self.params if params is None else params
+        dtype = self.x.dtype if self.dtype is None else self.dtype
+        compute = _dtypes.wide(self.x.dtype, dtype)
+        real = _dtypes.real(compute)
+        multiplier = lax.rsqrt(var.astype(real) + jnp.asarray(self.epsilon, real))
+        if "scale" in params:
+            multiplier *= params["scale"].astype(compute if jnp.iscomplexobj(params["scale"]) else real)
+        bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
+        per_feature = [expand(v, self.x.ndim, self.axes) for v in (mean.astype(compute), multiplier, bias)]
+        # The weights weigh nothing here: they keep NaN and extremes of masked elements out of the derivatives.
+        return _scale_and_shift(self.x, self.weights, *per_feature, dtype)
 
     def inference(self) -> Result:
         """Returns the result of inference: the input normalized by the running statistics, which stay as they are."""
@@ -336,32 +337,6 @@ def update_batch_stats(
 def unbiased_var(m: Moments) -> Array:
     """Returns the variance with Bessel's correction, `n / (n − 1) · var`, or the variance itself where n ≤ 1."""
     return m.var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
-
-
-def normalize(
-    x: Array,
-    mean: Array,
-    var: Array,
-    params: Params,
-    *,
-    axes: tuple[int, ...],
-    epsilon: Any,
-    weights: Array | None = None,
-    dtype: DTypeLike | None = None,
-) -> Array:
-    """Computes `scale · (x − mean) / sqrt(var + epsilon) + bias`, with per-feature values along the feature axes.
-
-    The weights weigh nothing here: where they are zero, NaN and extremes of `x` are kept out of the derivatives.
-    """
-    dtype = x.dtype if dtype is None else dtype
-    compute = _dtypes.wide(x.dtype, dtype)
-    real = _dtypes.real(compute)
-    multiplier = lax.rsqrt(var.astype(real) + jnp.asarray(epsilon, real))
-    if "scale" in params:
-        multiplier *= params["scale"].astype(compute if jnp.iscomplexobj(params["scale"]) else real)
-    bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
-    per_feature = [expand(v, x.ndim, axes) for v in (mean.astype(compute), multiplier, bias)]
-    return _scale_and_shift(x, weights, *per_feature, dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
