@@ -49,7 +49,7 @@ CORE = "core and not exhaustive and not slow"
 
 
 def pytest_configure(config):
-    """Lets `pytest -m core` be as short as it says."""
+    """Leaves the long tests out of `pytest -m core`."""
     if config.option.markexpr == "core":
         config.option.markexpr = CORE
 
