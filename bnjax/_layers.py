@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from bnjax._sync import Moments
 from bnjax.norm import BatchStats, Result, batch_norm_of, check_call, update_batch_stats
@@ -14,7 +13,7 @@ from bnjax.variants.lp import lp_batch_norm_of
 from bnjax.variants.moving import moving_batch_norm_of
 from bnjax.variants.noisy import noisy_batch_norm_of
 from bnjax.variants.renorm import batch_renorm_of
-from bnjax.variants.split import checked_split, of_kind, put_kind
+from bnjax.variants.split import checked_split, moments_of_kinds, of_kind, put_kind
 
 
 class Statistics(NamedTuple):
@@ -121,8 +120,7 @@ def call_layer(
         return y, batch_stats, None
     if kinds is not None:
         moved = put_kind(batch_stats, moved, split)
-        counted = m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
-        m = jax.tree.map(lambda v: jnp.zeros((kinds, *v.shape), v.dtype).at[split].set(v), counted)
+        m = moments_of_kinds(m, split, kinds)
     if layer.takes_batch_statistics:
         moved = update_batch_stats(batch_stats, m, momentum=0)  # biased, as inference by them would be training
     return y, moved, m

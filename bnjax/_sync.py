@@ -222,6 +222,11 @@ def average_moments(parts: Moments, axis_name: AxisName | None, groups: Groups |
     return Moments(mean / nonzero(count), var / nonzero(count), count)
 
 
+def with_counts_of_features(m: Moments) -> Moments:
+    """Gives moments a count for each feature, where there is one for all."""
+    return m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
+
+
 def nonzero(count: Array) -> Array:
     """Returns the count, with one in place of zero, to divide by."""
     return jnp.where(count > 0, count, 1)

@@ -1,6 +1,6 @@
 """Batch norm and its variants as Flax linen layers: drop-in replacements for `flax.linen.BatchNorm`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,21 +20,23 @@ def statistics_of(module: nn.Module) -> Statistics | None:
     return _layers.FLAX if isinstance(module, nn.BatchNorm) else None
 
 
-def is_running(module: Any, use_running_average: bool | None) -> bool:
+def is_running(module: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> bool:
     """Returns whether a batch norm's call uses the running statistics, by its argument or else its attribute."""
+    use_running_average = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
     return bool(module.use_running_average if use_running_average is None else use_running_average)
 
 
-def take_batch_statistics(module: Any, use_running_average: bool | None) -> None:
+def take_batch_statistics(module: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
     """Makes a batch norm's call put the batch's statistics in place of the running ones, where it would move these.
 
     Args:
       module: the copy of the module that Flax makes for a call, as an interceptor gets it.
-      use_running_average: the argument of the call.
+      arguments: positional arguments of the call.
+      options: arguments of the call by name.
     """
     if isinstance(module, _Normalizer):
         object.__setattr__(module, "takes_batch_statistics", True)
-    elif not is_running(module, use_running_average):
+    elif not is_running(module, arguments, options):
         object.__setattr__(module, "momentum", 0.0)
         for name in ("mean", "var"):  # zero times what is not finite would not be zero
             module.put_variable("batch_stats", name, jnp.zeros_like(module.get_variable("batch_stats", name)))

@@ -125,8 +125,7 @@ def linen_batch_stats(
 
     def taking_statistics(next_function, arguments, options, context):
         if linen.statistics_of(context.module) is not None and context.method_name == "__call__":
-            use_running_average = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
-            linen.take_batch_statistics(context.module, use_running_average)
+            linen.take_batch_statistics(context.module, arguments, options)
         return next_function(*arguments, **options)
 
     masked = {} if weights is None else {"mask": weights}

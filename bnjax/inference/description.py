@@ -212,7 +212,7 @@ def _settings(model: nn.Module, variables: Any, args: Any, options: Any) -> dict
     settings = {}
 
     def note(module, call, x, call_options):
-        running = linen.is_running(module, call_options.get("use_running_average"))
+        running = linen.is_running(module, (x,), call_options)
         statistics = linen.statistics_of(module)
         comparable = statistics is not None and statistics.is_variance and statistics.kinds is None
         settings["/".join(module.path)] = _Settings(module.epsilon, module.momentum, running, comparable)

@@ -176,7 +176,7 @@ def _used_again(variables: Any, jaxpr: Any) -> Iterator[str]:
 
 
 def _norm(module: Any, x: Any, y: Any, options: Mapping[str, Any]) -> _Norm | None:
-    is_running = linen.is_running(module, options.get("use_running_average"))
+    is_running = linen.is_running(module, (x,), options)
     is_last = _checks.feature_axes(module.axis, np.ndim(x)) == (np.ndim(x) - 1,)
     one_each = np.shape(module.variables["batch_stats"]["mean"]) == np.shape(x)[-1:]
     is_foldable = is_running and is_last and one_each and x.dtype == y.dtype

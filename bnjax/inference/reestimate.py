@@ -12,10 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import _checks
 from bnjax._moments import moments
-from bnjax._sync import Moments, merge_moments
+from bnjax._sync import Moments, merge_moments, with_counts_of_features
 from bnjax.inference import _calls
 from bnjax.linen import statistics_of
 from bnjax.norm import update_batch_stats
+from bnjax.variants.split import moments_of_kinds
 
 _DATA_MOMENTS = "moments of the data"
 Apply = Callable[..., Any]
@@ -192,10 +193,9 @@ def _moments_of_input(module: Any, x: Any, options: Mapping[str, Any]) -> Moment
         axis_name=module.axis_name,
         axis_index_groups=module.axis_index_groups,
     )
-    m = m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
     if statistics.kinds is None:
-        return m
-    return jax.tree.map(lambda v: jnp.zeros((statistics.kinds, *v.shape), v.dtype).at[options["split"]].set(v), m)
+        return with_counts_of_features(m)
+    return moments_of_kinds(m, options["split"], statistics.kinds)
 
 
 def _replaced(batch_stats: Any, moments_by_path: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:

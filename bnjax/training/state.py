@@ -156,8 +156,7 @@ def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
                 f"the running statistics of {'/'.join(module.path)} ({type(module).__name__}) in several groups of "
                 "devices can't be merged as moments can. Make the mesh without group_size."
             )
-        use_running_average = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
-        if mesh.size > 1 and statistics.moves and not is_running(module, use_running_average):
+        if mesh.size > 1 and statistics.moves and not is_running(module, arguments, options):
             names = module.axis_name if isinstance(module.axis_name, tuple) else (module.axis_name,)
             expected = groups if way == "pmap" else None
             module_groups = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from bnjax._sync import Moments, average_moments, split_axis
+from bnjax._sync import Moments, average_moments, split_axis, with_counts_of_features
 from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call, unbiased_var, update_batch_stats
 
 
@@ -86,7 +86,7 @@ def ghost_batch_norm_of(call: Call, ghost_size: Any) -> Result:
     def of_ghost(x: Array, weights: Array | None) -> tuple[Array, Moments]:
         ghost = dataclasses.replace(call, x=x, weights=weights, axis_name=None, groups=None)
         m = ghost.moments()
-        return ghost.output(*ghost.batch_statistics(m)), m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
+        return ghost.output(*ghost.batch_statistics(m)), with_counts_of_features(m)
 
     outputs, parts = [], []
     if whole:

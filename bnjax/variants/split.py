@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
 from bnjax import _checks
+from bnjax._sync import Moments, with_counts_of_features
 from bnjax.norm import BatchStats, Options, Params, batch_norm_of, check_call, init_batch_norm
 
 
@@ -90,6 +91,12 @@ def put_kind(batch_stats: BatchStats, own: BatchStats, split: Any) -> BatchStats
     """Returns the running statistics of all kinds with those of one kind replaced."""
     new = {n: jax.lax.dynamic_update_index_in_dim(v, own[n], split, 0) for n, v in batch_stats.items()}
     return type(batch_stats)(new)  # pyright: ignore[reportCallIssue]
+
+
+def moments_of_kinds(m: Moments, split: Any, num_splits: int) -> Moments:
+    """Returns moments with a leading axis of kinds, those of one kind being `m` and the others' counts zero."""
+    own = with_counts_of_features(m)
+    return jax.tree.map(lambda v: jnp.zeros((num_splits, *v.shape), v.dtype).at[split].set(v), own)
 
 
 def _num_splits(batch_stats: Any) -> int:
