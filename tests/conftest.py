@@ -1,6 +1,7 @@
 """Strict settings: 8 CPU devices, rank promotion raises, and public signatures' shapes and types are checked."""
 
 import collections
+import gc
 import importlib.metadata
 import math
 import os
@@ -12,6 +13,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_collective_call_terminate_timeout_seconds=200 --xla_cpu_collective_timeout_seconds=200"
         if (version := tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))) >= (0, 8)
         else "",
@@ -23,6 +25,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Programs run where they are called, not beside the caller.
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 
+# What one process has compiled, the others and the next runs read.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax
 import pytest
 from hypothesis import settings
@@ -32,6 +39,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("bnjax", "typecheck.check")
+gc.set_threshold(200_000, 20, 100)  # tracing makes many objects, few of them in cycles
 
 # `pytest tests/test_fuzz.py --hypothesis-profile=fuzz --dist load` generates many thousands of cases.
 settings.register_profile("fuzz", max_examples=6000, deadline=None)

@@ -434,6 +434,7 @@ def local(leaf):
     return leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
 
 
+@pytest.mark.exhaustive
 def test_continues_bit_identically_after_being_killed_at_any_moment(tmp_path):
     out, _ = outputs(as_script("kill_and_resume", tmp_path), timeout=240)[0]
     told = json.loads(out)

@@ -207,7 +207,10 @@ def test_decoding_checks_the_shape():
         sets._pixels(Image.fromarray(np.zeros((3, 3), np.uint8)), (4, 5, 1))
 
 
-@pytest.mark.parametrize(("name", "first"), [("mnist", [4, 1, 0, 7, 8]), ("fashion_mnist", None)])
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("mnist", [4, 1, 0, 7, 8]), pytest.param("fashion_mnist", None, marks=pytest.mark.exhaustive)],
+)
 def test_real_sets(shared_data, name, first):
     images = data.images(name, shared_data)
     assert images.train.x.shape == (60000, 28, 28, 1)

@@ -38,6 +38,7 @@ def page_faults(kept: bool, **variables) -> int:
 
 
 @needs_glibc
+@pytest.mark.exhaustive
 def test_freed_memory_is_used_again():
     by_variables = {
         "MALLOC_ARENA_MAX": "1",

@@ -68,8 +68,12 @@ def test_conv_has_flax_convs_parameters():
 
 @pytest.mark.parametrize(
     ("shape", "strides"),
-    [((4, 6, 6, 3), 1), ((4, 6, 6, 3), 2), ((4, 5, 6, 16), 1), ((4, 33, 32, 16), 1)],
-    ids=["windows", "windows of stride 2", "tiles", "chunks of tiles"],
+    [
+        pytest.param((4, 6, 6, 3), 1, id="windows"),
+        pytest.param((4, 6, 6, 3), 2, id="windows of stride 2", marks=pytest.mark.exhaustive),
+        pytest.param((4, 5, 6, 16), 1, id="tiles", marks=pytest.mark.exhaustive),
+        pytest.param((4, 33, 32, 16), 1, id="chunks of tiles"),
+    ],
 )
 def test_conv2d_has_all_derivatives(x64, shape, strides):
     x, kernel = arguments(shape, (3, 3), 2)

@@ -189,6 +189,7 @@ def test_missing_use_running_average_is_an_error():
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.exhaustive
 def test_complex_input_as_in_flax(masked):
     x = jax.random.normal(KEY, (16, 4, 3), jnp.complex64) * 2 + (3 - 1j)
     mask = (jnp.arange(16) % 3 > 0)[:, None, None] if masked else None

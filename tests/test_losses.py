@@ -299,6 +299,7 @@ class TestOnAMesh:
         synced = losses.linen_loss(of("batch"), variables, training.cross_entropy)
         self.close(self.measured(analysis.shard_loss(synced, self.mesh), params, *placed), expected)
 
+    @pytest.mark.exhaustive
     def test_statistics_of_each_device(self, model):
         of, variables = model
         x, y = jnp.asarray(self.numbers), jnp.arange(32) % 2

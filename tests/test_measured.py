@@ -279,7 +279,7 @@ def test_what_is_measured_is_the_training_loss_of_the_next_step():
     assert abs(network.loss(state.batch_stats, jax.random.key(4))(state.params, x, y) - metrics.loss) > 1e-3
 
 
-@pytest.mark.parametrize("variant", ["weight", "group"])
+@pytest.mark.parametrize("variant", [pytest.param("weight", marks=pytest.mark.exhaustive), "group"])
 def test_every_normalizer_has_its_place_in_vgg(variant, monkeypatch):
     monkeypatch.setattr(vgg, "VGG", models.VGG)
     (of_name,) = vgg.variants(images((32, 32, 3)), 4, {variant: variant}).values()

@@ -68,7 +68,7 @@ def test_all_ways_give_the_same_curves(way, on_eight_devices):
         np.testing.assert_allclose(curve[0], on_eight_devices[name][0], rtol=0.02, atol=0.02, err_msg=name)
 
 
-@pytest.mark.parametrize("group_size", [None, 2])
+@pytest.mark.parametrize("group_size", [pytest.param(None, marks=pytest.mark.exhaustive), 2])
 def test_an_interrupted_training_continues_bit_identically(group_size, tmp_path):
     def options(resume, directory="checkpoints"):
         saving = Saving(tmp_path / directory, {"study": "network"}, 0.0, resume)
@@ -124,7 +124,7 @@ def start(*arguments):
     return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONPATH": path})
 
 
-@pytest.mark.parametrize("way", ["shard_map", "jit"])
+@pytest.mark.parametrize("way", ["shard_map", pytest.param("jit", marks=pytest.mark.exhaustive)])
 def test_two_processes_of_two_devices_give_the_result_of_one_of_four(way):
     port = free_port()
     processes = [start(0, 2, port, way), start(1, 2, port, way)]

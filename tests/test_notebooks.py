@@ -43,7 +43,10 @@ def test_is_kept_clean(path):
     assert code[0] == '%pip install -q "bnjax[studies]"' and "BNJAX_SMOKE" in code[1]
 
 
-@by_name
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=pytest.mark.exhaustive if p.stem != "many_devices" else ()) for p in NOTEBOOKS],
+)
 def test_runs_at_its_smoke_size_and_shows_figures(path, data_dir, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")

@@ -52,6 +52,7 @@ def test_fixed_batches_stay_together():
     assert drawn == {(0, 1, 2), (3, 4, 5), (6, 7, 8)}
 
 
+@pytest.mark.exhaustive
 def test_a_cell_is_trained_at_its_settings(monkeypatch, small_images):
     kept = [c for c in perceptrons.CASES if c.network in ("none", "bn") and c.batch_size in (2, 32)]
     monkeypatch.setattr(sensitivity, "CASES", kept)

@@ -199,6 +199,7 @@ def test_blobs_prints_the_stored_numbers_beside_the_calculation():
     ]
 
 
+@pytest.mark.exhaustive
 def test_mnist_sweeps_batch_sizes(monkeypatch):
     found = small_studies.images((28, 28, 1), (500, 100), name="mnist")
     monkeypatch.setattr(data, "images", lambda *arguments: found)
