@@ -47,7 +47,7 @@ def main() -> int:
 
 def run_notebooks(colab: Environment, names: list[str]) -> int:
     """Runs the tests of the notebooks; returns pytest's exit status."""
-    selection = ["-k", " or ".join(names)] if names else []
+    selection = ["-m", "", *(["-k", " or ".join(names)] if names else [])]
     # Warnings are no errors here, as Colab's Jupyter is older than its Python and warns.
     options = ["-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     done = colab.run("python", "-m", "pytest", *options, "tests/test_notebooks.py", *selection)
