@@ -578,3 +578,31 @@ def test_arrays_that_can_not_be_folded_are_clear_errors():
             f(jnp.ones((4, 4)), jnp.ones(1), params, stats)
     with pytest.raises(ValueError, match="groups must divide the 4 output features"):
         fold_before(jnp.ones((3, 2, 4)), None, params, stats, groups=3)
+
+
+def test_adaptation_counts_examples_by_their_weights():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask=None):
+            return BatchNorm(use_running_average=True)(x, mask=mask)
+
+    x = np.arange(3 * 4.0, dtype=np.float32).reshape((3, 2, 2, 1)) + 10  # three images of four pixels
+    variables = Net().init(jax.random.key(0), x)
+    padded = np.concatenate([x, np.full((5, 2, 2, 1), np.nan, np.float32)])
+    outputs, expected = adapt_batch_stats(Net().apply, variables, x, prior=16.0)
+    got = adapt_batch_stats(Net().apply, variables, padded, prior=16.0, mask=np.arange(8) < 3)
+    chex.assert_trees_all_close((got[0][:3], got[1]), (outputs, expected), rtol=1e-5)
+    np.testing.assert_allclose(expected["BatchNorm_0"]["mean"], 3 * x.mean() / (16 + 3), rtol=1e-5)
+    np.testing.assert_allclose(expected["BatchNorm_0"]["var"], (16 + 3 * x.var()) / (16 + 3), rtol=1e-5)
+
+
+def test_adaptation_counts_the_examples_of_all_members():
+    layer = BatchNorm(use_running_average=True, axis_name="i")
+    x = np.random.default_rng(0).normal(5, 2, (4, 3, 2)).astype(np.float32)
+    variables = BatchNorm(use_running_average=True).init(jax.random.key(0), x[0])
+
+    def adapt(x):
+        return adapt_batch_stats(layer.apply, variables, x, prior=6.0)[1]
+
+    got = jax.vmap(adapt, axis_name="i")(x)
+    np.testing.assert_allclose(got["mean"][0], 12 * x.reshape((12, 2)).mean(0) / 18, rtol=1e-5)

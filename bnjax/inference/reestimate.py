@@ -1,6 +1,7 @@
 """Statistics of a data set, or of a shifted batch, in place of running averages."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -189,7 +190,7 @@ def _moments_of_input(module: Any, x: Any, options: Mapping[str, Any]) -> Moment
     m = moments(
         x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32),
         axis=module.axis,
-        mask=_checks.flax_mask(options.get("mask"), x.shape),
+        mask=_checks.flax_mask(options.get("mask"), x.shape, module.axis),
         axis_name=module.axis_name,
         axis_index_groups=module.axis_index_groups,
     )
@@ -221,7 +222,8 @@ def adapt_batch_stats(
     """Computes outputs for a batch whose distribution has shifted, and the statistics that were used for it.
 
     Every batch norm mixes its running statistics, as if they were of N examples, with those of the n examples of the
-    batch, which the batch norms before it have normalized in the same way:
+    batch (by weight, over all members of a mapped axis), which the batch norms before it have normalized in the same
+    way:
 
         mean = (N · running mean + n · batch mean) / (N + n)        var likewise
 
@@ -244,16 +246,18 @@ def adapt_batch_stats(
         raise ValueError(
             f"variables must hold the collection 'batch_stats' of batch norms, got the collections {list(variables)}."
         )
-    count = jnp.shape(jax.tree.leaves(batch)[0])[0]
-    prior = jnp.asarray(prior, jnp.float32)
-    momentum = jnp.where(jnp.isinf(prior), 1.0, prior / (prior + count))
 
     def mixed(module, call, x, options):
         if not statistics_of(module).moves:  # pyright: ignore[reportOptionalMemberAccess]
             return _called(module, call, x, options, True)
-        old = {name: module.get_variable("batch_stats", name) for name in ("mean", "var")}
-        for name, value in update_batch_stats(old, _moments_of_input(module, x, options), momentum=momentum).items():
-            module.put_variable("batch_stats", name, value)
+        m = _moments_of_input(module, x, options)
+        elements = math.prod(s for a, s in enumerate(x.shape) if a not in _checks.feature_axes(module.axis, x.ndim))
+        n = m.count * (x.shape[0] / max(1, elements))  # in examples
+        share = n / jnp.maximum(prior + n, jnp.finfo(n.dtype).tiny)
+        for name, batch in (("mean", m.mean), ("var", m.var)):
+            old = module.get_variable("batch_stats", name)
+            new = (jnp.where(share < 1, (1 - share) * old, 0) + share * batch).astype(old.dtype)
+            module.put_variable("batch_stats", name, jnp.where(jnp.isfinite(new), new, old))
         return _called(module, call, x, options, True)
 
     with _calls.intercept(_calls.is_norm, mixed):
