@@ -10,6 +10,7 @@ from jax import lax
 from jax.core import Tracer
 
 Axes = int | Sequence[int]
+Shape = tuple[Any, ...]  # of ints, or of the symbols of `jax.export`
 
 
 def check_input(x: Any, *, or_complex: bool = False) -> jax.Array:
@@ -44,7 +45,7 @@ def feature_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array | None:
+def sample_weights(mask: Any, shape: Shape, axes: tuple[int, ...]) -> jax.Array | None:
     """Returns `mask` as boolean or float weights with one dimension for each of `shape`, or None without a mask."""
     if mask is None:
         return None
@@ -54,17 +55,14 @@ def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
             f"mask must be boolean, or real floating-point sample weights, got {mask.dtype}{list(mask.shape)}. "
             "Convert it first, for example with mask.astype(bool)."
         )
-    reduced = tuple(size for a, size in enumerate(shape) if a not in axes)
-    if mask.ndim == len(shape):
-        full = mask.shape
-    else:  # the feature axes are dropped, and are put back with size one
-        sizes = iter((1,) * (len(reduced) - mask.ndim) + mask.shape)
-        full = () if mask.ndim > len(reduced) else tuple(1 if a in axes else next(sizes) for a in range(len(shape)))
-    if len(full) != len(shape) or any(m not in (1, s) for m, s in zip(full, shape, strict=True)):
-        full = tuple(1 if a in axes else s for a, s in enumerate(shape))
+    full = _in_full(mask.shape, shape, axes)
+    if full is None:
+        whole = tuple(1 if a in axes else size for a, size in enumerate(shape))
+        reduced = tuple(size for a, size in enumerate(shape) if a not in axes)
         raise ValueError(
-            f"mask must broadcast to x of shape {shape} with its feature axes {axes} dropped or of size one, "
-            f"that is to {reduced} or {full}, got shape {mask.shape}. Reshape the mask, for example with mask[:, None]."
+            f"mask must broadcast to x of shape {shape}, as one of shape {whole} does, or have the first dimensions of "
+            f"{reduced}, that is x's without the features, got shape {mask.shape}. A weight for each example has the "
+            f"shape {reduced[:1]}."
         )
     if mask.dtype == bool:
         return mask.reshape(full)
@@ -74,6 +72,22 @@ def sample_weights(mask: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> 
             "Clip them, for example with jnp.maximum(mask, 0)."
         )
     return jnp.where(mask < 0, 0, mask).reshape(full)  # traced negative weights count as zero
+
+
+def _in_full(mask_shape: Shape, shape: Shape, axes: tuple[int, ...]) -> Shape | None:
+    """Returns the shape of a mask in as many dimensions as `shape` has; None where it does not fit.
+
+    The dimensions of a mask that has fewer are the first of `shape`, the feature axes left out.
+    """
+    reduced = [a for a in range(len(shape)) if a not in axes]
+    if len(mask_shape) == len(shape):
+        full = mask_shape
+    elif len(mask_shape) <= len(reduced):
+        sizes = dict(zip(reduced, mask_shape, strict=False))
+        full = tuple(sizes.get(a, 1) for a in range(len(shape)))
+    else:
+        return None
+    return full if all(m in (1, s) for m, s in zip(full, shape, strict=True)) else None
 
 
 def _as_array(name: str, value: Any) -> jax.Array:
@@ -111,18 +125,33 @@ def check_complex(x: jax.Array, params: Any, batch_stats: Any, dtype: Any) -> No
         raise TypeError(f"{wrong[0]} must be real, as x is, {x.dtype}; it is complex. Convert one of them.")
 
 
-def flax_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns `mask` as Flax's layers read it: integers as booleans, missing dimensions as leading ones if they fit."""
+def flax_mask(mask: Any, shape: Shape, axis: Any) -> jax.Array | None:
+    """Returns the `mask` of a layer as a mask of ours, integers as booleans.
+
+    Flax's layers take the dimensions of a mask for the last ones of the input, features included. That reading counts
+    for a mask of at least two dimensions to which ours does not fit.
+
+    Raises:
+      ValueError: where both readings fit, and differ.
+    """
     if mask is None:
         return None
     mask = jnp.asarray(mask)
     if jnp.issubdtype(mask.dtype, jnp.integer):
         mask = mask.astype(bool)
-    fits = mask.ndim <= len(shape) and all(m in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False))
-    return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape) if fits else mask
+    last = (1,) * (len(shape) - mask.ndim) + mask.shape
+    if not 2 <= mask.ndim < len(shape) or any(m not in (1, s) for m, s in zip(last, shape, strict=True)):
+        return mask
+    first = _in_full(mask.shape, shape, feature_axes(axis, len(shape)))
+    if first not in (None, last):
+        raise ValueError(
+            f"mask must say which dimensions of x it has, where the first and (as Flax's layers take it) the last fit: "
+            f"got shape {mask.shape} for x of shape {shape}. Reshape it to {first} or to {last}."
+        )
+    return mask.reshape(last)
 
 
-def check_params(params: Any, feature_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+def check_params(params: Any, feature_shape: Shape, axes: tuple[int, ...]) -> None:
     """Raises `ValueError` unless `params` is a mapping of at most 'scale' and 'bias' of `feature_shape`."""
     if not isinstance(params, Mapping):
         raise ValueError(
@@ -138,9 +167,7 @@ def check_params(params: Any, feature_shape: tuple[int, ...], axes: tuple[int, .
     _check_shapes("params", params, feature_shape, axes)
 
 
-def check_batch_stats(
-    batch_stats: Any, feature_shape: tuple[int, ...] | None = None, axes: tuple[int, ...] = ()
-) -> None:
+def check_batch_stats(batch_stats: Any, feature_shape: Shape | None = None, axes: tuple[int, ...] = ()) -> None:
     """Raises `ValueError` unless `batch_stats` is a mapping with 'mean' and 'var' (of `feature_shape`, where given)."""
     if not isinstance(batch_stats, Mapping) or not {"mean", "var"} <= set(batch_stats):
         got = sorted(batch_stats, key=str) if isinstance(batch_stats, Mapping) else type(batch_stats).__name__
@@ -151,7 +178,7 @@ def check_batch_stats(
         _check_shapes("batch_stats", {k: batch_stats[k] for k in ("mean", "var")}, feature_shape, axes)
 
 
-def _check_shapes(name: str, arrays: Mapping[str, Any], feature_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+def _check_shapes(name: str, arrays: Mapping[str, Any], feature_shape: Shape, axes: tuple[int, ...]) -> None:
     for key, value in arrays.items():
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -19,6 +20,17 @@ def as_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
     return lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]  # jax 0.7
+
+
+def is_in_jet(x: Any) -> bool:
+    """Returns whether `jax.experimental.jet` is expanding `x`, maybe within vmap or jvp.
+
+    It fails at functions with rules of their own, as at relu. Ours are then called without their rules, which it would
+    leave aside in any case.
+    """
+    while isinstance(x, Tracer) and type(x).__module__ != "jax.experimental.jet":
+        x = getattr(x, "val", getattr(x, "primal", None))
+    return isinstance(x, Tracer)
 
 
 def check_pmap() -> None:

@@ -12,6 +12,7 @@ From the outside in:
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Shaped
 
 from bnjax import _checks, _dtypes
-from bnjax._checks import Axes
+from bnjax._checks import Axes, Shape
+from bnjax._compat import is_in_jet
 from bnjax._remat import keeping_arguments
 from bnjax._sync import (
     AxisName,
@@ -28,18 +30,20 @@ from bnjax._sync import (
     Moments,
     explicitly_sharded,
     is_mesh_axis,
+    is_split_by_xla,
     match_explicit_sharding,
     merge_over_mesh_axis,
     merge_over_shards,
     merge_over_vmapped_axis,
     nonzero,
-    num_shards,
     psum,
     shard_like,
+    shards_of,
     split_axis,
 )
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
+_FEWEST_SAMPLES = 16  # those of a shard
 _POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
 
 
@@ -64,8 +68,9 @@ def moments(
     Args:
       x: floating-point array of any shape, empty included; real or complex.
       axis: feature axis or axes, static; the others are reduced.
-      mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
-        The values of `x` where the mask is zero have no influence, even NaN. Weights may be differentiated.
+      mask: boolean, or non-negative sample weights, of as many dimensions as `x` or of its first ones without the
+        feature axes, as in `batch_norm`. The values of `x` where the mask is zero have no influence, even NaN. Weights
+        may be differentiated, and have any size at which their sum is a normal number.
       axis_name: mapped axis (or axes) over which to merge the moments by their counts.
       axis_index_groups: groups of indices of that axis that merge separately, all of one size.
 
@@ -106,25 +111,28 @@ def checked_moments(
         m = checked_moments(parts, weights, (*axes, x.ndim), axis_name, groups)
         count = m.count if m.count.ndim == 0 else m.count[..., 0]
         return Moments(lax.complex(m.mean[..., 0], m.mean[..., 1]), m.var.sum(-1), count)
+    real_moments = _moments_without_rule if is_in_jet(x) else _real_moments
     if axis_name is None or is_mesh_axis(axis_name):
-        return _real_moments(x, weights, axes, axis_name, groups)
-    local = _real_moments(x, weights, axes, None, None)
+        return real_moments(x, weights, axes, axis_name, groups)
+    local = real_moments(x, weights, axes, None, None)
     return merge_over_vmapped_axis(local, axis_name, groups, counts_differ=weights is not None)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _real_moments(
+def _moments_without_rule(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
-    """Computes moments of real `x`, over all members of a mesh axis or local, with a hand-made rule of derivatives.
+    """Computes moments of real `x`, over all members of a mesh axis or local.
 
-    JAX could not make the rule: the merging loops, which has no reverse mode, and x − mean would be kept for the
-    backward pass. The merging over a vmapped axis stays outside, where JAX differentiates it (see `_sync`).
+    The rule of derivatives is made by hand, since JAX's would keep x − mean for the backward pass. The merging over a
+    vmapped axis stays outside, where JAX differentiates it (see `_sync`).
     """
     local = _moments_of_shards(x, weights, axes)
     if axis_name is None:
         return local
     return merge_over_mesh_axis(local, axis_name, groups, counts_differ=weights is not None)
+
+
+_real_moments = jax.custom_jvp(_moments_without_rule, nondiff_argnums=(2, 3, 4))
 
 
 @functools.partial(_real_moments.defjvp, symbolic_zeros=True)
@@ -140,76 +148,87 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
 
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass.
     @keeping_arguments
-    def by_x(x, weights, mean, dx):
-        weighted = _weigh(dx.astype(mean.dtype), weights)
+    def by_x(x, weights, mean, count, dx):
+        n = expand(nonzero(count), x.ndim, axes)
+        weighted = dx.astype(mean.dtype) / n if weights is None else _weigh(dx.astype(mean.dtype), _shares(weights, n))
         centered = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
         if weights is not None:
-            centered = jnp.where(weights > 0, centered, 0)  # NaN times a zero cotangent would be NaN
+            centered = jnp.where(has_weight(weights), centered, 0)  # NaN times a zero cotangent would be NaN
         return _sum(weighted, axes), 2 * _sum(centered * weighted, axes)
 
     @keeping_arguments
-    def by_weights(x, weights, mean, var, dweights):
+    def by_weights(x, weights, mean, var, count, dweights):
         # A weight of zero has a derivative too, which depends on what x holds there.
         centered = without_masked_extremes(x.astype(mean.dtype), weights) - expand(mean, x.ndim, axes)
         dweights = dweights.astype(mean.dtype)
         square = jnp.square(centered) - expand(var, x.ndim, axes)
-        return _sum(dweights * centered, axes), _sum(dweights * square, axes), _count(dweights, x.shape, axes)
+        n = nonzero(count)
+        return _sum(dweights * centered, axes) / n, _sum(dweights * square, axes) / n, _count(dweights, x.shape, axes)
 
     sums = [jnp.zeros_like(m.mean), jnp.zeros_like(m.var), jnp.zeros_like(m.count)]
     if not isinstance(dx, SymbolicZero):
-        sums[:2] = by_x(x, weights, m.mean, dx)
+        sums[:2] = by_x(x, weights, m.mean, m.count, dx)
     if weights is not None and not isinstance(dweights, SymbolicZero):
-        of_weights = by_weights(x, weights, m.mean, m.var, dweights)
+        of_weights = by_weights(x, weights, *m, dweights)
         sums = [a + b for a, b in zip(sums, of_weights, strict=True)]
         sums[2] = psum(sums[2], axis_name, groups)
     both = psum(jnp.stack(sums[:2]), axis_name, groups)
-    return m, Moments(both[0] / nonzero(m.count), both[1] / nonzero(m.count), sums[2])
+    return m, Moments(both[0], both[1], sums[2])
 
 
 def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
-    """Computes moments of an array that automatic partitioning may have split over devices.
+    """Computes moments of an array that partitioning by XLA may have split over devices.
 
     The moments of each shard are taken about a provisional mean of its own, so that only their merging communicates.
-    The first reduced axis, that of the batch, is taken to be split over all mesh axes of type Auto. Where it is not,
-    the result is the same, and only the communication is more.
+    An axis that could have been split is taken to be. Where it is not, the result is the same.
     """
-    reduced = [a for a in range(x.ndim) if a not in axes]
-    shards = num_shards(x, reduced[0]) if reduced else 1
-    if shards == 1:
+    parts = shards_of(x, [a for a in range(x.ndim) if a not in axes])
+    if not parts:
         return _local_moments(x, weights, axes)
-    batch = reduced[0]
-    weights_axis = None if weights is None or weights.shape[batch] == 1 else batch
-    if weights is not None and weights_axis is not None:
-        weights = split_axis(shard_like(weights, x, batch), batch, shards)
-    count_axis = None if weights_axis is None else 0
-    axes_of_parts = Moments(0, 0, count_axis)  # pyright: ignore[reportArgumentType]
-    local = jax.vmap(lambda x, weights: _local_moments(x, weights, axes, True), (batch, weights_axis), axes_of_parts)(
-        split_axis(x, batch, shards), weights
-    )
-    return merge_over_shards(local, shards, x, counts_differ=count_axis is not None)
+    counts_differ = weights is not None and any(weights.shape[axis] != 1 for axis in parts)
+    samples = max(_FEWEST_SAMPLES, _SAMPLES // math.prod(list(parts.values())[1:]))
+    of_axes = Moments(0, 0, 0 if counts_differ else None)  # pyright: ignore[reportArgumentType]
+
+    def of_parts(x: Array, weights: Array | None, axes_to_split: tuple[int, ...]) -> Moments:
+        if not axes_to_split:
+            return _local_moments(x, weights, axes, samples, is_shard=True)
+        axis, *others = axes_to_split
+        x, weights_axis = split_axis(x, axis, parts[axis]), None
+        if weights is not None and weights.shape[axis] != 1:
+            weights, weights_axis = split_axis(shard_like(weights, x, axis), axis, parts[axis]), axis
+        return jax.vmap(lambda x, w: of_parts(x, w, tuple(others)), (axis, weights_axis), of_axes)(x, weights)
+
+    return merge_over_shards(of_parts(x, weights, tuple(parts)), len(parts), counts_differ=counts_differ)
 
 
-def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], is_shard: bool = False) -> Moments:
+def _local_moments(
+    x: Array, weights: Array | None, axes: tuple[int, ...], samples: int = _SAMPLES, *, is_shard: bool = False
+) -> Moments:
     """Computes moments of the local batch in one read of `x` about a provisional mean, that of sampled elements."""
     dtype = _dtypes.wide(x.dtype)
-    steps = _sampling(x, axes)
+    steps = _sampling(x, axes, samples)
     sampled = _thin(x, steps).astype(dtype)
     if weights is None:
         n = _reduced_size(x.shape, axes)
-        shift = _sum(sampled, axes) / max(1, _reduced_size(sampled.shape, axes))
+        shift = _sum(sampled, axes) / nonzero(jnp.asarray(_reduced_size(sampled.shape, axes), dtype))
         return _moments_about(shift, x, None, axes, jnp.asarray(n, dtype))[0]
+    weights, unit = _of_size_one(weights, dtype, x.shape, axes)
     sampled_weights = _thin(weights, steps)
     sampled_count = nonzero(_count(sampled_weights.astype(dtype), sampled.shape, axes))
     shift = _sum(_weigh(sampled, sampled_weights), axes) / sampled_count
-    count = _count(weights.astype(dtype), x.shape, axes)
-    m, offset = _moments_about(shift, x, weights, axes, count)
+    relative_count = _count(weights.astype(dtype), x.shape, axes)
+    m, offset = _moments_about(shift, x, weights, axes, relative_count)
+    count = relative_count if unit is None else relative_count * unit
     if all(step == slice(None) for step in steps):
-        return m
+        return m._replace(count=count)
     # The weights may have hidden most or all of the sample; then the moments are taken again, about the first mean.
-    if is_shard:  # the vmap over shards would take both branches of a condition anyway
-        return _moments_about(m.mean, x, weights, axes, count)[0]
+    # A condition would depend on data that differs between devices, whose sums over what XLA has split would wait for
+    # each other forever; and under vmap it computes both anyway.
+    if is_shard or is_split_by_xla(x):
+        return _moments_about(m.mean, x, weights, axes, relative_count)[0]._replace(count=count)
     is_poor = ~jnp.all(jnp.square(offset) <= _POOR_SHIFT * m.var)  # also where the squares overflow
-    return lax.cond(is_poor, lambda: _moments_about(m.mean, x, weights, axes, count)[0], lambda: m)
+    m = lax.cond(is_poor, lambda m: _moments_about(m.mean, x, weights, axes, relative_count)[0], lambda m: m, m)
+    return m._replace(count=count)
 
 
 def _moments_about(
@@ -217,21 +236,25 @@ def _moments_about(
 ) -> tuple[Moments, Array]:
     """Computes moments from two sums about a shift, which XLA takes in one read, and the mean's offset from it."""
     shift_of_mean = expand(shift, x.ndim, axes)
-    # This is the same shift, opaque to XLA, whose CPU backend would write out a shared difference as large as x.
-    shift_of_square = lax.optimization_barrier(shift_of_mean)
+    # This is the same shift, unknown to XLA, whose CPU backend would write out a shared difference as large as x.
+    # (JAX's `jet` has no rule for `lax.optimization_barrier`.)
+    shift_of_square = shift_of_mean + 0 * shift_of_mean
     offset = _sum(_weigh(x.astype(shift.dtype) - shift_of_mean, weights), axes) / nonzero(count)
     square = _sum(_weigh(jnp.square(x.astype(shift.dtype) - shift_of_square), weights), axes) / nonzero(count)
     return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count), offset
 
 
-def _sampling(x: Array, axes: tuple[int, ...]) -> list[slice]:
-    """Returns slices that leave about `_SAMPLES` elements per feature, thinning trailing axes first.
+def _sampling(x: Array, axes: tuple[int, ...], samples: int) -> list[slice]:
+    """Returns slices that leave about so many elements per feature, thinning trailing axes first.
 
-    Axes that explicit sharding splits are not thinned, since a slice with steps would move data between devices.
+    Axes that explicit sharding splits are not thinned, since a slice with steps would move data between devices; nor is
+    anything where the size is a symbol of `jax.export`, of which it is not known how many elements are enough.
     """
     shape = x.shape
+    if not all(isinstance(size, int) for size in shape):
+        return [slice(None)] * len(shape)
     reduced = [a for a in range(len(shape)) if a not in axes and not explicitly_sharded(x, a)]
-    excess = _reduced_size(shape, axes) // _SAMPLES
+    excess = _reduced_size(shape, axes) // samples
     steps = [slice(None)] * len(shape)
     for a in reversed(reduced):
         if excess > 1 and shape[a] > 1:
@@ -250,7 +273,7 @@ def _sum(values: Array, axes: tuple[int, ...]) -> Array:
     return values.sum(tuple(a for a in range(values.ndim) if a not in axes))
 
 
-def _reduced_size(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+def _reduced_size(shape: Shape, axes: tuple[int, ...]) -> Any:
     return math.prod(size for a, size in enumerate(shape) if a not in axes)
 
 
@@ -259,17 +282,46 @@ def _weigh(values: Array, weights: Array | None) -> Array:
     if weights is None:
         return values
     weights = match_explicit_sharding(weights, values)
-    kept = jnp.where(weights > 0, values, 0)
+    kept = jnp.where(has_weight(weights), values, 0)
     return kept if weights.dtype == bool else kept * weights.astype(values.dtype)
 
 
-def _count(weights: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+def _of_size_one(weights: Array, dtype: Any, shape: Shape, axes: tuple[int, ...]) -> tuple[Array, Array | None]:
+    """Returns weights of at most three, and the power of two by which they are less: products neither over- nor
+    underflow.
+    """
+    if weights.dtype == bool:
+        return weights, None
+    reduced = tuple(a for a in range(weights.ndim) if a not in axes)
+    largest = weights.astype(dtype).max(reduced, keepdims=True, initial=0)
+    bits = jnp.finfo(dtype)
+    unit = lax.reduce_precision(jnp.maximum(largest / 2, bits.tiny), bits.nexp, 0)
+    return weights.astype(dtype) / unit, _of_features(unit.squeeze(reduced), shape, axes)
+
+
+def _shares(weights: Array, count: Array) -> Array:
+    """Returns the weights in parts of their total."""
+    return weights.astype(count.dtype) / count
+
+
+def _count(weights: Array, shape: Shape, axes: tuple[int, ...]) -> Array:
     """Computes the total weight of each feature, as a scalar where the weights are common to all features."""
     repeats = math.prod(
         s for a, (s, w) in enumerate(zip(shape, weights.shape, strict=True)) if a not in axes and w == 1
     )
-    total = _sum(weights, axes) * repeats
-    return total.reshape(()) if total.size == 1 else jnp.broadcast_to(total, tuple(shape[a] for a in axes))
+    total = _sum(weights, axes) * jnp.asarray(repeats, weights.dtype)
+    return _of_features(total, shape, axes)
+
+
+def _of_features(values: Array, shape: Shape, axes: tuple[int, ...]) -> Array:
+    """Returns values of the features, as a scalar where they are common to all."""
+    is_common = all(size == 1 for size in values.shape)
+    return values.reshape(()) if is_common else jnp.broadcast_to(values, tuple(shape[a] for a in axes))
+
+
+def has_weight(weights: Array) -> Array:
+    """Returns where the weights are positive."""
+    return weights if weights.dtype == bool else weights > 0
 
 
 def without_masked_extremes(x: Array, weights: Array) -> Array:
@@ -278,4 +330,4 @@ def without_masked_extremes(x: Array, weights: Array) -> Array:
     Such values would turn zero cotangents into NaN; other masked values are normalized like the rest, as in Flax.
     """
     weights = match_explicit_sharding(weights, x)
-    return jnp.where((weights > 0) | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)
+    return jnp.where(has_weight(weights) | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)

@@ -1,30 +1,53 @@
 """Checkpoints that say what is kept for the backward pass and what is computed anew in it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from bnjax._compat import is_in_jet
+
 _INPUT = "batch_norm_input"
 _saves_inputs = jax.checkpoint_policies.save_only_these_names(_INPUT)
 
-# This decorator keeps nothing but a function's arguments for the backward pass. Within one compiled program XLA may
-# share what would be computed anew: barriers against that cost reads and writes of the input
-# (`benchmarks/count_tpu.py`).
-keeping_arguments = functools.partial(
-    jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
-)
 
+def keeping_arguments(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Makes a function that keeps nothing but its arguments for the backward pass.
 
-def named_input(x: jax.Array) -> jax.Array:
-    """Returns `x` under the name that `save_batch_norm_inputs` keeps.
-
-    There are two names. Under that policy an outer checkpoint keeps the array of the first one, and in its backward
-    pass computes that of the second one from it. The batch norm's own checkpoints (`keeping_arguments`) are given this
-    second array, so that they share the kept one; given the first array, JAX would keep a copy for each of them.
+    Within one compiled program XLA may share what would be computed anew: barriers against that cost reads and writes
+    of the input (`benchmarks/count_tpu.py`).
     """
-    return checkpoint_name(checkpoint_name(x, _INPUT), f"{_INPUT}_again")
+    nothing = jax.checkpoint_policies.nothing_saveable
+    checkpointed = jax.checkpoint(function, policy=nothing, prevent_cse=False, **options)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        is_plain = any(map(is_in_jet, arguments))  # `jet` has no rule for checkpoints, and no backward pass
+        return function(*arguments) if is_plain else checkpointed(*arguments)
+
+    return call
+
+
+@jax.custom_jvp
+def named_input(x: jax.Array) -> jax.Array:
+    """Returns `x`, where it is differentiated under the name that `save_batch_norm_inputs` keeps.
+
+    A program without derivatives holds no name, of which JAX's `jet` and exporters know nothing.
+    """
+    return x
+
+
+@named_input.defjvp
+def _named_input_jvp(primals, tangents):
+    """Names `x` twice.
+
+    Under the policy an outer checkpoint keeps the array of the first name, and in its backward pass computes that of
+    the second one from it. The batch norm's own checkpoints (`keeping_arguments`) are given this second array, so that
+    they share the kept one; given the first array, JAX would keep a copy for each of them.
+    """
+    return checkpoint_name(checkpoint_name(primals[0], _INPUT), f"{_INPUT}_again"), tangents[0]
 
 
 def save_batch_norm_inputs(prim: Any, *args: Any, **params: Any) -> bool:

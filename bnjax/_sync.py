@@ -5,26 +5,32 @@ A batch may lie in parts in these ways:
 | the parts are                     | merged by                 | formula                             | collectives |
 |-----------------------------------|---------------------------|-------------------------------------|-------------|
 | two batches, anywhere             | `merge_moments`           | Chan et al.'s for a pair            | none        |
-| devices along a mapped mesh axis  | `merge_over_mesh_axis`    | sums about a common shift           | one sum*    |
-| members of a vmapped axis         | `merge_over_vmapped_axis` | means, then mean squares about them | none        |
-| shards of an array that XLA split | `merge_over_shards`       | sums about a common shift           | XLA's sum*  |
+| devices along a mapped mesh axis  | `merge_over_mesh_axis`    | mean, then mean squares about it    | one sum*    |
+| members of a vmapped axis         | `merge_over_vmapped_axis` | mean, then mean squares about it    | none        |
+| shards of an array that XLA split | `merge_over_shards`       | mean, then mean squares about it    | XLA's sum*  |
 | ghost batches                     | `average_moments`         | averages, not merged                | one sum     |
 
-(*) It is taken a second time, about the joint mean, in the rare case that the first was too imprecise.
+(*) Two sums among more than 64 parts.
 
-The formulas differ for these reasons. Across devices a sum costs more than arithmetic, so that all that is needed goes
-into one sum, of mean and mean square about a shift that all devices know. That sum is of no use under vmap, where JAX
-may trace a derivative rule when the axis is no longer bound, and where a second sum costs nothing. The shards of an
-array that XLA partitions are no mapped axis at all: they are split off by a reshape, and the sum over that axis becomes
-XLA's collective. Ghost batches don't become one batch: their statistics are averaged, without what their means differ
-by. (Groups of devices that train with statistics of their own are merged pair by pair, by
+The variance needs the joint mean, so that its formula takes two sums, one after the other. Across devices a sum costs
+more than arithmetic. Each device therefore puts its moments into a place of its own in one array, the sum of those
+arrays over the devices is a list of all moments, and each device merges the list by itself. The list is longer than the
+moments, which among many devices costs more than a second sum. (A single sum of mean and mean square would lose what
+mean² / var costs, and a second one in that case alone would be a collective under a condition, for which devices that
+decide differently wait forever.)
+
+Under vmap, where JAX may trace a derivative rule when the axis is no longer bound, a second sum costs nothing. The
+shards of an array that XLA partitions are no mapped axis at all: they are split off by a reshape, and the sum over that
+axis becomes XLA's collective. Ghost batches don't become one batch: their statistics are averaged, without what their
+means differ by. (Groups of devices that train with statistics of their own are merged pair by pair, by
 `bnjax.training.merge_batch_stats`.)
 
 Reference: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,9 +46,7 @@ from bnjax._compat import as_varying, varying_axes
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
-_POOR_COMMON_SHIFT = (
-    256  # how many variances the squared joint mean may be before the sums are taken again, about that mean
-)
+_MOST_EXCHANGED = 64  # parts whose moments are exchanged whole; of more, a second sum costs less than their volume
 
 
 class Moments(NamedTuple):
@@ -101,7 +105,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
-    """Merges the moments of all devices along a mapped axis, or of a group of them, by one sum.
+    """Merges the moments of all devices along a mapped axis, or of a group of them.
 
     Args:
       local: moments of this device's part.
@@ -110,101 +114,77 @@ def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | N
       counts_differ: whether the parts may hold different counts, as under a mask.
     """
     size = group_size(axis_name, groups)
-    if size == 1:  # there is nothing to merge, but the sum types the moments as shared by all
-        count = psum(local.count, axis_name, groups) if counts_differ else local.count
-        return Moments(psum(local.mean, axis_name, groups), psum(local.var, axis_name, groups), count)
-    zeros = Moments(*(jnp.zeros(v.shape, v.dtype) for v in local))
+    if size > _MOST_EXCHANGED:
+        return _by_two_sums(local, _sum_over(axis_name, groups), size, counts_differ)
+    index = index_in_group(axis_name, groups)
+    placed = _placed(local if counts_differ else local._replace(count=()), index, size)
+    return _by_local_sums(_sum_over(axis_name, groups)(placed), local.count, counts_differ)
 
-    def total(shift: Array) -> Array:
-        return psum(shifted_sums(shift, local, counts_differ), axis_name, groups)
 
-    zeros = vary_like(zeros, local.mean, but=axis_name)  # a loop's carry has the type of its result
-    return merge_by_one_sum(total, zeros, size, None if counts_differ else local.count)
+def merge_over_shards(local: Moments, leading: int, *, counts_differ: bool) -> Moments:
+    """Merges the moments of the shards of an array that is partitioned automatically.
+
+    Args:
+      local: moments with leading axes of shards, which partitioning splits; the count has no such axes where it is
+        the same for all shards.
+      leading: number of these axes.
+      counts_differ: whether the shards may hold different counts, as under a mask.
+    """
+    parts, shape = local if counts_differ else local._replace(count=()), local.mean.shape[:leading]
+    size = math.prod(shape)
+    if size <= _MOST_EXCHANGED:
+        placed = _placed(parts, jnp.arange(size).reshape(shape), size)
+        parts = jax.tree.map(lambda values: values.sum(tuple(range(leading))), placed)
+    else:
+        parts = jax.tree.map(lambda values: values.reshape((size, *values.shape[leading:])), parts)
+    return _by_local_sums(parts, local.count, counts_differ)
 
 
 def merge_over_vmapped_axis(
     local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool
 ) -> Moments:
-    """Merges the moments of all members of a vmapped axis, or of a group of them, where sums cost no communication.
+    """Merges the moments of all members of a vmapped axis, or of a group of them, where sums cost no communication."""
+    return _by_two_sums(local, _sum_over(axis_name, groups), group_size(axis_name, groups), counts_differ)
+
+
+def _by_two_sums(local: Moments, total: Callable[[Array], Array], size: int, counts_differ: bool) -> Moments:
+    """Merges the moments of several parts, given what sums over the parts, of which there are `size`.
 
     n = Σ n_i        mean = Σ n_i mean_i / n        var = Σ n_i (var_i + (mean_i − mean)²) / n
     """
-    count = psum(local.count, axis_name, groups) if counts_differ else local.count * group_size(axis_name, groups)
+    count = total(local.count) if counts_differ else local.count * size
     share = local.count / nonzero(count)
-    mean = psum(share * local.mean, axis_name, groups)
-    var = psum(share * (local.var + jnp.square(local.mean - mean)), axis_name, groups)
-    return Moments(mean, var, count)
+    mean = total(share * local.mean)
+    offset = jnp.where(local.count > 0, local.mean - mean, 0)  # the square of an empty part's may be infinite
+    return Moments(mean, total(share * (local.var + jnp.square(offset))), count)
 
 
-def merge_over_shards(local: Moments, shards: int, x: Array, *, counts_differ: bool) -> Moments:
-    """Merges the moments of the shards of an array that is partitioned automatically.
+def _by_local_sums(parts: Moments, count: Array, counts_differ: bool) -> Moments:
+    """Merges the moments of parts along their first axis; `count` is that of each, where it is one for all."""
+    size, ndim = parts.mean.shape[0], parts.mean.ndim
+    if counts_differ:
+        count = parts.count.reshape(parts.count.shape + (1,) * (ndim - parts.count.ndim))
+    total = functools.partial(jnp.sum, axis=0, keepdims=True)
+    m = _by_two_sums(parts._replace(count=count), total, size, counts_differ)
+    count = m.count.reshape(parts.count.shape[1:]) if counts_differ else m.count
+    return Moments(m.mean.squeeze(0), m.var.squeeze(0), count)
+
+
+def _placed(tree: Any, index: Array, size: int) -> Any:
+    """Puts arrays at an index of a new axis of some size, with zeros elsewhere, so that their sum holds them all.
 
     Args:
-      local: moments with a leading axis of shards, which partitioning splits; the count has no such axis where it is
-        the same for all shards.
-      shards: number of shards.
-      x: the array.
-      counts_differ: whether the shards may hold different counts, as under a mask.
+      tree: arrays that begin with the axes of `index`.
+      index: where each of them goes, along the new axis that follows those of `index`.
+      size: size of that axis.
     """
-    axes = Moments(0, 0, 0 if counts_differ else None)  # pyright: ignore[reportArgumentType]
 
-    def total(shift: Array) -> Array:
-        return jax.vmap(lambda part: shifted_sums(shift, part, counts_differ), (axes,))(local).sum(0)
+    def place(values: Array) -> Array:
+        values = jnp.repeat(jnp.expand_dims(values, index.ndim), size, index.ndim)
+        own = jnp.expand_dims(index, -1) == jnp.arange(size).reshape((1,) * index.ndim + (size,))
+        return select(own.reshape(own.shape + (1,) * (values.ndim - own.ndim)), values, jnp.zeros_like(values))
 
-    zeros = Moments(*(jnp.zeros(v.shape[axis is not None :], v.dtype) for v, axis in zip(local, axes, strict=True)))
-    return merge_by_one_sum(total, vary_like(zeros, x), shards, None if counts_differ else local.count)
-
-
-def merge_by_one_sum(total: Callable[[Array], Array], zeros: Moments, size: int, count: Array | None) -> Moments:
-    """Merges the moments of several parts by one sum over the parts of 2 numbers for each feature (and the count).
-
-    With each part's mean and variance about a shift s that all know, o_i = mean_i − s and q_i = var_i + o_i²:
-
-        n = Σ n_i        mean = s + Σ n_i o_i / n        var = Σ n_i q_i / n − (Σ n_i o_i / n)²
-
-    The first turn takes s = 0, which loses what mean² / var costs. Where that is much, a second turn takes s = mean.
-    All parts take the same decision on a second turn, as the sums of the first turn are common to all. It is a loop
-    rather than a condition, so that the compiled program holds the sum once.
-
-    Args:
-      total: maps a shift to the sum of `shifted_sums` about it over the parts.
-      zeros: zeros of the shapes of the moments.
-      size: number of parts.
-      count: count of each part; None where the counts differ.
-    """
-    ends = np.cumsum([v.size for v in zeros])[: 2 if count is None else 1]
-    if count is not None:
-        zeros = zeros._replace(count=jnp.zeros_like(count))
-
-    def is_another_turn_due(carry):
-        turn, is_poor, _ = carry
-        return (turn == 0) | ((turn == 1) & is_poor)
-
-    def take_turn(carry):
-        turn, _, previous = carry
-        sums = [v.reshape(z.shape) for v, z in zip(jnp.split(total(previous.mean), ends), zeros, strict=False)]
-        offset, square = (v / (size if count is not None else nonzero(sums[2])) for v in sums[:2])
-        n = sums[2] if count is None else size * count
-        m = Moments(previous.mean + offset, jnp.maximum(square - jnp.square(offset), 0), n)
-        is_poor = ~jnp.all(jnp.square(offset) <= _POOR_COMMON_SHIFT * m.var)  # also where the squares overflow
-        return turn + 1, is_poor, m
-
-    is_poor = vary_like(jnp.array(True), zeros.mean)
-    return lax.while_loop(is_another_turn_due, take_turn, (0, is_poor, zeros))[2]
-
-
-def shifted_sums(shift: Array, part: Moments, counts_differ: bool) -> Array:
-    """Returns the vector that a part puts into the sum: its mean and mean square about a shift.
-
-    Where counts differ, mean and mean square are multiplied by the part's count, which follows them.
-    """
-    offset = part.mean - shift
-    if counts_differ:
-        offset *= (part.count > 0).astype(offset.dtype)  # the square of an empty part's offset may be infinite
-    values = [offset, part.var + jnp.square(offset)]
-    if counts_differ:
-        values = [*(part.count * value for value in values), part.count]
-    return jnp.concatenate([without_explicit_sharding(value).ravel() for value in values])
+    return jax.tree.map(place, tree)
 
 
 def average_moments(parts: Moments, axis_name: AxisName | None, groups: Groups | None) -> Moments:
@@ -224,7 +204,7 @@ def average_moments(parts: Moments, axis_name: AxisName | None, groups: Groups |
 
 def with_counts_of_features(m: Moments) -> Moments:
     """Gives moments a count for each feature, where there is one for all."""
-    return m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
+    return m._replace(count=match_explicit_sharding(jnp.broadcast_to(m.count, m.mean.shape), m.mean))
 
 
 def nonzero(count: Array) -> Array:
@@ -249,8 +229,14 @@ def group_size(axis_name: AxisName, groups: Groups | None) -> int:
     return len(groups[0]) if groups else lax.axis_size(axis_name)
 
 
-def psum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
-    """Sums `x` over all members of the caller's group; returns `x` itself without an axis."""
+def index_in_group(axis_name: AxisName, groups: Groups | None) -> Array:
+    """Returns the caller's place among the members that contribute to each sum."""
+    index = lax.axis_index(axis_name)
+    return index if groups is None else jnp.asarray(np.argsort(np.concatenate(groups)) % len(groups[0]))[index]
+
+
+def psum(x: Any, axis_name: AxisName | None, groups: Groups | None) -> Any:
+    """Sums an array, or the arrays of a tree, over all members of the caller's group; returns them without an axis."""
     if axis_name is None:
         return x
     if groups is None:
@@ -266,26 +252,47 @@ def psum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax
         ) from error
 
 
-def _vmapped_group_sum(x: jax.Array, axis_name: AxisName, groups: Groups) -> jax.Array:
+def _sum_over(axis_name: AxisName, groups: Groups | None) -> Callable[[Any], Any]:
+    return functools.partial(psum, axis_name=axis_name, groups=groups)
+
+
+def _vmapped_group_sum(x: Any, axis_name: AxisName, groups: Groups) -> jax.Array:
     """Sums over groups of a vmapped axis, which has no collectives for groups: gathers all, selects the own group."""
     group_of = np.argsort(np.concatenate(groups)) // len(groups[0])
     members = jnp.asarray(groups)[jnp.asarray(group_of)[lax.axis_index(axis_name)]]
-    return jnp.take(lax.all_gather(x, axis_name), members, axis=0).sum(0)
+    return jax.tree.map(lambda v: jnp.take(lax.all_gather(v, axis_name), members, axis=0).sum(0), x)
 
 
 # --- how arrays are split over devices --------------------------------------------------------------------------------
 
 
-def num_shards(x: jax.Array, axis: int) -> int:
-    """Returns into how many parts partitioning may have split an axis of `x`, by the devices along possible mesh axes.
+def shards_of(x: jax.Array, axes: Sequence[int]) -> dict[int, int]:
+    """Returns the parts into which partitioning may have split some axes of `x`, without those that are whole.
 
-    There is one part where `x` has no mesh, and where the axis does not divide evenly.
+    Explicit sharding says how an axis is split. The mesh axes of type Auto may split any axis; the last of `axes` are
+    taken to be whole where there were too many parts to exchange.
     """
-    mesh, spec = jax.typeof(x).sharding.mesh, _explicit_spec(x, axis)
-    named = spec if isinstance(spec, tuple) else (spec,)  # the mesh axes that explicit sharding names
-    may_split = [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto or n in named]
-    parts = math.prod(mesh.shape[name] for name in may_split)
-    return parts if x.shape[axis] and x.shape[axis] % parts == 0 else 1
+    mesh, parts, room = jax.typeof(x).sharding.mesh, {}, math.inf
+    auto = math.prod(mesh.shape[n] for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto)
+    for axis in axes:
+        spec = _explicit_spec(x, axis)
+        explicit = math.prod(mesh.shape[name] for name in (spec if isinstance(spec, tuple) else (spec,)) if name)
+        size = x.shape[axis]
+        if not isinstance(size, int) or not size:
+            continue
+        possible = math.gcd(size // explicit, auto)
+        if room < possible:
+            possible = math.gcd(possible, max(1, int(room)))
+        if explicit * possible > 1:
+            parts[axis] = explicit * possible
+        room = _MOST_EXCHANGED // math.prod(parts.values())
+    return parts
+
+
+def is_split_by_xla(x: jax.Array) -> bool:
+    """Returns whether XLA may have split `x` over several devices, and so puts collectives into what is made of it."""
+    mesh = jax.typeof(x).sharding.mesh
+    return any(s > 1 and t != AxisType.Manual for s, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
 def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
@@ -309,11 +316,17 @@ def _has_explicit_sharding(x: jax.Array) -> bool:
 
 
 def match_explicit_sharding(values: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns `values` in the shape and the explicit sharding of `x`, or as they are where `x` has none."""
-    if not _has_explicit_sharding(x):
+    """Returns `values` in the shape and the explicit sharding of `x`, or as they are where neither has any."""
+    if not (_has_explicit_sharding(x) or _has_explicit_sharding(values)):
         return values
     sharding = jax.typeof(x).sharding
-    return jax.sharding.reshard(jnp.broadcast_to(values, x.shape), NamedSharding(sharding.mesh, sharding.spec))
+    mesh = jax.typeof(values).sharding.mesh if sharding.mesh.empty else sharding.mesh
+    return jax.sharding.reshard(jnp.broadcast_to(values, x.shape), NamedSharding(mesh, sharding.spec))
+
+
+def select(condition: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns `jnp.where(condition, x, other)` in the explicit sharding of `x`, if any."""
+    return jnp.where(match_explicit_sharding(condition, x), x, match_explicit_sharding(other, x))
 
 
 def without_explicit_sharding(x: jax.Array) -> jax.Array:

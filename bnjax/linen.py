@@ -59,7 +59,7 @@ class _Normalizer(nn.BatchNorm):
         Args:
           x: the input.
           use_running_average: whether to use the running statistics; given in the call or in the constructor.
-          mask: boolean, 0/1 or sample weights, broadcastable to `x` as Flax's or with the feature axes dropped.
+          mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
 
         Returns:
           An array of the shape of `x`.
@@ -97,7 +97,7 @@ class _Normalizer(nn.BatchNorm):
             axis=self.axis,
             momentum=self.momentum,
             epsilon=self.epsilon,
-            mask=_checks.flax_mask(mask, x.shape),
+            mask=_checks.flax_mask(mask, x.shape, self.axis),
             axis_name=None if self.is_initializing() else self.axis_name,
             axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
             dtype=dtype,
@@ -362,7 +362,7 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
           x: the input, all of it of one kind.
           use_running_average: whether to use the running statistics; given in the call or in the constructor.
           split: index of the batch's kind, from 0; may be traced.
-          mask: boolean, 0/1 or sample weights, broadcastable to `x` as Flax's or with the feature axes dropped.
+          mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
 
         Returns:
           An array of the shape of `x`.

@@ -48,7 +48,7 @@ class _Normalizer(nnx.BatchNorm):
         Args:
           x: the input.
           use_running_average: whether to use the running statistics; takes precedence over the constructor's.
-          mask: boolean, 0/1 or sample weights, broadcastable to `x` as Flax's or with the feature axes dropped.
+          mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
 
         Returns:
           An array of the shape of `x`.
@@ -88,7 +88,7 @@ class _Normalizer(nnx.BatchNorm):
             axis=self.axis,
             momentum=self.momentum,
             epsilon=self.epsilon,
-            mask=_checks.flax_mask(mask, x.shape),
+            mask=_checks.flax_mask(mask, x.shape, self.axis),
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             dtype=dtype,
@@ -325,7 +325,7 @@ class SplitBatchNorm(BatchNorm):
           x: the input, all of it of one kind.
           use_running_average: whether to use the running statistics; takes precedence over the constructor's.
           split: index of the batch's kind, from 0; may be traced.
-          mask: boolean, 0/1 or sample weights, broadcastable to `x` as Flax's or with the feature axes dropped.
+          mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
 
         Returns:
           An array of the shape of `x`.

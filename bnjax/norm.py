@@ -15,9 +15,10 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
 from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
+from bnjax._compat import is_in_jet
 from bnjax._moments import checked_moments, expand, without_masked_extremes
 from bnjax._remat import keeping_arguments, named_input
-from bnjax._sync import AxisName, Groups, Moments, vary_like
+from bnjax._sync import AxisName, Groups, Moments, match_explicit_sharding, select, vary_like
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
 BatchStats = Mapping[str, Any]
@@ -118,10 +119,11 @@ def batch_norm(
       momentum: weight of the old running value, in [0, 1], Flax's convention (1 minus PyTorch's); may be traced, so a
         schedule works, and so does the cumulative average `1 − 1 / (t + 1)` at step t = 0, 1, ….
       epsilon: non-negative number added to the variance; may be traced.
-      mask: boolean, or non-negative sample weights, that broadcast to `x` with its feature axes dropped or of size one.
-        The values of `x` where the mask is zero change neither outputs elsewhere, statistics nor gradients, even NaN.
-        With a total weight of zero the running statistics normalize, and stay. (They also stay where the batch's are
-        not finite.)
+      mask: boolean, or non-negative sample weights, of as many dimensions as `x`, to which they broadcast, or of the
+        first of its dimensions without the feature axes: `[batch]` is a weight for each example, `[batch, time]` one
+        for each step. The values of `x` where the mask is zero change neither outputs elsewhere, statistics nor
+        gradients, even NaN. With a total weight of zero the running statistics normalize, and stay. (They also stay
+        where the batch's are not finite, as of a weight that is NaN, which makes the output NaN.)
       axis_name: mapped axis (of vmap, pmap or shard_map) over which the moments are merged by their counts.
       axis_index_groups: groups of indices of that axis that are normalized separately, all of one size; not with
         shard_map's replication checking, where a mesh of two axes does the same.
@@ -202,9 +204,8 @@ def check_call(
         _checks.check_dtype(dtype, or_complex=or_complex)
     _checks.check_complex(x, params, batch_stats, dtype)
     groups = _checks.check_axis_name(axis_name, axis_index_groups) if training else None
-    x = named_input(x)  # the name by which `save_batch_norm_inputs` keeps it
     return Call(
-        x, params, batch_stats, bool(training), axes, weights, groups,
+        named_input(x) if training else x, params, batch_stats, bool(training), axes, weights, groups,
         momentum, epsilon, axis_name, dtype, bessel_correction,
     )  # fmt: skip
 
@@ -240,7 +241,7 @@ class Call:
         They are the batch's, and the running ones for features on which the batch has no weight.
         """
         mean, var = (
-            jnp.where(m.count > 0, batch, running.astype(batch.dtype))
+            select(m.count != 0, batch, running.astype(batch.dtype))
             for batch, running in zip((m.mean, m.var), self.running(), strict=True)
         )
         return self.of_each_member(mean, var)
@@ -272,7 +273,9 @@ class Call:
         bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
         per_feature = [expand(v, self.x.ndim, self.axes) for v in (mean.astype(compute), multiplier, bias)]
         # The weights weigh nothing here: they keep NaN and extremes of masked elements out of the derivatives.
-        return _scale_and_shift(self.x, self.weights, *per_feature, dtype)
+        has_rule = self.training and not is_in_jet(self.x)
+        scale_and_shift: Any = _scale_and_shift if has_rule else _plain_scale_and_shift
+        return scale_and_shift(self.x, self.weights, *per_feature, dtype)
 
     def inference(self) -> Result:
         """Returns the result of inference: the input normalized by the running statistics, which stay as they are."""
@@ -324,9 +327,10 @@ def update_batch_stats(
         return (rho * running.astype(dtype) + (1 - rho) * batch.astype(dtype)).astype(running.dtype)
 
     running = {name: jnp.asarray(batch_stats[name]) for name in ("mean", "var")}
-    moved = {"mean": move(running["mean"], m.mean), "var": move(running["var"], var)}
+    batch = {"mean": m.mean, "var": var}
+    moved = {n: move(running[n], match_explicit_sharding(batch[n], running[n])) for n in running}
     usable = (m.count > 0) & jnp.isfinite(moved["mean"]) & jnp.isfinite(moved["var"])
-    moved = {name: jnp.where(usable, value, running[name]) for name, value in moved.items()}
+    moved = {name: select(usable, value, running[name]) for name, value in moved.items()}
     if isinstance(batch_stats, MutableMapping):
         new = copy.copy(batch_stats)
         new.update(moved)
@@ -339,8 +343,7 @@ def unbiased_var(m: Moments) -> Array:
     return m.var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _scale_and_shift(
+def _plain_scale_and_shift(
     x: Array, weights: Array | None, mean: Array, multiplier: Array, bias: Array, dtype: DTypeLike
 ) -> Array:
     """Computes `(x − mean) · multiplier + bias` with per-feature values that have `x`'s number of axes."""
@@ -348,6 +351,9 @@ def _scale_and_shift(
     if weights is not None:
         x = without_masked_extremes(x, weights)
     return ((x - mean) * multiplier + bias).astype(dtype)
+
+
+_scale_and_shift = jax.custom_jvp(_plain_scale_and_shift, nondiff_argnums=(5,))
 
 
 @functools.partial(_scale_and_shift.defjvp, symbolic_zeros=True)

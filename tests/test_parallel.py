@@ -219,10 +219,12 @@ def test_a_batch_norm_costs_one_collective_forward_and_one_backward(way, masked)
             mapped = jax.jit(jax.shard_map(function, mesh=training.make_mesh(), **specs))
         compiled = mapped.lower(x, mask).compile()
         assert collectives(compiled) == {"all-reduce": 1 + backward}
-        # Forward 2 numbers for each feature, and the count where counts differ; backward 2.
-        payloads = re.findall(r"= f32\[(\d+(?:,\d+)*)\]\S* all-reduce\(", compiled.as_text())
-        sizes = sorted(np.prod([int(n) for n in shape.split(",")]) for shape in payloads)
-        assert sizes == sorted([32 + masked] + [32] * backward)
+        # Forward each device's 2 numbers for each feature, and its count where counts differ; backward the sums of 2.
+        sizes = [
+            sum(np.prod([int(n) for n in shape.split(",") if n]) for shape in re.findall(r"f32\[([\d,]*)\]", kinds))
+            for kinds in re.findall(r"= (.*) all-reduce\(", compiled.as_text())
+        ]
+        assert sorted(sizes) == sorted([8 * (32 + masked)] + [32] * backward)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

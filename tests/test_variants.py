@@ -631,7 +631,7 @@ def test_silent_layer_is_batch_norm():
     silent = functools.partial(NoisyBatchNorm, bessel_correction=True, **SILENT)
     call = {"training": True, "mutable": ["batch_stats"], "rngs": {"noise": KEY}}
     outputs = [
-        jax.jit(lambda: Network(norm).apply(variables, x, **call))()
+        jax.jit(lambda variables, x: Network(norm).apply(variables, x, **call))(variables, x)
         for norm in (silent, functools.partial(BatchNorm, bessel_correction=True))
     ]
     chex.assert_trees_all_equal(*outputs)

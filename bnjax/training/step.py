@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
+from bnjax._moments import has_weight
 from bnjax._objective import Objective, losses_and_correctness
 from bnjax._sync import AxisName, Moments, merge_moments, vary_like
 from bnjax.linen import statistics_of
@@ -37,7 +38,7 @@ def binary_cross_entropy(logits: Float[Array, "batch 1"], labels: Shaped[Array, 
     Returns the loss of each example, and whether it is classified correctly.
     """
     logits = logits[:, 0]
-    return optax.sigmoid_binary_cross_entropy(logits, labels), (logits > 0) == (labels > 0)
+    return optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype)), (logits > 0) == (labels > 0)
 
 
 def cross_entropy(logits: Float[Array, "batch classes"], labels: Shaped[Array, " batch"]):
@@ -48,7 +49,7 @@ def cross_entropy(logits: Float[Array, "batch classes"], labels: Shaped[Array, "
 def squared_error(logits: Float[Array, "batch 1"], labels: Shaped[Array, " batch"]):
     """Computes the squared error of a sigmoid output: `(sigmoid(logit) − label)²`."""
     logits = logits[:, 0]
-    return jnp.square(jax.nn.sigmoid(logits) - labels), (logits > 0) == (labels > 0)
+    return jnp.square(jax.nn.sigmoid(logits) - labels.astype(logits.dtype)), (logits > 0) == (labels > 0)
 
 
 class Batch(NamedTuple):
@@ -108,7 +109,7 @@ def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objectiv
     losses, correct = losses_and_correctness(objective, outputs, y)
     losses = losses.astype(_sum_dtype(params, x))
     weights = jnp.ones_like(losses) if weights is None else weights.astype(losses.dtype)
-    metrics = Metrics((weights * losses).sum(), (weights * correct).sum())
+    metrics = Metrics((weights * losses).sum(), (weights * correct.astype(losses.dtype)).sum())
     return metrics.loss, (metrics, weights.sum(), updates.get(mutable, {}))
 
 
@@ -158,7 +159,7 @@ def train_step(
         if jnp.issubdtype(weights.dtype, jnp.integer):
             weights = weights.astype(jnp.float32)  # batch norms take integers for booleans, as Flax does
         if jnp.issubdtype(x.dtype, jnp.floating):  # not even NaN of a padding example may reach the parameters
-            x = jnp.where(weights.reshape((-1,) + (1,) * (x.ndim - 1)) > 0, x, 0)
+            x = jnp.where(has_weight(weights.reshape((-1,) + (1,) * (x.ndim - 1))), x, 0)
     batch = Batch(x, y, weights, keys)
     expected = x.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
     sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, expected, rngs)

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _dtypes
-from bnjax._moments import checked_moments, expand, without_masked_extremes
+from bnjax._moments import checked_moments, expand, has_weight, without_masked_extremes
 from bnjax._remat import keeping_arguments
 from bnjax._sync import AxisName, Groups, Moments, match_explicit_sharding, nonzero, psum
 from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call
@@ -133,4 +133,4 @@ def _largest_of_members(largest: Array, axis_name: AxisName, groups: Groups | No
 def _without_masked(x: Array, weights: Array | None) -> Array:
     """Returns `x` in float32 at least, with zero where the weight is zero."""
     x = x.astype(_dtypes.wide(x.dtype))
-    return x if weights is None else jnp.where(match_explicit_sharding(weights, x) > 0, x, 0)
+    return x if weights is None else jnp.where(has_weight(match_explicit_sharding(weights, x)), x, 0)

@@ -71,8 +71,13 @@ def batch_renorm_of(call: Call, r_max: Any, d_max: Any) -> Result:
     old_mean, old_var = (value.astype(mean.dtype) for value in call.running())
     deviation, old_deviation = (jnp.sqrt(v + jnp.asarray(call.epsilon, v.dtype)) for v in (var, old_var))
     largest, furthest = jnp.asarray(r_max, mean.dtype), jnp.asarray(d_max, mean.dtype)
-    r = lax.stop_gradient(jnp.clip(deviation / old_deviation, 1 / largest, largest))
-    d = lax.stop_gradient(jnp.clip((mean - old_mean) / old_deviation, -furthest, furthest))
+    r = lax.stop_gradient(_clipped(deviation / old_deviation, 1 / largest, largest))
+    d = lax.stop_gradient(_clipped((mean - old_mean) / old_deviation, -furthest, furthest))
     scale, bias = (jnp.asarray(call.params.get(name, v)).astype(r.dtype) for name, v in (("scale", 1), ("bias", 0)))
     corrected = {"scale": scale * r, "bias": bias + scale * d}
     return call.output(mean, var, corrected), call.moved(m), m
+
+
+def _clipped(values: Array, low: Array, high: Array) -> Array:
+    """Clips values (JAX's `jet` has no rule for `jnp.clip`, nor for limits of another shape)."""
+    return jnp.minimum(jnp.maximum(values, jnp.full_like(values, low)), jnp.full_like(values, high))

@@ -1,0 +1,224 @@
+"""Every function and layer in everything that JAX does with functions: each cell is right."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import compositions
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compositions import COLUMNS, FLAX, ROWS, SPLITS, P, X, mesh_of
+from jax.sharding import AxisType, NamedSharding
+
+import bnjax
+from bnjax.linen import BatchNorm
+
+# Cells that mean something else there than the definition of the row, and why.
+OTHER = {
+    (row, "manual, two axes"): "a ghost batch does not span devices, and there each of them has a single example"
+    for row in ("ghost_batch_norm", "linen.GhostBatchNorm", "nnx.GhostBatchNorm")
+}
+
+
+def cells():
+    """All cells; the default run has every third column of one row, and one column of each other row."""
+    made = []
+    for i, row in enumerate(ROWS):
+        for j, column in enumerate(COLUMNS):
+            is_default = j % 3 == 0 if row == "linen.BatchNorm" else j == i * 5 % len(COLUMNS)
+            if (ROWS[row].has_inference or column != "export, inference") and (row, column) not in OTHER:
+                made.append(pytest.param(row, column, marks=() if is_default else pytest.mark.exhaustive))
+    return made
+
+
+@pytest.mark.parametrize(("row", "column"), cells())
+def test_a_cell_is_right(row, column):
+    compositions.check(ROWS[row], column)
+
+
+@pytest.mark.parametrize("row", FLAX)
+def test_a_wrong_definition_would_be_seen(row):
+    """The harness finds a layer of another momentum wrong."""
+    wrong = compositions.Row(FLAX[row].call, compositions.moving, compositions.STATS)
+    with pytest.raises(AssertionError):
+        compositions.check(wrong, "jit")
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+PARTIALLY_MANUAL = """
+import os
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+import numpy as np
+from compositions import P, SHAPE, mesh_of
+from jax.sharding import AxisType, NamedSharding
+import bnjax
+params, stats = bnjax.init_batch_norm(4)
+x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+x[:2] += 1000  # one member of the manual axis: mean over deviation is 1000, while the others' is 0
+mesh = mesh_of(AxisType.Auto)
+for spec in (P("data", None, None, "model"), P(("data", "model")), P("data", "model")):
+    for axis_name in ("data", None):
+        for mask in (None, np.arange(4)[None, :, None, None] > np.arange(8)[:, None, None, None] % 3):
+            def normalize(x):
+                masks = {} if mask is None else {"mask": mask[:2]}
+                return bnjax.batch_norm(x, params, stats, training=True, axis_name=axis_name, **masks)[0]
+            mapped = jax.shard_map(normalize, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
+            y = jax.device_get(jax.jit(mapped)(jax.device_put(x, NamedSharding(mesh, spec))))
+            assert np.isfinite(y).all()
+print("done")
+"""
+
+
+def test_nothing_waits_forever_where_members_of_a_manual_axis_differ():
+    variables = {**os.environ, "XLA_FLAGS": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", PARTIALLY_MANUAL, os.path.dirname(__file__)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.strip() == "done", run.stderr[-2000:]
+
+
+def programs(layer, spec, manual):
+    """The compiled forward pass, and that with the gradient, of a layer on a mesh."""
+    mesh = mesh_of(AxisType.Auto)
+    x = jax.device_put(X, NamedSharding(mesh, spec))
+    variables = layer.init(jax.random.key(0), X)
+
+    def forward(variables, x):
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    if manual:
+        forward = jax.shard_map(
+            forward, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P()), axis_names={"data"}
+        )
+
+    def loss(variables, x):
+        y, updates = forward(variables, x)
+        return (y**3).sum(), updates
+
+    both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    return [jax.jit(f).lower(variables, x).compile().as_text() for f in (forward, both)]
+
+
+@pytest.mark.parametrize(
+    ("name", "manual"),
+    [
+        *((name, False) for name in SPLITS),
+        *(pytest.param(name, True, marks=pytest.mark.exhaustive) for name in SPLITS if name.startswith("batch and")),
+    ],
+)
+def test_no_more_collectives_than_flax_and_none_under_a_condition(name, manual):
+    options = {"use_running_average": False, "axis_name": "data" if manual else None}
+    ours, flax = (programs(layer(**options), SPLITS[name], manual) for layer in (BatchNorm, nn.BatchNorm))
+    for a, b in zip(ours, flax, strict=True):
+        assert " while(" not in a and " conditional(" not in a
+        counts = [Counter(re.findall(COLLECTIVES, text)) for text in (a, b)]
+        assert counts[0] <= counts[1], counts
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+def primitives(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from primitives(getattr(value, "jaxpr", value))
+
+
+def test_inference_holds_no_primitive_that_flaxs_does_not():
+    def of(layer):
+        module = layer(use_running_average=True)
+        variables = module.init(jax.random.key(0), X)
+        return set(primitives(jax.make_jaxpr(lambda x: module.apply(variables, x))(X).jaxpr))
+
+    assert of(BatchNorm) <= of(nn.BatchNorm)
+
+
+# --- masks and weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 4), (4, 4, 3), (4, 4, 4), (4, 4, 4, 4)])
+def test_the_dimensions_of_a_mask_are_the_first_of_the_input_whatever_the_sizes(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for ndim in range(1, len(shape)):
+        mask = np.random.default_rng(1).uniform(size=shape[:ndim]) > 0.4
+        whole = mask.reshape(mask.shape + (1,) * (len(shape) - ndim))
+        np.testing.assert_array_equal(bnjax.moments(x, mask=mask).mean, bnjax.moments(x, mask=whole).mean)
+        values = x[np.broadcast_to(whole, shape)].reshape((-1, shape[-1]))
+        np.testing.assert_allclose(bnjax.moments(x, mask=mask).mean, values.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_features_of_a_mask_are_left_out_wherever_they_are():
+    x = np.random.default_rng(0).normal(size=(4, 3, 4, 4)).astype(np.float32)
+    mask = np.arange(16).reshape((4, 4)) % 3 > 0  # [batch, height]
+    got = bnjax.moments(x, axis=1, mask=mask)
+    expected = bnjax.moments(x, axis=1, mask=mask[:, None, :, None])
+    np.testing.assert_array_equal(got.mean, expected.mean)
+    assert got.count == mask.sum() * 4
+
+
+def mean_of(layer, x, mask):
+    module = layer(use_running_average=False, momentum=0.0)
+    variables = module.init(jax.random.key(0), x)
+    return module.apply(variables, x, mask=mask, mutable=["batch_stats"])[1]["batch_stats"]["mean"]
+
+
+def test_a_layers_mask_of_one_dimension_is_a_weight_for_each_example():
+    x = np.arange(16.0, dtype=np.float32).reshape((4, 4))  # as many examples as features
+    np.testing.assert_allclose(mean_of(BatchNorm, x, np.arange(4) < 2), x[:2].mean(0))
+    images = np.arange(4 * 4 * 4 * 3.0, dtype=np.float32).reshape((4, 4, 4, 3))  # as many examples as columns
+    np.testing.assert_allclose(mean_of(BatchNorm, images, np.arange(4) < 2), images[:2].mean((0, 1, 2)), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"weight for each example has the shape \(4,\)"):
+        mean_of(BatchNorm, images, np.ones(3, bool))
+
+
+def test_a_layers_mask_that_only_flax_reads_is_read_as_there():
+    x = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
+    mask = (np.arange(5) < 2)[:, None]  # [time, 1]
+    np.testing.assert_allclose(mean_of(BatchNorm, x, mask), mean_of(nn.BatchNorm, x, mask), rtol=1e-5)
+
+
+def test_a_layers_mask_with_two_meanings_is_an_error_that_says_how_to_write_it():
+    x = np.zeros((3, 3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"Reshape it to \(3, 3, 1\) or to \(1, 3, 3\)"):
+        mean_of(BatchNorm, x, np.ones((3, 3), bool))
+    assert mean_of(BatchNorm, x, np.ones((3, 3, 1), bool)).shape == (3,)
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 1.0, 1e20, 1e35])
+def test_weights_of_any_size(size):
+    rng = np.random.default_rng(0)
+    x = rng.normal(1e4, 1, (64, 3)).astype(np.float32)
+    weights = (rng.uniform(0.5, 2, 64) * size).astype(np.float32)
+    w, x64 = weights.astype(np.float64)[:, None], x.astype(np.float64)
+    mean = (w * x64).sum(0) / w.sum()
+    m = bnjax.moments(x, mask=weights)
+    np.testing.assert_allclose(m.mean, mean, rtol=1e-7)
+    np.testing.assert_allclose(m.var, (w * (x64 - mean) ** 2).sum(0) / w.sum(), rtol=1e-5)
+    np.testing.assert_allclose(m.count, w.sum(), rtol=1e-6)
+    gradient = jax.grad(lambda x: bnjax.moments(x, mask=jnp.asarray(weights)).mean.sum())(jnp.asarray(x))
+    np.testing.assert_allclose(gradient, np.broadcast_to(w / w.sum(), x.shape), rtol=1e-5)
+
+
+def test_a_weight_that_is_not_a_number_is_loud():
+    params, stats = bnjax.init_batch_norm(3)
+    normalize = jax.jit(lambda x, mask: bnjax.batch_norm(x, params, stats, training=True, mask=mask))
+    y, moved = normalize(np.ones((4, 3), np.float32), np.array([1, np.nan, 1, 1], np.float32))
+    assert np.isnan(y).all()
+    np.testing.assert_array_equal(moved["mean"], stats["mean"])
