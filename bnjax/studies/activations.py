@@ -71,7 +71,10 @@ def run(options: Options, report: Report):
     """Trains with and without batch norm, measures activations and gradients on the way, and judges S3.1 to S3.5."""
     dataset, steps = options.dataset, options.steps or STEPS[jax.default_backend()]
     images = data.images(dataset, options.data_dir, report.reading)
-    train_set, test = (data.Split(_binary(split.x), split.y) for split in (images.train, images.test))
+    train_set, test = (  # pixels 0 or 1, one float32 vector for each image
+        data.Split((split.x.reshape(len(split.x), -1) > 127).astype(np.float32), split.y)
+        for split in (images.train, images.test)
+    )
     every = divisor_from(steps // 100, steps)
     settings = {
         "hidden": list(HIDDEN),
@@ -269,8 +272,3 @@ def _multiples(without: analysis.LearningRateRange) -> tuple[float, ...]:
     """Returns 1, 5 and 30 times each seed's largest rate that trains without batch norm (else the least tried)."""
     largest = {float(rate) for rate in np.asarray(without.largest) if np.isfinite(rate)} or {RATES[0]}
     return tuple(sorted({times * rate for rate in largest for times in (1, *TIMES)}))
-
-
-def _binary(images: np.ndarray) -> np.ndarray:
-    """Returns pixels 0 or 1, one float32 vector for each image."""
-    return (images.reshape(len(images), -1) > 127).astype(np.float32)

@@ -110,6 +110,8 @@ def run(options: Options, report: Report):
     }
     results = Results(STUDY.name, settings, range(options.seeds))
     of_seeds = {"key": seed_keys(results.seeds), "seed": np.arange(options.seeds)}
+    values, late = np.random.default_rng(0).normal(0, DEVIATION, 100_000), epochs // 4
+    in_the_article = (values - values.mean()) / (values.var() + SETTINGS["epsilon"])  # by the variance, not its root
     all_trained = []
     for name, network in networks(options, images).items():
         step = training.make_train_step(network.objective, mesh, preprocess=network.preprocess, **how)
@@ -123,9 +125,9 @@ def run(options: Options, report: Report):
             "test_loss": trained.final("test_loss"),
             "train_accuracy_during_epoch": trained.final("train_accuracy"),
             "chance_in_the_article": np.full(options.seeds, 1 / CLASSES),
-            "deviation_in_the_article": np.full(options.seeds, _normalized_in_the_article().std()),
+            "deviation_in_the_article": np.full(options.seeds, in_the_article.std()),
             "best_over_chance": accuracy.max(1) * images.num_classes,
-            "late_gain": _late_gain(accuracy),
+            "late_gain": accuracy.max(1) - accuracy[:, :-late].max(1) if late else np.full(options.seeds, np.nan),
             "first_to_last_gradient": _gradient_ratios(network, images.train, results.seeds),
         }
         activation, _, place = name.partition("_")
@@ -137,20 +139,6 @@ def run(options: Options, report: Report):
 
 def _scale() -> dict[str, int]:
     return SHORT if jax.default_backend() == "cpu" else FULL
-
-
-def _normalized_in_the_article() -> np.ndarray:
-    """Draws normal values of a known deviation, normalized as the article writes: by the variance, not by its root."""
-    values = np.random.default_rng(0).normal(0, DEVIATION, 100_000)
-    return (values - values.mean()) / (values.var() + SETTINGS["epsilon"])
-
-
-def _late_gain(accuracy: np.ndarray) -> np.ndarray:
-    """Returns by how much the best accuracy rises in the last quarter of the epochs; NaN for fewer than four."""
-    count = accuracy.shape[1]
-    if count < 4:
-        return np.full(len(accuracy), np.nan)
-    return accuracy.max(1) - accuracy[:, : count - count // 4].max(1)
 
 
 def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) -> np.ndarray:
@@ -171,8 +159,7 @@ def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) 
 
 
 def _last_filters(filters: int) -> int:
-    """Returns the filters of the last block, in the article's proportion: 100 to 60."""
-    return round(filters * 5 / 3)
+    return round(filters * 5 / 3)  # in the article's proportion: 100 to 60
 
 
 def prepare(x, keys, *, mean: float):

@@ -41,13 +41,8 @@ PANELS = {
     "train_loss": "training loss (during the epoch)",
     "validation_loss": "validation loss",
 }
-SETTINGS = {
-    "hidden": list(HIDDEN),
-    "optimizer": "Adam",
-    "learning_rate": 1e-3,
-    "validation": "last fifth of training",
-    "epsilon": EPSILON,
-}
+SETTINGS = {"hidden": list(HIDDEN), "optimizer": "Adam", "learning_rate": 1e-3}
+SETTINGS |= {"validation": "last fifth of training", "epsilon": EPSILON}
 
 CLAIMS = read_claims(__file__)
 
@@ -107,13 +102,11 @@ def run(options: Options, report: Report):
         [all_trained[f"{network}_{shown}"] for network in group]
         for group in (("none", "before"), ("before", *NORMALIZERS))
     )
-    title, run_title = (
-        f"{dataset}, batch {shown}, {options.seeds} seeds",
-        f"{dataset}, {epochs} epochs, {options.seeds} seeds",
-    )
+    title = f"{dataset}, batch {shown}, {options.seeds} seeds"
+    over_sizes = f"{dataset}, {epochs} epochs, {options.seeds} seeds"
     return results, {
         "histograms.png": plots.histograms(pair),
         "learning_curves.png": plots.learning_curves(pair, PANELS, f"{title}: mean and 95 % interval"),
         "normalizers.png": plots.learning_curves(others, PANELS, f"{title}: other normalizers"),
-        "batch_sizes.png": plots.sweep(batch_sizes, series, "batch size", run_title, base=2, published=published),
+        "batch_sizes.png": plots.sweep(batch_sizes, series, "batch size", over_sizes, base=2, published=published),
     }

@@ -95,19 +95,11 @@ def run(options: Options, report: Report):
     return results, {"test_accuracy.png": plots.curves(curves, times, "test accuracy", title)}
 
 
-def with_population_statistics(
-    model: RecurrentNetwork, x: jax.Array, state: training.TrainState
-) -> training.TrainState:
-    """Puts statistics of the training set in the place of running averages.
+def with_population_statistics(model: RecurrentNetwork, x: jax.Array, state: training.TrainState):
+    """Returns a state with statistics of training examples `x` in the place of running averages.
 
-    Args:
-      model: the network.
-      x: training examples, of which batches are made; those left over are not used.
-      state: state after the training.
-
-    Returns:
-      The state with the means over the batches of their means and variances (and over time, where statistics are
-      shared), the weights being the same for all.
+    They are the means over the batches that `x` makes (without those left over) of their means and variances, and over
+    time, where statistics are shared, the weights being the same for all.
     """
     if model.norm is None:
         return state

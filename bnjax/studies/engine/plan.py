@@ -131,6 +131,11 @@ class Trained:
         return {f"{split}_{name}": v for split, of in splits.items() for name, v in of._asdict().items()}
 
     @property
+    def states(self) -> list[Any]:
+        """The final state of each setting."""
+        return [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), self.state) for i in range(len(self.metrics.loss))]
+
+    @property
     def measured_at(self) -> np.ndarray:
         """The steps before which measurements were taken."""
         return np.arange(0, self.plan.steps, self.plan.every)
