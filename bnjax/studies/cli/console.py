@@ -69,14 +69,8 @@ def run_study(
 ) -> Results:
     """Runs a study, prints its tables, saves its files, and returns its results.
 
-    Args:
-      study: the study.
-      options: its options.
-      out: directory for `results.json`, `curves.npz`, `summary.md` and figures.
-      quiet: whether to print nothing.
-      resume: whether to continue from the checkpoints in `out`, rather than to begin anew.
-      checkpoint_every: seconds between two checkpoints of a training.
-      log: names of the logs to write beside these, of `bnjax.studies.LOGS`.
+    Quietly, it prints nothing. It continues from the checkpoints in `out` with `resume`, and else begins anew; a
+    training is saved there every so many seconds. `log` names logs of `bnjax.studies.LOGS` to write there too.
 
     Raises:
       MissingExtraError: if a log's package is not installed.
@@ -107,15 +101,10 @@ def run_study(
 def print_ledger(
     names: Sequence[str], seeds: int | None, fast: bool, out: Path, data_dir: str | None, quiet: bool
 ) -> ledger.Ledger:
-    """Prints, saves and returns the verdicts on the claims of some studies, running what is missing.
+    """Prints, saves and returns the verdicts on the claims of some studies, running into `out` what is missing.
 
-    Args:
-      names: names of the studies.
-      seeds: number of seeds; each study's own by default.
-      fast: whether to run `Study.fast` only.
-      out: directory of the studies' directories.
-      data_dir: directory of prepared image sets.
-      quiet: whether to print nothing but the ledger.
+    The number of seeds is each study's own by default; with `fast` only `Study.fast` is run; quietly, only the ledger
+    is printed.
     """
     from bnjax.training.checkpoint import CheckpointError
 
@@ -160,8 +149,7 @@ def compile_step(name: str, topology: str, parallel: str, batch_size: int | None
     console = Console(highlight=False)
     with console.status(f"compiling {name} for {topology}"):
         report = compile_(name, topology, parallel_by=parallel, batch_size=batch_size)
-    rows = [list(row) for row in report.rows()]
-    _print_table(console, f"training step of {report.name}", ["", ""], rows, show_header=False)
+    _print_table(console, f"training step of {report.name}", ["", ""], report.rows(), show_header=False)
     if report.collectives:
         _print_table(console, "collectives", *report.collective_rows())
     if json_file:
@@ -182,11 +170,9 @@ def print_tables(results: Results, console: Console) -> None:
         _print_table(console, "claims of the source", *claim_rows(results.claims))
 
 
-def _print_table(console: Console, title: str, header: list[str], rows: list[list[str]], **options: Any) -> None:
+def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Any], **options: Any) -> None:
     style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
-    table = Table(title=title, **style, **options)
-    for name in header:
-        table.add_column(name)
+    table = Table(*header, title=title, **style, **options)
     for row in rows:
         table.add_row(*row)
     console.print(table)

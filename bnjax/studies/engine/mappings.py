@@ -23,8 +23,7 @@ class Compiled:
     def __init__(self, plan: Plan, examples: Any, is_split: bool, is_within: bool, is_beside: bool):
         self._examples = jax.tree.map(jnp.asarray, examples)
         self._create, self._run, self._watch = _programs(plan, not is_split, is_within)
-        self._plan, self._leading, self._is_beside = plan, int(not is_split), is_beside
-        self.parameters = {}
+        self._plan, self._leading, self._is_beside, self.parameters = plan, int(not is_split), is_beside, {}
         self.calls = [(first, first + plan.call) for first in range(0, plan.steps, plan.call)]
 
     def create(self, setting: Setting) -> Any:
@@ -49,10 +48,7 @@ class Compiled:
         """Returns the leaves watched beside the training, after some steps; none where that is not asked for."""
         return self._watch(state, setting, self._examples, end) if self._is_beside else {}
 
-    def kept(self, state: Any) -> Any:
-        """Returns the final state, on the host."""
-        return jax.device_get(state)
-
+    kept = staticmethod(jax.device_get)  # what remains of the final state
     whole = placed = staticmethod(lambda state: state)  # saved, and continued, as it is
 
 
@@ -89,7 +85,6 @@ def _programs(plan: Plan, is_vmapped: bool, is_watched: bool) -> tuple[Any, Any,
 
 
 def _inputs(plan: Plan, setting: Setting, examples: Any, number: Any) -> tuple:
-    """Draws the inputs of a step."""
     return plan.draw(setting.get("examples", examples), setting, number)
 
 
@@ -103,6 +98,10 @@ def steps_of(plan: Plan, state, setting: Setting, examples, numbers, *, over=lam
     if plan.measure is not None:
         return analysis.measured_scan(of(plan.step), state, numbers, measure=of(plan.measure), every=plan.every)
     return (*lax.scan(of(plan.step), state, numbers), ())
+
+
+def _empty_metrics(times: int) -> training.Metrics:
+    return training.Metrics(*(np.zeros(times, np.float32) for _ in training.Metrics._fields))
 
 
 class OnMesh:
@@ -131,13 +130,9 @@ class OnMesh:
 
     def empty(self, state: Any, setting: Setting) -> tuple[Any, Any]:
         """Makes arrays for the metrics and the looks of the whole training, and its histograms."""
-
-        def metrics(times):
-            return training.Metrics(*(np.zeros(times, np.float32) for _ in training.Metrics._fields))
-
-        looked = {name: metrics(self._plan.parts) for name in self._examples[1]}
+        looked = {name: _empty_metrics(self._plan.parts) for name in self._examples[1]}
         counted = empty_histograms(state.params, self._plan.parts) if self._is_counted else {}
-        return (metrics(self._plan.steps), (), looked), counted
+        return (_empty_metrics(self._plan.steps), (), looked), counted
 
     def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
         """Takes some steps; returns the next state, `(metrics, measurements, looks)` over time, and watched leaves."""
@@ -145,7 +140,7 @@ class OnMesh:
         for number in range(first, end):
             state, metrics = self._step(state, *self._inputs(setting, number))
             pending.append(metrics)
-        looked = {name: training.Metrics(np.zeros(0), np.zeros(0)) for name in self._examples[1]}
+        looked = {name: _empty_metrics(0) for name in self._examples[1]}
         if end % self._plan.part == 0:
             looked = self._plan.look(training.merge_batch_stats(state), self._examples)
         metrics = jax.tree.map(lambda *v: np.stack(v), *jax.device_get(pending))
@@ -159,7 +154,6 @@ class OnMesh:
         return jax.tree.map(lambda v: v[None], {"weight": weight, "gradient": gradient})
 
     def _inputs(self, setting: Setting, number: int) -> tuple:
-        """Draws the inputs of a step: this process's part of a batch, and the key."""
         x, y = self._plan.draw(self._examples, setting, number)
         batch = training.pad_batch(training.Batch(x, y), self._step.multiple)
         batch = jax.tree.map(training.local_part, batch)
@@ -174,5 +168,4 @@ class OnMesh:
         """Places the state on the mesh."""
         return training.place_state(state, self._step.mesh)
 
-    def kept(self, state: Any) -> None:
-        """Keeps nothing of the final state, which may be large."""
+    kept = staticmethod(lambda state: None)  # the final state may be large

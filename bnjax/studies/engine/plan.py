@@ -221,8 +221,8 @@ class Variant:
 
     def evaluate(self, state, x: Any, y: Any) -> training.Metrics:
         """Returns means over some examples, in batches, with running statistics."""
-        options: Any = {"objective": self.objective, "batch_size": _EVALUATED, "preprocess": self.preprocess}
-        return training.evaluate_in_batches(state, x, y, **options)
+        how: Any = {"objective": self.objective, "batch_size": _EVALUATED, "preprocess": self.preprocess}
+        return training.evaluate_in_batches(state, x, y, **how)
 
     def plan(self, steps: int, **options: Any) -> Plan:
         """Plans steps of batches drawn at random; options are other attributes of `Plan`."""
@@ -315,12 +315,9 @@ def divisor_up_to(most: int, number: int) -> int:
 
 def _of_permutation(train: Split, batch_size: int, step: int, seed: int) -> Split:
     """Returns the examples of a step: those at its place in one permutation of all after the other."""
-    count = len(train.y)
-    place = np.arange(step * batch_size, (step + 1) * batch_size)
-    index = np.empty(batch_size, np.int64)
-    for number in np.unique(place // count):
-        inside = place // count == number
-        index[inside] = _permutation(count, seed, int(number))[place[inside] % count]
+    which, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(train.y))
+    of_each = [_permutation(len(train.y), seed, int(n))[place[which == n]] for n in np.unique(which)]
+    index = np.concatenate(of_each)
     return Split(train.x[index], train.y[index])
 
 

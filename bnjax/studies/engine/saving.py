@@ -50,8 +50,8 @@ class Saved:
         """Saves a state where a checkpoint is due."""
         if not self._saving:
             return
-        due = time.monotonic() - self._started >= self._saving.every
-        if self._checkpoints is not None or due or jax.process_count() > 1:
+        is_due = time.monotonic() - self._started >= self._saving.every
+        if self._checkpoints is not None or is_due or jax.process_count() > 1:
             self._open(self._saving).save(step, state())
 
     def close(self) -> None:
@@ -63,6 +63,6 @@ class Saved:
         if self._checkpoints is None:
             from bnjax.training.checkpoint import Checkpoints
 
-            options = {"every": saving.every, "report": saving.report}
-            self._checkpoints = Checkpoints(self._directory, self._configuration, **options)
+            how = {"every": saving.every, "report": saving.report}
+            self._checkpoints = Checkpoints(self._directory, self._configuration, **how)
         return self._checkpoints

@@ -95,7 +95,9 @@ def train(
                 values = jax.device_get(values)
                 jax.tree.map(functools.partial(_put, first / plan.steps), series, values)
                 if number == 0:
-                    _count(counted, first // plan.part, jax.device_get(leaves or way.watch(state, setting, end)))
+                    watched = jax.device_get(leaves or way.watch(state, setting, end))
+                    for i in range(len(jax.tree.leaves(watched)[0]) if watched else 0):
+                        count_values(counted, first // plan.part + i, jax.tree.map(lambda v, i=i: v[i], watched))
                 so_far = (number * plan.steps + end) / (plan.unit * len(groups))
                 update(int(so_far) if plan.unit == 1 else so_far, _means(plan, series[0], end, values[2]))
                 saved.save(end, lambda state=state: (way.whole(state), series, counted))
@@ -117,24 +119,13 @@ def _put(where: float, buffer: np.ndarray, values: np.ndarray) -> None:
     buffer[first : first + len(values)] = values
 
 
-def _count(histograms: Any, first: int, leaves: Any) -> None:
-    """Counts the watched leaves of some parts of the training."""
-    if leaves:
-        for i in range(len(jax.tree.leaves(leaves)[0])):
-            count_values(histograms, first + i, jax.tree.map(lambda v, i=i: v[i], leaves))
-
-
 def _means(plan: Plan, metrics: training.Metrics, end: int, looked: dict[str, Any]) -> dict[str, float]:
     """Returns means over settings of the metrics of the last part so far, and of the splits evaluated after it."""
     part = slice((end - 1) // plan.part * plan.part, end)
     splits = {"train": jax.tree.map(lambda v: v[part], metrics)}
     splits |= {k: jax.tree.map(lambda v: v[-1:], v) for k, v in looked.items() if isinstance(v, training.Metrics)}
-    return {
-        f"{split}_{name}": float(np.mean(v))
-        for split, of in splits.items()
-        for name, v in of._asdict().items()
-        if len(v)
-    }
+    named = {f"{split}_{name}": v for split, of in splits.items() for name, v in of._asdict().items()}
+    return {name: float(np.mean(v)) for name, v in named.items() if len(v)}
 
 
 class Job(NamedTuple):
@@ -166,7 +157,8 @@ def in_threads(work: Callable[[Any, Report], Any], jobs: Sequence[Any], report: 
       report: is told the progress of all.
     """
     stoppable = _Stoppable(report)
-    with ThreadPoolExecutor(min(len(jobs), _cores())) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(len(jobs), cores)) as pool:
         try:
             return list(pool.map(lambda job: work(job, stoppable), jobs))
         except BaseException:
@@ -183,7 +175,6 @@ class _Stoppable:
         self.reading = report.reading
 
     def task(self, plan: Plan) -> Update:
-        """Begins a training."""
         update = self._report.task(plan)
 
         def stoppable(done: float, means: dict[str, float]) -> None:
@@ -192,11 +183,6 @@ class _Stoppable:
             update(done, means)
 
         return stoppable
-
-
-def _cores() -> int:
-    """Counts the processor cores that this process may use; all of them where the system does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -> tuple[float, float]:
@@ -216,8 +202,7 @@ def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -
         clock = time.perf_counter()
         jax.block_until_ready(run(state, examples, i))
         seconds[repeat, i] = (time.perf_counter() - clock) / plan.every
-    measured, plain = np.median(seconds[1:], axis=0).tolist()
-    return measured, plain
+    return tuple(np.median(seconds[1:], axis=0).tolist())
 
 
 def _digest(settings: Setting) -> str:

@@ -115,17 +115,15 @@ class Outcome:
     @property
     def text(self) -> str:
         """The text 'label mean ± half (effect)' for the ledger."""
-        condition = self.condition
-        if not self.measured.n:
-            return f"{condition.label} not measured"
-        digits = condition.digits
-        if condition.one_run:
-            low, high = self.measured.low, self.measured.high
-            return f"{condition.label} {self.measured.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-        if condition.exact:
-            return f"{condition.label} {Interval(self.measured.mean, math.nan, self.measured.n).text(digits)}"
+        label, digits, measured = self.condition.label, self.condition.digits, self.measured
+        if not measured.n:
+            return f"{label} not measured"
+        if self.condition.one_run:
+            return f"{label} {measured.mean:.{digits}f} [{measured.low:.{digits}f}, {measured.high:.{digits}f}]"
+        if self.condition.exact:
+            return f"{label} {measured._replace(half=math.nan).text(digits)}"
         effect = f" (d {self.effect:+.1f})" if math.isfinite(self.effect) else ""
-        return f"{condition.label} {self.measured.text(digits)}{effect}"
+        return f"{label} {measured.text(digits)}{effect}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,22 +154,15 @@ class Claim:
 
     def judge(self, record: Record) -> "Judgment":
         """Returns the verdict on a study's results."""
-        differing = [key for key, value in self.needs.items() if not _meets(record.settings.get(key), value)]
-        if differing:
-            reason = "needs " + ", ".join(_setting(key, self.needs[key]) for key in differing)
-            return Judgment(self, (), reason)
+        needed = [_setting(k, v) for k, v in self.needs.items() if not _meets(record.settings.get(k), v)]
+        if needed:
+            return Judgment(self, (), "needs " + ", ".join(needed))
         return Judgment(self, tuple(condition.judge(record) for condition in self.conditions), "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """A claim and what was measured of it.
-
-    Attributes:
-      claim: the claim that is judged.
-      outcomes: an outcome for each of its conditions; none where the run can't decide it.
-      reason: why the run can't decide it, in words.
-    """
+    """A claim and the outcome of each of its conditions; none where the run can't decide it, for a reason in words."""
 
     claim: Claim
     outcomes: tuple[Outcome, ...]
@@ -250,7 +241,6 @@ def read_claims(study_file: str, text: str | None = None) -> tuple[Claim, ...]:
 
 
 def _claim(table: Any, source: Mapping[str, Any], where: str) -> Claim:
-    """Returns the claim of a table."""
     where += f", claim {table['id']}" if isinstance(table, dict) and "id" in table else f", a claim of {source['name']}"
     kinds = {field.name: field.type for field in dataclasses.fields(Claim) if field.name != "source"}
     kinds |= {"conditions": list, "needs": dict}
@@ -265,7 +255,6 @@ def _claim(table: Any, source: Mapping[str, Any], where: str) -> Claim:
 
 
 def _condition(table: Any, where: str) -> Condition:
-    """Returns the condition of a table."""
     kinds = {field.name: field.type for field in dataclasses.fields(Condition)}
     if isinstance(table, dict) and table.get("digits") == "auto":
         table = {**table, "digits": None}
@@ -291,6 +280,5 @@ def _check(table: Any, kinds: Mapping[str, Any], where: str, optional: Sequence[
         kind = kinds[name]
         allowed = int | float if kind is float else kind
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(
-                f"{where}: {name} must be of type {kind.__name__ if isinstance(kind, type) else kind}, got {value!r}."
-            )
+            text = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{where}: {name} must be of type {text}, got {value!r}.")

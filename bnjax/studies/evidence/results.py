@@ -69,7 +69,7 @@ class Results:
             if document["schema"] != 2 or document["study"] not in STUDIES:
                 return None
             variants: Any = {
-                name: (of["label"], of["settings"], {metric: _values(entry) for metric, entry in of["metrics"].items()})
+                name: (of["label"], of["settings"], {k: np.array(v["values"], float) for k, v in of["metrics"].items()})
                 for name, of in document["variants"].items()
             }
             common = document["study"], document["settings"], document["seeds"]
@@ -92,8 +92,7 @@ class Results:
         """Adds a `bnjax.studies.engine.plan.Trained` with its histograms, metrics and curves (its own by default)."""
         name = trained.plan.name
         self.variants[name] = (trained.plan.label, settings, metrics)
-        shown: Mapping[str, np.ndarray] = trained.curves if curves is None else curves
-        self.arrays |= {f"{name}/{curve}": values for curve, values in shown.items()}
+        self.arrays |= {f"{name}/{k}": v for k, v in (trained.curves if curves is None else curves).items()}
         self.add_parameters(name, trained.parameters, trained.histograms)
 
     def add_parameters(self, name: str, shapes: Shapes, histograms: Mapping[str, Any]) -> None:
@@ -166,15 +165,8 @@ def save(
 ) -> list[Path]:
     """Writes `results.json`, `curves.npz`, `summary.md` and the figures, each complete or not at all.
 
-    Args:
-      results: the results of a study.
-      figures: file name to matplotlib figure.
-      out: directory, made where it is missing.
-      seconds: wall time.
-      started: time at which the run began.
-
-    Returns:
-      The paths written.
+    `figures` are by file name, `out` is made where it is missing, and the run of some seconds began at `started`. The
+    paths written are returned.
     """
     results.figures = {name: _description(name, figure) for name, figure in figures.items()}
     arrays: dict[str, Any] = results.arrays
@@ -202,11 +194,6 @@ def command(study: str, options: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def _values(entry: Mapping[str, Any]) -> np.ndarray:
-    """Returns a metric at each seed, as a file has it."""
-    return np.array([np.nan if value is None else value for value in entry["values"]], np.float64)
-
-
 def _installed_versions() -> dict[str, str]:
     """Returns the versions of the packages that results may depend on, of those that are installed."""
     versions = {}
@@ -228,10 +215,10 @@ def _processor() -> str:
 
 def _description(name: str, figure: Any) -> str:
     """Says what a figure shows: its title (or name), what is drawn against what, and of which networks."""
-    titles = [figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]
-    title = next((title for title in titles if title), name.removesuffix(".png").replace("_", " "))
+    titles = [text for text in (figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)) if text]
+    title = titles[0] if titles else name.removesuffix(".png").replace("_", " ")
     drawn = [f"{axis.get_ylabel()} against {axis.get_xlabel()}" for axis in figure.axes if axis.get_xlabel()]
-    panels = [axis.get_title() for axis in figure.axes if axis.get_title() not in ("", title)]
+    panels = [text for text in titles[1:] if text != title]
     legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
     labels = [text.get_text() for legend in legends for text in legend.get_texts()]
     parts = [", ".join(dict.fromkeys(part)) for part in (drawn, panels, labels) if part]
@@ -308,8 +295,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def summary_markdown(results: Results) -> str:
     """Writes both tables in Markdown."""
-    tables = [
-        markdown_table(header, rows) for header, rows in (metric_rows(results), claim_rows(results.claims)) if rows
-    ]
-    parts = [f"# {results.study}: {len(results.seeds)} seeds, mean ± 95 % interval", *tables]
-    return "\n\n".join(parts)
+    tables = [markdown_table(*table) for table in (metric_rows(results), claim_rows(results.claims)) if table[1]]
+    return "\n\n".join([f"# {results.study}: {len(results.seeds)} seeds, mean ± 95 % interval", *tables])
