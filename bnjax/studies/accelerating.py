@@ -46,7 +46,6 @@ VARIANTS = {
     "none_distorted": ("no batch norm, distorted", None, False, True),
     "bn_distorted": ("batch norm, distorted", BatchNorm, False, True),
 }
-
 CLAIMS = read_claims(__file__)
 
 

@@ -51,15 +51,8 @@ SHORT = {"steps_per_epoch": 80, "filters": 16}
 CLASSES = 100  # classes of the article's data set
 DEVIATION = 2.0  # deviation of the values that the article's formula is tried on
 ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu}
-SETTINGS = {
-    "dropout": 0.15,
-    "optimizer": "RMSprop",
-    "learning_rate": 1e-3,
-    "decay": 0.9,
-    "epsilon": 1e-3,
-    "augmentation": "shear 0.2, zoom 0.2, horizontal flip",
-}
-
+SETTINGS = {"dropout": 0.15, "optimizer": "RMSprop", "learning_rate": 1e-3, "decay": 0.9, "epsilon": 1e-3}
+SETTINGS |= {"augmentation": "shear 0.2, zoom 0.2, horizontal flip"}
 CLAIMS = read_claims(__file__)
 
 
@@ -67,9 +60,8 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """Returns the four networks by name: `<activation>_<bn|none>`."""
     filters = options.width or _scale()["filters"]
     groups = training.index_groups(training.make_mesh(options.group_size)) if options.parallel == "pmap" else None
-    norm = functools.partial(
-        BatchNorm, epsilon=SETTINGS["epsilon"], axis_name=training.SYNC_AXIS, axis_index_groups=groups
-    )
+    sync = {"axis_name": training.SYNC_AXIS, "axis_index_groups": groups}
+    norm = functools.partial(BatchNorm, epsilon=SETTINGS["epsilon"], **sync)
     how = {
         "optimizer": optax.rmsprop(SETTINGS["learning_rate"], decay=SETTINGS["decay"], eps=1e-7),
         "input_shape": images.train.x.shape[1:],
@@ -94,7 +86,6 @@ def run(options: Options, report: Report):
     steps, filters = options.steps_per_epoch or _scale()["steps_per_epoch"], options.width or _scale()["filters"]
     mesh = training.make_mesh(options.group_size)
     images = data.images(dataset, options.data_dir, report.reading)
-    how = {"parallel": options.parallel, "accumulate_steps": options.accumulate_steps}
     settings = {
         **SETTINGS,
         "dataset": dataset,
@@ -108,6 +99,7 @@ def run(options: Options, report: Report):
         "groups": training.num_groups(mesh),
         "accumulate_steps": options.accumulate_steps,
     }
+    how = {key: settings[key] for key in ("parallel", "accumulate_steps")}
     results = Results(STUDY.name, settings, range(options.seeds))
     of_seeds = {"key": seed_keys(results.seeds), "seed": np.arange(options.seeds)}
     values, late = np.random.default_rng(0).normal(0, DEVIATION, 100_000), epochs // 4

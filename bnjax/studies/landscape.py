@@ -43,9 +43,9 @@ class Ends(NamedTuple):
 
     metrics: dict[str, np.ndarray]
     path: analysis.LinearPath | None
-    rates: analysis.LearningRateRange | None = None
-    density: analysis.SpectralDensity | None = None
-    plane: analysis.TrajectoryPlane | None = None
+    rates: Any = None  # `bnjax.analysis.LearningRateRange`
+    density: Any = None  # `bnjax.analysis.SpectralDensity`
+    plane: Any = None  # `bnjax.analysis.TrajectoryPlane`
     surfaces: Any = None
 
 
@@ -124,11 +124,7 @@ def at_the_end(
 
 
 def figures(
-    vgg: Mapping[str, Trained],
-    linear: Mapping[str, Trained],
-    ends: Mapping[str, Ends],
-    labels: Mapping[str, str],
-    title: str,
+    vgg: dict[str, Trained], linear: dict[str, Trained], ends: dict[str, Ends], labels: Mapping[str, str], title: str
 ) -> dict[str, Figure]:
     """Draws all figures, by file name, of trainings and networks by label; `labels` are those of the names."""
     paths = {label: end.path for label, end in ends.items() if end.path is not None}

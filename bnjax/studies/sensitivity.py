@@ -20,7 +20,6 @@ from bnjax.studies.perceptrons import BATCH_SIZE, BATCH_SIZES, CASES, DEFAULTS, 
 class Options(studies.ImageOptions):
     """The options of a run of the perceptrons."""
 
-    seeds: int = option(8, "number of seeds")
     steps: int = option(750, "steps of training", shown="750 of 32 examples, as many examples at other batch sizes")
     variants: tuple[str, ...] | None = option(None, "which networks to train", shown="all", metavar="A,B,…")
 
@@ -38,7 +37,6 @@ STUDY = Study(
 
 SMALL_SET = 3000  # examples of the trainings that overfit
 MEASURED = 6  # measurements in a training
-
 CLAIMS = read_claims(__file__)
 
 
@@ -51,21 +49,22 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
 
 def run(options: Options, report: Report):
     """Trains `CASES` and judges the claims on what a network depends on."""
-    dataset, examples = options.dataset, BATCH_SIZE * options.steps
+    dataset = options.dataset
     images = data.images(dataset, options.data_dir, report.reading)
     variants = networks(options, images)
     train_set, test = (data.Split(data.pixels(split.x), split.y) for split in (images.train, images.test))
     small_set = data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])
-    settings = {"optimizer": "Adam", "dataset": dataset, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
-    results = Results(STUDY.name, settings, range(options.seeds))
+    settings = {"optimizer": "Adam", "dataset": dataset, "examples": BATCH_SIZE * options.steps}
+    results = Results(STUDY.name, {**settings, "small_set": SMALL_SET, **DEFAULTS}, range(options.seeds))
 
     def work(case: Case, report: Report) -> tuple[Trained, dict[str, Any], np.ndarray]:
-        sets = small_set if case.is_small else train_set, test
+        examples, held_out = small_set if case.is_small else train_set, test
         if case.pixel_scale != 1:
-            sets = tuple(data.Split(x * np.float32(case.pixel_scale), y) for x, y in sets)
+            examples, held_out = (data.Split(x * np.float32(case.pixel_scale), y) for x, y in (examples, held_out))
         label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
         named = {"name": case.name, "label": label, "batch_size": case.batch_size}
-        return _train(case, dataclasses.replace(variants[case.network], **named), *sets, report, options)
+        network = dataclasses.replace(variants[case.network], **named)
+        return _train(case, network, examples, held_out, report, options)
 
     cases = [case for case in CASES if case.network in variants]
     for case, (trained, metrics, curve) in zip(cases, engine.in_threads(work, cases, report), strict=True):

@@ -44,7 +44,6 @@ PAIR = ("none", "bn")  # networks whose landscapes are drawn
 FULL = {"steps": 15_000, "every": 100, "width": 64, "rate_steps": 1000, "linear_steps": 10_000}
 SHORT = {"steps": 500, "every": 20, "width": 16, "rate_steps": 100, "linear_steps": 10_000}
 LINEAR_EVERY = 200
-
 CLAIMS = read_claims(__file__)
 
 

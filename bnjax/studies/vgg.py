@@ -96,10 +96,8 @@ class Network:
             state = self.variant.create({"key": key})
             loss = self.loss(state.batch_stats, key)
             index = jax.random.randint(jax.random.fold_in(key, 3), (steps, BATCH_SIZE), 0, y.shape[0])
-            rates, target = jnp.array(RATES), LEARNT * self.chance
-            return analysis.learning_rate_range(
-                lambda params, i: loss(params, x[i], y[i]), state.params, rates, (index,), target=target
-            )
+            at = (lambda params, i: loss(params, x[i], y[i])), state.params, jnp.array(RATES), (index,)
+            return analysis.learning_rate_range(*at, target=LEARNT * self.chance)
 
         run_seed = jax.jit(of_seed)
         return jax.tree.map(lambda *v: np.stack(v), *(run_seed(key, x, y) for key in keys))

@@ -24,7 +24,7 @@ from bnjax.studies.evidence.statistics import seeds_in_words
 with needs("studies"):
     from rich import box
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
     from rich.table import Table
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
@@ -82,8 +82,7 @@ def run_study(
     saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    text, now = TextColumn("{task.description}"), TextColumn("{task.fields[now]}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), now)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[now]}")
     with Progress(*columns, console=console, disable=quiet) as progress:
         results, figures = study.load().run(options, _Report(progress, logs))
     results.options = options.to_json()
@@ -113,7 +112,7 @@ def print_ledger(
     def options_of(study: Study) -> list[Options]:
         if fast and study.fast is None:
             return []
-        common = {**(study.fast if fast and study.fast else {}), **({"seeds": seeds} if seeds else {})}
+        common = {**((fast and study.fast) or {}), **({"seeds": seeds} if seeds else {})}
         choices = [{"dataset": dataset, "data_dir": data_dir} for dataset in study.datasets] or [{}]
         return [study.load().Options(**common, **of_data) for of_data in choices]
 
@@ -141,8 +140,7 @@ def print_ledger(
 def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:
     """Compiles a training step as `bnjax.studies.engine.steps` does, prints the report, and saves it where asked to.
 
-    Returns:
-      Whether it compiles, which it does not where it needs more memory than a chip has.
+    Says whether it compiles, which it does not where it needs more memory than a chip has.
     """
     from bnjax.studies.engine.steps import compile_step as compile_
 
@@ -161,8 +159,8 @@ def compile_step(name: str, topology: str, parallel: str, batch_size: int | None
 def print_tables(results: Results, console: Console) -> None:
     """Prints the metrics of the variants, what a study has beside them, and the claims."""
     title = f"{results.study}, {seeds_in_words(len(results.seeds))}: mean ± 95 % interval"
-    for header, rows in metric_tables(results, _COLUMNS):
-        _print_table(console, title, header, rows)
+    for table in metric_tables(results, _COLUMNS):
+        _print_table(console, title, *table)
     for title, text in results.texts:
         console.print(f"\n{title}", style="bold", markup=False)
         console.print(text, markup=False)  # brackets of arrays are no markup

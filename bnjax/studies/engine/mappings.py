@@ -1,6 +1,7 @@
 """Mappings of a plan: compiled for all settings at once or for one, or by a step over the devices of a mesh."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -40,13 +41,12 @@ class Compiled:
         leaves = jax.eval_shape(self._watch, *inputs) if self._is_beside else leaves
         return series, empty_histograms(leaves["weight"], self._plan.parts) if leaves else {}
 
-    def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
+    def run(self, state: Any, setting: Setting, first: int, end: int, is_first: bool) -> tuple[Any, Any, Any]:
         """Takes some steps; returns the next state, `(metrics, measurements, looks)` over time, and watched leaves."""
-        return self._run(state, setting, self._examples, first)
-
-    def watch(self, state: Any, setting: Setting, end: int) -> Any:
-        """Returns the leaves watched beside the training, after some steps; none where that is not asked for."""
-        return self._watch(state, setting, self._examples, end) if self._is_beside else {}
+        state, values, leaves = self._run(state, setting, self._examples, first)
+        if self._is_beside and is_first:
+            leaves = self._watch(state, setting, self._examples, end)
+        return state, values, leaves
 
     kept = staticmethod(jax.device_get)  # what remains of the final state
     whole = placed = staticmethod(lambda state: state)  # saved, and continued, as it is
@@ -115,12 +115,9 @@ class OnMesh:
         self.configuration = {"groups": self._groups, "accumulate_steps": self._step.multiple // mesh.size}
         if self._groups > 1:  # else the number of devices changes nothing but rounding
             self.configuration["devices"] = mesh.size
-        ends = [
-            min(first + _SHOWN, part + plan.part)
-            for part in range(0, plan.steps, plan.part)
-            for first in range(part, part + plan.part, _SHOWN)
-        ]
-        self.calls = list(zip([0, *ends], ends, strict=False))
+        parts = range(0, plan.steps, plan.part)
+        starts = [first for part in parts for first in range(part, part + plan.part, _SHOWN)]
+        self.calls = list(itertools.pairwise([*starts, plan.steps]))
 
     def create(self, setting: Setting) -> Any:
         """Makes the state at step 0, on the mesh."""
@@ -134,24 +131,20 @@ class OnMesh:
         counted = empty_histograms(state.params, self._plan.parts) if self._is_counted else {}
         return (_empty_metrics(self._plan.steps), (), looked), counted
 
-    def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
+    def run(self, state: Any, setting: Setting, first: int, end: int, is_first: bool) -> tuple[Any, Any, Any]:
         """Takes some steps; returns the next state, `(metrics, measurements, looks)` over time, and watched leaves."""
         pending = []
         for number in range(first, end):
             state, metrics = self._step(state, *self._inputs(setting, number))
             pending.append(metrics)
-        looked = {name: _empty_metrics(0) for name in self._examples[1]}
-        if end % self._plan.part == 0:
-            looked = self._plan.look(training.merge_batch_stats(state), self._examples)
         metrics = jax.tree.map(lambda *v: np.stack(v), *jax.device_get(pending))
-        return state, (metrics, (), jax.tree.map(np.atleast_1d, looked)), {}
-
-    def watch(self, state: Any, setting: Setting, end: int) -> Any:
-        """Returns the parameters after a part of the training, and its last gradient; nothing within a part."""
-        if not self._is_counted or end % self._plan.part:
-            return {}
-        weight, gradient = watched(self._step, state, *self._inputs(setting, end - 1))
-        return jax.tree.map(lambda v: v[None], {"weight": weight, "gradient": gradient})
+        if end % self._plan.part:
+            return state, (metrics, (), {name: _empty_metrics(0) for name in self._examples[1]}), {}
+        looked, leaves = self._plan.look(training.merge_batch_stats(state), self._examples), {}
+        if self._is_counted and is_first:
+            weight, gradient = watched(self._step, state, *self._inputs(setting, end - 1))
+            leaves = jax.tree.map(lambda v: v[None], {"weight": weight, "gradient": gradient})
+        return state, (metrics, (), jax.tree.map(np.atleast_1d, looked)), leaves
 
     def _inputs(self, setting: Setting, number: int) -> tuple:
         x, y = self._plan.draw(self._examples, setting, number)

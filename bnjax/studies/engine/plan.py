@@ -133,7 +133,8 @@ class Trained:
     @property
     def states(self) -> list[Any]:
         """The final state of each setting."""
-        return [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), self.state) for i in range(len(self.metrics.loss))]
+        count = len(jax.tree.leaves(self.state)[0])
+        return [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), self.state) for i in range(count)]
 
     @property
     def measured_at(self) -> np.ndarray:
@@ -153,12 +154,10 @@ class Trained:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Examples to train on, and further splits to evaluate after each epoch, all as one, so that one evaluation serves.
+    """Examples to train on, and further splits to evaluate after each epoch.
 
-    Attributes:
-      train: the examples to train on.
-      held_out: all others; None where there are none.
-      splits: name, first and last index of each split in these.
+    These are held out all as one, so that one evaluation serves (None where there are none); `splits` has the name and
+    the first and last index of each.
     """
 
     train: Any

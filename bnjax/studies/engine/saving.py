@@ -12,14 +12,10 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """The place where a study's trainings are saved, and how often.
+    """The directory in which each training of a study has its own, and the seconds from one checkpoint to the next.
 
-    Attributes:
-      directory: directory in which each training has its own.
-      configuration: settings of the whole study, such as its name and data set, which a checkpoint must agree with.
-      every: seconds from one checkpoint to the next.
-      resume: whether to continue what is there, rather than to remove it.
-      report: is told of damaged checkpoints.
+    A checkpoint must agree with `configuration`, settings of the whole study such as its name and data set. What is
+    there is continued with `resume`, and else removed; `report` is told of damaged checkpoints.
     """
 
     directory: Path

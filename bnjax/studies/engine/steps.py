@@ -38,11 +38,8 @@ def network_of(name: str) -> Variant:
 def compile_step(name: str, topology: str, *, parallel_by: str = "jit", batch_size: int | None = None) -> CompileReport:
     """Compiles the training step of a study's network with synchronized batch norm for a slice of TPU chips.
 
-    Args:
-      name: name in `bnjax.studies.COMPILABLE`.
-      topology: generation and shape of the slice, such as 'v5e:2x4'.
-      parallel_by: 'jit' or 'shard_map'.
-      batch_size: examples on each chip; the study's by default.
+    The name is one of `bnjax.studies.COMPILABLE`, the topology generation and shape of the slice, as 'v5e:2x4'; the step
+    is mapped by 'jit' or 'shard_map'; the batch size is that of each chip, by default the study's.
 
     Raises:
       ValueError: for an unknown name or topology.

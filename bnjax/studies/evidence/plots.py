@@ -110,7 +110,7 @@ def decision_boundaries(trained: Sequence[Trained], data: Split) -> Figure:
     low, high = data.x.min(0) - 0.3, data.x.max(0) + 0.3
     grid_x, grid_y = np.meshgrid(np.linspace(low[0], high[0], 101), np.linspace(low[1], high[1], 101))
     points = np.stack([grid_x.ravel(), grid_y.ravel()], axis=1).astype(np.float32)
-    image = None
+    image: Any = None
     for axis, variant in zip(axes, trained, strict=True):
         logits = _outputs(jax.tree.map(lambda leaf: leaf[0], variant.state), points)
         probability = np.asarray(jax.nn.sigmoid(logits[:, 0])).reshape(grid_x.shape)
@@ -121,9 +121,8 @@ def decision_boundaries(trained: Sequence[Trained], data: Split) -> Figure:
             axis.scatter(x, y, s=9, marker=marker, color=color, linewidths=0, label=f"class {label}")
         axis.set_title(variant.plan.label, fontsize=10)
         axis.set_aspect("equal")
-    if image is not None:
-        text = "predicted probability of class 1"
-        figure.colorbar(image, ax=list(axes), label=text, shrink=0.7, ticks=[0, 0.25, 0.5, 0.75, 1])
+    text = "predicted probability of class 1"
+    figure.colorbar(image, ax=list(axes), label=text, shrink=0.7, ticks=[0, 0.25, 0.5, 0.75, 1])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure

@@ -25,7 +25,8 @@ from bnjax.studies.evidence.statistics import Interval, interval
 
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
 
-Measured = tuple[str, Mapping[str, Any], Mapping[str, np.ndarray]]
+Arrays = Mapping[str, np.ndarray]
+Measured = tuple[str, Mapping[str, Any], Arrays]
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
 
 
@@ -82,13 +83,7 @@ class Results:
         """The command that makes them again."""
         return command(self.study, self.options)
 
-    def add(
-        self,
-        trained: Any,
-        settings: Mapping[str, Any],
-        metrics: Mapping[str, np.ndarray],
-        curves: Mapping[str, np.ndarray] | None = None,
-    ) -> None:
+    def add(self, trained: Any, settings: Mapping[str, Any], metrics: Arrays, curves: Arrays | None = None) -> None:
         """Adds a `bnjax.studies.engine.plan.Trained` with its histograms, metrics and curves (its own by default)."""
         name = trained.plan.name
         self.variants[name] = (trained.plan.label, settings, metrics)
@@ -205,12 +200,10 @@ def _installed_versions() -> dict[str, str]:
 
 def _processor() -> str:
     """Returns the processor's model, where the system tells."""
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()
 
 
 def _description(name: str, figure: Any) -> str:
@@ -241,20 +234,20 @@ def _without_nan(value: Any) -> Any:
 def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the table of variants: mean ± 95 % interval (where not of all seeds, of how many)."""
     names = list(dict.fromkeys(metric for _, _, metrics in results.variants.values() for metric in metrics))
-    rows = []
-    for label, _, metrics in results.variants.values():
-        texts = [_metric_text(name, metrics[name], len(results.seeds)) if name in metrics else "" for name in names]
-        rows.append([label, *texts])
+    seeds = len(results.seeds)
+
+    def text(name: str, values: np.ndarray) -> str:
+        mean, half, n = interval(values)
+        percent = 100 if "accuracy" in name else 1
+        digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else None
+        written = Interval(percent * mean, percent * half, n).text(digits)
+        return written if n == seeds else f"{written} ({n}/{seeds} seeds)"
+
     header = [name.replace("_", " ").replace("accuracy", "accuracy [%]") for name in names]
-    return ["variant", *header], rows
-
-
-def _metric_text(name: str, values: np.ndarray, seeds: int) -> str:
-    """Writes mean ± interval of a metric, an accuracy in percent."""
-    mean, half, n = interval(values)
-    percent = 100 if "accuracy" in name else 1
-    digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else None
-    return Interval(percent * mean, percent * half, n).text(digits) + ("" if n == seeds else f" ({n}/{seeds} seeds)")
+    return ["variant", *header], [
+        [label, *(text(name, metrics[name]) if name in metrics else "" for name in names)]
+        for label, _, metrics in results.variants.values()
+    ]
 
 
 def metric_tables(results: Results, columns: int) -> list[tuple[list[str], list[list[str]]]]:
@@ -276,8 +269,7 @@ def claim_rows(judgments: Sequence[Judgment]) -> tuple[list[str], list[list[str]
 def parameter_rows(shapes: Shapes) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of a network's table: parameters with their sum, then batch statistics with theirs.
 
-    Args:
-      shapes: collection ('params', 'batch_stats') to path to shape.
+    `shapes` goes from collection ('params', 'batch_stats') to path to shape.
     """
     rows = []
     for collection, title in (("params", "trainable"), ("batch_stats", "batch statistics")):
