@@ -240,16 +240,14 @@ def _figures(all_trained: dict[str, Trained], ranges: dict[str, Any], title: str
         of_layers = measured[label]["gradient_norms"]
         drawing.curves(axis, of_layers, times, ylabel="‖∂L/∂W‖₂", log=True, ordered=True)
 
-    def pair(text: str, draw: Callable[..., Any], **options: Any) -> Figure:
-        """Draws both networks beside each other, on one scale."""
+    def pair(text: str, draw: Callable[..., Any], **options: Any) -> Figure:  # beside each other, on one scale
         panels = [(label, functools.partial(draw, label=label)) for label in measured]
         return plots.panels(text, panels, sharey=True, **options)
 
+    text = "Inputs to one sigmoid of the last hidden layer, the first seed"
     return {
         "test_accuracy.png": plots.curves(accuracies, times, "test accuracy", title),
-        "percentiles.png": pair(
-            "Inputs to one sigmoid of the last hidden layer, the first seed", percentiles, legend=False
-        ),
+        "percentiles.png": pair(text, percentiles, legend=False),
         "saturation.png": pair(f"Inputs at which the sigmoid is flat ({title})", saturation),
         "gradient_norms.png": pair(f"Gradient norms by layer ({title})", norms),
         "learning_rates.png": plots.panel(

@@ -62,6 +62,7 @@ class Network:
         example = jnp.zeros((1, *variant.input_shape))
         variables = variant.model.init(jax.random.key(0), example, training=False)
         self.layers = losses.layers_in_order(variant.model, variables, example)
+        self.extra_gradients = len(PROBED) + 1 + 1 + len(self.layers)  # that one measurement takes
 
     def loss(self, batch_stats: Any, key: Any, **options: Any):
         """Makes `loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
@@ -82,11 +83,6 @@ class Network:
 
         how = {"look": lambda state, examples: state.params, "configuration": self.configuration}
         return self.variant.plan(steps, draw=self.draw, measure=measure, every=every, **how)
-
-    @property
-    def extra_gradients(self) -> int:
-        """The number of gradients that one measurement takes."""
-        return len(PROBED) + 1 + 1 + len(self.layers)
 
     def learning_rates(self, keys, steps: int, examples) -> analysis.LearningRateRange:
         """Finds which of `RATES` train within some steps, for each seed."""

@@ -315,8 +315,7 @@ def divisor_up_to(most: int, number: int) -> int:
 def _of_permutation(train: Split, batch_size: int, step: int, seed: int) -> Split:
     """Returns the examples of a step: those at its place in one permutation of all after the other."""
     which, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(train.y))
-    of_each = [_permutation(len(train.y), seed, int(n))[place[which == n]] for n in np.unique(which)]
-    index = np.concatenate(of_each)
+    index = np.concatenate([_permutation(len(train.y), seed, int(n))[place[which == n]] for n in np.unique(which)])
     return Split(train.x[index], train.y[index])
 
 

@@ -38,8 +38,8 @@ def network_of(name: str) -> Variant:
 def compile_step(name: str, topology: str, *, parallel_by: str = "jit", batch_size: int | None = None) -> CompileReport:
     """Compiles the training step of a study's network with synchronized batch norm for a slice of TPU chips.
 
-    The name is one of `bnjax.studies.COMPILABLE`, the topology generation and shape of the slice, as 'v5e:2x4'; the step
-    is mapped by 'jit' or 'shard_map'; the batch size is that of each chip, by default the study's.
+    The name is one of `bnjax.studies.COMPILABLE`, the topology generation and shape of the slice, as 'v5e:2x4'. The
+    step is mapped by 'jit' or 'shard_map'; the batch size is that of each chip, by default the study's.
 
     Raises:
       ValueError: for an unknown name or topology.

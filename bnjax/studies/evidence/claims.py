@@ -42,9 +42,7 @@ class Condition:
 
     The quantity is a metric of a variant or, with `minus`, its difference to another variant's at the same seed. It is
     met where the whole 95 % interval of its mean over seeds lies in the range, fails where none of it does, and is
-    undecided else, or where a seed lacks a value. With `one_run` the interval is that of one further run, which has to
-    hold the published number: `low`, the same as `high`. With `every_seed` the values themselves have to lie in the
-    range.
+    undecided else, or where a seed lacks a value.
 
     Attributes:
       label: what the quantity is called in the ledger.
@@ -54,7 +52,7 @@ class Condition:
       low: lower end of the range.
       high: upper end.
       exact: whether the quantity is a number without an interval, which needs no seeds.
-      one_run: whether a single published run is to be covered by the prediction interval.
+      one_run: whether the interval is that of one further run, which has to hold the published number, `low` = `high`.
       every_seed: whether the value at every seed has to lie in the range, rather than their mean.
       is_difference: whether the metric is a paired difference already, so that it has an effect size.
       digits: decimals in the ledger; None for as many as the interval leaves.
