@@ -17,8 +17,6 @@ from typing import Any
 LOGS = ("tensorboard", "wandb")
 """Where a run can be logged."""
 
-_ALWAYS_RECORDED = ("seeds", "dataset")
-
 
 def option(
     default: Any, text: str, *, shown: str = "", choices: Sequence[str] = (), group: str = "", **more: Any
@@ -47,10 +45,8 @@ def default_text(field: dataclasses.Field) -> str:
 class Options:
     """The options of any study; a study's own options are a dataclass made of this one.
 
-    Attributes:
-      seeds: number of seeds, 0 to seeds − 1.
-      saving: where and how often trainings are saved, a `bnjax.studies.engine.saving.Saving`; not at all by default.
-      histograms: whether weights and gradients are counted on the way in studies that else don't.
+    There are `seeds` 0 to seeds − 1. Trainings are saved as `saving`, a `bnjax.studies.engine.saving.Saving`, says; not
+    at all by default. With `histograms` weights and gradients are counted on the way in studies that else don't.
     """
 
     seeds: int = option(8, "number of seeds")
@@ -68,7 +64,7 @@ class Options:
         return {
             field.name: list(value) if isinstance(value, tuple) else value
             for field, value in values.items()
-            if field.name in _ALWAYS_RECORDED or value != field.default
+            if field.name in ("seeds", "dataset") or value != field.default
         }
 
     def selected(self, networks: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,11 +81,7 @@ class ImageOptions(Options):
 
     dataset: str = option("mnist", "image set", choices=("mnist", "fashion_mnist"))
     data_dir: str | None = option(
-        None,
-        "where TFDS's prepared sets are",
-        shown="$TFDS_DATA_DIR or TFDS's own",
-        metavar="DIR",
-        is_recorded=False,
+        None, "where TFDS's prepared sets are", shown="$TFDS_DATA_DIR or TFDS's own", metavar="DIR", is_recorded=False
     )
 
 
@@ -175,12 +167,11 @@ def _declared(path: Path) -> Study | None:
     text = path.read_text(encoding="utf-8")
     if "\nSTUDY = " not in text:
         return None
-    declaration = []
+    names, declaration = {**globals(), "studies": sys.modules[__name__]}, []
     for node in ast.parse(text).body:
         match node:
             case ast.ClassDef(name="Options") | ast.Assign(targets=[ast.Name(id="STUDY")]):
                 declaration.append(node)
-    names = {**globals(), "studies": sys.modules[__name__]}
     try:
         exec(compile(ast.Module(declaration, []), str(path), "exec"), names)
     except NameError as error:
@@ -192,10 +183,8 @@ def _declared(path: Path) -> Study | None:
 def find_studies() -> dict[str, Study]:
     """Finds all studies, by name, in the order of lists."""
     files = (file for directory in __path__ for file in Path(directory).glob("*.py"))
-    declared = sorted(
-        (study for file in files if (study := _declared(file))), key=lambda study: (study.order, study.name)
-    )
-    return {study.name: study for study in declared}
+    declared = (study for file in files if (study := _declared(file)))
+    return {study.name: study for study in sorted(declared, key=lambda study: (study.order, study.name))}
 
 
 __path__ += [directory for directory in os.environ.get("BNJAX_STUDIES", "").split(os.pathsep) if directory]

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -48,7 +46,6 @@ VARIANTS = {
     "none_distorted": ("no batch norm, distorted", None, False, True),
     "bn_distorted": ("batch norm, distorted", BatchNorm, False, True),
 }
-
 CLAIMS = read_claims(__file__)
 
 
@@ -76,8 +73,7 @@ def run(options: Options, report: Report):
         step = _distorted_step(network) if VARIANTS[name][3] else network.step
         plan = network.plan(steps, step=step, part=every)
         trained = train(plan, keys, tuple(images.train), mapped=ONE_BY_ONE, report=report, options=options)
-        states = [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), trained.state) for i in results.seeds]
-        accuracy = np.array([np.asarray(network.evaluate(state, *images.test).accuracy) for state in states])
+        accuracy = np.array([np.asarray(network.evaluate(s, *images.test).accuracy) for s in trained.states])
         curves[network.label] = parts = trained.curves["train_loss"]
         metrics = {"test_accuracy": accuracy, "final_loss": parts[:, -1]}
         results.add(trained, {"variant": name}, metrics, {"train_loss": np.asarray(trained.metrics.loss)})

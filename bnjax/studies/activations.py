@@ -17,7 +17,7 @@ from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine import Plan, Report, Trained, Variant, divisor_from, scaled_kernels, seed_keys, train
+from bnjax.studies.engine import Report, Trained, Variant, divisor_from, scaled_kernels, seed_keys, train
 from bnjax.studies.evidence import Results, interval, plots, read_claims, seeds_in_words
 from bnjax.studies.evidence.plots import Figure, drawing
 
@@ -54,7 +54,6 @@ LOOKED_AT = 1000  # test images whose activations are looked at
 LAST_HIDDEN = f"Dense_{len(HIDDEN) - 1}"
 UNIT = 0
 LABELS = {"none": "no batch norm", "bn": "batch norm"}
-
 CLAIMS = read_claims(__file__)
 
 
@@ -71,7 +70,10 @@ def run(options: Options, report: Report):
     """Trains with and without batch norm, measures activations and gradients on the way, and judges S3.1 to S3.5."""
     dataset, steps = options.dataset, options.steps or STEPS[jax.default_backend()]
     images = data.images(dataset, options.data_dir, report.reading)
-    train_set, test = (data.Split(_binary(split.x), split.y) for split in (images.train, images.test))
+    train_set, test = (  # pixels 0 or 1, one float32 vector for each image
+        data.Split((split.x.reshape(len(split.x), -1) > 127).astype(np.float32), split.y)
+        for split in (images.train, images.test)
+    )
     every = divisor_from(steps // 100, steps)
     settings = {
         "hidden": list(HIDDEN),
@@ -86,13 +88,12 @@ def run(options: Options, report: Report):
         "grid_steps": max(1, steps // 10),
         "learning_rate_steps": RATE_STEPS,
     }
-    results = Results(STUDY.name, settings, range(options.seeds))
-    full = jnp.full((options.seeds,), 1.0)
+    results, full = Results(STUDY.name, settings, range(options.seeds)), jnp.ones(options.seeds)
     of_seeds = {"key": seed_keys(results.seeds), "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
     all_trained, ranges = {}, {}
     for name, variant in networks(options, images).items():
         network = _Network(variant, test)
-        plan = network.plan(steps, every, variant.label, network.measure)
+        plan = variant.plan(steps, create=network.create, measure=network.measure, every=every)
         all_trained[name] = train(plan, of_seeds, train_set, report=report, options=options)
         _add(results, all_trained[name])
         _add_grid(results, network, train_set, of_seeds["key"], settings["grid_steps"], report)
@@ -122,13 +123,7 @@ class _Network:
         state = dataclasses.replace(self.variant, optimizer=optimizer).create(setting)
         return state.replace(params=scaled_kernels(state.params, setting["deviation"]))
 
-    def plan(self, steps: int, every: int, label: str, measure: Callable[..., Any]) -> Plan:
-        """Plans its training."""
-        named = dataclasses.replace(self.variant, label=label)
-        return named.plan(steps, create=self.create, measure=measure, every=every)
-
     def accuracy(self, state, *inputs) -> dict[str, Any]:
-        """Measures the accuracy on the test set."""
         return {"accuracy": jnp.mean(self.variant.correct(state, *self.test))}
 
     def measure(self, state, x, y, key) -> dict[str, Any]:
@@ -167,8 +162,7 @@ def _add(results: Results, trained: Trained) -> None:
     norms, accuracy = measured["gradient_norms"], measured["accuracy"]
     last = measured["activations"][LAST_HIDDEN]  # percentiles [seeds, times, 3, units]
     low, median, high = np.moveaxis(last.percentiles, 2, 0)
-    movement = median.std(1)
-    relative = movement / np.maximum((high - low).mean(1), 1e-12)
+    movement, width = median.std(1), (high - low).mean(1)
     curves = {"test_accuracy": accuracy, "batch_loss": np.asarray(trained.metrics.loss)}
     for layer, statistics in measured["activations"].items():
         curves |= {f"saturated_{layer}": statistics.saturated, f"dead_{layer}": statistics.dead}
@@ -177,7 +171,7 @@ def _add(results: Results, trained: Trained) -> None:
         "test_accuracy": accuracy[:, -1],
         "mean_test_accuracy": accuracy[:, 1:].mean(1),
         "movement_of_medians": movement.mean(1),
-        "relative_movement": np.median(relative, 1),
+        "relative_movement": np.median(movement / np.maximum(width, 1e-12), 1),
         "largest_scale_cosine": measured["invariance"].cosine.max((1, 2)),
         "saturated_at_end": last.saturated[:, -1],
         "first_to_last_gradient": np.median(norms["Dense_0"] / norms[f"Dense_{len(HIDDEN)}"], 1),
@@ -191,7 +185,8 @@ def _add_grid(results: Results, network: _Network, examples: data.Split, keys, s
     cells, count = list(itertools.product(deviations, rates)), len(keys)
     deviation, rate = (jnp.repeat(jnp.array(values), count) for values in zip(*cells, strict=True))
     settings = {"key": jnp.tile(keys, len(cells)), "learning_rate": rate, "deviation": deviation}
-    plan = network.plan(steps, divisor_from(steps // 2, steps), f"{label}, grid", network.accuracy)
+    how = {"create": network.create, "measure": network.accuracy, "every": divisor_from(steps // 2, steps)}
+    plan = dataclasses.replace(network.variant, label=f"{label}, grid").plan(steps, **how)
     trained = train(plan, settings, examples, report=report)
     final = jax.jit(jax.vmap(lambda state: network.variant.correct(state, *network.test)))
     accuracy = np.asarray(final(trained.state).mean(1)).reshape((len(cells), count))
@@ -219,8 +214,7 @@ def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) 
     results.set_metric("bn", "times_fewer_steps", with_.shape[1] / first)
     # Where the plain network trains at the largest rate of all, the rate that it tolerates is not known.
     largest, trains = np.asarray(ranges["none"].largest), np.asarray(ranges["bn"].trains)
-    known = np.isfinite(ranges["none"].breaks_at)
-    tried = _multiples(ranges["none"])
+    known, tried = np.isfinite(ranges["none"].breaks_at), _multiples(ranges["none"])
     for times in TIMES:
         own = [tried.index(times * float(rate)) if known[seed] else 0 for seed, rate in enumerate(largest)]
         is_trained = np.where(known, trains[np.arange(len(own)), own], np.nan)
@@ -229,7 +223,6 @@ def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) 
 
 
 def _figures(all_trained: dict[str, Trained], ranges: dict[str, Any], title: str) -> dict[str, Figure]:
-    """Draws all figures, by file name."""
     times = next(iter(all_trained.values())).measured_at
     measured = {trained.plan.label: trained.measurements for trained in all_trained.values()}
     accuracies = {label: m["accuracy"] for label, m in measured.items()}
@@ -244,19 +237,17 @@ def _figures(all_trained: dict[str, Trained], ranges: dict[str, Any], title: str
         drawing.curves(axis, saturated, times, ylabel="fraction saturated", ordered=True)
 
     def norms(axis, label):
-        options = {"ylabel": "‖∂L/∂W‖₂", "log": True, "ordered": True}
-        drawing.curves(axis, measured[label]["gradient_norms"], times, **options)
+        of_layers = measured[label]["gradient_norms"]
+        drawing.curves(axis, of_layers, times, ylabel="‖∂L/∂W‖₂", log=True, ordered=True)
 
-    def pair(text: str, draw: Callable[..., Any], **options: Any) -> Figure:
-        """Draws both networks beside each other, on one scale."""
+    def pair(text: str, draw: Callable[..., Any], **options: Any) -> Figure:  # beside each other, on one scale
         panels = [(label, functools.partial(draw, label=label)) for label in measured]
         return plots.panels(text, panels, sharey=True, **options)
 
+    text = "Inputs to one sigmoid of the last hidden layer, the first seed"
     return {
         "test_accuracy.png": plots.curves(accuracies, times, "test accuracy", title),
-        "percentiles.png": pair(
-            "Inputs to one sigmoid of the last hidden layer, the first seed", percentiles, legend=False
-        ),
+        "percentiles.png": pair(text, percentiles, legend=False),
         "saturation.png": pair(f"Inputs at which the sigmoid is flat ({title})", saturation),
         "gradient_norms.png": pair(f"Gradient norms by layer ({title})", norms),
         "learning_rates.png": plots.panel(
@@ -269,8 +260,3 @@ def _multiples(without: analysis.LearningRateRange) -> tuple[float, ...]:
     """Returns 1, 5 and 30 times each seed's largest rate that trains without batch norm (else the least tried)."""
     largest = {float(rate) for rate in np.asarray(without.largest) if np.isfinite(rate)} or {RATES[0]}
     return tuple(sorted({times * rate for rate in largest for times in (1, *TIMES)}))
-
-
-def _binary(images: np.ndarray) -> np.ndarray:
-    """Returns pixels 0 or 1, one float32 vector for each image."""
-    return (images.reshape(len(images), -1) > 127).astype(np.float32)

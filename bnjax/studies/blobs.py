@@ -6,7 +6,6 @@ running variance at 0, with a layer of its own; here it starts at 1, as in Keras
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -40,6 +39,7 @@ STUDY = Study(
 
 SETTINGS = {"width": 128, "optimizer": "Adam", "learning_rate": 0.01, "batch_size": 300}
 SETTINGS |= {"momentum": 0.99, "epsilon": 1e-3}
+_NORM = functools.partial(BatchNorm, momentum=SETTINGS["momentum"], epsilon=SETTINGS["epsilon"])  # of part (c)
 
 # name: (label, hidden layers, place, epochs, epsilon of the source's part)
 VARIANTS = {
@@ -47,7 +47,6 @@ VARIANTS = {
     "deep_none": ("(b) eleven, no batch norm", 11, "none", 100, 1e-3),
     "deep_before": ("(b) eleven, batch norm", 11, "before", 100, 1e-3),
 }
-
 CLAIMS = read_claims(__file__)
 
 
@@ -67,12 +66,14 @@ def run(options: Options, report: Report):
     """Trains parts (a), (b) and (c), each seed on blobs of its own, and judges S4.1 to S4.3."""
     seeds = range(options.seeds)
     sets = [data.blobs(seed) for seed in seeds]
-    train, test = (_stacked(splits) for splits in zip(*((of.train, of.test) for of in sets), strict=True))
-    deep, shallow = options.epochs or 100, options.epochs or 50
-    results = Results(STUDY.name, {**SETTINGS, "deep_epochs": deep, "shallow_epochs": shallow}, seeds)
-    settings = {"key": seed_keys(seeds), "examples": Examples.of(train, {"fitted": train, "test": test}, axis=1)}
+    train, test = (  # with a leading axis of seeds
+        data.Split(*(np.stack(parts) for parts in zip(*splits, strict=True)))
+        for splits in ([of.train for of in sets], [of.test for of in sets])
+    )
     epochs = {name: options.epochs or epochs for name, (_, _, _, epochs, _) in VARIANTS.items()}
-    count = train.y.shape[1]
+    lengths = {"deep_epochs": epochs["deep_before"], "shallow_epochs": epochs["shallow_before"]}
+    results, count = Results(STUDY.name, SETTINGS | lengths, seeds), train.y.shape[1]
+    settings = {"key": seed_keys(seeds), "examples": Examples.of(train, {"fitted": train, "test": test}, axis=1)}
     jobs = [Job(network.epochs(epochs[name], count), settings) for name, network in networks(options).items()]
     all_trained = train_all(jobs, report, options)
     for trained in all_trained:
@@ -92,12 +93,8 @@ def run(options: Options, report: Report):
     error = max(part["difference"] for part in inner) / max(part["largest"] for part in inner)
     results.variants["inside"] = ("(c) inside", {}, {"relative_error": np.full(options.seeds, error)})
     results.judge(CLAIMS)
-    panels = {
-        "train_loss": "training loss (during the epoch)",
-        "test_loss": "validation loss",
-        "train_accuracy": "training accuracy (during the epoch)",
-        "test_accuracy": "validation accuracy",
-    }
+    shown = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    panels = {curve: plots.PANELS[curve].replace("test", "validation") for curve in shown}
     title = f"Two blobs, {options.seeds} seeds: mean and 95 % interval"
     return results, {
         "histograms.png": plots.histograms(all_trained),
@@ -106,25 +103,19 @@ def run(options: Options, report: Report):
     }
 
 
-def _stacked(splits: Sequence[data.Split]) -> data.Split:
-    return data.Split(*(np.stack(parts) for parts in zip(*splits, strict=True)))
-
-
 def inside(options: Options, report: Report) -> dict[str, dict]:
     """Trains 2 or 3 features → 4 units, part (c), and compares inference with a calculation from the stored numbers.
 
-    Returns:
-      For each number of features: 'h' and 'r' of the first seed's first three examples, 'gamma', 'beta', 'mean' and
-      'var' as stored, the 'manual' `gamma (h − mean) / sqrt(var + epsilon) + beta` in NumPy, and the largest absolute
-      'difference' between layer and calculation over all examples and seeds.
+    Returns, for each number of features, 'h' and 'r' of the first seed's first three examples, 'gamma', 'beta', 'mean'
+    and 'var' as stored, the 'manual' `gamma (h − mean) / sqrt(var + epsilon) + beta` in NumPy, and the largest absolute
+    'difference' between layer and calculation over all examples and seeds.
     """
     seeds, jobs = range(options.seeds), []
     for features in (2, 3):
         rngs = [np.random.default_rng([seed, features]) for seed in seeds]
         x = np.stack([rng.normal(size=(100, features)) for rng in rngs]).astype(np.float32)
         y = np.stack([rng.integers(0, 2, 100) for rng in rngs]).astype(np.int32)
-        norm = functools.partial(BatchNorm, momentum=SETTINGS["momentum"], epsilon=SETTINGS["epsilon"])
-        model = Perceptron((4,), 1, norm, "before", use_hidden_bias=False)
+        model = Perceptron((4,), 1, _NORM, "before", use_hidden_bias=False)
         name, label, optimizer = f"{features} features", f"(c) inside, {features} features", optax.adam(1e-3, eps=1e-7)
         variant = Variant(name, label, model, optimizer, (features,), 10, training.squared_error)
         settings = {"key": seed_keys(seeds), "examples": Examples.of(data.Split(x, y), {})}
@@ -135,7 +126,7 @@ def inside(options: Options, report: Report) -> dict[str, dict]:
 
 def _compare(trained: Trained, x: np.ndarray) -> dict:
     params, stats = trained.state.params, trained.state.batch_stats["BatchNorm_0"]
-    layer = BatchNorm(use_running_average=True, momentum=SETTINGS["momentum"], epsilon=SETTINGS["epsilon"])
+    layer = _NORM(use_running_average=True)
     h = np.einsum("sni,sij->snj", x, params["Dense_0"]["kernel"])
     r = jax.vmap(lambda p, s, h: layer.apply({"params": p, "batch_stats": s}, h))(params["BatchNorm_0"], stats, h)
     gamma, beta = params["BatchNorm_0"]["scale"], params["BatchNorm_0"]["bias"]

@@ -51,15 +51,8 @@ SHORT = {"steps_per_epoch": 80, "filters": 16}
 CLASSES = 100  # classes of the article's data set
 DEVIATION = 2.0  # deviation of the values that the article's formula is tried on
 ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu}
-SETTINGS = {
-    "dropout": 0.15,
-    "optimizer": "RMSprop",
-    "learning_rate": 1e-3,
-    "decay": 0.9,
-    "epsilon": 1e-3,
-    "augmentation": "shear 0.2, zoom 0.2, horizontal flip",
-}
-
+SETTINGS = {"dropout": 0.15, "optimizer": "RMSprop", "learning_rate": 1e-3, "decay": 0.9, "epsilon": 1e-3}
+SETTINGS |= {"augmentation": "shear 0.2, zoom 0.2, horizontal flip"}
 CLAIMS = read_claims(__file__)
 
 
@@ -67,9 +60,8 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """Returns the four networks by name: `<activation>_<bn|none>`."""
     filters = options.width or _scale()["filters"]
     groups = training.index_groups(training.make_mesh(options.group_size)) if options.parallel == "pmap" else None
-    norm = functools.partial(
-        BatchNorm, epsilon=SETTINGS["epsilon"], axis_name=training.SYNC_AXIS, axis_index_groups=groups
-    )
+    sync = {"axis_name": training.SYNC_AXIS, "axis_index_groups": groups}
+    norm = functools.partial(BatchNorm, epsilon=SETTINGS["epsilon"], **sync)
     how = {
         "optimizer": optax.rmsprop(SETTINGS["learning_rate"], decay=SETTINGS["decay"], eps=1e-7),
         "input_shape": images.train.x.shape[1:],
@@ -94,7 +86,6 @@ def run(options: Options, report: Report):
     steps, filters = options.steps_per_epoch or _scale()["steps_per_epoch"], options.width or _scale()["filters"]
     mesh = training.make_mesh(options.group_size)
     images = data.images(dataset, options.data_dir, report.reading)
-    how = {"parallel": options.parallel, "accumulate_steps": options.accumulate_steps}
     settings = {
         **SETTINGS,
         "dataset": dataset,
@@ -108,8 +99,11 @@ def run(options: Options, report: Report):
         "groups": training.num_groups(mesh),
         "accumulate_steps": options.accumulate_steps,
     }
+    how = {key: settings[key] for key in ("parallel", "accumulate_steps")}
     results = Results(STUDY.name, settings, range(options.seeds))
     of_seeds = {"key": seed_keys(results.seeds), "seed": np.arange(options.seeds)}
+    values, late = np.random.default_rng(0).normal(0, DEVIATION, 100_000), epochs // 4
+    in_the_article = (values - values.mean()) / (values.var() + SETTINGS["epsilon"])  # by the variance, not its root
     all_trained = []
     for name, network in networks(options, images).items():
         step = training.make_train_step(network.objective, mesh, preprocess=network.preprocess, **how)
@@ -123,9 +117,9 @@ def run(options: Options, report: Report):
             "test_loss": trained.final("test_loss"),
             "train_accuracy_during_epoch": trained.final("train_accuracy"),
             "chance_in_the_article": np.full(options.seeds, 1 / CLASSES),
-            "deviation_in_the_article": np.full(options.seeds, _normalized_in_the_article().std()),
+            "deviation_in_the_article": np.full(options.seeds, in_the_article.std()),
             "best_over_chance": accuracy.max(1) * images.num_classes,
-            "late_gain": _late_gain(accuracy),
+            "late_gain": accuracy.max(1) - accuracy[:, :-late].max(1) if late else np.full(options.seeds, np.nan),
             "first_to_last_gradient": _gradient_ratios(network, images.train, results.seeds),
         }
         activation, _, place = name.partition("_")
@@ -137,20 +131,6 @@ def run(options: Options, report: Report):
 
 def _scale() -> dict[str, int]:
     return SHORT if jax.default_backend() == "cpu" else FULL
-
-
-def _normalized_in_the_article() -> np.ndarray:
-    """Draws normal values of a known deviation, normalized as the article writes: by the variance, not by its root."""
-    values = np.random.default_rng(0).normal(0, DEVIATION, 100_000)
-    return (values - values.mean()) / (values.var() + SETTINGS["epsilon"])
-
-
-def _late_gain(accuracy: np.ndarray) -> np.ndarray:
-    """Returns by how much the best accuracy rises in the last quarter of the epochs; NaN for fewer than four."""
-    count = accuracy.shape[1]
-    if count < 4:
-        return np.full(len(accuracy), np.nan)
-    return accuracy.max(1) - accuracy[:, : count - count // 4].max(1)
 
 
 def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) -> np.ndarray:
@@ -171,8 +151,7 @@ def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) 
 
 
 def _last_filters(filters: int) -> int:
-    """Returns the filters of the last block, in the article's proportion: 100 to 60."""
-    return round(filters * 5 / 3)
+    return round(filters * 5 / 3)  # in the article's proportion: 100 to 60
 
 
 def prepare(x, keys, *, mean: float):

@@ -55,7 +55,6 @@ NORMS = {
     "group norm": of_example(functools.partial(nn.GroupNorm, num_groups=10)),
 }
 SETTINGS = {"hidden": 50, "optimizer": "SGD", "learning_rate": 0.01, "momentum": 0.9, "batch_size": 32, "epsilon": 1e-3}
-
 CLAIMS = read_claims(__file__)
 
 

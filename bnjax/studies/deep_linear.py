@@ -92,13 +92,11 @@ def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
             "shift": analysis.covariate_shift(loss_fn, layers, following, *data, key),
         }
 
-    def kernels(layers):
-        return {f"Dense_{i}": {"kernel": layer["kernel"]} for i, layer in enumerate(layers)}
-
     def watch(state, key):
         layers, data = state
-        gradient = jax.grad(loss_fn)(layers, *data, key)
-        return kernels(layers), kernels(gradient)
+        both = layers, jax.grad(loss_fn)(layers, *data, key)
+        kernels = [{f"Dense_{i}": {"kernel": layer["kernel"]} for i, layer in enumerate(of)} for of in both]
+        return kernels[0], kernels[1]
 
     def draw(examples, setting, number):
         return step_keys(setting, number)[1:]

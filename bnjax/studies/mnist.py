@@ -15,7 +15,6 @@ from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS
 class Options(studies.ImageOptions):
     """The options of a run on MNIST."""
 
-    seeds: int = option(8, "number of seeds")
     epochs: int = option(10, "epochs of training")
     batch_sizes: tuple[int, ...] = option(
         (16, 32, 64, 128, 256), "batch sizes to sweep", shown="16,32,64,128,256", metavar="A,B,…"
@@ -35,20 +34,9 @@ STUDY = Study(
 NORMALIZERS = ("renorm", "layer", "group", "weight")  # before the activation, at one batch size
 PUBLISHED_WITHOUT = {16: 0.9745, 32: 0.9718, 64: 0.9709, 128: 0.9720}
 THRESHOLD = 0.97
-PANELS = {
-    "train_accuracy": "training accuracy (during the epoch)",
-    "validation_accuracy": "validation accuracy",
-    "train_loss": "training loss (during the epoch)",
-    "validation_loss": "validation loss",
-}
-SETTINGS = {
-    "hidden": list(HIDDEN),
-    "optimizer": "Adam",
-    "learning_rate": 1e-3,
-    "validation": "last fifth of training",
-    "epsilon": EPSILON,
-}
-
+PANELS = {k.replace("test", "validation"): v.replace("test", "validation") for k, v in plots.PANELS.items()}
+SETTINGS = {"hidden": list(HIDDEN), "optimizer": "Adam", "learning_rate": 1e-3}
+SETTINGS |= {"validation": "last fifth of training", "epsilon": EPSILON}
 CLAIMS = read_claims(__file__)
 
 
@@ -68,8 +56,7 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
 
 
 def _shown(options: Options) -> int:
-    """Returns the batch size of the curves and of the other normalizers."""
-    return 32 if 32 in options.batch_sizes else options.batch_sizes[0]
+    return 32 if 32 in options.batch_sizes else options.batch_sizes[0]  # for curves and the other normalizers
 
 
 def run(options: Options, report: Report):
@@ -103,17 +90,12 @@ def run(options: Options, report: Report):
         for place, label in (("none", "without batch norm"), ("before", "with batch norm"))
     }
     published = PUBLISHED_WITHOUT if dataset == "mnist" else {}
-    pair, others = (
-        [all_trained[f"{network}_{shown}"] for network in group]
-        for group in (("none", "before"), ("before", *NORMALIZERS))
-    )
-    title, run_title = (
-        f"{dataset}, batch {shown}, {options.seeds} seeds",
-        f"{dataset}, {epochs} epochs, {options.seeds} seeds",
-    )
+    without, with_, *others = (all_trained[f"{network}_{shown}"] for network in ("none", "before", *NORMALIZERS))
+    title = f"{dataset}, batch {shown}, {options.seeds} seeds"
+    over_sizes = f"{dataset}, {epochs} epochs, {options.seeds} seeds"
     return results, {
-        "histograms.png": plots.histograms(pair),
-        "learning_curves.png": plots.learning_curves(pair, PANELS, f"{title}: mean and 95 % interval"),
-        "normalizers.png": plots.learning_curves(others, PANELS, f"{title}: other normalizers"),
-        "batch_sizes.png": plots.sweep(batch_sizes, series, "batch size", run_title, base=2, published=published),
+        "histograms.png": plots.histograms([without, with_]),
+        "learning_curves.png": plots.learning_curves([without, with_], PANELS, f"{title}: mean and 95 % interval"),
+        "normalizers.png": plots.learning_curves([with_, *others], PANELS, f"{title}: other normalizers"),
+        "batch_sizes.png": plots.sweep(batch_sizes, series, "batch size", over_sizes, base=2, published=published),
     }

@@ -34,13 +34,12 @@ def _perceptron(
     return lambda: Perceptron(hidden, 10, norm, place if norm else "none", **options)
 
 
-_GROUP = of_example(functools.partial(nn.GroupNorm, num_groups=8))
 NETWORKS: Mapping[str, tuple[str, Callable[[], Perceptron]]] = {
     "none": ("no batch norm", _perceptron()),
     "bn": ("batch norm", _perceptron(BatchNorm)),
     "renorm": ("batch renorm", _perceptron(BatchRenorm)),
     "layer": ("layer norm", _perceptron(of_example(nn.LayerNorm))),
-    "group": ("group norm", _perceptron(_GROUP)),
+    "group": ("group norm", _perceptron(of_example(functools.partial(nn.GroupNorm, num_groups=8)))),
     "weight": ("weight norm", _perceptron(weight_norm=True)),
     "relu_after": ("batch norm after ReLU", _perceptron(BatchNorm, "after")),
     **{

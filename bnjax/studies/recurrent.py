@@ -46,7 +46,6 @@ VARIANTS = {
     "per_step_epsilon": (f"for each time step, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), False),
     "shared_epsilon": (f"shared over time, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), True),
 }
-
 CLAIMS = read_claims(__file__)
 
 
@@ -81,12 +80,10 @@ def run(options: Options, report: Report):
         accuracies, loss = jax.jit(jax.vmap(accuracy)), np.asarray(trained.metrics.loss)
         estimate = functools.partial(with_population_statistics, network.model, jnp.asarray(train_set.x))
         states = jax.jit(functools.partial(jax.lax.map, estimate))(trained.state)
-        metrics = {
-            "test_accuracy": np.asarray(accuracies(trained.state)),
-            "final_loss": loss[:, -max(1, steps // 20) :].mean(1),
-            "population_accuracy": np.asarray(accuracies(states)),
-        }
-        curves[network.label] = np.concatenate([trained.measurements, metrics["test_accuracy"][:, None]], 1)
+        at_end, with_population = (np.asarray(accuracies(of)) for of in (trained.state, states))
+        final_loss = loss[:, -max(1, steps // 20) :].mean(1)
+        metrics = {"test_accuracy": at_end, "final_loss": final_loss, "population_accuracy": with_population}
+        curves[network.label] = np.concatenate([trained.measurements, at_end[:, None]], 1)
         shown = {"test_accuracy": curves[network.label], "train_loss": loss}
         results.add(trained, {"statistics": name}, metrics, shown)
     results.judge(CLAIMS)
@@ -95,19 +92,11 @@ def run(options: Options, report: Report):
     return results, {"test_accuracy.png": plots.curves(curves, times, "test accuracy", title)}
 
 
-def with_population_statistics(
-    model: RecurrentNetwork, x: jax.Array, state: training.TrainState
-) -> training.TrainState:
-    """Puts statistics of the training set in the place of running averages.
+def with_population_statistics(model: RecurrentNetwork, x: jax.Array, state: training.TrainState):
+    """Returns a state with statistics of training examples `x` in the place of running averages.
 
-    Args:
-      model: the network.
-      x: training examples, of which batches are made; those left over are not used.
-      state: state after the training.
-
-    Returns:
-      The state with the means over the batches of their means and variances (and over time, where statistics are
-      shared), the weights being the same for all.
+    They are the means over the batches that `x` makes (without those left over) of their means and variances, and over
+    time, where statistics are shared, the weights being the same for all.
     """
     if model.norm is None:
         return state

@@ -10,36 +10,16 @@ import numpy as np
 
 from bnjax import analysis, studies, training
 from bnjax.analysis import losses
-from bnjax.studies import Study, data, option
-from bnjax.studies.engine import (
-    Report,
-    Variant,
-    compiler_options,
-    in_threads,
-    random_batch,
-    scaled_kernels,
-    seed_keys,
-    train,
-)
+from bnjax.studies import Study, data, engine, option, perceptrons
+from bnjax.studies.engine import Report, Trained, Variant, compiler_options, seed_keys
 from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
-from bnjax.studies.perceptrons import (
-    BATCH_SIZE,
-    BATCH_SIZES,
-    CASES,
-    DEFAULTS,
-    NETWORKS,
-    SWEEPS,
-    Case,
-    fixed_batch,
-    optimizer,
-)
+from bnjax.studies.perceptrons import BATCH_SIZE, BATCH_SIZES, CASES, DEFAULTS, NETWORKS, SWEEPS, Case
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(studies.ImageOptions):
     """The options of a run of the perceptrons."""
 
-    seeds: int = option(8, "number of seeds")
     steps: int = option(750, "steps of training", shown="750 of 32 examples, as many examples at other batch sizes")
     variants: tuple[str, ...] | None = option(None, "which networks to train", shown="all", metavar="A,B,…")
 
@@ -57,62 +37,64 @@ STUDY = Study(
 
 SMALL_SET = 3000  # examples of the trainings that overfit
 MEASURED = 6  # measurements in a training
-
 CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """Returns the networks at the default settings, by name."""
-    at_default = optimizer(options.steps, *(DEFAULTS[key] for key in ("learning_rate", "l2", "decay")))
+    at_default = perceptrons.optimizer(options.steps, *(DEFAULTS[key] for key in ("learning_rate", "l2", "decay")))
     how = {"optimizer": at_default, "input_shape": (images.train.x[0].size,), "batch_size": BATCH_SIZE}
     return options.selected({name: Variant(name, label, build(), **how) for name, (label, build) in NETWORKS.items()})
 
 
 def run(options: Options, report: Report):
     """Trains `CASES` and judges the claims on what a network depends on."""
-    dataset, examples = options.dataset, BATCH_SIZE * options.steps
+    dataset = options.dataset
     images = data.images(dataset, options.data_dir, report.reading)
     variants = networks(options, images)
     train_set, test = (data.Split(data.pixels(split.x), split.y) for split in (images.train, images.test))
-    sets = {False: train_set, True: data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])}
-    settings = {"optimizer": "Adam", "dataset": dataset, "examples": examples, "small_set": SMALL_SET, **DEFAULTS}
-    results = Results(STUDY.name, settings, range(options.seeds))
+    small_set = data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])
+    settings = {"optimizer": "Adam", "dataset": dataset, "examples": BATCH_SIZE * options.steps}
+    results = Results(STUDY.name, {**settings, "small_set": SMALL_SET, **DEFAULTS}, range(options.seeds))
 
-    def work(case: Case, report: Report) -> Results:
-        part = Results(STUDY.name, settings, results.seeds)
+    def work(case: Case, report: Report) -> tuple[Trained, dict[str, Any], np.ndarray]:
+        examples, held_out = small_set if case.is_small else train_set, test
+        if case.pixel_scale != 1:
+            examples, held_out = (data.Split(x * np.float32(case.pixel_scale), y) for x, y in (examples, held_out))
         label = f"{NETWORKS[case.network][0]}{case.name.removeprefix(case.network)}"
         named = {"name": case.name, "label": label, "batch_size": case.batch_size}
-        steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
-        train_part, test_part = sets[case.is_small], test
-        if case.pixel_scale != 1:
-            train_part, test_part = (data.Split(x * np.float32(case.pixel_scale), y) for x, y in (train_part, test))
         network = dataclasses.replace(variants[case.network], **named)
-        _train(part, case, network, train_part, test_part, steps, report, options)
-        return part
+        return _train(case, network, examples, held_out, report, options)
 
-    for part in in_threads(work, [case for case in CASES if case.network in variants], report):
-        results.variants |= part.variants
-        results.arrays |= part.arrays
-        results.parameters |= part.parameters
+    cases = [case for case in CASES if case.network in variants]
+    for case, (trained, metrics, curve) in zip(cases, engine.in_threads(work, cases, report), strict=True):
+        for number, (name, cell) in enumerate(case.settings.items()):
+            rows = slice(number * options.seeds, (number + 1) * options.seeds)
+            results.variants[name] = (
+                trained.plan.label + name.removeprefix(case.name),
+                {"network": case.network, "batch_size": case.batch_size, **cell},
+                {metric: values[rows] for metric, values in metrics.items()},
+            )
+            results.arrays[f"{name}/test_accuracy"] = curve[rows]
+            results.add_parameters(name, trained.parameters, trained.histograms if number == 0 else {})
     compared = [network for network in ("none", "bn") if network in results.variants]
     _compare(results, compared)
     results.judge(CLAIMS)
     return results, _figures(results, compared, f"{dataset}, {seeds_in_words(options.seeds)}")
 
 
-def _train(
-    results, case: Case, network: Variant, train_set, test, steps: int, report: Report, options: Options
-) -> None:
-    """Trains one case at all settings and seeds, and adds its variants to the results."""
-    cells, seeds, model = case.settings, options.seeds, network.model
-    settings = {key: jnp.repeat(jnp.array([c[key] for c in cells.values()]), seeds) for key in DEFAULTS}
-    settings["key"] = jnp.tile(seed_keys(results.seeds), len(cells))
+def _train(case: Case, network: Variant, train_set, test, report: Report, options: Options) -> tuple:
+    """Trains one case at all settings and seeds: the training, its metrics, and the test accuracy on the way."""
+    steps = max(MEASURED, BATCH_SIZE * options.steps // case.batch_size // MEASURED * MEASURED)
+    cells, model = case.settings.values(), network.model
+    settings = {key: jnp.repeat(jnp.array([cell[key] for cell in cells]), options.seeds) for key in DEFAULTS}
+    settings["key"] = jnp.tile(seed_keys(range(options.seeds)), len(cells))
     held_out = jax.tree.map(jnp.asarray, test)
 
     def create(setting):
-        changing = optimizer(steps, setting["learning_rate"], setting["l2"], setting["decay"])
+        changing = perceptrons.optimizer(steps, setting["learning_rate"], setting["l2"], setting["decay"])
         state = dataclasses.replace(network, optimizer=changing).create(setting)
-        return state.replace(params=scaled_kernels(state.params, setting["init_scale"]))
+        return state.replace(params=engine.scaled_kernels(state.params, setting["init_scale"]))
 
     def measure(state, x, y, key):
         variables = {"batch_stats": state.batch_stats}
@@ -122,27 +104,17 @@ def _train(
         accuracy = jnp.mean(network.correct(state, *held_out))
         return {"test_accuracy": accuracy, "first_to_last_gradient": first / last, "first_gradient": first}
 
-    draw = (fixed_batch if case.is_fixed else random_batch)(case.batch_size)
+    draw = (perceptrons.fixed_batch if case.is_fixed else engine.random_batch)(case.batch_size)
     how: dict[str, Any] = {"every": steps // MEASURED, "compiler_options": compiler_options(steps)}
     plan = network.plan(steps, create=create, draw=draw, measure=measure, **how)
-    trained = train(plan, settings, tuple(train_set), report=report, options=options)
+    trained = engine.train(plan, settings, tuple(train_set), report=report, options=options)
     correct = jax.jit(jax.vmap(network.correct, (0, None, None)), compiler_options=compiler_options())
     on_test, on_training = (
         np.asarray(correct(trained.state, split.x[:10_000], split.y[:10_000]).mean(1)) for split in (test, train_set)
     )
-    at_start = {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}
     metrics = {"test_accuracy": on_test, "train_accuracy": on_training, "generalization_gap": on_training - on_test}
-    metrics |= at_start
-    curve = np.concatenate([trained.measurements["test_accuracy"], on_test[:, None]], 1)
-    for number, (name, cell) in enumerate(cells.items()):
-        rows = slice(number * seeds, (number + 1) * seeds)
-        results.variants[name] = (
-            network.label + name.removeprefix(case.name),
-            {"network": case.network, "batch_size": case.batch_size, **cell},
-            {metric: values[rows] for metric, values in metrics.items()},
-        )
-        results.arrays[f"{name}/test_accuracy"] = curve[rows]
-        results.add_parameters(name, trained.parameters, trained.histograms if number == 0 else {})
+    metrics |= {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}
+    return trained, metrics, np.concatenate([trained.measurements["test_accuracy"], on_test[:, None]], 1)
 
 
 def _compare(results: Results, networks: Sequence[str]) -> None:

@@ -39,23 +39,11 @@ STUDY = Study(
     order=9,
 )
 
-LABELS = {
-    "none": "plain",
-    "bn": "batch norm",
-    "noisy": "noisy batch norm",
-    "l1": "l₁ norm",
-    "l2": "l₂ norm",
-    "linf": "l∞ norm",
-    "renorm": "batch renorm",
-    "layer": "layer norm",
-    "group": "group norm",
-    "weight": "weight norm",
-}
+LABELS = {name: label for name, (label, _) in vgg.NORMS.items()}
 PAIR = ("none", "bn")  # networks whose landscapes are drawn
 FULL = {"steps": 15_000, "every": 100, "width": 64, "rate_steps": 1000, "linear_steps": 10_000}
 SHORT = {"steps": 500, "every": 20, "width": 16, "rate_steps": 100, "linear_steps": 10_000}
 LINEAR_EVERY = 200
-
 CLAIMS = read_claims(__file__)
 
 
@@ -103,17 +91,17 @@ def run(options: Options, report: Report):
     linear, all_trained, ends = {}, {}, {}
     for name in (name for name in names if name in deep_linear.NORMALIZERS):
         plan = deep_linear.plan_of(name, f"deep linear, {LABELS[name]}", linear_steps, linear_every)
-        linear[name] = train(plan, {"key": keys}, report=report, options=options)
-        _add(results, linear[name], {})
+        linear[LABELS[name]] = trained = train(plan, {"key": keys}, report=report, options=options)
+        _add(results, trained, {})
     for name, variant in networks(options, images).items():
         network = vgg.Network(variant, images, augmented=options.augment)
         plan = network.plan(steps, every)
         trained = train(plan, {"key": keys}, examples, mapped=ONE_BY_ONE, report=report, options=options)
         progress = functools.partial(report.reading, f"{variant.label}, at the end")
         rates = network.learning_rates(keys, settings["rate_steps"], examples) if name in PAIR else None
-        ends[name] = landscape.at_the_end(network, trained, keys, examples, rates, progress, name in PAIR)
-        all_trained[name] = trained
-        _add(results, trained, ends[name].metrics)
+        end = landscape.at_the_end(network, trained, keys, examples, rates, progress)
+        all_trained[LABELS[name]], ends[LABELS[name]] = trained, end
+        _add(results, trained, end.metrics)
         if name == "bn":
             _note_overhead(results, plan, network, keys, examples)
     _add_comparisons(results, tuple(names), float(np.log(images.num_classes)))
@@ -152,7 +140,7 @@ def _add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray
 
 def _note_overhead(results: Results, plan: Plan, network: vgg.Network, keys, examples) -> None:
     """Notes the time that measuring takes, beside that of its gradients."""
-    with_, without = overhead(plan, {"key": keys[0]}, examples, repeats=3)
+    with_, without = overhead(plan, {"key": keys[0]}, examples)
     count, ratio = network.extra_gradients, with_ / without
     predicted = 1 + count / plan.every
     seconds = {"seconds_a_step": without, "seconds_a_measured_step": with_}
@@ -170,8 +158,9 @@ def _add_comparisons(results: Results, names: Sequence[str], chance: float) -> N
         for net in ("vgg", "linear") if f"linear_{name}" in results.variants else ("vgg",):
             plain = _curves(results, f"{net}_none")
             for key, ours in _curves(results, f"{net}_{name}").items():
-                share = _is_smaller(ours, plain[key]).mean(1)
-                results.set_metric(f"{net}_{name}", f"share_with_smaller_{key}", share)
+                theirs = plain[key]  # a number that is not finite is larger than any other
+                is_smaller = np.isfinite(ours) & (~np.isfinite(theirs) | (ours < theirs))
+                results.set_metric(f"{net}_{name}", f"share_with_smaller_{key}", is_smaller.mean(1))
         # A diverged plain network counts as one that has learnt nothing, the others as worse.
         ours, plain = (np.fmin(results.metric(f"vgg_{of}", "final_loss"), 10 * chance) for of in (name, "none"))
         results.set_metric(f"vgg_{name}", "gain", np.minimum(plain, chance) - ours)
@@ -197,8 +186,3 @@ def _mean_of_finite(values: np.ndarray) -> np.ndarray:
     count = np.isfinite(values).sum((1, 2))
     total = np.where(np.isfinite(values), values, 0).sum((1, 2))
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _is_smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Says where a < b, a number that is not finite being larger than any other."""
-    return np.isfinite(a) & (~np.isfinite(b) | (a < b))

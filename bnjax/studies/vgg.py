@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,17 +19,17 @@ from bnjax.studies import data
 from bnjax.studies.data import augmentation
 from bnjax.studies.engine import Plan, Variant, random_batch, step_keys
 
-NORMS: Mapping[str, Callable[[int], Any]] = {  # functions of the network's width
-    "none": lambda width: None,
-    "bn": lambda width: BatchNorm,
-    "noisy": lambda width: NoisyBatchNorm,
-    "l1": lambda width: functools.partial(LpBatchNorm, p=1),
-    "l2": lambda width: functools.partial(LpBatchNorm, p=2),
-    "linf": lambda width: functools.partial(LpBatchNorm, p=math.inf),
-    "renorm": lambda width: BatchRenorm,
-    "layer": lambda width: of_example(nn.LayerNorm),
-    "group": lambda width: of_example(functools.partial(nn.GroupNorm, num_groups=math.gcd(32, max(1, width // 2)))),
-    "weight": lambda width: None,  # it normalizes the kernels
+NORMS: Mapping[str, tuple[str, Any]] = {  # name: (label, norm)
+    "none": ("plain", None),
+    "bn": ("batch norm", BatchNorm),
+    "noisy": ("noisy batch norm", NoisyBatchNorm),
+    "l1": ("l₁ norm", functools.partial(LpBatchNorm, p=1)),
+    "l2": ("l₂ norm", functools.partial(LpBatchNorm, p=2)),
+    "linf": ("l∞ norm", functools.partial(LpBatchNorm, p=math.inf)),
+    "renorm": ("batch renorm", BatchRenorm),
+    "layer": ("layer norm", of_example(nn.LayerNorm)),
+    "group": ("group norm", nn.GroupNorm),  # with groups that fit the network's width
+    "weight": ("weight norm", None),  # it normalizes the kernels
 }
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
@@ -41,11 +41,14 @@ LEARNT = 0.9  # fraction of the loss of an even guess
 def variants(images: data.Dataset, width: int, labels: Mapping[str, str]) -> dict[str, Variant]:
     """Returns VGG of some width with each normalizer, by name."""
     prepare, shape = augmentation.centered(images.train.x), images.train.x.shape[1:]
-    models = {
-        name: VGG(images.num_classes, NORMS[name](width), 11, width, weight_norm=name == "weight") for name in labels
-    }
+    group = of_example(functools.partial(nn.GroupNorm, num_groups=math.gcd(32, max(1, width // 2))))
+    norms = {name: group if name == "group" else NORMS[name][1] for name in labels}
+    vgg = functools.partial(VGG, images.num_classes, depth=11, width=width)
     how = {"optimizer": optax.sgd(LEARNING_RATE), "input_shape": shape, "batch_size": BATCH_SIZE, "preprocess": prepare}
-    return {name: Variant(f"vgg_{name}", f"VGG, {labels[name]}", model, **how) for name, model in models.items()}
+    return {
+        name: Variant(f"vgg_{name}", f"VGG, {label}", vgg(norm=norms[name], weight_norm=name == "weight"), **how)
+        for name, label in labels.items()
+    }
 
 
 class Network:
@@ -59,6 +62,7 @@ class Network:
         example = jnp.zeros((1, *variant.input_shape))
         variables = variant.model.init(jax.random.key(0), example, training=False)
         self.layers = losses.layers_in_order(variant.model, variables, example)
+        self.extra_gradients = len(PROBED) + 1 + 1 + len(self.layers)  # that one measurement takes
 
     def loss(self, batch_stats: Any, key: Any, **options: Any):
         """Makes `loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
@@ -80,11 +84,6 @@ class Network:
         how = {"look": lambda state, examples: state.params, "configuration": self.configuration}
         return self.variant.plan(steps, draw=self.draw, measure=measure, every=every, **how)
 
-    @property
-    def extra_gradients(self) -> int:
-        """The number of gradients that one measurement takes."""
-        return len(PROBED) + 1 + 1 + len(self.layers)
-
     def learning_rates(self, keys, steps: int, examples) -> analysis.LearningRateRange:
         """Finds which of `RATES` train within some steps, for each seed."""
         x, y = jax.tree.map(jnp.asarray, examples)
@@ -93,10 +92,8 @@ class Network:
             state = self.variant.create({"key": key})
             loss = self.loss(state.batch_stats, key)
             index = jax.random.randint(jax.random.fold_in(key, 3), (steps, BATCH_SIZE), 0, y.shape[0])
-            rates, target = jnp.array(RATES), LEARNT * self.chance
-            return analysis.learning_rate_range(
-                lambda params, i: loss(params, x[i], y[i]), state.params, rates, (index,), target=target
-            )
+            at = (lambda params, i: loss(params, x[i], y[i])), state.params, jnp.array(RATES), (index,)
+            return analysis.learning_rate_range(*at, target=LEARNT * self.chance)
 
         run_seed = jax.jit(of_seed)
         return jax.tree.map(lambda *v: np.stack(v), *(run_seed(key, x, y) for key in keys))

@@ -24,7 +24,7 @@ from bnjax.studies.evidence.statistics import seeds_in_words
 with needs("studies"):
     from rich import box
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
     from rich.table import Table
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
@@ -69,14 +69,8 @@ def run_study(
 ) -> Results:
     """Runs a study, prints its tables, saves its files, and returns its results.
 
-    Args:
-      study: the study.
-      options: its options.
-      out: directory for `results.json`, `curves.npz`, `summary.md` and figures.
-      quiet: whether to print nothing.
-      resume: whether to continue from the checkpoints in `out`, rather than to begin anew.
-      checkpoint_every: seconds between two checkpoints of a training.
-      log: names of the logs to write beside these, of `bnjax.studies.LOGS`.
+    Quietly, it prints nothing. It continues from the checkpoints in `out` with `resume`, and else begins anew; a
+    training is saved there every so many seconds. `log` names logs of `bnjax.studies.LOGS` to write there too.
 
     Raises:
       MissingExtraError: if a log's package is not installed.
@@ -88,8 +82,7 @@ def run_study(
     saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    text, now = TextColumn("{task.description}"), TextColumn("{task.fields[now]}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), now)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[now]}")
     with Progress(*columns, console=console, disable=quiet) as progress:
         results, figures = study.load().run(options, _Report(progress, logs))
     results.options = options.to_json()
@@ -107,15 +100,10 @@ def run_study(
 def print_ledger(
     names: Sequence[str], seeds: int | None, fast: bool, out: Path, data_dir: str | None, quiet: bool
 ) -> ledger.Ledger:
-    """Prints, saves and returns the verdicts on the claims of some studies, running what is missing.
+    """Prints, saves and returns the verdicts on the claims of some studies, running into `out` what is missing.
 
-    Args:
-      names: names of the studies.
-      seeds: number of seeds; each study's own by default.
-      fast: whether to run `Study.fast` only.
-      out: directory of the studies' directories.
-      data_dir: directory of prepared image sets.
-      quiet: whether to print nothing but the ledger.
+    The number of seeds is each study's own by default; with `fast` only `Study.fast` is run; quietly, only the ledger
+    is printed.
     """
     from bnjax.training.checkpoint import CheckpointError
 
@@ -124,7 +112,7 @@ def print_ledger(
     def options_of(study: Study) -> list[Options]:
         if fast and study.fast is None:
             return []
-        common = {**(study.fast if fast and study.fast else {}), **({"seeds": seeds} if seeds else {})}
+        common = {**((fast and study.fast) or {}), **({"seeds": seeds} if seeds else {})}
         choices = [{"dataset": dataset, "data_dir": data_dir} for dataset in study.datasets] or [{}]
         return [study.load().Options(**common, **of_data) for of_data in choices]
 
@@ -152,16 +140,14 @@ def print_ledger(
 def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:
     """Compiles a training step as `bnjax.studies.engine.steps` does, prints the report, and saves it where asked to.
 
-    Returns:
-      Whether it compiles, which it does not where it needs more memory than a chip has.
+    Says whether it compiles, which it does not where it needs more memory than a chip has.
     """
     from bnjax.studies.engine.steps import compile_step as compile_
 
     console = Console(highlight=False)
     with console.status(f"compiling {name} for {topology}"):
         report = compile_(name, topology, parallel_by=parallel, batch_size=batch_size)
-    rows = [list(row) for row in report.rows()]
-    _print_table(console, f"training step of {report.name}", ["", ""], rows, show_header=False)
+    _print_table(console, f"training step of {report.name}", ["", ""], report.rows(), show_header=False)
     if report.collectives:
         _print_table(console, "collectives", *report.collective_rows())
     if json_file:
@@ -173,8 +159,8 @@ def compile_step(name: str, topology: str, parallel: str, batch_size: int | None
 def print_tables(results: Results, console: Console) -> None:
     """Prints the metrics of the variants, what a study has beside them, and the claims."""
     title = f"{results.study}, {seeds_in_words(len(results.seeds))}: mean ± 95 % interval"
-    for header, rows in metric_tables(results, _COLUMNS):
-        _print_table(console, title, header, rows)
+    for table in metric_tables(results, _COLUMNS):
+        _print_table(console, title, *table)
     for title, text in results.texts:
         console.print(f"\n{title}", style="bold", markup=False)
         console.print(text, markup=False)  # brackets of arrays are no markup
@@ -182,11 +168,9 @@ def print_tables(results: Results, console: Console) -> None:
         _print_table(console, "claims of the source", *claim_rows(results.claims))
 
 
-def _print_table(console: Console, title: str, header: list[str], rows: list[list[str]], **options: Any) -> None:
+def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Any], **options: Any) -> None:
     style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
-    table = Table(title=title, **style, **options)
-    for name in header:
-        table.add_column(name)
+    table = Table(*header, title=title, **style, **options)
     for row in rows:
         table.add_row(*row)
     console.print(table)

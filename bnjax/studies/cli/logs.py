@@ -117,12 +117,12 @@ class Logs:
         for training in results.variants:
             prefix = f"{training}/"
             arrays = {key[len(prefix) :]: v for key, v in results.arrays.items() if key.startswith(prefix)}
-            for curve, values in arrays.items():
-                if not curve.startswith("histograms/") and values.ndim == 2:
-                    self._curve(training, curve, values)
-            for path in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
-                name = path.removeprefix("histograms/")
-                self._histograms(training, name, arrays[f"{path}/counts"], arrays[f"{path}/range"])
+            for name, values in arrays.items():
+                if not name.startswith("histograms/") and values.ndim == 2:
+                    self._curve(training, name, values)
+            for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
+                counted = arrays[f"{name}/counts"], arrays[f"{name}/range"]
+                self._histograms(training, name.removeprefix("histograms/"), *counted)
         tables = {"metrics": metric_rows(results), "claims": claim_rows(results.claims)}
         tables |= {f"parameters/{name}": parameter_rows(shapes) for name, shapes in results.parameters.items()}
         for log in self._logs:
@@ -132,22 +132,21 @@ class Logs:
                 if rows:
                     log.table(name, header, rows)
 
-    def _steps(self, training: str, count: int) -> np.ndarray:
+    def _steps(self, training: str, count: int) -> list[float]:
         """Returns the steps at which a curve was measured, the last at the end of the training."""
-        return self._lengths.get(training, count) * np.arange(1, count + 1) / count
+        return (self._lengths.get(training, count) * np.arange(1, count + 1) / count).tolist()
 
     def _curve(self, training: str, name: str, values: np.ndarray) -> None:
-        means = values.mean(0)
-        shown = np.unique(np.linspace(0, len(means) - 1, min(len(means), _POINTS)).round().astype(int))
-        for i, step in zip(shown, self._steps(training, len(means))[shown], strict=True):
+        means, steps = values.mean(0).tolist(), self._steps(training, values.shape[1])
+        for i in np.unique(np.linspace(0, len(means) - 1, min(len(means), _POINTS)).round().astype(int)):
             if np.isfinite(means[i]):
-                self.scalars(training, float(step), {f"curves/{name}": float(means[i])})
+                self.scalars(training, steps[i], {f"curves/{name}": means[i]})
 
     def _histograms(self, training: str, name: str, counts: np.ndarray, ends: np.ndarray) -> None:
         for count, (low, high), step in zip(counts, ends, self._steps(training, len(counts)), strict=True):
             if count.sum():
                 for log in self._logs:
-                    log.histogram(training, name, float(step), count, np.linspace(low, high, len(count) + 1))
+                    log.histogram(training, name, step, count, np.linspace(low, high, len(count) + 1))
 
     def close(self) -> None:
         """Writes what is left."""

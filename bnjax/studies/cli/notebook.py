@@ -42,9 +42,7 @@ class Progress:
 def run(study: str, **options: Any) -> tuple[Results, dict[str, Figure]]:
     """Runs a study as `bnjax run` does, but saves nothing, and returns its results and its figures by name.
 
-    Args:
-      study: its name, such as 'circles'.
-      **options: attributes of its `Options`, such as seeds and epochs.
+    The options are attributes of the study's `Options`, such as seeds and epochs.
     """
     module, progress = STUDIES[study].load(), Progress()
     results = module.run(module.Options(**options), progress)

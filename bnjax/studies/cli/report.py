@@ -26,8 +26,7 @@ def write_report(run_dir: Path, out: Path) -> int:
     Raises:
       ValueError: if there are no results.
     """
-    studies = saved_runs(run_dir)
-    if not studies:
+    if not (studies := saved_runs(run_dir)):
         raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it; {run_dir} has none.")
     by_study = {name: judge(STUDIES[name], list(runs.values())) for name, runs in studies.items()}
     judgments = [judgment for judged in by_study.values() for judgment in judged]
@@ -62,14 +61,14 @@ def _study(path: Path, saved: Results, is_one_of_several: bool) -> dict[str, Any
     tables = [{"title": f"Measured, {seeds_in_words(len(saved.seeds))}", "header": header, "rows": rows}]
     if sizes := _sizes(document):
         tables.append({"title": "Parameters", "header": ["variant", "trainable", "batch statistics"], "rows": sizes})
-    figures = [(path / file, text) for file, text in document.get("figures", {}).items() if (path / file).exists()]
+    figures = {path / file: text for file, text in document.get("figures", {}).items()}
     return {
         "name": path.resolve().name if is_one_of_several else study.name,
         "summary": study.summary[0].upper() + study.summary[1:],
         "source": study.source,
         "command": saved.command,
         "tables": tables,
-        "figures": [_figure(file, text) for file, text in figures],
+        "figures": [_figure(file, text) for file, text in figures.items() if file.exists()],
         "settings": _settings(document),
     }
 
@@ -88,9 +87,8 @@ def _settings(document: Mapping[str, Any]) -> dict[str, str]:
     machine = document["machine"]
     devices = f"{len(machine['devices'])} × {machine['devices'][0]} ({machine['backend']})"
     processor = f"{machine['processor']}, {machine['cores']} cores" if "processor" in machine else machine["system"]
-    shown = {key.replace("_", " "): _text(value) for key, value in document["settings"].items()}
     return {
-        **shown,
+        **{key.replace("_", " "): _text(value) for key, value in document["settings"].items()},
         "seeds": _text(len(document["seeds"])),
         "started": document["started"],
         "wall time": f"{document['seconds']:.0f} s",

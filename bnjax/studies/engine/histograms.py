@@ -28,10 +28,8 @@ def empty_histograms(params: Any, times: int) -> Histograms:
 def count_values(histograms: Histograms, time: int, leaves: Mapping[str, Any]) -> None:
     """Counts 'weight' and 'gradient' of the parameters at one time, in equal bins between the finite extremes."""
     for path, values in by_path(leaves).items():
-        finite = values[np.isfinite(values)]
-        counts, edges = np.histogram(finite, bins=_BINS)
-        histograms[path][0][time] = counts
-        histograms[path][1][time] = edges[[0, -1]]
+        counts, edges = np.histogram(values[np.isfinite(values)], bins=_BINS)
+        histograms[path][0][time], histograms[path][1][time] = counts, edges[[0, -1]]
 
 
 def parameter_shapes(states: Any, leading: int) -> dict[str, dict[str, list[int]]]:

@@ -1,6 +1,7 @@
 """Mappings of a plan: compiled for all settings at once or for one, or by a step over the devices of a mesh."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -23,8 +24,7 @@ class Compiled:
     def __init__(self, plan: Plan, examples: Any, is_split: bool, is_within: bool, is_beside: bool):
         self._examples = jax.tree.map(jnp.asarray, examples)
         self._create, self._run, self._watch = _programs(plan, not is_split, is_within)
-        self._plan, self._leading, self._is_beside = plan, int(not is_split), is_beside
-        self.parameters = {}
+        self._plan, self._leading, self._is_beside, self.parameters = plan, int(not is_split), is_beside, {}
         self.calls = [(first, first + plan.call) for first in range(0, plan.steps, plan.call)]
 
     def create(self, setting: Setting) -> Any:
@@ -41,18 +41,14 @@ class Compiled:
         leaves = jax.eval_shape(self._watch, *inputs) if self._is_beside else leaves
         return series, empty_histograms(leaves["weight"], self._plan.parts) if leaves else {}
 
-    def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
+    def run(self, state: Any, setting: Setting, first: int, end: int, is_first: bool) -> tuple[Any, Any, Any]:
         """Takes some steps; returns the next state, `(metrics, measurements, looks)` over time, and watched leaves."""
-        return self._run(state, setting, self._examples, first)
+        state, values, leaves = self._run(state, setting, self._examples, first)
+        if self._is_beside and is_first:
+            leaves = self._watch(state, setting, self._examples, end)
+        return state, values, leaves
 
-    def watch(self, state: Any, setting: Setting, end: int) -> Any:
-        """Returns the leaves watched beside the training, after some steps; none where that is not asked for."""
-        return self._watch(state, setting, self._examples, end) if self._is_beside else {}
-
-    def kept(self, state: Any) -> Any:
-        """Returns the final state, on the host."""
-        return jax.device_get(state)
-
+    kept = staticmethod(jax.device_get)  # what remains of the final state
     whole = placed = staticmethod(lambda state: state)  # saved, and continued, as it is
 
 
@@ -89,7 +85,6 @@ def _programs(plan: Plan, is_vmapped: bool, is_watched: bool) -> tuple[Any, Any,
 
 
 def _inputs(plan: Plan, setting: Setting, examples: Any, number: Any) -> tuple:
-    """Draws the inputs of a step."""
     return plan.draw(setting.get("examples", examples), setting, number)
 
 
@@ -105,6 +100,10 @@ def steps_of(plan: Plan, state, setting: Setting, examples, numbers, *, over=lam
     return (*lax.scan(of(plan.step), state, numbers), ())
 
 
+def _empty_metrics(times: int) -> training.Metrics:
+    return training.Metrics(*(np.zeros(times, np.float32) for _ in training.Metrics._fields))
+
+
 class OnMesh:
     """A plan whose step splits each batch over the devices of all processes."""
 
@@ -116,12 +115,9 @@ class OnMesh:
         self.configuration = {"groups": self._groups, "accumulate_steps": self._step.multiple // mesh.size}
         if self._groups > 1:  # else the number of devices changes nothing but rounding
             self.configuration["devices"] = mesh.size
-        ends = [
-            min(first + _SHOWN, part + plan.part)
-            for part in range(0, plan.steps, plan.part)
-            for first in range(part, part + plan.part, _SHOWN)
-        ]
-        self.calls = list(zip([0, *ends], ends, strict=False))
+        parts = range(0, plan.steps, plan.part)
+        starts = [first for part in parts for first in range(part, part + plan.part, _SHOWN)]
+        self.calls = list(itertools.pairwise([*starts, plan.steps]))
 
     def create(self, setting: Setting) -> Any:
         """Makes the state at step 0, on the mesh."""
@@ -131,35 +127,26 @@ class OnMesh:
 
     def empty(self, state: Any, setting: Setting) -> tuple[Any, Any]:
         """Makes arrays for the metrics and the looks of the whole training, and its histograms."""
-
-        def metrics(times):
-            return training.Metrics(*(np.zeros(times, np.float32) for _ in training.Metrics._fields))
-
-        looked = {name: metrics(self._plan.parts) for name in self._examples[1]}
+        looked = {name: _empty_metrics(self._plan.parts) for name in self._examples[1]}
         counted = empty_histograms(state.params, self._plan.parts) if self._is_counted else {}
-        return (metrics(self._plan.steps), (), looked), counted
+        return (_empty_metrics(self._plan.steps), (), looked), counted
 
-    def run(self, state: Any, setting: Setting, first: int, end: int) -> tuple[Any, Any, Any]:
+    def run(self, state: Any, setting: Setting, first: int, end: int, is_first: bool) -> tuple[Any, Any, Any]:
         """Takes some steps; returns the next state, `(metrics, measurements, looks)` over time, and watched leaves."""
         pending = []
         for number in range(first, end):
             state, metrics = self._step(state, *self._inputs(setting, number))
             pending.append(metrics)
-        looked = {name: training.Metrics(np.zeros(0), np.zeros(0)) for name in self._examples[1]}
-        if end % self._plan.part == 0:
-            looked = self._plan.look(training.merge_batch_stats(state), self._examples)
         metrics = jax.tree.map(lambda *v: np.stack(v), *jax.device_get(pending))
-        return state, (metrics, (), jax.tree.map(np.atleast_1d, looked)), {}
-
-    def watch(self, state: Any, setting: Setting, end: int) -> Any:
-        """Returns the parameters after a part of the training, and its last gradient; nothing within a part."""
-        if not self._is_counted or end % self._plan.part:
-            return {}
-        weight, gradient = watched(self._step, state, *self._inputs(setting, end - 1))
-        return jax.tree.map(lambda v: v[None], {"weight": weight, "gradient": gradient})
+        if end % self._plan.part:
+            return state, (metrics, (), {name: _empty_metrics(0) for name in self._examples[1]}), {}
+        looked, leaves = self._plan.look(training.merge_batch_stats(state), self._examples), {}
+        if self._is_counted and is_first:
+            weight, gradient = watched(self._step, state, *self._inputs(setting, end - 1))
+            leaves = jax.tree.map(lambda v: v[None], {"weight": weight, "gradient": gradient})
+        return state, (metrics, (), jax.tree.map(np.atleast_1d, looked)), leaves
 
     def _inputs(self, setting: Setting, number: int) -> tuple:
-        """Draws the inputs of a step: this process's part of a batch, and the key."""
         x, y = self._plan.draw(self._examples, setting, number)
         batch = training.pad_batch(training.Batch(x, y), self._step.multiple)
         batch = jax.tree.map(training.local_part, batch)
@@ -174,5 +161,4 @@ class OnMesh:
         """Places the state on the mesh."""
         return training.place_state(state, self._step.mesh)
 
-    def kept(self, state: Any) -> None:
-        """Keeps nothing of the final state, which may be large."""
+    kept = staticmethod(lambda state: None)  # the final state may be large

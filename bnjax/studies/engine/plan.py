@@ -131,6 +131,12 @@ class Trained:
         return {f"{split}_{name}": v for split, of in splits.items() for name, v in of._asdict().items()}
 
     @property
+    def states(self) -> list[Any]:
+        """The final state of each setting."""
+        count = len(jax.tree.leaves(self.state)[0])
+        return [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), self.state) for i in range(count)]
+
+    @property
     def measured_at(self) -> np.ndarray:
         """The steps before which measurements were taken."""
         return np.arange(0, self.plan.steps, self.plan.every)
@@ -148,12 +154,10 @@ class Trained:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Examples to train on, and further splits to evaluate after each epoch, all as one, so that one evaluation serves.
+    """Examples to train on, and further splits to evaluate after each epoch.
 
-    Attributes:
-      train: the examples to train on.
-      held_out: all others; None where there are none.
-      splits: name, first and last index of each split in these.
+    These are held out all as one, so that one evaluation serves (None where there are none); `splits` has the name and
+    the first and last index of each.
     """
 
     train: Any
@@ -216,8 +220,8 @@ class Variant:
 
     def evaluate(self, state, x: Any, y: Any) -> training.Metrics:
         """Returns means over some examples, in batches, with running statistics."""
-        options: Any = {"objective": self.objective, "batch_size": _EVALUATED, "preprocess": self.preprocess}
-        return training.evaluate_in_batches(state, x, y, **options)
+        how: Any = {"objective": self.objective, "batch_size": _EVALUATED, "preprocess": self.preprocess}
+        return training.evaluate_in_batches(state, x, y, **how)
 
     def plan(self, steps: int, **options: Any) -> Plan:
         """Plans steps of batches drawn at random; options are other attributes of `Plan`."""
@@ -310,12 +314,8 @@ def divisor_up_to(most: int, number: int) -> int:
 
 def _of_permutation(train: Split, batch_size: int, step: int, seed: int) -> Split:
     """Returns the examples of a step: those at its place in one permutation of all after the other."""
-    count = len(train.y)
-    place = np.arange(step * batch_size, (step + 1) * batch_size)
-    index = np.empty(batch_size, np.int64)
-    for number in np.unique(place // count):
-        inside = place // count == number
-        index[inside] = _permutation(count, seed, int(number))[place[inside] % count]
+    which, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(train.y))
+    index = np.concatenate([_permutation(len(train.y), seed, int(n))[place[which == n]] for n in np.unique(which)])
     return Split(train.x[index], train.y[index])
 
 

@@ -12,14 +12,10 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """The place where a study's trainings are saved, and how often.
+    """The directory in which each training of a study has its own, and the seconds from one checkpoint to the next.
 
-    Attributes:
-      directory: directory in which each training has its own.
-      configuration: settings of the whole study, such as its name and data set, which a checkpoint must agree with.
-      every: seconds from one checkpoint to the next.
-      resume: whether to continue what is there, rather than to remove it.
-      report: is told of damaged checkpoints.
+    A checkpoint must agree with `configuration`, settings of the whole study such as its name and data set. What is
+    there is continued with `resume`, and else removed; `report` is told of damaged checkpoints.
     """
 
     directory: Path
@@ -50,8 +46,8 @@ class Saved:
         """Saves a state where a checkpoint is due."""
         if not self._saving:
             return
-        due = time.monotonic() - self._started >= self._saving.every
-        if self._checkpoints is not None or due or jax.process_count() > 1:
+        is_due = time.monotonic() - self._started >= self._saving.every
+        if self._checkpoints is not None or is_due or jax.process_count() > 1:
             self._open(self._saving).save(step, state())
 
     def close(self) -> None:
@@ -63,6 +59,6 @@ class Saved:
         if self._checkpoints is None:
             from bnjax.training.checkpoint import Checkpoints
 
-            options = {"every": saving.every, "report": saving.report}
-            self._checkpoints = Checkpoints(self._directory, self._configuration, **options)
+            how = {"every": saving.every, "report": saving.report}
+            self._checkpoints = Checkpoints(self._directory, self._configuration, **how)
         return self._checkpoints

@@ -38,25 +38,19 @@ def network_of(name: str) -> Variant:
 def compile_step(name: str, topology: str, *, parallel_by: str = "jit", batch_size: int | None = None) -> CompileReport:
     """Compiles the training step of a study's network with synchronized batch norm for a slice of TPU chips.
 
-    Args:
-      name: name in `bnjax.studies.COMPILABLE`.
-      topology: generation and shape of the slice, such as 'v5e:2x4'.
-      parallel_by: 'jit' or 'shard_map'.
-      batch_size: examples on each chip; the study's by default.
+    The name is one of `bnjax.studies.COMPILABLE`, the topology generation and shape of the slice, as 'v5e:2x4'. The
+    step is mapped by 'jit' or 'shard_map'; the batch size is that of each chip, by default the study's.
 
     Raises:
       ValueError: for an unknown name or topology.
       ImportError: where libtpu is not installed.
     """
-    network = network_of(name)
     mesh = training.make_mesh(devices=topology_devices(topology))
-    step, arguments = abstract_step(network, mesh, parallel_by=parallel_by, batch_size=batch_size)
+    step, arguments = abstract_step(network_of(name), mesh, parallel_by=parallel_by, batch_size=batch_size)
     return compile_report(step, *arguments, topology=topology, name=f"{name}, {parallel_by}")
 
 
-def abstract_step(
-    network: Variant, mesh: Mesh, *, parallel_by: str, batch_size: int | None = None
-) -> tuple[Any, tuple]:
+def abstract_step(network: Variant, mesh: Mesh, *, parallel_by: str, batch_size: int | None = None) -> tuple:
     """Returns the jitted step over a mesh, and shapes with shardings to lower it with.
 
     The network's batch norms are made to synchronize; the batch size is that of each device, by default the network's.
@@ -67,12 +61,11 @@ def abstract_step(
     state = jax.eval_shape(dataclasses.replace(network, model=model).create, {"key": jax.random.key(0)})
     examples = (batch_size or network.batch_size) * mesh.size
     dtype = jnp.uint8 if network.preprocess else network.input_dtype
-    batch = training.Batch(
-        jax.ShapeDtypeStruct((examples, *network.input_shape), dtype), jax.ShapeDtypeStruct((examples,), jnp.int32)
-    )
+    x = jax.ShapeDtypeStruct((examples, *network.input_shape), dtype)
+    batch = training.Batch(x, jax.ShapeDtypeStruct((examples,), jnp.int32))
     key = jax.eval_shape(lambda: jax.random.key(0)) if network.preprocess else None
-    return step.compiled, (_placed(state, whole), _placed(batch, split), _placed(key, whole))
 
+    def placed(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
-def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    return step.compiled, (placed(state, whole), placed(batch, split), placed(key, whole))

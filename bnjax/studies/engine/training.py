@@ -7,6 +7,7 @@ import hashlib
 import os
 import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -91,11 +92,13 @@ def train(
             for first, end in way.calls:
                 if first < done:
                     continue
-                state, values, leaves = way.run(state, setting, first, end)
+                state, values, leaves = way.run(state, setting, first, end, number == 0)
                 values = jax.device_get(values)
                 jax.tree.map(functools.partial(_put, first / plan.steps), series, values)
-                if number == 0:
-                    _count(counted, first // plan.part, jax.device_get(leaves or way.watch(state, setting, end)))
+                if number == 0 and leaves:
+                    leaves = jax.device_get(leaves)
+                    for i in range(len(jax.tree.leaves(leaves)[0])):
+                        count_values(counted, first // plan.part + i, jax.tree.map(lambda v, i=i: v[i], leaves))
                 so_far = (number * plan.steps + end) / (plan.unit * len(groups))
                 update(int(so_far) if plan.unit == 1 else so_far, _means(plan, series[0], end, values[2]))
                 saved.save(end, lambda state=state: (way.whole(state), series, counted))
@@ -117,24 +120,13 @@ def _put(where: float, buffer: np.ndarray, values: np.ndarray) -> None:
     buffer[first : first + len(values)] = values
 
 
-def _count(histograms: Any, first: int, leaves: Any) -> None:
-    """Counts the watched leaves of some parts of the training."""
-    if leaves:
-        for i in range(len(jax.tree.leaves(leaves)[0])):
-            count_values(histograms, first + i, jax.tree.map(lambda v, i=i: v[i], leaves))
-
-
 def _means(plan: Plan, metrics: training.Metrics, end: int, looked: dict[str, Any]) -> dict[str, float]:
     """Returns means over settings of the metrics of the last part so far, and of the splits evaluated after it."""
     part = slice((end - 1) // plan.part * plan.part, end)
     splits = {"train": jax.tree.map(lambda v: v[part], metrics)}
     splits |= {k: jax.tree.map(lambda v: v[-1:], v) for k, v in looked.items() if isinstance(v, training.Metrics)}
-    return {
-        f"{split}_{name}": float(np.mean(v))
-        for split, of in splits.items()
-        for name, v in of._asdict().items()
-        if len(v)
-    }
+    named = {f"{split}_{name}": v for split, of in splits.items() for name, v in of._asdict().items()}
+    return {name: float(np.mean(v)) for name, v in named.items() if len(v)}
 
 
 class Job(NamedTuple):
@@ -148,10 +140,7 @@ class Job(NamedTuple):
 def train_all(jobs: Sequence[Job], report: Report, options: Options) -> list[Trained]:
     """Trains several plans with histograms, as many at a time as there are processor cores; returns them in order."""
 
-    def work(job: Job, watched: Report) -> Trained:
-        return train(*job, report=watched, options=options, histograms=True)
-
-    return in_threads(work, jobs, report)
+    return in_threads(lambda job, report: train(*job, report=report, options=options, histograms=True), jobs, report)
 
 
 def in_threads(work: Callable[[Any, Report], Any], jobs: Sequence[Any], report: Report) -> list[Any]:
@@ -159,51 +148,36 @@ def in_threads(work: Callable[[Any, Report], Any], jobs: Sequence[Any], report: 
 
     Compilation, most of the time for small networks, and execution run outside Python's lock, so threads suffice.
 
-    Args:
-      work: `(job, report) → result`; telling its progress to the report stops it once another job has failed or was
-        interrupted.
-      jobs: the jobs, in whose order the results are returned.
-      report: is told the progress of all.
+    `work` is `(job, report) → result`; telling its progress to the report stops it once another job has failed or was
+    interrupted. The results are in the order of the jobs.
     """
-    stoppable = _Stoppable(report)
-    with ThreadPoolExecutor(min(len(jobs), _cores())) as pool:
-        try:
-            return list(pool.map(lambda job: work(job, stoppable), jobs))
-        except BaseException:
-            stoppable.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    stopped = threading.Event()
 
-
-class _Stoppable:
-    """A report that ends every training that tells it of its progress once it is stopped."""
-
-    def __init__(self, report: Report):
-        self._report, self.stopped = report, threading.Event()
-        self.reading = report.reading
-
-    def task(self, plan: Plan) -> Update:
-        """Begins a training."""
-        update = self._report.task(plan)
+    def task(plan: Plan) -> Update:
+        update = report.task(plan)
 
         def stoppable(done: float, means: dict[str, float]) -> None:
-            if self.stopped.is_set():
+            if stopped.is_set():
                 raise RuntimeError("stopped, since another training failed or was interrupted")
             update(done, means)
 
         return stoppable
 
-
-def _cores() -> int:
-    """Counts the processor cores that this process may use; all of them where the system does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    watched: Any = types.SimpleNamespace(task=task, reading=report.reading)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(len(jobs), cores)) as pool:
+        try:
+            return list(pool.map(lambda job: work(job, watched), jobs))
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -> tuple[float, float]:
     """Times a step of one training with measurements and without.
 
-    Returns:
-      Seconds of each, medians over as many alternating runs of `every` steps, compiled before.
+    The seconds of each are medians over as many alternating runs of `every` steps, compiled before.
     """
     examples = jax.tree.map(jnp.asarray, examples)
     state = jax.jit(plan.create)(setting)
@@ -216,8 +190,7 @@ def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -
         clock = time.perf_counter()
         jax.block_until_ready(run(state, examples, i))
         seconds[repeat, i] = (time.perf_counter() - clock) / plan.every
-    measured, plain = np.median(seconds[1:], axis=0).tolist()
-    return measured, plain
+    return tuple(np.median(seconds[1:], axis=0).tolist())
 
 
 def _digest(settings: Setting) -> str:

@@ -42,9 +42,7 @@ class Condition:
 
     The quantity is a metric of a variant or, with `minus`, its difference to another variant's at the same seed. It is
     met where the whole 95 % interval of its mean over seeds lies in the range, fails where none of it does, and is
-    undecided else, or where a seed lacks a value. With `one_run` the interval is that of one further run, which has to
-    hold the published number: `low`, the same as `high`. With `every_seed` the values themselves have to lie in the
-    range.
+    undecided else, or where a seed lacks a value.
 
     Attributes:
       label: what the quantity is called in the ledger.
@@ -54,7 +52,7 @@ class Condition:
       low: lower end of the range.
       high: upper end.
       exact: whether the quantity is a number without an interval, which needs no seeds.
-      one_run: whether a single published run is to be covered by the prediction interval.
+      one_run: whether the interval is that of one further run, which has to hold the published number, `low` = `high`.
       every_seed: whether the value at every seed has to lie in the range, rather than their mean.
       is_difference: whether the metric is a paired difference already, so that it has an effect size.
       digits: decimals in the ledger; None for as many as the interval leaves.
@@ -115,17 +113,15 @@ class Outcome:
     @property
     def text(self) -> str:
         """The text 'label mean ± half (effect)' for the ledger."""
-        condition = self.condition
-        if not self.measured.n:
-            return f"{condition.label} not measured"
-        digits = condition.digits
-        if condition.one_run:
-            low, high = self.measured.low, self.measured.high
-            return f"{condition.label} {self.measured.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-        if condition.exact:
-            return f"{condition.label} {Interval(self.measured.mean, math.nan, self.measured.n).text(digits)}"
+        label, digits, measured = self.condition.label, self.condition.digits, self.measured
+        if not measured.n:
+            return f"{label} not measured"
+        if self.condition.one_run:
+            return f"{label} {measured.mean:.{digits}f} [{measured.low:.{digits}f}, {measured.high:.{digits}f}]"
+        if self.condition.exact:
+            return f"{label} {measured._replace(half=math.nan).text(digits)}"
         effect = f" (d {self.effect:+.1f})" if math.isfinite(self.effect) else ""
-        return f"{condition.label} {self.measured.text(digits)}{effect}"
+        return f"{label} {measured.text(digits)}{effect}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,22 +152,15 @@ class Claim:
 
     def judge(self, record: Record) -> "Judgment":
         """Returns the verdict on a study's results."""
-        differing = [key for key, value in self.needs.items() if not _meets(record.settings.get(key), value)]
-        if differing:
-            reason = "needs " + ", ".join(_setting(key, self.needs[key]) for key in differing)
-            return Judgment(self, (), reason)
+        needed = [_setting(k, v) for k, v in self.needs.items() if not _meets(record.settings.get(k), v)]
+        if needed:
+            return Judgment(self, (), "needs " + ", ".join(needed))
         return Judgment(self, tuple(condition.judge(record) for condition in self.conditions), "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """A claim and what was measured of it.
-
-    Attributes:
-      claim: the claim that is judged.
-      outcomes: an outcome for each of its conditions; none where the run can't decide it.
-      reason: why the run can't decide it, in words.
-    """
+    """A claim and the outcome of each of its conditions; none where the run can't decide it, for a reason in words."""
 
     claim: Claim
     outcomes: tuple[Outcome, ...]
@@ -250,7 +239,6 @@ def read_claims(study_file: str, text: str | None = None) -> tuple[Claim, ...]:
 
 
 def _claim(table: Any, source: Mapping[str, Any], where: str) -> Claim:
-    """Returns the claim of a table."""
     where += f", claim {table['id']}" if isinstance(table, dict) and "id" in table else f", a claim of {source['name']}"
     kinds = {field.name: field.type for field in dataclasses.fields(Claim) if field.name != "source"}
     kinds |= {"conditions": list, "needs": dict}
@@ -265,7 +253,6 @@ def _claim(table: Any, source: Mapping[str, Any], where: str) -> Claim:
 
 
 def _condition(table: Any, where: str) -> Condition:
-    """Returns the condition of a table."""
     kinds = {field.name: field.type for field in dataclasses.fields(Condition)}
     if isinstance(table, dict) and table.get("digits") == "auto":
         table = {**table, "digits": None}
@@ -291,6 +278,5 @@ def _check(table: Any, kinds: Mapping[str, Any], where: str, optional: Sequence[
         kind = kinds[name]
         allowed = int | float if kind is float else kind
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(
-                f"{where}: {name} must be of type {kind.__name__ if isinstance(kind, type) else kind}, got {value!r}."
-            )
+            text = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{where}: {name} must be of type {text}, got {value!r}.")

@@ -13,12 +13,7 @@ from bnjax.studies.evidence.results import Results, claim_rows, json_text, markd
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """Claims with their verdicts.
-
-    Attributes:
-      judgments: the judged claims, in the order of the studies.
-      seeds: number of seeds of each study that was run.
-    """
+    """The judged claims, in the order of the studies, and the number of seeds of each study that was run."""
 
     judgments: Sequence[Judgment]
     seeds: Mapping[str, int]
@@ -92,23 +87,15 @@ def make_ledger(
     What is there with other options than these is used as it is; only a run with fewer seeds, or one of
     `bnjax claims --fast`, is replaced by a longer one.
 
-    Args:
-      names: names of the studies.
-      options_of: returns how a study is to be run, and how else where the data of that can't be had; nothing for a
-        study to leave out.
-      out: directory of the studies' directories.
-      run: runs a study into a directory.
-      say: is told what is done.
-
-    Returns:
-      The ledger. The claims of a study that is left out, or whose data can't be had, are undecided, with the reason.
+    `options_of` returns how a study is to be run, and how else where the data of that can't be had; nothing for a study
+    to leave out. The claims of a study that is left out, or whose data can't be had, are undecided, with the reason.
+    `run` runs a study into a directory; `say` is told what is done.
     """
     judgments, seeds = [], {}
     for name in names:
-        study = STUDIES[name]
+        study, saved = STUDIES[name], Results.load(out / name)
         choices = options_of(study)
         reason = "" if choices else "left out by --fast"
-        saved = Results.load(out / name)
         if saved and not _is_to_be_replaced(saved, study, choices):
             say(f"{name}: results of `{saved.command}` found in {out / name}")
         else:
@@ -130,11 +117,9 @@ def make_ledger(
 
 def _is_to_be_replaced(saved: Results, study: Study, choices: Sequence[Options]) -> bool:
     """Says whether a run has fewer seeds than any of the choices that it else equals, or was fast and they are not."""
-    options = dict(saved.options)
-    seeds = options.pop("seeds")
+    options, seeds = dict(saved.options), saved.options["seeds"]
     wanted = [choice.to_json() for choice in choices]
-    alike = [choice for choice in wanted if {**choice, "seeds": seeds} == {**options, "seeds": seeds}]
-    if alike:
+    if alike := [choice for choice in wanted if {**choice, "seeds": seeds} == options]:
         return all(seeds < choice["seeds"] for choice in alike)
     fast = study.options(**{**(study.fast or {}), "seeds": seeds}).to_json()
-    return bool(choices and study.fast) and {**options, "seeds": seeds, "dataset": None} == {**fast, "dataset": None}
+    return bool(choices and study.fast) and {**options, "dataset": None} == {**fast, "dataset": None}

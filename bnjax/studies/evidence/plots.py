@@ -36,14 +36,11 @@ def panels(
     legend: bool = True,
     **shared: Any,
 ) -> Figure:
-    """Draws panels beside each other, with one legend.
+    """Draws panels beside each other in so many columns, with one legend, on a figure of some inches.
 
     Args:
       title: title of the figure.
       draw: title of each panel and the function that draws it on its axes; None leaves the place empty.
-      size: width and height in inches.
-      columns: panels beside each other.
-      legend: whether there is a legend.
       **shared: axes in common, as `sharex=True`.
     """
     figure = Figure(figsize=size, layout="constrained")
@@ -87,11 +84,7 @@ def learning_curves(
 ) -> Figure:
     """Draws mean curves over seeds with 95 % confidence bands, one panel for each curve.
 
-    Args:
-      trained: variants to draw.
-      panels: curve name to axis label.
-      title: title of the figure.
-      marks: curve name to a horizontal line, such as a threshold.
+    By the name of a curve, `panels` has the label of the axis, and `marks` a horizontal line, such as a threshold.
     """
     figure, axes = _grid(title, len(panels), 2, (5.2, 3.4), (0, 0.9))
     for axis, (curve, label) in zip(axes, panels.items(), strict=True):
@@ -117,7 +110,7 @@ def decision_boundaries(trained: Sequence[Trained], data: Split) -> Figure:
     low, high = data.x.min(0) - 0.3, data.x.max(0) + 0.3
     grid_x, grid_y = np.meshgrid(np.linspace(low[0], high[0], 101), np.linspace(low[1], high[1], 101))
     points = np.stack([grid_x.ravel(), grid_y.ravel()], axis=1).astype(np.float32)
-    image = None
+    image: Any = None
     for axis, variant in zip(axes, trained, strict=True):
         logits = _outputs(jax.tree.map(lambda leaf: leaf[0], variant.state), points)
         probability = np.asarray(jax.nn.sigmoid(logits[:, 0])).reshape(grid_x.shape)
@@ -128,9 +121,8 @@ def decision_boundaries(trained: Sequence[Trained], data: Split) -> Figure:
             axis.scatter(x, y, s=9, marker=marker, color=color, linewidths=0, label=f"class {label}")
         axis.set_title(variant.plan.label, fontsize=10)
         axis.set_aspect("equal")
-    if image is not None:
-        text = "predicted probability of class 1"
-        figure.colorbar(image, ax=list(axes), label=text, shrink=0.7, ticks=[0, 0.25, 0.5, 0.75, 1])
+    text = "predicted probability of class 1"
+    figure.colorbar(image, ax=list(axes), label=text, shrink=0.7, ticks=[0, 0.25, 0.5, 0.75, 1])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -178,10 +170,8 @@ def _common_bins(counts: np.ndarray, ends: np.ndarray, bins: int = 61) -> tuple[
     density = np.empty((len(counts), bins))
     for i, (count, (first, last)) in enumerate(zip(counts, ends, strict=True)):
         own = np.linspace(first, last, len(count) + 1)
-        cumulative = np.concatenate([[0], np.cumsum(count)])
-        density[i] = np.diff(np.interp(edges, own, cumulative))
-    density /= np.maximum(density.max(1, keepdims=True), 1e-12)
-    return float(low), float(high), density
+        density[i] = np.diff(np.interp(edges, own, np.concatenate([[0], np.cumsum(count)])))
+    return float(low), float(high), density / np.maximum(density.max(1, keepdims=True), 1e-12)
 
 
 def sweep(
@@ -195,13 +185,8 @@ def sweep(
 ) -> Figure:
     """Draws the final test accuracy against a setting, mean and 95 % interval, with the published numbers.
 
-    Args:
-      values: the abscissa, on a logarithmic scale.
-      series: label to the accuracies over seeds at each value.
-      label: label of the abscissa.
-      title: title of the figure.
-      base: base of the logarithm.
-      published: value to the source's number.
+    `series` has, by label, the accuracies over seeds at each of the values, which lie on a logarithmic scale (of some
+    base) called `label`; `published` has the source's number by value.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
@@ -209,8 +194,7 @@ def sweep(
         measured = [interval(v) for v in accuracies]
         means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
         axis.errorbar(values, means, halves, label=name, marker="o", capsize=4, **line_style(i))
-    shown = {value: number for value, number in (published or {}).items() if value in values}
-    if shown:
+    if shown := {value: number for value, number in (published or {}).items() if value in values}:
         axis.plot(list(shown), list(shown.values()), "kx", label="published (without, one run)")
     axis.set_xscale("log", base=base)
     axis.set_xticks(values, [f"{value:g}" for value in values])

@@ -25,7 +25,8 @@ from bnjax.studies.evidence.statistics import Interval, interval
 
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
 
-Measured = tuple[str, Mapping[str, Any], Mapping[str, np.ndarray]]
+Arrays = Mapping[str, np.ndarray]
+Measured = tuple[str, Mapping[str, Any], Arrays]
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
 
 
@@ -69,7 +70,7 @@ class Results:
             if document["schema"] != 2 or document["study"] not in STUDIES:
                 return None
             variants: Any = {
-                name: (of["label"], of["settings"], {metric: _values(entry) for metric, entry in of["metrics"].items()})
+                name: (of["label"], of["settings"], {k: np.array(v["values"], float) for k, v in of["metrics"].items()})
                 for name, of in document["variants"].items()
             }
             common = document["study"], document["settings"], document["seeds"]
@@ -82,18 +83,11 @@ class Results:
         """The command that makes them again."""
         return command(self.study, self.options)
 
-    def add(
-        self,
-        trained: Any,
-        settings: Mapping[str, Any],
-        metrics: Mapping[str, np.ndarray],
-        curves: Mapping[str, np.ndarray] | None = None,
-    ) -> None:
+    def add(self, trained: Any, settings: Mapping[str, Any], metrics: Arrays, curves: Arrays | None = None) -> None:
         """Adds a `bnjax.studies.engine.plan.Trained` with its histograms, metrics and curves (its own by default)."""
         name = trained.plan.name
         self.variants[name] = (trained.plan.label, settings, metrics)
-        shown: Mapping[str, np.ndarray] = trained.curves if curves is None else curves
-        self.arrays |= {f"{name}/{curve}": values for curve, values in shown.items()}
+        self.arrays |= {f"{name}/{k}": v for k, v in (trained.curves if curves is None else curves).items()}
         self.add_parameters(name, trained.parameters, trained.histograms)
 
     def add_parameters(self, name: str, shapes: Shapes, histograms: Mapping[str, Any]) -> None:
@@ -166,15 +160,8 @@ def save(
 ) -> list[Path]:
     """Writes `results.json`, `curves.npz`, `summary.md` and the figures, each complete or not at all.
 
-    Args:
-      results: the results of a study.
-      figures: file name to matplotlib figure.
-      out: directory, made where it is missing.
-      seconds: wall time.
-      started: time at which the run began.
-
-    Returns:
-      The paths written.
+    `figures` are by file name, `out` is made where it is missing, and the run of some seconds began at `started`. The
+    paths written are returned.
     """
     results.figures = {name: _description(name, figure) for name, figure in figures.items()}
     arrays: dict[str, Any] = results.arrays
@@ -202,11 +189,6 @@ def command(study: str, options: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def _values(entry: Mapping[str, Any]) -> np.ndarray:
-    """Returns a metric at each seed, as a file has it."""
-    return np.array([np.nan if value is None else value for value in entry["values"]], np.float64)
-
-
 def _installed_versions() -> dict[str, str]:
     """Returns the versions of the packages that results may depend on, of those that are installed."""
     versions = {}
@@ -218,20 +200,18 @@ def _installed_versions() -> dict[str, str]:
 
 def _processor() -> str:
     """Returns the processor's model, where the system tells."""
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()
 
 
 def _description(name: str, figure: Any) -> str:
     """Says what a figure shows: its title (or name), what is drawn against what, and of which networks."""
-    titles = [figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]
-    title = next((title for title in titles if title), name.removesuffix(".png").replace("_", " "))
+    titles = [text for text in (figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)) if text]
+    title = titles[0] if titles else name.removesuffix(".png").replace("_", " ")
     drawn = [f"{axis.get_ylabel()} against {axis.get_xlabel()}" for axis in figure.axes if axis.get_xlabel()]
-    panels = [axis.get_title() for axis in figure.axes if axis.get_title() not in ("", title)]
+    panels = [text for text in titles[1:] if text != title]
     legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
     labels = [text.get_text() for legend in legends for text in legend.get_texts()]
     parts = [", ".join(dict.fromkeys(part)) for part in (drawn, panels, labels) if part]
@@ -254,20 +234,20 @@ def _without_nan(value: Any) -> Any:
 def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the table of variants: mean ± 95 % interval (where not of all seeds, of how many)."""
     names = list(dict.fromkeys(metric for _, _, metrics in results.variants.values() for metric in metrics))
-    rows = []
-    for label, _, metrics in results.variants.values():
-        texts = [_metric_text(name, metrics[name], len(results.seeds)) if name in metrics else "" for name in names]
-        rows.append([label, *texts])
+    seeds = len(results.seeds)
+
+    def text(name: str, values: np.ndarray) -> str:
+        mean, half, n = interval(values)
+        percent = 100 if "accuracy" in name else 1
+        digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else None
+        written = Interval(percent * mean, percent * half, n).text(digits)
+        return written if n == seeds else f"{written} ({n}/{seeds} seeds)"
+
     header = [name.replace("_", " ").replace("accuracy", "accuracy [%]") for name in names]
-    return ["variant", *header], rows
-
-
-def _metric_text(name: str, values: np.ndarray, seeds: int) -> str:
-    """Writes mean ± interval of a metric, an accuracy in percent."""
-    mean, half, n = interval(values)
-    percent = 100 if "accuracy" in name else 1
-    digits = 1 if name.startswith("epochs") else 2 if "accuracy" in name else None
-    return Interval(percent * mean, percent * half, n).text(digits) + ("" if n == seeds else f" ({n}/{seeds} seeds)")
+    return ["variant", *header], [
+        [label, *(text(name, metrics[name]) if name in metrics else "" for name in names)]
+        for label, _, metrics in results.variants.values()
+    ]
 
 
 def metric_tables(results: Results, columns: int) -> list[tuple[list[str], list[list[str]]]]:
@@ -289,8 +269,7 @@ def claim_rows(judgments: Sequence[Judgment]) -> tuple[list[str], list[list[str]
 def parameter_rows(shapes: Shapes) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of a network's table: parameters with their sum, then batch statistics with theirs.
 
-    Args:
-      shapes: collection ('params', 'batch_stats') to path to shape.
+    `shapes` goes from collection ('params', 'batch_stats') to path to shape.
     """
     rows = []
     for collection, title in (("params", "trainable"), ("batch_stats", "batch statistics")):
@@ -308,8 +287,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def summary_markdown(results: Results) -> str:
     """Writes both tables in Markdown."""
-    tables = [
-        markdown_table(header, rows) for header, rows in (metric_rows(results), claim_rows(results.claims)) if rows
-    ]
-    parts = [f"# {results.study}: {len(results.seeds)} seeds, mean ± 95 % interval", *tables]
-    return "\n\n".join(parts)
+    tables = [markdown_table(*table) for table in (metric_rows(results), claim_rows(results.claims)) if table[1]]
+    return "\n\n".join([f"# {results.study}: {len(results.seeds)} seeds, mean ± 95 % interval", *tables])

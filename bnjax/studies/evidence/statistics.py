@@ -8,12 +8,9 @@ from scipy import special
 
 
 class Interval(NamedTuple):
-    """Mean over seeds with its 95 % confidence interval.
+    """Mean over the `n` seeds at which a quantity is defined, with half the width of its 95 % confidence interval.
 
-    Attributes:
-      mean: mean over the seeds at which the quantity is defined.
-      half: half the width of the interval, by Student's t; NaN for fewer than two.
-      n: number of those seeds.
+    The width is by Student's t, and NaN for fewer than two seeds.
     """
 
     mean: float
@@ -31,10 +28,9 @@ class Interval(NamedTuple):
         return self.mean + self.half
 
     def text(self, digits: int | None = None) -> str:
-        """Writes 'mean ± half', or a dash where there is nothing.
+        """Writes 'mean ± half' with some decimals, or a dash where there is nothing.
 
-        Args:
-          digits: decimals; by default so many that two digits of the half width are seen (three of a mean without one).
+        By default so many digits are shown that two of the half width are seen (three of a mean without one).
         """
         if self.n == 0:
             return "–"
@@ -89,6 +85,4 @@ def within(measured: Interval, low: float, high: float) -> bool | None:
     """Says whether the whole interval lies in [low, high] (True) or none of it (False); None where neither holds."""
     if measured.low >= low and measured.high <= high:
         return True
-    if measured.high < low or measured.low > high:
-        return False
-    return None
+    return False if measured.high < low or measured.low > high else None
