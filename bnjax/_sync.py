@@ -117,8 +117,8 @@ def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | N
     if size > _MOST_EXCHANGED:
         return _by_two_sums(local, _sum_over(axis_name, groups), size, counts_differ)
     index = index_in_group(axis_name, groups)
-    placed = _placed(local if counts_differ else local._replace(count=()), index, size)
-    return _by_local_sums(_sum_over(axis_name, groups)(placed), local.count, counts_differ)
+    exchanged = placed(local if counts_differ else local._replace(count=()), index, size)
+    return _by_local_sums(_sum_over(axis_name, groups)(exchanged), local.count, counts_differ)
 
 
 def merge_over_shards(local: Moments, leading: int, *, counts_differ: bool) -> Moments:
@@ -133,8 +133,8 @@ def merge_over_shards(local: Moments, leading: int, *, counts_differ: bool) -> M
     parts, shape = local if counts_differ else local._replace(count=()), local.mean.shape[:leading]
     size = math.prod(shape)
     if size <= _MOST_EXCHANGED:
-        placed = _placed(parts, jnp.arange(size).reshape(shape), size)
-        parts = jax.tree.map(lambda values: values.sum(tuple(range(leading))), placed)
+        exchanged = placed(parts, jnp.arange(size).reshape(shape), size)
+        parts = jax.tree.map(lambda values: values.sum(tuple(range(leading))), exchanged)
     else:
         parts = jax.tree.map(lambda values: values.reshape((size, *values.shape[leading:])), parts)
     return _by_local_sums(parts, local.count, counts_differ)
@@ -170,7 +170,7 @@ def _by_local_sums(parts: Moments, count: Array, counts_differ: bool) -> Moments
     return Moments(m.mean.squeeze(0), m.var.squeeze(0), count)
 
 
-def _placed(tree: Any, index: Array, size: int) -> Any:
+def placed(tree: Any, index: Array, size: int) -> Any:
     """Puts arrays at an index of a new axis of some size, with zeros elsewhere, so that their sum holds them all.
 
     Args:

@@ -33,6 +33,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -107,6 +108,19 @@ def _beside_the_diagonal(grid):
     for item in grid:
         if tuple(values[name][id(item.callspec.params[name])] for name in values) not in diagonal:
             yield item
+
+
+@pytest.fixture(autouse=True)
+def _without_cache_for_other_devices(request):
+    """JAX cannot read from its cache what was compiled for devices that are not there."""
+    is_for_others = request.node.get_closest_marker("tpu_compiler") is not None
+    if is_for_others:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+    yield
+    if is_for_others:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
 from bnjax import _checks
-from bnjax._sync import Moments, with_counts_of_features
+from bnjax._sync import Moments, placed, with_counts_of_features
 from bnjax.norm import BatchStats, Options, Params, batch_norm_of, check_call, init_batch_norm
 
 
@@ -95,8 +95,7 @@ def put_kind(batch_stats: BatchStats, own: BatchStats, split: Any) -> BatchStats
 
 def moments_of_kinds(m: Moments, split: Any, num_splits: int) -> Moments:
     """Returns moments with a leading axis of kinds, those of one kind being `m` and the others' counts zero."""
-    own = with_counts_of_features(m)
-    return jax.tree.map(lambda v: jnp.zeros((num_splits, *v.shape), v.dtype).at[split].set(v), own)
+    return placed(with_counts_of_features(m), jnp.asarray(split), num_splits)
 
 
 def _num_splits(batch_stats: Any) -> int:
