@@ -606,3 +606,43 @@ def test_adaptation_counts_the_examples_of_all_members():
 
     got = jax.vmap(adapt, axis_name="i")(x)
     np.testing.assert_allclose(got["mean"][0], 12 * x.reshape((12, 2)).mean(0) / 18, rtol=1e-5)
+
+
+def rounded(*arguments, **options):
+    return jnp.round(jax.lax.dot_general(*arguments, **options) * 4) / 4
+
+
+def rounded_convolution(*arguments, **options):
+    return jnp.round(jax.lax.conv_general_dilated(*arguments, **options) * 4) / 4
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Dense(6, dot_general=rounded),
+        nn.Dense(6, dot_general_cls=lambda: rounded),
+        nn.Conv(6, (3,), conv_general_dilated=rounded_convolution),
+        nn.Dense(6, promote_dtype=lambda x, kernel, bias, **options: (jnp.round(x, 1), kernel, bias)),
+    ],
+    ids=["dot_general", "dot_general_cls", "conv_general_dilated", "promote_dtype"],
+)
+def test_a_layer_with_a_product_of_its_own_is_not_folded(layer):
+    model = nn.Sequential([layer, BatchNorm(use_running_average=True)])
+    x = jax.random.normal(KEY, (4, 5, 3))
+    assert foldable_pairs(model, model.init(KEY, x), x) == []
+    plain = nn.Sequential([nn.Dense(6), BatchNorm(use_running_average=True)])
+    assert foldable_pairs(plain, plain.init(KEY, x), x) == [("layers_0", "layers_1")]
+
+
+def test_arguments_of_the_call_by_position():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+
+    x = jax.random.normal(KEY, (4, 5))
+    variables = Net().init(KEY, x, True)
+    variables = {**variables, "batch_stats": jax.tree.map(lambda v: 0.3 * v + 0.2, variables["batch_stats"])}
+    apply, folded = fold_model(Net(), variables, x, False)
+    assert list(folded["params"]) == ["Dense_0"]
+    np.testing.assert_allclose(apply(folded, x, False), Net().apply(variables, x, False), rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """Folding of the batch norms of a whole Flax model into its linear layers."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,12 @@ from bnjax.models import layers
 Path = tuple[str, ...]
 
 _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose, layers.Conv)
+# What a layer may be given without its product becoming another one, as by `dot_general`.
+_PLAIN = (
+    *("features", "kernel_size", "strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count"),
+    *("use_bias", "mask", "dtype", "param_dtype", "precision", "kernel_init", "bias_init", "transpose_kernel"),
+    *("parent", "name"),
+)
 
 
 class _Norm(NamedTuple):
@@ -57,8 +64,8 @@ def fold_model(
     The model is run abstractly to find them: batch norms over the last axis whose input is the output of a `Dense`,
     `Conv` or `ConvTranspose` that nothing else uses, and those whose output, used by nothing else, is the input of a
     `Dense` or of a `Conv` that pads nothing. Layers inside Flax's scan and vmap, those that are called several times,
-    those whose variables are used elsewhere too, or transformed first (tied weights, WeightNorm), and those whose
-    dtypes differ stay as they are.
+    those whose variables are used elsewhere too, or transformed first (tied weights, WeightNorm), those with a product
+    of their own (`dot_general`), and those whose dtypes differ stay as they are.
 
     Args:
       model: linen module.
@@ -134,12 +141,16 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
         modules[name] = _norm(module, x, y, options) if _calls.is_norm(module) else _linear(module)
         return y
 
-    def run(variables, *args):
+    leaves, structure = jax.tree.flatten(args)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}  # others, such as False, are static
+
+    def run(variables, arrays):
+        of_call = structure.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))
         with _calls.intercept(_is_norm_or_linear, note):
-            return model.apply(variables, *args, **kwargs, mutable=["batch_stats"])
+            return model.apply(variables, *of_call, **kwargs, mutable=["batch_stats"])
 
     flat: Any = flatten_dict(dict(variables))
-    jaxpr = jax.make_jaxpr(run)(variables, *args).jaxpr
+    jaxpr = jax.make_jaxpr(run)(variables, arrays).jaxpr
     reused = set(_used_again(variables, jaxpr))
     pairs, taken = [], set()
     for before, after in _calls.followers(jaxpr):
@@ -188,9 +199,11 @@ def _is_norm_or_linear(module: nn.Module) -> bool:
 
 
 def _linear(module: nn.Module) -> _Linear | None:
-    if type(module) not in _LINEAR:  # a subclass may use its kernel otherwise
-        return None
     options = vars(module)
+    others = (field for field in dataclasses.fields(module) if field.name not in _PLAIN)
+    is_plain = all(options.get(field.name, field.default) == field.default for field in others)
+    if type(module) not in _LINEAR or not is_plain:  # a subclass may use its kernel otherwise
+        return None
     window = options.get("kernel_size") or ()
     sizes = (window,) if isinstance(window, int) else tuple(window)
     padding = options.get("padding", "VALID")
