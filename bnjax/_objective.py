@@ -1,14 +1,17 @@
-"""The contract of objectives, which training minimizes and `bnjax.analysis.losses` measures."""
+"""The contract of objectives, which training minimizes and `bnjax.analysis.losses` measures, and of what they weigh."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array
 
 Objective = Callable[[Any, Any], Any]
-"""Maps outputs and labels of a batch to the loss of each example `[batch]`, or to a pair of that and of whether each
-example is classified correctly `[batch]`."""
+"""Maps outputs and labels of a batch to the loss of each example `[batch]`, or of each of its parts, such as tokens
+`[batch, time]`; or to a pair of that and of whether each is classified correctly."""
 
 
 def losses_and_correctness(objective: Objective, outputs: Any, labels: Any) -> tuple[Array, Array]:
@@ -16,9 +19,79 @@ def losses_and_correctness(objective: Objective, outputs: Any, labels: Any) -> t
 
     Returns:
       The loss of each example, in float32 at least, and whether it is classified correctly; NaN where that is not said.
+
+    Raises:
+      ValueError: where these two differ in shape.
     """
     result = objective(outputs, labels)
     losses, correct = result if isinstance(result, tuple) else (result, None)
     losses = jnp.asarray(losses)
     losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
-    return losses, jnp.full_like(losses, jnp.nan) if correct is None else correct
+    if correct is None:
+        return losses, jnp.full_like(losses, jnp.nan)
+    if jnp.shape(correct) != losses.shape:
+        raise ValueError(
+            f"the objective {_name(objective)} must say of each loss whether the example is classified correctly, got "
+            f"losses of shape {losses.shape} and correctness of shape {jnp.shape(correct)}."
+        )
+    return losses, correct
+
+
+def weights_of_losses(objective: Objective, losses: Array, weights: Any) -> Array:
+    """Returns the weight of each loss; `weights` are those of the examples, or ones where they are None.
+
+    The dimensions of the weights are the first of the losses, as those of a batch norm's mask are.
+
+    Raises:
+      ValueError: where they are not, as when the objective has taken the mean already.
+    """
+    if weights is None:
+        return jnp.ones_like(losses)
+    weights = jnp.asarray(weights).astype(losses.dtype)
+    if weights.shape != losses.shape[: weights.ndim]:
+        raise ValueError(
+            f"the objective {_name(objective)} must return a loss for each example, so that weights of shape "
+            f"{weights.shape} weigh them, got shape {losses.shape}. Leave the mean over examples to what calls it."
+        )
+    return jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (losses.ndim - weights.ndim)), losses.shape)
+
+
+def inputs_of(x: Any) -> tuple:
+    """Returns the inputs of a model's call: `x`, or several where it is a tuple."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def num_examples(x: Any) -> int:
+    """Returns the number of examples of a batch, the first axis of the first of its arrays."""
+    return jnp.shape(jax.tree.leaves(x)[0])[0]
+
+
+def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]:
+    """Returns the option that gives a model's batch norms the weights of the examples, if its call takes a `mask`.
+
+    Args:
+      model: module of linen or nnx, or the bound method `apply` of one.
+      weights: weights of the examples; None for none.
+      is_needed: whether the model has batch norms that take the statistics of the batch.
+
+    Raises:
+      ValueError: where the call takes no mask and one is needed.
+    """
+    if weights is None:
+        return {}
+    model = getattr(model, "__self__", model)
+    call = type(model).__call__ if isinstance(model, nn.Module) or not inspect.isroutine(model) else model
+    parameters = inspect.signature(call).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "mask" in parameters or takes_any or call is model:
+        return {"mask": weights}
+    if is_needed:
+        raise ValueError(
+            f"the call of {type(model).__name__} must take a `mask` for its batch norms where examples have weights: "
+            "else the statistics would count those of weight zero. Give it `mask=None`, and pass that on to the layers."
+        )
+    return {}
+
+
+def _name(objective: Objective) -> str:
+    return getattr(objective, "__name__", repr(objective))

@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from bnjax import _compat, linen
 from bnjax import nnx as layers_of_nnx
-from bnjax._objective import Objective, losses_and_correctness
+from bnjax._objective import Objective, inputs_of, losses_and_correctness, mask_options, weights_of_losses
 
 MODES = ("batch", "running", "frozen", "reestimated")
 _INVERTED = ("use_running_average", "deterministic", "eval", "inference", "test")
@@ -84,11 +84,11 @@ def linen_loss(
         collections = {**others, "params": params}
         if mode == "reestimated":
             collections["batch_stats"] = linen_batch_stats(model, collections, at, argument=argument, rngs=rngs)
-        masked = {} if weights is None else {"mask": weights}
+        masked = mask_options(model, weights, is_needed=mode == "batch" and "batch_stats" in others)
         outputs = model.apply(
-            collections, x, **_phase(argument, mode == "batch"), **masked, **options, mutable=list(others)
+            collections, *inputs_of(x), **_phase(argument, mode == "batch"), **masked, **options, mutable=list(others)
         )[0]
-        return _mean(losses_and_correctness(objective, outputs, y)[0], weights, axis_name)
+        return _mean(objective, outputs, y, weights, axis_name)
 
     return loss
 
@@ -128,12 +128,12 @@ def linen_batch_stats(
             linen.take_batch_statistics(context.module, arguments, options)
         return next_function(*arguments, **options)
 
-    masked = {} if weights is None else {"mask": weights}
+    masked = mask_options(model, weights, is_needed=True)
     keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
     # The set of mutable collections differs from that of training, since nn.jit remembers its traces by this set.
     mutable = ["batch_stats", "statistics of a batch"]
     with nn.intercept_methods(taking_statistics):
-        updates = model.apply(variables, x, **_phase(argument, True), **masked, **keys, mutable=mutable)[1]
+        updates = model.apply(variables, *inputs_of(x), **_phase(argument, True), **masked, **keys, mutable=mutable)[1]
     return updates.get("batch_stats", {})
 
 
@@ -181,7 +181,7 @@ def layers_in_order(
         return next_function(*arguments, **options)
 
     with nn.intercept_methods(remember):
-        jax.eval_shape(lambda v: model.apply(v, x, **_phase(argument, False)), dict(variables))
+        jax.eval_shape(lambda v: model.apply(v, *inputs_of(x), **_phase(argument, False)), dict(variables))
     leaves = ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(variables["params"])]
     missing = [leaf for leaf in leaves if not any(leaf == path or leaf.startswith(f"{path}/") for path in kernels)]
     if missing:
@@ -235,7 +235,7 @@ def layer_outputs(
     keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
     updates = model.apply(
         variables,
-        x,
+        *inputs_of(x),
         **_phase(argument, mode == "batch"),
         **keys,
         mutable=["intermediates", "batch_stats"],
@@ -298,7 +298,7 @@ def nnx_loss(
             if layers_of_nnx.statistics_of(module) is not None:
                 layers_of_nnx.take_batch_statistics(module)
         copy.train()
-        copy(x)
+        copy(*inputs_of(x))
         return nnx.split(copy, nnx.Param, ...)[2]
 
     held = with_statistics_of(params, at) if mode == "frozen" else others
@@ -309,8 +309,9 @@ def nnx_loss(
             copy.train()
         else:
             copy.eval()
-        outputs: Any = copy(x) if weights is None else copy(x, mask=weights)
-        return _mean(losses_and_correctness(objective, outputs, y)[0], weights, axis_name)
+        has_norms = any(layers_of_nnx.statistics_of(module) for _, module in _compat.iter_modules(copy))
+        masked = mask_options(copy, weights, is_needed=mode == "batch" and has_norms)
+        return _mean(objective, copy(*inputs_of(x), **masked), y, weights, axis_name)
 
     return loss, params
 
@@ -322,11 +323,12 @@ def _phase(argument: str | None, training: bool) -> dict[str, Any]:
     return {argument: training != (argument in _INVERTED)}
 
 
-def _mean(losses: Array, weights: Any, axis_name: Any) -> Array:
+def _mean(objective: Objective, outputs: Any, labels: Any, weights: Any, axis_name: Any) -> Array:
     """Computes the weighted mean of the examples' losses; with `axis_name`, members' values whose mean is that mean."""
+    losses = losses_and_correctness(objective, outputs, labels)[0]
     if weights is None:
         return losses.mean()
-    weights = jnp.asarray(weights).astype(losses.dtype)
+    weights = weights_of_losses(objective, losses, weights)
     total, members = weights.sum(), 1
     if axis_name is not None:
         total, members = lax.psum(total, axis_name), lax.axis_size(axis_name)

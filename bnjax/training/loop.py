@@ -12,10 +12,10 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Shaped
+from jaxtyping import Array
 
 from bnjax._compat import check_pmap, enable_x64
-from bnjax._objective import Objective, losses_and_correctness
+from bnjax._objective import Objective, inputs_of, losses_and_correctness, num_examples
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import GROUP_AXIS, SYNC_AXIS
 from bnjax.training.state import TrainState, check_groups, check_statistics, check_sync, place_state
@@ -237,8 +237,8 @@ def _by_pmap(body, mesh: Mesh, groups: int):
 def train_epoch(
     state: TrainState,
     key: Array,
-    x: Shaped[Array, "examples ..."],
-    y: Shaped[Array, " examples"],
+    x: Any,
+    y: Any,
     *,
     batch_size: int,
     objective: Objective,
@@ -250,7 +250,7 @@ def train_epoch(
     Args:
       state: parameters, running statistics and optimizer state to begin with.
       key: random key of the order.
-      x: inputs of all examples.
+      x: inputs of all examples, of JAX or NumPy; a tuple for a model of several.
       y: labels of all examples.
       batch_size: examples in a step; static.
       objective: loss and correctness of each example; static.
@@ -258,12 +258,13 @@ def train_epoch(
     Returns:
       The state after the epoch, and the means over its examples of each batch's metrics, as Keras reports them.
     """
-    count = x.shape[0]
+    x, y = jax.tree.map(jnp.asarray, (x, y))
+    count = num_examples(x)
     full = count - count % batch_size
     order = _order(jax.random.bits(key, (count,)))
 
     def step(state, index):
-        return train_step(state, x[index], y[index], objective=objective)
+        return train_step(state, *jax.tree.map(lambda v: v[index], (x, y)), objective=objective)
 
     state, metrics = lax.scan(step, state, order[:full].reshape((-1, batch_size)))
     sums = jax.tree.map(lambda m: m.sum() * batch_size, metrics)
@@ -284,14 +285,12 @@ def _order(bits: Array) -> Array:
         return lax.convert_element_type(numbers & np.uint64(2**32 - 1), jnp.int32)
 
 
-def evaluate(
-    state: TrainState, x: Shaped[Array, "examples ..."], y: Shaped[Array, " examples"], *, objective: Objective
-) -> Metrics:
+def evaluate(state: TrainState, x: Any, y: Any, *, objective: Objective) -> Metrics:
     """Computes loss and correctness of each example, normalized by the running statistics.
 
     Args:
       state: parameters and running statistics.
-      x: inputs of all examples.
+      x: inputs of all examples, a tuple for a model of several.
       y: labels of all examples.
       objective: loss and correctness of each example; static.
 
@@ -302,7 +301,8 @@ def evaluate(
       ValueError: for a state whose groups of devices keep their statistics apart.
     """
     check_groups(state, None, "evaluate")
-    outputs = state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    outputs = state.apply_fn(variables, *inputs_of(x), training=False)
     losses, correct = losses_and_correctness(objective, outputs, y)
     return Metrics(losses, correct.astype(losses.dtype))
 
@@ -354,4 +354,5 @@ def evaluate_in_batches(
 def _weighted_sums(state: TrainState, batch: Batch, objective: Objective, preprocess: Preprocess | None) -> Array:
     x = batch.x if preprocess is None else preprocess(batch.x, None)
     metrics = evaluate(state, x, batch.y, objective=objective)
-    return jnp.stack([(batch.weights * values).sum() for values in metrics])
+    of_examples = (jnp.reshape(values, (num_examples(batch.x), -1)).mean(1) for values in metrics)
+    return jnp.stack([(batch.weights * values).sum() for values in of_examples])

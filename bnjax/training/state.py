@@ -9,8 +9,9 @@ import optax
 from flax.training import train_state
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from jaxtyping import Array, Shaped
+from jaxtyping import Array
 
+from bnjax._objective import inputs_of
 from bnjax._sync import Moments, merge_moments
 from bnjax.linen import is_running, statistics_of
 from bnjax.training import mesh as devices
@@ -37,18 +38,16 @@ class TrainState(train_state.TrainState):
         return None if self.examples_seen is None else self.examples_seen.shape[0]
 
 
-def create_train_state(
-    model: Any, optimizer: optax.GradientTransformation, key: Array, x: Shaped[Array, "batch ..."]
-) -> TrainState:
+def create_train_state(model: Any, optimizer: optax.GradientTransformation, key: Array, x: Any) -> TrainState:
     """Creates the state at step 0 of a Flax model, initialized for inputs like `x`.
 
     Args:
       model: linen module whose call takes `(x, training=…)`.
       optimizer: optax gradient transformation.
       key: random key of the initial parameters.
-      x: a batch of inputs; only its shape and dtype matter.
+      x: a batch of inputs, of which only shape and dtype matter; a tuple for a model of several.
     """
-    variables = model.init(key, x, training=False)
+    variables = model.init(key, *inputs_of(x), training=False)
     state = TrainState.create(
         apply_fn=model.apply,
         params=variables["params"],

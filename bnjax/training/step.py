@@ -1,5 +1,6 @@
 """The one step body of all training, on one device, on several together, and in micro-batches."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,14 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax._moments import has_weight
-from bnjax._objective import Objective, losses_and_correctness
+from bnjax._objective import (
+    Objective,
+    inputs_of,
+    losses_and_correctness,
+    mask_options,
+    num_examples,
+    weights_of_losses,
+)
 from bnjax._sync import AxisName, Moments, merge_moments, vary_like
 from bnjax.linen import statistics_of
 from bnjax.norm import update_batch_stats
@@ -100,15 +108,15 @@ def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objectiv
     """Returns sums over a batch: the weighted loss, and beside it metrics, weight and the updated collection."""
     x, y, weights, keys = batch
     variables = {"params": params, "batch_stats": state.batch_stats}
-    options = {} if weights is None else {"mask": weights}
+    options = mask_options(state.apply_fn, weights, is_needed=bool(jax.tree.leaves(state.batch_stats)))
     if keys is not None:
         options["keys"] = keys
     if rngs is not None:
         options["rngs"] = rngs
-    outputs, updates = state.apply_fn(variables, x, training=True, mutable=[mutable], **options)
+    outputs, updates = state.apply_fn(variables, *inputs_of(x), training=True, mutable=[mutable], **options)
     losses, correct = losses_and_correctness(objective, outputs, y)
     losses = losses.astype(_sum_dtype(params, x))
-    weights = jnp.ones_like(losses) if weights is None else weights.astype(losses.dtype)
+    weights = weights_of_losses(objective, losses, weights)
     metrics = Metrics((weights * losses).sum(), (weights * correct.astype(losses.dtype)).sum())
     return metrics.loss, (metrics, weights.sum(), updates.get(mutable, {}))
 
@@ -121,9 +129,9 @@ def _sum_dtype(params: Any, x: Any) -> Any:
 
 def train_step(
     state: TrainState,
-    x: Shaped[Array, "batch ..."],
-    y: Shaped[Array, " batch"],
-    weights: Shaped[Array, " batch"] | None = None,
+    x: Any,
+    y: Any,
+    weights: Shaped[ArrayLike, "batch ..."] | None = None,
     keys: Shaped[Array, " batch"] | None = None,
     *,
     objective: Objective,
@@ -135,9 +143,10 @@ def train_step(
 
     Args:
       state: parameters, running statistics and optimizer state.
-      x: inputs of the batch; with `axis_name`, the part of this member.
+      x: inputs of the batch, a tuple for a model of several; with `axis_name`, the part of this member.
       y: labels of the batch.
-      weights: weights of the examples, in the loss and (as `mask`) in the batch norms; zero for padding.
+      weights: weights of the examples `[batch]`, or of parts of them such as tokens `[batch, time]`, in the loss and
+        (as `mask`) in the batch norms; zero for padding.
       keys: a random key for each example, for models that take `keys`.
       objective: loss of each example, and whether it is classified correctly (else the accuracy is NaN); static.
       axis_name: mapped axis or axes whose members train on one batch together; static.
@@ -151,17 +160,18 @@ def train_step(
       The next state, and the means over the batch of the metrics before the update.
 
     Raises:
-      ValueError: if `accumulate_steps` is not positive or does not divide the batch.
+      ValueError: if `accumulate_steps` is not positive or does not divide the batch; for weights whose dimensions are
+        not the first of the losses, or with which a model has batch norms but its call no `mask`.
     """
     check_accumulate_steps(accumulate_steps)
+    x, y = jax.tree.map(jnp.asarray, (x, y))
     if weights is not None:
         weights = jnp.asarray(weights)
         if jnp.issubdtype(weights.dtype, jnp.integer):
             weights = weights.astype(jnp.float32)  # batch norms take integers for booleans, as Flax does
-        if jnp.issubdtype(x.dtype, jnp.floating):  # not even NaN of a padding example may reach the parameters
-            x = jnp.where(has_weight(weights.reshape((-1,) + (1,) * (x.ndim - 1))), x, 0)
+        x = jax.tree.map(functools.partial(_without_padding, weights), x)
     batch = Batch(x, y, weights, keys)
-    expected = x.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    expected = num_examples(x) * (1 if axis_name is None else lax.axis_size(axis_name))
     sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, expected, rngs)
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
@@ -169,6 +179,13 @@ def train_step(
     grads = jax.tree.map(lambda g: g * (expected / total).astype(g.dtype), sums.grads)
     metrics = jax.tree.map(lambda m: m / total, sums.metrics)
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
+
+
+def _without_padding(weights: Array, x: Any) -> Any:
+    """Returns inputs with zeros where the weight is zero, lest NaN of a padding example reach the parameters."""
+    if not jnp.issubdtype(x.dtype, jnp.floating) or weights.shape != x.shape[: weights.ndim]:
+        return x
+    return jnp.where(has_weight(weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))), x, 0)
 
 
 def check_accumulate_steps(steps: int) -> None:
@@ -181,7 +198,7 @@ def _accumulate(
     state: TrainState, batch: Batch, objective: Objective, steps: int, expected: int, rngs: Any = None
 ) -> tuple[_Sums, Any]:
     """Returns the sums over the examples of this member, in micro-batches, and the moved running statistics."""
-    params = vary_like(state.params, batch.x)
+    params = vary_like(state.params, first := jax.tree.leaves(batch.x)[0])
 
     def sums_of(batch: Batch, mutable: str):
         def loss(params):
@@ -193,8 +210,8 @@ def _accumulate(
 
     if steps == 1:
         return sums_of(batch, "batch_stats")
-    if batch.x.shape[0] % steps:
-        raise ValueError(f"accumulate_steps must divide the {batch.x.shape[0]} examples of a device, got {steps}.")
+    if num_examples(batch.x) % steps:
+        raise ValueError(f"accumulate_steps must divide the {num_examples(batch.x)} examples of a device, got {steps}.")
     layers: dict[tuple[str, ...], Any] = {}
 
     def micro_step(sums, micro_batch):
@@ -205,7 +222,7 @@ def _accumulate(
     micro_batches = jax.tree.map(lambda v: v.reshape((-1, steps, *v.shape[1:])).swapaxes(0, 1), batch)
     zero = jnp.zeros((), _sum_dtype(params, batch.x))
     start = _Sums(jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero), zero)
-    sums, moments = lax.scan(micro_step, vary_like(start, batch.x), micro_batches)
+    sums, moments = lax.scan(micro_step, vary_like(start, first), micro_batches)
     return sums, _moved_once(state.batch_stats, moments, layers)
 
 
@@ -241,6 +258,7 @@ def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...],
     return unflatten_dict(stats)
 
 
-def gradients(state: TrainState, x: Shaped[Array, "batch ..."], y: Shaped[Array, " batch"], *, objective: Objective):
+def gradients(state: TrainState, x: Any, y: Any, *, objective: Objective):
     """Computes the gradient of the mean training loss of a batch by the parameters."""
-    return _accumulate(state, Batch(x, y), objective, 1, x.shape[0])[0].grads
+    x, y = jax.tree.map(jnp.asarray, (x, y))
+    return _accumulate(state, Batch(x, y), objective, 1, num_examples(x))[0].grads
