@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.errors import InvalidRngError
@@ -11,6 +12,10 @@ from jaxtyping import ArrayLike
 
 from bnjax import _checks, _layers
 from bnjax._layers import Statistics
+from bnjax._sync import with_counts_of_features
+
+MOMENTS_OF_CALLS = "moments of calls"
+"""The variable in which a layer with `keeps_moments` keeps them, by call, in place of moving its statistics."""
 
 
 def statistics_of(module: nn.Module) -> Statistics | None:
@@ -46,7 +51,7 @@ class _Normalizer(nn.BatchNorm):
     """The base of all layers, with their arguments, variables and call; each layer declares its function."""
 
     declared = _layers.BATCH_NORM
-    takes_batch_statistics = False
+    takes_batch_statistics = keeps_moments = False
 
     axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
     axis_name: str | tuple[str, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -105,8 +110,12 @@ class _Normalizer(nn.BatchNorm):
             **call_options,
         )
         if m is not None and not self.is_initializing():
-            if self.is_mutable_collection("moments"):
-                self.sow("moments", "batch", m)
+            if self.keeps_moments:
+                how = {"momentum": self.momentum, "bessel_correction": getattr(self, "bessel_correction", False)}
+                kept = {"moments": with_counts_of_features(m), **jax.tree.map(jnp.asarray, how)}
+                self.sow(
+                    "batch_stats", MOMENTS_OF_CALLS, kept
+                )  # there, since models carry it through Flax's transforms
             else:
                 mean.value, var.value = batch_stats["mean"], batch_stats["var"]
         return y

@@ -12,17 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compositions import COLUMNS, FLAX, ROWS, SPLITS, P, X, mesh_of
+from compositions import COLUMNS, FLAX, OTHER, ROWS, SPLITS, P, X, mesh_of
 from jax.sharding import AxisType, NamedSharding
 
 import bnjax
 from bnjax.linen import BatchNorm
-
-# Cells that mean something else there than the definition of the row, and why.
-OTHER = {
-    (row, "manual, two axes"): "a ghost batch does not span devices, and there each of them has a single example"
-    for row in ("ghost_batch_norm", "linen.GhostBatchNorm", "nnx.GhostBatchNorm")
-}
 
 
 def cells():

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
@@ -23,8 +22,9 @@ from bnjax._objective import (
     weights_of_losses,
 )
 from bnjax._sync import AxisName, Moments, merge_moments, vary_like
-from bnjax.linen import statistics_of
-from bnjax.norm import update_batch_stats
+from bnjax.inference import _calls
+from bnjax.linen import MOMENTS_OF_CALLS, statistics_of
+from bnjax.norm import unbiased_var, update_batch_stats
 from bnjax.training.state import TrainState
 
 
@@ -104,8 +104,8 @@ class _Sums(NamedTuple):
     weight: Array
 
 
-def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objective, mutable: str, rngs: Any):
-    """Returns sums over a batch: the weighted loss, and beside it metrics, weight and the updated collection."""
+def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objective, rngs: Any):
+    """Returns sums over a batch: the weighted loss, and beside it metrics, weight and the updated statistics."""
     x, y, weights, keys = batch
     variables = {"params": params, "batch_stats": state.batch_stats}
     options = mask_options(state.apply_fn, weights, is_needed=bool(jax.tree.leaves(state.batch_stats)))
@@ -113,12 +113,12 @@ def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objectiv
         options["keys"] = keys
     if rngs is not None:
         options["rngs"] = rngs
-    outputs, updates = state.apply_fn(variables, *inputs_of(x), training=True, mutable=[mutable], **options)
+    outputs, updates = state.apply_fn(variables, *inputs_of(x), training=True, mutable=["batch_stats"], **options)
     losses, correct = losses_and_correctness(objective, outputs, y)
     losses = losses.astype(_sum_dtype(params, x))
     weights = weights_of_losses(objective, losses, weights)
     metrics = Metrics((weights * losses).sum(), (weights * correct.astype(losses.dtype)).sum())
-    return metrics.loss, (metrics, weights.sum(), updates.get(mutable, {}))
+    return metrics.loss, (metrics, weights.sum(), updates.get("batch_stats", {}))
 
 
 def _sum_dtype(params: Any, x: Any) -> Any:
@@ -200,62 +200,69 @@ def _accumulate(
     """Returns the sums over the examples of this member, in micro-batches, and the moved running statistics."""
     params = vary_like(state.params, first := jax.tree.leaves(batch.x)[0])
 
-    def sums_of(batch: Batch, mutable: str):
+    def sums_of(batch: Batch):
         def loss(params):
-            value, aux = _loss_sums(params, state, batch, objective, mutable, rngs)
+            value, aux = _loss_sums(params, state, batch, objective, rngs)
             return value / expected, aux
 
         grads, (metrics, weight, updates) = jax.grad(loss, has_aux=True)(params)
         return _Sums(grads, metrics, weight), updates
 
     if steps == 1:
-        return sums_of(batch, "batch_stats")
+        return sums_of(batch)
     if num_examples(batch.x) % steps:
         raise ValueError(f"accumulate_steps must divide the {num_examples(batch.x)} examples of a device, got {steps}.")
-    layers: dict[tuple[str, ...], Any] = {}
 
     def micro_step(sums, micro_batch):
-        with nn.intercept_methods(_remember_batch_norms(layers)):
-            more, moments = sums_of(micro_batch, "moments")
-        return jax.tree.map(jnp.add, sums, more), moments
+        with _calls.intercept(_calls.is_norm, _keep_moments):
+            more, updates = sums_of(micro_batch)
+        return jax.tree.map(jnp.add, sums, more), updates
 
     micro_batches = jax.tree.map(lambda v: v.reshape((-1, steps, *v.shape[1:])).swapaxes(0, 1), batch)
     zero = jnp.zeros((), _sum_dtype(params, batch.x))
     start = _Sums(jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero), zero)
-    sums, moments = lax.scan(micro_step, vary_like(start, first), micro_batches)
-    return sums, _moved_once(state.batch_stats, moments, layers)
+    sums, updates = lax.scan(micro_step, vary_like(start, first), micro_batches)
+    return sums, _moved_once(state.batch_stats, updates)
 
 
-def _remember_batch_norms(layers: dict[tuple[str, ...], Any]):
-    """Returns a Flax interceptor that collects the batch norms by their path in `layers`."""
-
-    def intercept(next_function, arguments, options, context):
-        module = context.module
-        statistics = statistics_of(module)
-        if statistics is not None and statistics.moves:
-            if not (statistics.merges and statistics.are_given):
-                raise ValueError(
-                    f"accumulate_steps moves the running statistics once, by merged moments, which "
-                    f"{'/'.join(module.path)} ({type(module).__name__}) does not give. Use bnjax.linen.BatchNorm."
-                )
-            layers[module.path] = module
-        return next_function(*arguments, **options)
-
-    return intercept
+def _keep_moments(module: Any, call: Any, x: Any, options: dict[str, Any]) -> Any:
+    """Calls a batch norm so that it keeps the moments of its input in place of moving its statistics."""
+    statistics = statistics_of(module)
+    if statistics is not None and statistics.moves:
+        if not (statistics.merges and statistics.are_given):
+            raise ValueError(
+                f"accumulate_steps moves the running statistics once, by merged moments, which "
+                f"{'/'.join(module.path)} ({type(module).__name__}) does not give. Use bnjax.linen.BatchNorm."
+            )
+        object.__setattr__(module, "keeps_moments", True)  # the module is this call's own copy
+    return call(x, **options)
 
 
-def _moved_once(batch_stats: Any, moments: Any, layers: Mapping[tuple[str, ...], Any]) -> Any:
-    """Moves running statistics once, by the merged moments of all micro-batches, stacked along the first axis."""
+def _moved_once(batch_stats: Any, updates: Any) -> Any:
+    """Moves running statistics once, by the merged moments of all micro-batches, which the first axis is over.
+
+    Further axes before the features' are those of Flax's scan and vmap; each of their layers moves by its own momentum.
+    """
     stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
-    stacked: dict[tuple[str, ...], Any] = dict(flatten_dict(moments))
-    for path, layer in layers.items():
-        for calls in stacked.get((*path, "batch"), ()):
-            first, rest = (Moments(*(v[part] for v in calls)) for part in (0, slice(1, None)))
+    for path, calls in flatten_dict(updates).items():
+        if path[-1] != MOMENTS_OF_CALLS:
+            continue
+        for kept in calls:
+            first, rest = (jax.tree.map(lambda v, part=part: v[part], kept["moments"]) for part in (0, slice(1, None)))
             merged = lax.scan(lambda a, b: (merge_moments(a, b), None), first, rest)[0]
-            old = {name: stats[*path, name] for name in ("mean", "var")}
-            new = update_batch_stats(old, merged, momentum=layer.momentum, bessel_correction=layer.bessel_correction)
-            stats.update({(*path, name): value for name, value in new.items()})
+            how = [kept[name][0] for name in ("momentum", "bessel_correction")]
+            move = _move
+            for _ in range(how[0].ndim):
+                move = jax.vmap(move)
+            names = {name: (*path[:-1], name) for name in ("mean", "var")}
+            new = move({name: stats[own] for name, own in names.items()}, merged, *how)
+            stats |= {own: new[name] for name, own in names.items()}
     return unflatten_dict(stats)
+
+
+def _move(old: Any, m: Moments, momentum: Array, bessel_correction: Array) -> Any:
+    corrected = m._replace(var=jnp.where(bessel_correction, unbiased_var(m), m.var))
+    return update_batch_stats(old, corrected, momentum=momentum)
 
 
 def gradients(state: TrainState, x: Any, y: Any, *, objective: Objective):

@@ -1,0 +1,101 @@
+"""Composes every function and layer with what JAX does: `python tools/check_compositions.py [--page]`.
+
+Each cell of the matrix in `tests/compositions.py`, and the same for Flax's layers, is compared with its definition in
+float64. What was found is written to docs/compositions.json, and its table to docs/compositions.md; `--page` writes the
+table alone. The whole matrix takes half an hour on two cores.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RECORD, PAGE = (ROOT / "docs" / f"compositions.{ending}" for ending in ("json", "md"))
+BLOCK = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)
+FIRST = ("flax.linen.BatchNorm", "flax.nnx.BatchNorm", "linen.BatchNorm", "nnx.BatchNorm", "batch_norm")
+RIGHT = "right"
+
+
+def main() -> int:
+    """Runs the matrix and writes record and page; returns 1 where a cell of ours is not right."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return 0
+    if "--page" not in sys.argv:
+        RECORD.write_text(json.dumps(run(), indent=1) + "\n")
+    record = json.loads(RECORD.read_text())
+    PAGE.write_text(page(PAGE.read_text(), record))
+    others = set(record["other"])
+    return int(
+        any(
+            found != RIGHT and f"{row}, {column}" not in others
+            for row, cells in record["cells"].items()
+            if not row.startswith("flax")
+            for column, found in cells.items()
+        )
+    )
+
+
+def run() -> dict[str, Any]:
+    """Checks all cells; says of each that is not right what it is."""
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    sys.path.insert(0, str(ROOT / "tests"))
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_platforms", "cpu")
+    import compositions
+
+    cells: dict[str, dict[str, str]] = {}
+    for name, row in {**compositions.FLAX, **compositions.ROWS}.items():
+        cells[name] = {}
+        for column in compositions.COLUMNS:
+            if row.has_inference or column != "export, inference":
+                cells[name][column] = outcome(lambda row=row, column=column: compositions.check(row, column))
+        wrong = {column: found for column, found in cells[name].items() if found != RIGHT}
+        print(f"{name}: {len(cells[name]) - len(wrong)} of {len(cells[name])} right", wrong or "", flush=True)
+    versions = {package: metadata.version(package) for package in ("jax", "flax")}
+    other = {f"{row}, {column}": reason for (row, column), reason in compositions.OTHER.items()}
+    return {"versions": versions, "other": other, "cells": cells}
+
+
+def outcome(check: Callable[[], Any]) -> str:
+    """Says what a cell is."""
+    try:
+        check()
+    except AssertionError:
+        return "wrong"
+    except Exception as error:
+        return type(error).__name__
+    return RIGHT
+
+
+def page(text: str, record: dict[str, Any]) -> str:
+    """Returns the page with the table of a record."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{table(record)}\n{match[2]}", text)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Returns Markdown of the matrix, the rows of most interest in columns of their own, with notes below."""
+    cells = record["cells"]
+    others = [row for row in cells if row not in FIRST]
+    header = ["", *(f"`{row}`" for row in FIRST), f"the {len(others)} others"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for column in cells[FIRST[0]]:
+        of = [cells[row][column] for row in others if column in cells[row]]
+        counted = [record["other"].get(f"{row}, {column}") is None for row in others if column in cells[row]]
+        right = sum(found == RIGHT for found in of)
+        shown = ["✓" if (found := cells[row][column]) == RIGHT else found for row in FIRST]
+        lines.append(f"| {' | '.join([column, *shown, f'{right} of {sum(counted)}'])} |")
+    made = " and ".join(f"{package} {version}" for package, version in record["versions"].items())
+    notes = [f"- {cell}: {reason}." for cell, reason in record["other"].items()]
+    return "\n".join([*lines, "", f"With {made}. Not counted:", "", *notes])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
