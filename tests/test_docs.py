@@ -92,20 +92,6 @@ def test_the_page_of_versions_shows_its_record(monkeypatch):
     assert not any(row["failed"] for row in record.values())
 
 
-def test_the_page_of_compositions_shows_its_record(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests")
-    tool = script(ROOT / "tools" / "check_compositions.py")
-    record, text = json.loads(tool.RECORD.read_text()), tool.PAGE.read_text()
-    assert text == tool.page(text, record), "it is made by: python tools/check_compositions.py --page"
-    matrix = importlib.import_module("compositions")
-    assert list(record["cells"]) == [*matrix.FLAX, *matrix.ROWS]
-    assert list(record["cells"]["batch_norm"]) == list(matrix.COLUMNS)
-    assert set(record["other"]) == {", ".join(cell) for cell in matrix.OTHER}
-    for row in matrix.ROWS:
-        wrong = {f"{row}, {column}" for column, found in record["cells"][row].items() if found != tool.RIGHT}
-        assert wrong <= set(record["other"])
-
-
 def test_published_pages_show_the_published_records():
     pages = script(ROOT / "tools" / "make_results.py")
     studies = {name: saved for name in pages.STUDIES if (saved := pages.published(name))}

@@ -244,7 +244,8 @@ def _moved_once(batch_stats: Any, updates: Any) -> Any:
     Further axes before the features' are those of Flax's scan and vmap; each of their layers moves by its own momentum.
     """
     stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
-    for path, calls in flatten_dict(updates).items():
+    kept_by_path: dict[tuple[str, ...], Any] = dict(flatten_dict(updates))
+    for path, calls in kept_by_path.items():
         if path[-1] != MOMENTS_OF_CALLS:
             continue
         for kept in calls:
