@@ -20,12 +20,12 @@ RIGHT = "right"
 TEXT = """# Inside other programs
 
 Batch norm is used inside other people's programs: under `vmap` and `scan`, in a checkpointed block, in an exported
-function, on a mesh whose axes split the batch, the features or space. Every function and layer was composed with each of
-these, and its values (and, where devices, `remat` or strictness are concerned, its gradients) were compared with its
+function, on a mesh whose axes split the batch, the features or space. Every function and layer was composed with each
+of these, and its values (and, where devices, `remat` or strictness are concerned, its gradients) were compared with its
 definition in float64. The same was done with Flax's layers.
 
-"Automatic" is a jitted function of arrays that are split over a mesh of 4 × 2 devices, "explicit" one with JAX's explicit
-shardings, "manual" a `shard_map` over both axes with `axis_name`, "partially manual" one over the first axis, with the
+"Automatic" is a jitted function of arrays that are split over a mesh of 4 × 2 devices, "explicit" one with JAX's
+explicit shardings, "manual" a `shard_map` over both axes with `axis_name`, "partially manual" one over the first axis, with the
 second left to XLA. The devices are simulated on a CPU.
 
 TABLE
