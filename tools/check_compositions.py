@@ -25,8 +25,8 @@ of these, and its values (and, where devices, `remat` or strictness are concerne
 definition in float64. The same was done with Flax's layers.
 
 "Automatic" is a jitted function of arrays that are split over a mesh of 4 × 2 devices, "explicit" one with JAX's
-explicit shardings, "manual" a `shard_map` over both axes with `axis_name`, "partially manual" one over the first axis, with the
-second left to XLA. The devices are simulated on a CPU.
+explicit shardings, "manual" a `shard_map` over both axes with `axis_name`, "partially manual" one over the first axis,
+with the second left to XLA. The devices are simulated on a CPU.
 
 TABLE
 
