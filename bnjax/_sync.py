@@ -10,7 +10,7 @@ A batch may lie in parts in these ways:
 | shards of an array that XLA split | `merge_over_shards`       | mean, then mean squares about it    | XLA's sum*  |
 | ghost batches                     | `average_moments`         | averages, not merged                | one sum     |
 
-(*) Two sums among more than 64 parts.
+(*) Two sums among more than 256 parts.
 
 The variance needs the joint mean, so that its formula takes two sums, one after the other. Across devices a sum costs
 more than arithmetic. Each device therefore puts its moments into a place of its own in one array, the sum of those
@@ -46,7 +46,8 @@ from bnjax._compat import as_varying, varying_axes
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
-_MOST_EXCHANGED = 64  # parts whose moments are exchanged whole; of more, a second sum costs less than their volume
+_MOST_EXCHANGED = 256  # parts whose moments are exchanged whole; of more, a second sum costs less than their volume
+_MOST_PARTS = 64  # parts into which an array is divided along further axes than that of the batch
 
 
 class Moments(NamedTuple):
@@ -285,7 +286,7 @@ def shards_of(x: jax.Array, axes: Sequence[int]) -> dict[int, int]:
             possible = math.gcd(possible, max(1, int(room)))
         if explicit * possible > 1:
             parts[axis] = explicit * possible
-        room = _MOST_EXCHANGED // math.prod(parts.values())
+        room = _MOST_PARTS // math.prod(parts.values())
     return parts
 
 

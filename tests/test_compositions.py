@@ -125,6 +125,12 @@ def test_no_more_collectives_than_flax_and_none_under_a_condition(name, manual):
         assert counts[0] <= counts[1], counts
 
 
+@pytest.mark.parametrize("column", ["manual, two axes", "automatic, batch and space", "partially manual, features"])
+def test_many_parts_are_merged_by_two_sums(column, monkeypatch):
+    monkeypatch.setattr(bnjax._sync, "_MOST_EXCHANGED", 1)
+    compositions.check(ROWS["batch_norm"], column)
+
+
 # --- inference --------------------------------------------------------------------------------------------------------
 
 
