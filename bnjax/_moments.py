@@ -150,7 +150,8 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
     @keeping_arguments
     def by_x(x, weights, mean, count, dx):
         n = expand(nonzero(count), x.ndim, axes)
-        weighted = dx.astype(mean.dtype) / n if weights is None else _weigh(dx.astype(mean.dtype), _shares(weights, n))
+        shares = None if weights is None else weights.astype(mean.dtype) / n
+        weighted = dx.astype(mean.dtype) / n if shares is None else _weigh(dx.astype(mean.dtype), shares)
         centered = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
         if weights is not None:
             centered = jnp.where(has_weight(weights), centered, 0)  # NaN times a zero cotangent would be NaN
@@ -191,7 +192,7 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
 
     def of_parts(x: Array, weights: Array | None, axes_to_split: tuple[int, ...]) -> Moments:
         if not axes_to_split:
-            return _local_moments(x, weights, axes, samples, is_shard=True)
+            return _local_moments(x, weights, axes, samples)
         axis, *others = axes_to_split
         x, weights_axis = split_axis(x, axis, parts[axis]), None
         if weights is not None and weights.shape[axis] != 1:
@@ -201,9 +202,7 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     return merge_over_shards(of_parts(x, weights, tuple(parts)), len(parts), counts_differ=counts_differ)
 
 
-def _local_moments(
-    x: Array, weights: Array | None, axes: tuple[int, ...], samples: int = _SAMPLES, *, is_shard: bool = False
-) -> Moments:
+def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], samples: int = _SAMPLES) -> Moments:
     """Computes moments of the local batch in one read of `x` about a provisional mean, that of sampled elements."""
     dtype = _dtypes.wide(x.dtype)
     steps = _sampling(x, axes, samples)
@@ -223,8 +222,8 @@ def _local_moments(
         return m._replace(count=count)
     # The weights may have hidden most or all of the sample; then the moments are taken again, about the first mean.
     # A condition would depend on data that differs between devices, whose sums over what XLA has split would wait for
-    # each other forever; and under vmap it computes both anyway.
-    if is_shard or is_split_by_xla(x):
+    # each other forever.
+    if is_split_by_xla(x):
         return _moments_about(m.mean, x, weights, axes, relative_count)[0]._replace(count=count)
     is_poor = ~jnp.all(jnp.square(offset) <= _POOR_SHIFT * m.var)  # also where the squares overflow
     m = lax.cond(is_poor, lambda m: _moments_about(m.mean, x, weights, axes, relative_count)[0], lambda m: m, m)
@@ -297,11 +296,6 @@ def _of_size_one(weights: Array, dtype: Any, shape: Shape, axes: tuple[int, ...]
     bits = jnp.finfo(dtype)
     unit = lax.reduce_precision(jnp.maximum(largest / 2, bits.tiny), bits.nexp, 0)
     return weights.astype(dtype) / unit, _of_features(unit.squeeze(reduced), shape, axes)
-
-
-def _shares(weights: Array, count: Array) -> Array:
-    """Returns the weights in parts of their total."""
-    return weights.astype(count.dtype) / count
 
 
 def _count(weights: Array, shape: Shape, axes: tuple[int, ...]) -> Array:

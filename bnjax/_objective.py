@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array
 
 Objective = Callable[[Any, Any], Any]
@@ -80,10 +79,9 @@ def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]
     if weights is None:
         return {}
     model = getattr(model, "__self__", model)
-    call = type(model).__call__ if isinstance(model, nn.Module) or not inspect.isroutine(model) else model
-    parameters = inspect.signature(call).parameters
+    parameters = {} if inspect.isroutine(model) else inspect.signature(type(model).__call__).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    if "mask" in parameters or takes_any or call is model:
+    if "mask" in parameters or takes_any or inspect.isroutine(model):
         return {"mask": weights}
     if is_needed:
         raise ValueError(

@@ -257,7 +257,7 @@ def _sum_over(axis_name: AxisName, groups: Groups | None) -> Callable[[Any], Any
     return functools.partial(psum, axis_name=axis_name, groups=groups)
 
 
-def _vmapped_group_sum(x: Any, axis_name: AxisName, groups: Groups) -> jax.Array:
+def _vmapped_group_sum(x: Any, axis_name: AxisName, groups: Groups) -> Any:
     """Sums over groups of a vmapped axis, which has no collectives for groups: gathers all, selects the own group."""
     group_of = np.argsort(np.concatenate(groups)) // len(groups[0])
     members = jnp.asarray(groups)[jnp.asarray(group_of)[lax.axis_index(axis_name)]]
@@ -330,13 +330,6 @@ def select(condition: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.where(match_explicit_sharding(condition, x), x, match_explicit_sharding(other, x))
 
 
-def without_explicit_sharding(x: jax.Array) -> jax.Array:
-    """Returns `x` whole on all devices, even if explicit sharding had split it."""
-    if not _has_explicit_sharding(x):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P()))
-
-
 def shard_like(values: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     """Gives an axis of `values` the explicit sharding that it has in `x`, if any; XLA chooses all others itself."""
     spec = _explicit_spec(x, axis)
@@ -345,13 +338,12 @@ def shard_like(values: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     return jax.sharding.reshard(values, NamedSharding(jax.typeof(x).sharding.mesh, P(*[None] * axis, spec)))
 
 
-def vary_like(tree: Any, x: jax.Array, but: AxisName | None = None) -> Any:
-    """Types the arrays of a tree as varying over the mesh axes over which `x` varies, except those named by `but`.
+def vary_like(tree: Any, x: jax.Array) -> Any:
+    """Types the arrays of a tree as varying over the mesh axes over which `x` varies.
 
     shard_map's replication checking needs these types: derivatives by such arrays are local.
     """
-    excluded = but if isinstance(but, tuple) else (but,)
-    wanted = {axis for axis in varying_axes(x) if axis not in excluded}
+    wanted = varying_axes(x)
 
     def vary(leaf):
         axes = tuple(wanted - varying_axes(leaf))

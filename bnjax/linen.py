@@ -113,9 +113,8 @@ class _Normalizer(nn.BatchNorm):
             if self.keeps_moments:
                 how = {"momentum": self.momentum, "bessel_correction": getattr(self, "bessel_correction", False)}
                 kept = {"moments": with_counts_of_features(m), **jax.tree.map(jnp.asarray, how)}
-                self.sow(
-                    "batch_stats", MOMENTS_OF_CALLS, kept
-                )  # there, since models carry it through Flax's transforms
+                # A model that Flax's transforms scan or map takes its statistics along.
+                self.sow("batch_stats", MOMENTS_OF_CALLS, kept)
             else:
                 mean.value, var.value = batch_stats["mean"], batch_stats["var"]
         return y

@@ -38,7 +38,7 @@ STATS = {"mean": _DRAWN.normal(3, 0.3, 4).astype(np.float32), "var": _DRAWN.unif
 # --- definitions ------------------------------------------------------------------------------------------------------
 
 
-def _moments(x, p=2):
+def _moments(x):
     mean = x.mean(REDUCED)
     return mean, ((x - mean) ** 2).mean(REDUCED)
 
@@ -393,15 +393,12 @@ def _partitioned(kind, spec):
     return column
 
 
-def _manual(names, spec, rest=None, parts=None):
+def _manual(names, axis_name, spec, rest=None):
     """In shard_map over some axes, the others left to XLA; derivatives are taken outside."""
 
     def column(row):
         mesh = mesh_of(AxisType.Auto)
         over = {"axis_names": set(names)} if set(names) != {"data", "model"} else {}
-        axis_name = names if len(names) > 1 else names[0]
-        if parts is not None:
-            axis_name = parts
         out = (P() if row.definition is only_moments else spec, P())
         mapped = jax.shard_map(
             functools.partial(row.call, axis_name=axis_name),
@@ -459,11 +456,11 @@ COLUMNS = {
     "x64": _x64,
     **{f"automatic, {name}": _partitioned(AxisType.Auto, spec) for name, spec in SPLITS.items()},
     **{f"explicit, {name}": _partitioned(AxisType.Explicit, spec) for name, spec in SPLITS.items()},
-    "manual, batch": _manual(("data", "model"), P("data"), parts="data"),
-    "manual, two axes": _manual(("data", "model"), P(("data", "model"))),
-    "partially manual, features": _manual(("data",), P("data"), P("data", None, None, "model")),
-    "partially manual, batch": _manual(("data",), P("data"), P(("data", "model"))),
-    "partially manual, space": _manual(("data",), P("data"), P("data", "model")),
+    "manual, batch": _manual(("data", "model"), "data", P("data")),
+    "manual, two axes": _manual(("data", "model"), ("data", "model"), P(("data", "model"))),
+    "partially manual, features": _manual(("data",), "data", P("data"), P("data", None, None, "model")),
+    "partially manual, batch": _manual(("data",), "data", P("data"), P(("data", "model"))),
+    "partially manual, space": _manual(("data",), "data", P("data"), P("data", "model")),
     "pmap": _pmap,
 }
 

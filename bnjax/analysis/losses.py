@@ -302,6 +302,7 @@ def nnx_loss(
         return nnx.split(copy, nnx.Param, ...)[2]
 
     held = with_statistics_of(params, at) if mode == "frozen" else others
+    has_norms = any(layers_of_nnx.statistics_of(module) for _, module in _compat.iter_modules(model))
 
     def loss(params: Any, x: Any, y: Any, weights: Any = None) -> Array:
         copy = merged(params, with_statistics_of(params, at) if mode == "reestimated" else held)
@@ -309,7 +310,6 @@ def nnx_loss(
             copy.train()
         else:
             copy.eval()
-        has_norms = any(layers_of_nnx.statistics_of(module) for _, module in _compat.iter_modules(copy))
         masked = mask_options(copy, weights, is_needed=mode == "batch" and has_norms)
         return _mean(objective, copy(*inputs_of(x), **masked), y, weights, axis_name)
 

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import _checks
 from bnjax._moments import moments
+from bnjax._objective import inputs_of
 from bnjax._sync import Moments, merge_moments, with_counts_of_features
 from bnjax.inference import _calls
 from bnjax.linen import statistics_of
@@ -95,7 +96,7 @@ def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) 
         with _calls.intercept(_calls.is_norm, note):
             return apply_fn(variables, *arguments, **options, mutable=("batch_stats",))
 
-    jax.eval_shape(run, variables, *_arguments(batch))
+    jax.eval_shape(run, variables, *inputs_of(batch))
     return paths
 
 
@@ -133,10 +134,6 @@ def _read(batches: Any) -> Any:
     return batches() if callable(batches) else batches
 
 
-def _arguments(batch: Any) -> tuple:
-    return batch if isinstance(batch, tuple) else (batch,)
-
-
 def _depth(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> int:
     """Returns the largest number of batch norms in a row before another."""
 
@@ -144,7 +141,7 @@ def _depth(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> int:
         with _calls.intercept(_calls.is_norm, _calls.marked):
             return apply_fn(variables, *arguments, **options, mutable=("batch_stats",))
 
-    return _calls.depth(jax.make_jaxpr(run)(variables, *_arguments(batch)).jaxpr)
+    return _calls.depth(jax.make_jaxpr(run)(variables, *inputs_of(batch)).jaxpr)
 
 
 def add_batch_moments(
@@ -165,7 +162,7 @@ def add_batch_moments(
     places = unflatten_dict(flat | {(*path, _DATA_MOMENTS): m for path, m in moments_by_path.items()})
     with _calls.intercept(_calls.is_norm, look):
         with_moments = {**variables, "batch_stats": places}
-        _, updates = apply_fn(with_moments, *_arguments(batch), **options, mutable=("batch_stats",))
+        _, updates = apply_fn(with_moments, *inputs_of(batch), **options, mutable=("batch_stats",))
     flat = flatten_dict(dict(updates["batch_stats"]))
     return {path: flat[*path, _DATA_MOMENTS] for path in moments_by_path}
 
@@ -261,5 +258,5 @@ def adapt_batch_stats(
         return _called(module, call, x, options, True)
 
     with _calls.intercept(_calls.is_norm, mixed):
-        outputs, updates = apply_fn(variables, *_arguments(batch), **options, mutable=("batch_stats",))
+        outputs, updates = apply_fn(variables, *inputs_of(batch), **options, mutable=("batch_stats",))
     return outputs, updates["batch_stats"]

@@ -12,7 +12,17 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from bnjax import _dtypes
 from bnjax._moments import checked_moments, expand, has_weight, without_masked_extremes
 from bnjax._remat import keeping_arguments
-from bnjax._sync import AxisName, Groups, Moments, match_explicit_sharding, nonzero, psum
+from bnjax._sync import (
+    AxisName,
+    Groups,
+    Moments,
+    group_size,
+    index_in_group,
+    match_explicit_sharding,
+    nonzero,
+    placed,
+    psum,
+)
 from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call
 
 
@@ -125,9 +135,8 @@ def _largest_magnitude(
 def _largest_of_members(largest: Array, axis_name: AxisName, groups: Groups | None) -> Array:
     if groups is None:
         return lax.pmax(largest, axis_name)
-    own = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
-    placed = jnp.where(own.reshape((-1,) + (1,) * largest.ndim), largest[None], 0)  # gathered by their sum
-    return psum(placed, axis_name, groups).max(0)
+    all_of_them = placed(largest, index_in_group(axis_name, groups), group_size(axis_name, groups))
+    return psum(all_of_them, axis_name, groups).max(0)
 
 
 def _without_masked(x: Array, weights: Array | None) -> Array:
