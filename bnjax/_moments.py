@@ -44,6 +44,7 @@ from bnjax._sync import (
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _FEWEST_SAMPLES = 16  # those of a shard
+_SMALL_SPREAD = 1e-10  # below it squares are small enough, and dividing them by the count could make them vanish
 _POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
 
 
@@ -75,8 +76,8 @@ def moments(
       axis_index_groups: groups of indices of that axis that merge separately, all of one size.
 
     Returns:
-      `Moments(mean, var, count)` in float32, or in float64 for float64 input (the mean of complex input is complex);
-      all zero for an empty batch.
+      `Moments` in float32, or in float64 for float64 input (the mean of complex input is complex); all zero for an
+      empty batch.
 
     Raises:
       TypeError, ValueError: for a non-floating `x`, an invalid `axis`, a mask that does not broadcast, invalid groups.
@@ -94,7 +95,8 @@ def moments(
     axes = _checks.feature_axes(axis, x.ndim)
     weights = _checks.sample_weights(mask, x.shape, axes)
     groups = _checks.check_axis_name(axis_name, axis_index_groups)
-    return checked_moments(x, weights, axes, axis_name, groups)
+    m = checked_moments(x, weights, axes, axis_name, groups)
+    return m._replace(remainder=jnp.zeros_like(m.count))  # of the shape that a loop of merges keeps
 
 
 def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
@@ -170,11 +172,11 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
     if not isinstance(dx, SymbolicZero):
         sums[:2] = by_x(x, weights, m.mean, m.count, dx)
     if weights is not None and not isinstance(dweights, SymbolicZero):
-        of_weights = by_weights(x, weights, *m, dweights)
+        of_weights = by_weights(x, weights, *m[:3], dweights)
         sums = [a + b for a, b in zip(sums, of_weights, strict=True)]
         sums[2] = psum(sums[2], axis_name, groups)
     both = psum(jnp.stack(sums[:2]), axis_name, groups)
-    return m, Moments(both[0], both[1], sums[2])
+    return m, Moments(both[0], both[1], sums[2], jnp.zeros_like(m.remainder))
 
 
 def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
@@ -188,7 +190,7 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
         return _local_moments(x, weights, axes)
     counts_differ = weights is not None and any(weights.shape[axis] != 1 for axis in parts)
     samples = max(_FEWEST_SAMPLES, _SAMPLES // math.prod(list(parts.values())[1:]))
-    of_axes = Moments(0, 0, 0 if counts_differ else None)  # pyright: ignore[reportArgumentType]
+    of_axes = Moments(0, 0, 0 if counts_differ else None, None)  # pyright: ignore[reportArgumentType]
 
     def of_parts(x: Array, weights: Array | None, axes_to_split: tuple[int, ...]) -> Moments:
         if not axes_to_split:
@@ -210,13 +212,14 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], sampl
     if weights is None:
         n = _reduced_size(x.shape, axes)
         shift = _sum(sampled, axes) / nonzero(jnp.asarray(_reduced_size(sampled.shape, axes), dtype))
-        return _moments_about(shift, x, None, axes, jnp.asarray(n, dtype))[0]
+        return _moments_about(shift, _spread(sampled, shift, axes), x, None, axes, jnp.asarray(n, dtype))[0]
     weights, unit = _of_size_one(weights, dtype, x.shape, axes)
     sampled_weights = _thin(weights, steps)
     sampled_count = nonzero(_count(sampled_weights.astype(dtype), sampled.shape, axes))
     shift = _sum(_weigh(sampled, sampled_weights), axes) / sampled_count
     relative_count = _count(weights.astype(dtype), x.shape, axes)
-    m, offset = _moments_about(shift, x, weights, axes, relative_count)
+    spread = _spread(_weigh(sampled, sampled_weights), shift, axes)
+    m, offset = _moments_about(shift, spread, x, weights, axes, relative_count)
     count = relative_count if unit is None else relative_count * unit
     if all(step == slice(None) for step in steps):
         return m._replace(count=count)
@@ -224,23 +227,36 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], sampl
     # A condition would depend on data that differs between devices, whose sums over what XLA has split would wait for
     # each other forever.
     if is_split_by_xla(x):
-        return _moments_about(m.mean, x, weights, axes, relative_count)[0]._replace(count=count)
+        return _moments_about(m.mean, spread, x, weights, axes, relative_count)[0]._replace(count=count)
     is_poor = ~jnp.all(jnp.square(offset) <= _POOR_SHIFT * m.var)  # also where the squares overflow
-    m = lax.cond(is_poor, lambda m: _moments_about(m.mean, x, weights, axes, relative_count)[0], lambda m: m, m)
+    m = lax.cond(is_poor, lambda m: _moments_about(m.mean, spread, x, weights, axes, relative_count)[0], lambda m: m, m)
     return m._replace(count=count)
 
 
 def _moments_about(
-    shift: Array, x: Array, weights: Array | None, axes: tuple[int, ...], count: Array
+    shift: Array, spread: Array, x: Array, weights: Array | None, axes: tuple[int, ...], count: Array
 ) -> tuple[Moments, Array]:
-    """Computes moments from two sums about a shift, which XLA takes in one read, and the mean's offset from it."""
+    """Computes moments from two sums about a shift, which XLA takes in one read, and the mean's offset from it.
+
+    A sum of squares overflows where the variance is representable still. What is squared is therefore made smaller by
+    the root of the count, rounded to a power of two; but not where the spread says that its square would vanish.
+    """
+    unit = lax.reduce_precision(lax.rsqrt(nonzero(count)), jnp.finfo(count.dtype).nexp, 0)
+    unit = jnp.where(spread > _SMALL_SPREAD, unit, jnp.ones_like(unit))
     shift_of_mean = expand(shift, x.ndim, axes)
     # This is the same shift, unknown to XLA, whose CPU backend would write out a shared difference as large as x.
     # (JAX's `jet` has no rule for `lax.optimization_barrier`.)
     shift_of_square = shift_of_mean + 0 * shift_of_mean
     offset = _sum(_weigh(x.astype(shift.dtype) - shift_of_mean, weights), axes) / nonzero(count)
-    square = _sum(_weigh(jnp.square(x.astype(shift.dtype) - shift_of_square), weights), axes) / nonzero(count)
+    scaled = (x.astype(shift.dtype) - shift_of_square) * expand(unit, x.ndim, axes)
+    square = _sum(_weigh(jnp.square(scaled), weights), axes) / (nonzero(count) * unit * unit)
     return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count), offset
+
+
+def _spread(sampled: Array, shift: Array, axes: tuple[int, ...]) -> Array:
+    """Returns the largest distance of each feature's sampled elements from the shift."""
+    distances = jnp.abs(sampled - expand(shift, sampled.ndim, axes))
+    return distances.max([a for a in range(sampled.ndim) if a not in axes], initial=0)
 
 
 def _sampling(x: Array, axes: tuple[int, ...], samples: int) -> list[slice]:

@@ -39,7 +39,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, ArrayLike, Float, Inexact
 
 from bnjax._compat import as_varying, varying_axes
 
@@ -58,11 +58,14 @@ class Moments(NamedTuple):
         input. Zero where n = 0.
       var: `Σ w |x − mean|² / n`, of the shape and precision of `mean`, and real; zero where n = 0.
       count: `n = Σ w`, a scalar, or an array of the features' shape where the mask differs between features.
+      remainder: what `count` lacks of n by its rounding, in which `merge_moments` keeps small counts that are added to
+        a large one; of the shape of `count`.
     """
 
     mean: Inexact[Array, "*features"]
     var: Float[Array, "*features"]
     count: Float[Array, "..."]
+    remainder: Float[ArrayLike, "..."] = 0.0
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -76,7 +79,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       b: moments over n_b elements, with means of the same shape.
 
     Returns:
-      Moments over `n_a + n_b` elements, exact up to rounding, whatever the counts.
+      Moments over `n_a + n_b` elements, exact up to rounding, whatever the counts and however many merges.
 
     Raises:
       ValueError: if the shapes of the means differ.
@@ -96,13 +99,31 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             f"b must hold moments of the same features as a, with means of shape {jnp.shape(a.mean)}, "
             f"got {jnp.shape(b.mean)}. Take both with the same axis."
         )
-    count = a.count + b.count
+    count, remainder = add_counts(a.count, a.remainder, b.count, b.remainder)
     t = b.count / nonzero(count)
     delta = b.mean - a.mean
     mean = a.mean + delta * t
-    square = jnp.square(delta.real) + jnp.square(delta.imag) if jnp.iscomplexobj(delta) else jnp.square(delta)
-    var = a.var * (1 - t) + b.var * t + square * (t * (1 - t))
-    return Moments(mean, var, count)
+    parts = (delta.real, delta.imag) if jnp.iscomplexobj(delta) else (delta,)
+    between = sum((part * t) * (part * (1 - t)) for part in parts)  # a square alone could overflow
+    var = a.var * (1 - t) + b.var * t + between
+    return Moments(mean, var, count, remainder)
+
+
+def add_counts(a: Any, a_remainder: Any, b: Any, b_remainder: Any = 0.0) -> tuple[Array, Array]:
+    """Adds counts that are each given by a rounded value and its remainder; returns the sum in the same form.
+
+    In float32 a sum of counts would stand still at 2^24. The remainder of the sum is computed without error, as
+
+        s = a + b        b' = s − a        remainder = (a − (s − b')) + (b − b')
+
+    References:
+      Knuth 1997, "The Art of Computer Programming", volume 2, section 4.2.2, theorem B.
+    """
+    rounded = a + b
+    of_b = rounded - a
+    remainder = (a - (rounded - of_b)) + (b - of_b) + (a_remainder + b_remainder)
+    count = rounded + remainder
+    return count, remainder - (count - rounded)
 
 
 def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
@@ -118,7 +139,7 @@ def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | N
     if size > _MOST_EXCHANGED:
         return _by_two_sums(local, _sum_over(axis_name, groups), size, counts_differ)
     index = index_in_group(axis_name, groups)
-    exchanged = placed(local if counts_differ else local._replace(count=()), index, size)
+    exchanged = placed(_of_parts(local, counts_differ), index, size)
     return _by_local_sums(_sum_over(axis_name, groups)(exchanged), local.count, counts_differ)
 
 
@@ -131,7 +152,7 @@ def merge_over_shards(local: Moments, leading: int, *, counts_differ: bool) -> M
       leading: number of these axes.
       counts_differ: whether the shards may hold different counts, as under a mask.
     """
-    parts, shape = local if counts_differ else local._replace(count=()), local.mean.shape[:leading]
+    parts, shape = _of_parts(local, counts_differ), local.mean.shape[:leading]
     size = math.prod(shape)
     if size <= _MOST_EXCHANGED:
         exchanged = placed(parts, jnp.arange(size).reshape(shape), size)
@@ -139,6 +160,11 @@ def merge_over_shards(local: Moments, leading: int, *, counts_differ: bool) -> M
     else:
         parts = jax.tree.map(lambda values: values.reshape((size, *values.shape[leading:])), parts)
     return _by_local_sums(parts, local.count, counts_differ)
+
+
+def _of_parts(local: Moments, counts_differ: bool) -> Moments:
+    """Returns what has to be exchanged of the moments of parts: not the count, where it is the same for all."""
+    return Moments(local.mean, local.var, local.count if counts_differ else (), ())  # pyright: ignore[reportArgumentType]
 
 
 def merge_over_vmapped_axis(
@@ -157,7 +183,7 @@ def _by_two_sums(local: Moments, total: Callable[[Array], Array], size: int, cou
     share = local.count / nonzero(count)
     mean = total(share * local.mean)
     offset = jnp.where(local.count > 0, local.mean - mean, 0)  # the square of an empty part's may be infinite
-    return Moments(mean, total(share * (local.var + jnp.square(offset))), count)
+    return Moments(mean, total(share * local.var + (share * offset) * offset), count)
 
 
 def _by_local_sums(parts: Moments, count: Array, counts_differ: bool) -> Moments:
@@ -205,7 +231,10 @@ def average_moments(parts: Moments, axis_name: AxisName | None, groups: Groups |
 
 def with_counts_of_features(m: Moments) -> Moments:
     """Gives moments a count for each feature, where there is one for all."""
-    return m._replace(count=match_explicit_sharding(jnp.broadcast_to(m.count, m.mean.shape), m.mean))
+    count, remainder = (
+        match_explicit_sharding(jnp.broadcast_to(v, m.mean.shape), m.mean) for v in (m.count, jnp.asarray(m.remainder))
+    )
+    return m._replace(count=count, remainder=remainder.astype(count.dtype))
 
 
 def nonzero(count: Array) -> Array:

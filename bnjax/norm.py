@@ -267,13 +267,14 @@ class Call:
         dtype = self.x.dtype if self.dtype is None else self.dtype
         compute = _dtypes.wide(self.x.dtype, dtype)
         real = _dtypes.real(compute)
-        multiplier = lax.rsqrt(var.astype(real) + jnp.asarray(self.epsilon, real))
+        has_rule = self.training and not is_in_jet(self.x)
+        inverse_root: Any = _inverse_root if has_rule else lax.rsqrt
+        multiplier = inverse_root(var.astype(real) + jnp.asarray(self.epsilon, real))
         if "scale" in params:
             multiplier *= params["scale"].astype(compute if jnp.iscomplexobj(params["scale"]) else real)
         bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
         per_feature = [expand(v, self.x.ndim, self.axes) for v in (mean.astype(compute), multiplier, bias)]
         # The weights weigh nothing here: they keep NaN and extremes of masked elements out of the derivatives.
-        has_rule = self.training and not is_in_jet(self.x)
         scale_and_shift: Any = _scale_and_shift if has_rule else _plain_scale_and_shift
         return scale_and_shift(self.x, self.weights, *per_feature, dtype)
 
@@ -341,6 +342,16 @@ def update_batch_stats(
 def unbiased_var(m: Moments) -> Array:
     """Returns the variance with Bessel's correction, `n / (n − 1) · var`, or the variance itself where n ≤ 1."""
     return m.var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
+
+
+_inverse_root = jax.custom_jvp(lax.rsqrt)
+
+
+@_inverse_root.defjvp
+def _inverse_root_jvp(primals, tangents):
+    """Computes the derivative `−∂v · r³ / 2` of r = 1 / √v, one factor at a time, as r³ may lie outside the range."""
+    root = _inverse_root(*primals)
+    return root, tangents[0] * root * root * (-0.5 * root)
 
 
 def _plain_scale_and_shift(

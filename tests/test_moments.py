@@ -204,3 +204,28 @@ def test_a_mask_that_hides_the_sampled_elements_of_huge_values():
     kept = x[mask].astype(np.float64)
     np.testing.assert_allclose(m.mean, kept.mean(0), rtol=1e-6)
     np.testing.assert_allclose(m.var, kept.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_counts_beyond_the_integers_of_float32(masked):
+    large = Moments(jnp.zeros(1), jnp.ones(1), jnp.float32(2**24))
+    one = moments(jnp.full((1, 1), 5.0), mask=jnp.ones((1, 1)) if masked else None)
+    m = jax.lax.fori_loop(0, 1001, lambda _, m: merge_moments(m, one), large)
+    assert int(m.count) + int(m.remainder) == 2**24 + 1001
+    assert m.count == np.float32(2**24 + 1001)
+    np.testing.assert_allclose(m.mean, 5005 / (2**24 + 1001), rtol=1e-5)
+    both = merge_moments(m, m)
+    assert int(both.count) + int(both.remainder) == 2 * (2**24 + 1001)
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e15, 3e18, 1.5e19])
+def test_the_variance_is_right_wherever_float32_can_hold_it(scale):
+    x = np.random.default_rng(0).uniform(-1, 1, (1000, 2)) * scale
+    x = x.astype(np.float32)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(moments(x).var, wide.var(0), rtol=1e-5)
+    np.testing.assert_allclose(moments(x, mask=np.ones(1000)).var, wide.var(0), rtol=1e-5)
+    merged = merge_moments(moments(x[:1]), moments(x[1:]))
+    np.testing.assert_allclose(merged.var, wide.var(0), rtol=1e-5)
+    of_members = jax.vmap(lambda part: moments(part, axis_name="i"), axis_name="i")(x.reshape(10, 100, 2))
+    np.testing.assert_allclose(of_members.var[0], wide.var(0), rtol=1e-5)

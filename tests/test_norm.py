@@ -670,3 +670,19 @@ def test_moments_and_updates_check_their_input_too():
         update_batch_stats(init_batch_norm(3)[1], moments(jnp.ones((4, 2))))
     with pytest.raises(ValueError, match="momentum"):
         update_batch_stats(init_batch_norm(2)[1], moments(jnp.ones((4, 2))), momentum=2)
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e15, 3e18])
+def test_the_gradient_is_right_wherever_float32_can_hold_the_variance(x64, scale):
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.uniform(-1, 1, (640, 2)).astype(np.float32) for _ in range(2))
+    x = x * np.float32(scale)
+    params, batch_stats = init_batch_norm(2)
+
+    def loss(x):
+        return jnp.vdot(batch_norm(x, params, batch_stats, training=True, epsilon=0.0)[0], cotangent)
+
+    got = jax.grad(loss)(jnp.asarray(x))
+    wide = jnp.asarray(x, jnp.float64)
+    expected = jax.grad(lambda x: jnp.vdot(oracle.batch_norm(x, {}, (1,), epsilon=0.0)[0], cotangent))(wide)
+    np.testing.assert_allclose(got * scale, expected * scale, rtol=1e-4, atol=1e-5)

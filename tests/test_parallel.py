@@ -361,6 +361,10 @@ def test_groups_keep_their_statistics_apart_and_merge_them_by_count(way, size):
         chex.assert_trees_all_close(jax.tree.map(lambda v, g=g: v[g], apart), stats, rtol=1e-5, atol=1e-5)
     seen = WEIGHTS[:3].reshape((3, 8 // size, -1)).sum((0, 2))
     np.testing.assert_allclose(state.examples_seen, seen)
+    long = jax.tree.map(jnp.copy, state).replace(examples_seen=jnp.full(8 // size, 2.0**24))
+    long, _ = step(long, X[0], Y[0], (np.arange(32) % (4 * size) > 0).astype(np.float32))
+    exact = np.asarray(long.examples_seen, int) + np.asarray(long.examples_remainder, int)
+    assert [*exact] == [2**24 + 4 * size - 1] * (8 // size), "from there on float32 has even numbers only"
     merged = training.merge_batch_stats(state)
     assert merged.stats_groups is None
     mean = sum(n * s["mean"] for n, s in zip(seen, expected, strict=True)) / seen.sum()

@@ -115,7 +115,7 @@ def _means(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
 def no_moments(mean: Any) -> Moments:
     """Returns moments of no elements, of the shape of a batch norm's mean."""
     zeros = jnp.zeros(jnp.shape(mean), float)
-    return Moments(zeros.astype(jnp.result_type(zeros, mean)), zeros, zeros)
+    return Moments(zeros.astype(jnp.result_type(zeros, mean)), zeros, zeros, zeros)
 
 
 def _first(batches: Any) -> Any:

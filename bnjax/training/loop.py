@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from bnjax._compat import check_pmap, enable_x64
 from bnjax._objective import Objective, inputs_of, losses_and_correctness, num_examples
+from bnjax._sync import add_counts
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import GROUP_AXIS, SYNC_AXIS
 from bnjax.training.state import TrainState, check_groups, check_statistics, check_sync, place_state
@@ -160,15 +161,15 @@ def make_train_step(
         if key is not None:
             batch = batch._replace(keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size)))
         batch = _constrain(batch, devices.batch_sharding(mesh))
-        examples_seen = state.examples_seen
-        rest = state.replace(batch_stats=None, examples_seen=None)
+        seen = state.examples_seen, state.examples_remainder
+        rest = state.replace(batch_stats=None, examples_seen=None, examples_remainder=None)
         rest, batch_stats, metrics = mapped(rest, state.batch_stats, batch)
-        if examples_seen is not None:
+        if state.stats_groups is not None:
             weights = jnp.ones(size) if batch.weights is None else batch.weights
-            examples_seen += weights.reshape((groups, -1)).sum(1)
-        rest, examples_seen, metrics = _constrain((rest, examples_seen, metrics), devices.replicated(mesh))
+            seen = add_counts(*seen, weights.reshape((groups, -1)).sum(1).astype(seen[0].dtype))
+        rest, seen, metrics = _constrain((rest, seen, metrics), devices.replicated(mesh))
         batch_stats = _constrain(batch_stats, devices.stats_sharding(mesh))
-        return rest.replace(batch_stats=batch_stats, examples_seen=examples_seen), metrics
+        return rest.replace(batch_stats=batch_stats, examples_seen=seen[0], examples_remainder=seen[1]), metrics
 
     return ParallelStep(mesh, multiple, jax.jit(step, donate_argnums=0))
 

@@ -25,12 +25,14 @@ class TrainState(train_state.TrainState):
       batch_stats: the 'batch_stats' collection; empty for a model without batch norm.
       examples_seen: None for one set of running statistics. Where groups of devices keep their own, `batch_stats` has a
         leading axis of groups, and this says from how many examples (by weight) each group's come.
+      examples_remainder: what `examples_seen` lacks by rounding, as the `remainder` of `bnjax.Moments`.
     """
 
     step: Any
     params: Any  # any container will do, although Flax's annotation says FrozenDict
     batch_stats: Any
     examples_seen: Any = None  # float array [groups]
+    examples_remainder: Any = None  # likewise
 
     @property
     def stats_groups(self) -> int | None:
@@ -65,14 +67,14 @@ def split_batch_stats(state: TrainState, groups: int) -> TrainState:
       groups: number of sets to make.
 
     Returns:
-      The state with a leading axis of groups in `batch_stats`, and `examples_seen` zero.
+      The state with a leading axis of groups in `batch_stats`, and of no examples.
 
     Raises:
       ValueError: if the statistics are kept apart already.
     """
     check_groups(state, None, "split_batch_stats")
     stats = jax.tree.map(lambda v: jnp.broadcast_to(v, (groups, *jnp.shape(v))), state.batch_stats)
-    return state.replace(batch_stats=stats, examples_seen=jnp.zeros(groups))
+    return state.replace(batch_stats=stats, examples_seen=jnp.zeros(groups), examples_remainder=jnp.zeros(groups))
 
 
 def merge_batch_stats(state: TrainState) -> TrainState:
@@ -94,7 +96,8 @@ def merge_batch_stats(state: TrainState) -> TrainState:
     """
     if state.examples_seen is None:
         return state
-    return state.replace(batch_stats=_merged(state.batch_stats, state.examples_seen), examples_seen=None)
+    merged = _merged(state.batch_stats, state.examples_seen)
+    return state.replace(batch_stats=merged, examples_seen=None, examples_remainder=None)
 
 
 @jax.jit  # one program, as many small ones with sums over the devices wait for each other where cores are few
