@@ -13,7 +13,7 @@ from bnjax.variants.lp import lp_batch_norm_of
 from bnjax.variants.moving import moving_batch_norm_of
 from bnjax.variants.noisy import noisy_batch_norm_of
 from bnjax.variants.renorm import batch_renorm_of
-from bnjax.variants.split import checked_split, moments_of_kinds, of_kind, put_kind
+from bnjax.variants.split import split_batch_norm_of
 
 
 class Statistics(NamedTuple):
@@ -66,7 +66,7 @@ RENORM = Declaration(batch_renorm_of, ("r_max", "d_max"), or_complex=False)
 GHOST = Declaration(ghost_batch_norm_of, ("ghost_size",), Statistics(merges=False), or_complex=False)
 MOVING = Declaration(moving_batch_norm_of)
 FROZEN = Declaration(frozen_batch_norm_of, statistics=Statistics(moves=False))
-SPLIT = Declaration(batch_norm_of)  # of the statistics of one kind, which `call_layer` selects
+SPLIT = Declaration(split_batch_norm_of)  # also of the statistics of all kinds, which `call_layer` gives
 
 
 def call_layer(
@@ -89,7 +89,7 @@ def call_layer(
       params: 'scale' and 'bias'.
       batch_stats: running 'mean' and 'var', of all kinds.
       training: whether to use the batch's statistics.
-      split: index of the batch's kind, where the layer has several.
+      split: index of the batch's kind, or of each example's, where the layer has several.
       key: random key, for noise in training.
       **options: options of `bnjax.batch_norm`.
 
@@ -99,14 +99,10 @@ def call_layer(
       whose `takes_batch_statistics` is set has the batch's statistics in place of running ones afterwards.
     """
     declared, kinds = layer.declared, layer.statistics.kinds
-    own = batch_stats
-    if kinds is not None:
-        split = checked_split(split, kinds)
-        own = of_kind(batch_stats, split)
     call = check_call(
         x,
         params,
-        own,
+        batch_stats if kinds is None else {name: values[0] for name, values in batch_stats.items()},
         training,
         bessel_correction=getattr(layer, "bessel_correction", False),
         or_complex=declared.or_complex,
@@ -115,12 +111,9 @@ def call_layer(
     named = {name: getattr(layer, name) for name in declared.options}
     if declared.needs_key:
         named["key"] = key
-    y, moved, m = declared.function(call, **named)
-    if m is None:
-        return y, batch_stats, None
     if kinds is not None:
-        moved = put_kind(batch_stats, moved, split)
-        m = moments_of_kinds(m, split, kinds)
-    if layer.takes_batch_statistics:
+        named |= {"batch_stats": batch_stats, "split": split}
+    y, moved, m = declared.function(call, **named)
+    if m is not None and layer.takes_batch_statistics:
         moved = update_batch_stats(batch_stats, m, momentum=0)  # biased, as inference by them would be training
     return y, moved, m

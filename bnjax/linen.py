@@ -333,8 +333,8 @@ class FrozenBatchNorm(_Normalizer):
 class SplitBatchNorm(_Normalizer, kw_only=True):
     """`bnjax.variants.split_batch_norm` as a layer: `BatchNorm` with statistics for each of several kinds of batches.
 
-    Arguments and names are those of `BatchNorm`; 'mean' and 'var' have a leading axis of kinds, and the call says which
-    of them the batch is of. Scale and bias are common to all.
+    Arguments and names are those of `BatchNorm`; 'mean' and 'var' have a leading axis of kinds, and the call says of
+    which the batch is, or each of its examples. Scale and bias are common to all.
 
     Attributes:
       num_splits: number of kinds of batches.
@@ -364,12 +364,12 @@ class SplitBatchNorm(_Normalizer, kw_only=True):
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
-        """Normalizes `x`, and moves the running statistics of its kind where the batch's are used.
+        """Normalizes `x`, and moves the running statistics of its kinds where the batch's are used.
 
         Args:
-          x: the input, all of it of one kind.
+          x: the input.
           use_running_average: whether to use the running statistics; given in the call or in the constructor.
-          split: index of the batch's kind, from 0; may be traced.
+          split: index of the batch's kind, from 0, or indices `[batch]` of the examples' kinds; may be traced.
           mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
 
         Returns:

@@ -319,12 +319,12 @@ class SplitBatchNorm(BatchNorm):
         return self.declared.statistics._replace(kinds=self.num_splits)
 
     def __call__(self, x, use_running_average: bool | None = None, *, split: Any, mask: ArrayLike | None = None):
-        """Normalizes `x`, and moves the running statistics of its kind where the batch's are used.
+        """Normalizes `x`, and moves the running statistics of its kinds where the batch's are used.
 
         Args:
-          x: the input, all of it of one kind.
+          x: the input.
           use_running_average: whether to use the running statistics; takes precedence over the constructor's.
-          split: index of the batch's kind, from 0; may be traced.
+          split: index of the batch's kind, from 0, or indices `[batch]` of the examples' kinds; may be traced.
           mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
 
         Returns:

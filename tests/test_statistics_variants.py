@@ -147,6 +147,66 @@ def test_each_kind_has_its_statistics(x64):
     chex.assert_trees_all_equal(same, stats)
 
 
+KINDS = np.array([2, 0, 2, 2, 0, 2, 0, 2])
+
+
+@pytest.mark.parametrize("masked", [None, "examples", "elements"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["whole", "mapped"])
+def test_a_kind_for_each_example_is_right_against_separate_batches(masked, mapped, x64):
+    x, params, _ = example((8, 5, 3))
+    _, stats = init_split_batch_norm(3, 3, dtype=jnp.float64)
+    stats = {"mean": stats["mean"] + jnp.arange(3.0)[:, None], "var": stats["var"] * jnp.arange(1.0, 4.0)[:, None]}
+    mask = np.ones((8, 1, 1)) if masked is None else np.random.default_rng(1).random((8, 5, 1)) + 0.1
+    mask = mask[:, :1] if masked == "examples" else mask
+    weigh = {} if masked is None else {"mask": mask[:, 0, 0] if masked == "examples" else mask}
+
+    def ours(x, params, kinds, weigh):
+        options = {"axis_name": "i"} if mapped else {}
+        return split_batch_norm(x, params, stats, training=True, split=kinds, **options, **weigh)
+
+    def whole(x, params):
+        if not mapped:
+            return jax.jit(ours)(x, params, KINDS, weigh)
+        parts = jax.tree.map(lambda v: jnp.reshape(v, (2, 4, *v.shape[1:])), (x, KINDS, weigh))
+        y, new = jax.vmap(ours, (0, None, 0, 0), (0, None), axis_name="i")(parts[0], params, *parts[1:])
+        return y.reshape(x.shape), new
+
+    def apart(x, params):
+        y, new = jnp.zeros_like(x), stats
+        for kind in set(KINDS):
+            own = {name: value[kind] for name, value in stats.items()}
+            of_kind = kind == KINDS
+            y_own, moved = batch_norm(x[of_kind], params, own, training=True, mask=mask[of_kind])
+            y = y.at[of_kind].set(y_own)
+            new = {name: value.at[kind].set(moved[name]) for name, value in new.items()}
+        return y, new
+
+    chex.assert_trees_all_close(whole(x, params), apart(x, params), rtol=1e-9, atol=1e-12)
+    losses = [lambda x, params, f=f: jnp.sin(3 * f(x, params)[0]).sum() for f in (whole, apart)]
+    chex.assert_trees_all_close(*(jax.grad(loss, (0, 1))(x, params) for loss in losses), rtol=1e-8, atol=1e-10)
+    y, same = split(x, params, stats, training=False, split=KINDS)
+    own = {name: value[KINDS][:, None] for name, value in stats.items()}
+    x, params, own = jax.tree.map(np.asarray, (x, params, own))
+    expected = params["scale"] * (x - own["mean"]) / np.sqrt(own["var"] + 1e-5) + params["bias"]
+    chex.assert_trees_all_close(y, expected, rtol=1e-12)
+    chex.assert_trees_all_equal(same, stats)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_layers_take_a_kind_for_each_example(library):
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    _, expected = split_batch_norm(x, {}, init_split_batch_norm(3, 3)[1], training=True, split=KINDS)
+    if library == "nnx":
+        layer = bnjax.nnx.SplitBatchNorm(3, num_splits=3, rngs=nnx.Rngs(0))
+        layer(x, split=KINDS)
+        got = {"mean": layer.mean[...], "var": layer.var[...]}
+    else:
+        layer = bnjax.linen.SplitBatchNorm(num_splits=3, use_running_average=False)
+        variables = layer.init(jax.random.key(0), x, split=0)
+        got = layer.apply(variables, x, split=KINDS, mutable=["batch_stats"])[1]["batch_stats"]
+    chex.assert_trees_all_close(got, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
@@ -154,7 +214,8 @@ def test_each_kind_has_its_statistics(x64):
         (-1, ValueError, r"split must lie in \[0, 2\)"),
         (0.0, TypeError, "split must be an integer scalar"),
         (True, TypeError, "split must be an integer scalar"),
-        (np.zeros(2, int), TypeError, "split must be an integer scalar"),
+        (np.zeros(2, int), TypeError, r"or an integer array of shape \(4,\).*got int64\[2\]"),
+        (np.array([0, 1, 2, 0]), ValueError, r"split must lie in \[0, 2\).*got 2"),
     ],
 )
 def test_a_bad_kind_is_a_clear_error(kind, error, message):

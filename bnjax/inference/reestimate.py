@@ -184,16 +184,18 @@ def _moments_of_input(module: Any, x: Any, options: Mapping[str, Any]) -> Moment
             f"{'/'.join(module.path)}."
         )
     x = jnp.asarray(x)
-    m = moments(
-        x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32),
-        axis=module.axis,
-        mask=_checks.flax_mask(options.get("mask"), x.shape, module.axis),
-        axis_name=module.axis_name,
-        axis_index_groups=module.axis_index_groups,
-    )
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(jnp.float32)
+    axes = _checks.feature_axes(module.axis, x.ndim)
+    weights = _checks.sample_weights(_checks.flax_mask(options.get("mask"), x.shape, module.axis), x.shape, axes)
+
+    def moments_of(weights: Any) -> Moments:
+        groups = module.axis_index_groups
+        return moments(x, axis=axes, mask=weights, axis_name=module.axis_name, axis_index_groups=groups)
+
     if statistics.kinds is None:
-        return with_counts_of_features(m)
-    return moments_of_kinds(m, options["split"], statistics.kinds)
+        return with_counts_of_features(moments_of(weights))
+    return moments_of_kinds(moments_of, weights, options["split"], statistics.kinds, x.shape)
 
 
 def _replaced(batch_stats: Any, moments_by_path: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:

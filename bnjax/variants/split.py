@@ -1,5 +1,7 @@
-"""Split batch norm, with one scale and bias, and with statistics for each of several kinds of batches."""
+"""Split batch norm, with one scale and bias, and with statistics for each of several kinds of batches or examples."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
@@ -9,8 +11,9 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
 from bnjax import _checks
+from bnjax._checks import Shape
 from bnjax._sync import Moments, placed, with_counts_of_features
-from bnjax.norm import BatchStats, Options, Params, batch_norm_of, check_call, init_batch_norm
+from bnjax.norm import BatchStats, Call, Options, Params, Result, batch_norm_of, check_call, init_batch_norm
 
 
 def init_split_batch_norm(
@@ -45,26 +48,28 @@ def split_batch_norm(
     split: Any,
     **options: Unpack[Options],
 ) -> tuple[Inexact[Array, "..."], BatchStats]:
-    """Normalizes with running statistics of one of several kinds of batches, such as clean and adversarial batches.
+    """Normalizes with statistics of one of several kinds of batches, such as clean and adversarial ones.
 
-    This is `batch_norm` with `batch_stats` of the kind `split`; the statistics of other kinds stay. (For a scale and
-    bias of each kind as well, as AdvProp has, choose among several `params` by the same index.)
+    This is `batch_norm` with `batch_stats` of the kind `split`; the statistics of other kinds stay. Where the batch is
+    a mixture, `split` says the kind of each example, and the examples of each kind are a batch by themselves. (For a
+    scale and bias of each kind as well, as AdvProp has, choose among several `params` by the same index.)
 
     Args:
-      x: floating-point array of any shape, empty included; all of it of one kind.
+      x: floating-point array of any shape, empty included.
       params: 'scale' and 'bias' of the shape of the feature axes, common to all kinds; either may be absent.
       batch_stats: running 'mean' and 'var' with a leading axis of kinds before the feature axes.
       training: whether to use the batch's statistics and to move the running ones; static.
-      split: index of the batch's kind, from 0; may be traced, and then is clipped to the range of kinds.
+      split: index of the batch's kind, from 0, or indices `[batch]` of the kinds of the examples, which lie along the
+        first axis; may be traced, and then is clipped to the range of kinds.
       **options: `Options` of `batch_norm`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
-        bessel_correction. The split has to be the same for all members of axis_name.
+        bessel_correction. A scalar split has to be the same for all members of axis_name.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and running statistics of the structure and dtypes of the old.
 
     Raises:
       TypeError, ValueError, NameError: at trace time, as `batch_norm` does; also for statistics without a leading axis,
-        or a `split` that is no integer or out of range (where known).
+        or a `split` of another shape, that is no integer, or out of range (where known).
 
     References:
       Xie et al. 2020 (arXiv 1911.09665), section 4.2 (auxiliary batch norm); Li et al. 2016 (arXiv 1603.04779) and
@@ -76,26 +81,86 @@ def split_batch_norm(
     >>> print(batch_stats['mean'].ravel())
     [0. 1.]
     """
-    split = checked_split(split, _num_splits(batch_stats))
-    call = check_call(x, params, of_kind(batch_stats, split), training, **options)
-    y, moved, _ = batch_norm_of(call)
-    return y, put_kind(batch_stats, moved, split) if call.training else batch_stats
+    split = _checked_split(split, _num_splits(batch_stats), jnp.shape(x))
+    return split_batch_norm_of(
+        check_call(x, params, _of_kind(batch_stats, 0), training, **options), batch_stats, split
+    )[:2]
 
 
-def of_kind(batch_stats: BatchStats, split: Any) -> dict[str, Array]:
+def split_batch_norm_of(call: Call, batch_stats: BatchStats, split: Any) -> Result:
+    """Computes `split_batch_norm` of a call, checked with one kind's statistics, and of the statistics of all kinds.
+
+    The moments that it returns have a leading axis of kinds, those without examples a count of zero.
+    """
+    split = _checked_split(split, _num_splits(batch_stats), call.x.shape)
+    if split.ndim == 0:
+        y, moved, m = batch_norm_of(dataclasses.replace(call, batch_stats=_of_kind(batch_stats, split)))
+        if m is None:
+            return y, batch_stats, None
+        return y, _put_kind(batch_stats, moved, split), _placed(m, split, _num_splits(batch_stats))
+    if 0 in call.axes:
+        raise ValueError(f"split may say the kind of each example where axis 0 is the examples', got axis {call.axes}.")
+    call, m = dataclasses.replace(call, batch_stats=batch_stats), None
+    mean, var = call.running()
+    if call.training:
+        m = moments_of_kinds(
+            lambda weights: dataclasses.replace(call, weights=weights).moments(),
+            call.weights, split, _num_splits(batch_stats), call.x.shape,
+        )  # fmt: skip
+        mean, var = call.batch_statistics(m)
+    weights = call.weights
+    weights_axis = None if weights is None else 0
+    if weights is not None and weights.shape[0] == 1:
+        weights, weights_axis = weights[0], None
+
+    def of_example(x: Array, weights: Array | None, mean: Array, var: Array) -> Array:
+        of_one = dataclasses.replace(call, x=x, weights=weights, axes=tuple(axis - 1 for axis in call.axes))
+        return of_one.output(mean, var)
+
+    y = jax.vmap(of_example, (0, weights_axis, 0, 0))(call.x, weights, mean[split], var[split])
+    return y, batch_stats if m is None else call.moved(m), m
+
+
+def moments_of_kinds(
+    moments_of: Callable[[Array | None], Moments], weights: Array | None, split: Any, num_splits: int, shape: Shape
+) -> Moments:
+    """Returns moments with a leading axis of kinds, of which those without examples have a count of zero.
+
+    Args:
+      moments_of: computes moments by weights.
+      weights: the mask, with as many dimensions as the input; None for none.
+      split: the kind of the batch, or of each example.
+      num_splits: number of kinds.
+      shape: shape of the input.
+    """
+    split = _checked_split(split, num_splits, shape)
+    if split.ndim == 0:
+        return _placed(moments_of(weights), split, num_splits)
+    is_of_kind = jnp.arange(num_splits)[:, None] == split[None]
+    is_of_kind = is_of_kind.reshape((*is_of_kind.shape, *(1 for _ in shape[1:])))
+    if weights is None:
+        of_kinds = is_of_kind
+    elif weights.dtype == bool:
+        of_kinds = is_of_kind & weights[None]
+    else:
+        of_kinds = jnp.where(is_of_kind, weights[None], 0)
+    return jax.vmap(lambda weights: with_counts_of_features(moments_of(weights)))(of_kinds)
+
+
+def _of_kind(batch_stats: BatchStats, split: Any) -> dict[str, Array]:
     """Returns the running statistics of one kind."""
     return {name: jax.lax.dynamic_index_in_dim(value, split, keepdims=False) for name, value in batch_stats.items()}
 
 
-def put_kind(batch_stats: BatchStats, own: BatchStats, split: Any) -> BatchStats:
+def _put_kind(batch_stats: BatchStats, own: BatchStats, split: Any) -> BatchStats:
     """Returns the running statistics of all kinds with those of one kind replaced."""
     new = {n: jax.lax.dynamic_update_index_in_dim(v, own[n], split, 0) for n, v in batch_stats.items()}
     return type(batch_stats)(new)  # pyright: ignore[reportCallIssue]
 
 
-def moments_of_kinds(m: Moments, split: Any, num_splits: int) -> Moments:
-    """Returns moments with a leading axis of kinds, those of one kind being `m` and the others' counts zero."""
-    return placed(with_counts_of_features(m), jnp.asarray(split), num_splits)
+def _placed(m: Moments, split: Array, num_splits: int) -> Moments:
+    """Returns moments of all kinds: those of one kind are `m`, and the others' counts are zero."""
+    return placed(with_counts_of_features(m), split, num_splits)
 
 
 def _num_splits(batch_stats: Any) -> int:
@@ -110,16 +175,20 @@ def _num_splits(batch_stats: Any) -> int:
     return kinds.pop()
 
 
-def checked_split(split: Any, count: int) -> Array:
-    """Returns the kind as an index in range; raises unless it is an integer scalar, in range where this is known."""
+def _checked_split(split: Any, count: int, shape: Shape) -> Array:
+    """Returns the kind, or the kind of each example, as indices in range; raises for other values (where known)."""
     array = isinstance(split, jax.Array | np.ndarray | np.generic)
     is_integer = (
         jnp.issubdtype(split.dtype, jnp.integer) if array else isinstance(split, int) and not isinstance(split, bool)
     )
-    if not is_integer or np.shape(split):
+    if not is_integer or np.shape(split) not in ((), shape[:1]):
+        got = f"{split.dtype}{list(split.shape)}" if array else repr(split)
         raise TypeError(
-            f"split must be an integer scalar, which of {count} kinds of batches, got {split!r}. Pass 0, say."
+            f"split must be an integer scalar, which of {count} kinds of batches, or an integer array of shape "
+            f"{shape[:1]}, the kind of each example, got {got}. Pass 0, say."
         )
-    if not isinstance(split, Tracer) and not 0 <= int(split) < count:
-        raise ValueError(f"split must lie in [0, {count}), the kinds of batches of batch_stats, got {int(split)}.")
+    if not isinstance(split, Tracer):
+        wrong = [int(kind) for kind in np.unique(np.asarray(split)) if not 0 <= kind < count]
+        if wrong:
+            raise ValueError(f"split must lie in [0, {count}), the kinds of batches of batch_stats, got {wrong[0]}.")
     return jnp.clip(jnp.asarray(split).astype(jnp.int32), 0, count - 1)
