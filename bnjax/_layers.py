@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from bnjax._sync import Moments
 from bnjax.norm import BatchStats, Result, batch_norm_of, check_call, update_batch_stats
@@ -58,6 +59,13 @@ class Declaration(NamedTuple):
     needs_key: bool = False
 
 
+def limits_after_warmup(steps: Any, warmup_steps: Any, r_max: Any, d_max: Any) -> dict[str, jax.Array]:
+    """Returns the limits of batch renorm after a number of steps: those of plain batch norm before the warm-up ends."""
+    is_warm = steps >= warmup_steps
+    r_max, d_max = (jnp.asarray(limit, jnp.float32) for limit in (r_max, d_max))
+    return {"r_max": jnp.where(is_warm, r_max, 1.0), "d_max": jnp.where(is_warm, d_max, 0.0)}
+
+
 NOISE = ("unit_shift", "unit_scale", "sample_shift", "sample_scale")
 BATCH_NORM = Declaration(batch_norm_of)
 NOISY = Declaration(noisy_batch_norm_of, NOISE, Statistics(are_given=False), or_complex=False, needs_key=True)
@@ -91,7 +99,7 @@ def call_layer(
       training: whether to use the batch's statistics.
       split: index of the batch's kind, or of each example's, where the layer has several.
       key: random key, for noise in training.
-      **options: options of `bnjax.batch_norm`.
+      **options: options of `bnjax.batch_norm`, and those of the layer's function that are not its attributes'.
 
     Returns:
       The output, the running statistics after the call, and the moments towards which they moved, None if they did not.
@@ -99,6 +107,7 @@ def call_layer(
       whose `takes_batch_statistics` is set has the batch's statistics in place of running ones afterwards.
     """
     declared, kinds = layer.declared, layer.statistics.kinds
+    own = {name: options.pop(name) for name in declared.options if name in options}
     call = check_call(
         x,
         params,
@@ -108,7 +117,7 @@ def call_layer(
         or_complex=declared.or_complex,
         **options,
     )
-    named = {name: getattr(layer, name) for name in declared.options}
+    named = {name: own[name] if name in own else getattr(layer, name) for name in declared.options}
     if declared.needs_key:
         named["key"] = key
     if kinds is not None:

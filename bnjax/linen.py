@@ -235,13 +235,16 @@ class LpBatchNorm(_Normalizer, kw_only=True):
 class BatchRenorm(_Normalizer):
     """`bnjax.variants.batch_renorm` as a layer: `BatchNorm`, in training moved towards what inference gives.
 
-    Arguments, variables and names are those of `BatchNorm`, but for the two limits. These may be traced: a schedule
-    makes the model in the step, with the limits of that step.
+    Arguments, variables and names are those of `BatchNorm`, but for the two limits and their warm-up. The limits may be
+    traced: a schedule makes the model in the step, with the limits of that step. With `warmup_steps` the layer counts
+    its training calls itself, and is plain batch norm for so many: 'batch_stats' then also has 'steps', 'r_max' and
+    'd_max', the limits that count, as in the layers of CrossQ, SBX and PureJaxQL, whose checkpoints it takes.
 
     Attributes:
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
       r_max: limit of the correction of the deviation, at least 1.
       d_max: limit of the correction of the mean, in running deviations.
+      warmup_steps: number of training calls before the limits count; None without a counter.
 
     References:
       Ioffe 2017 (arXiv 1702.03275), Algorithm 1; section 4 for the schedules.
@@ -258,6 +261,33 @@ class BatchRenorm(_Normalizer):
     bessel_correction: bool = False
     r_max: Any = 3.0
     d_max: Any = 5.0
+    warmup_steps: Any = None
+
+    @nn.compact
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
+        """Normalizes `x`, and moves the running statistics where the batch's are used (not during initialization).
+
+        Args:
+          x: the input.
+          use_running_average: whether to use the running statistics; given in the call or in the constructor.
+          mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        if self.warmup_steps is None:
+            return self._call(x, use_running_average, mask)
+        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        r_max, d_max = (
+            self.variable("batch_stats", name, lambda name=name: jnp.asarray(getattr(self, name), jnp.float32))
+            for name in ("r_max", "d_max")
+        )
+        limits = _layers.limits_after_warmup(steps.value, self.warmup_steps, r_max.value, d_max.value)
+        y = self._call(x, use_running_average, mask, **limits)
+        moves = not (is_running(self, (x, use_running_average), {}) or self.is_initializing() or self.keeps_moments)
+        if moves and self.is_mutable_collection("batch_stats"):
+            steps.value += 1
+        return y
 
 
 class GhostBatchNorm(_Normalizer, kw_only=True):

@@ -211,6 +211,8 @@ class BatchRenorm(BatchNorm):
       num_features: size of the feature axis.
       r_max: limit of the correction of the deviation, at least 1.
       d_max: limit of the correction of the mean, in running deviations. Set both before a step for a schedule.
+      warmup_steps: number of training calls, counted in the variable `steps`, before the limits count: before that the
+        layer is plain batch norm. None without a counter.
       **kwargs: every other argument of `BatchNorm`.
 
     References:
@@ -224,9 +226,32 @@ class BatchRenorm(BatchNorm):
 
     declared = _layers.RENORM
 
-    def __init__(self, num_features: int, *, r_max: Any = 3.0, d_max: Any = 5.0, **kwargs: Any):
+    def __init__(
+        self, num_features: int, *, r_max: Any = 3.0, d_max: Any = 5.0, warmup_steps: Any = None, **kwargs: Any
+    ):
         super().__init__(num_features, **kwargs)
-        self.r_max, self.d_max = r_max, d_max
+        self.r_max, self.d_max, self.warmup_steps = r_max, d_max, warmup_steps
+        if warmup_steps is not None:
+            self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
+        """Normalizes `x`, and moves the running statistics where the batch's are used.
+
+        Args:
+          x: the input.
+          use_running_average: whether to use the running statistics; takes precedence over the constructor's.
+          mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        if self.warmup_steps is None:
+            return self._call(x, use_running_average, mask)
+        limits = _layers.limits_after_warmup(self.steps[...], self.warmup_steps, self.r_max, self.d_max)
+        y = self._call(x, use_running_average, mask, **limits)
+        if not (self.use_running_average if use_running_average is None else use_running_average):
+            self.steps[...] += 1
+        return y
 
 
 class GhostBatchNorm(BatchNorm):

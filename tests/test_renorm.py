@@ -4,10 +4,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
+from flax import nnx, serialization
 from jax.test_util import check_grads
 
-from bnjax import batch_norm, init_batch_norm
+import bnjax.nnx
+from bnjax import batch_norm, init_batch_norm, training
 from bnjax.linen import BatchNorm, BatchRenorm
 from bnjax.variants import batch_renorm
 
@@ -121,3 +125,86 @@ def test_the_layer_is_the_function_and_has_batch_norms_variables(x64):
 def test_limits_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         batch_renorm(jnp.ones((2, 1)), *init_batch_norm(1), training=True, **options)
+
+
+def of_steps(apply, start, batches):
+    """The outputs of training calls one after the other, and the statistics after them."""
+    outputs, stats = [], start
+    for x in batches:
+        y, stats = apply(x, stats)
+        outputs.append(np.asarray(y))
+    return outputs, stats
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_warm_up_is_batch_norm_and_algorithm_1_after_it(library):
+    batches = np.random.default_rng(0).normal(1, 2, (5, 8, 3)).astype(np.float32)
+    params, stats = {"scale": np.ones(3), "bias": np.zeros(3)}, {"mean": np.zeros(3), "var": np.ones(3)}
+    expected = []
+    for step, x in enumerate(batches.astype(np.float64)):
+        expected.append(algorithm_1(x, params, stats, *((1.5, 0.5) if step >= 3 else (1.0, 0.0))))
+        new = {"mean": x.mean(0), "var": x.var(0)}
+        stats = {name: 0.99 * stats[name] + 0.01 * new[name] for name in stats}
+    options = {"r_max": 1.5, "d_max": 0.5, "warmup_steps": 3}
+    if library == "nnx":
+        layer = bnjax.nnx.BatchRenorm(3, rngs=nnx.Rngs(0), **options)
+        outputs, _ = of_steps(lambda x, _: (nnx.jit(lambda layer, x: layer(x))(layer, x), None), None, batches)
+        got = {"mean": layer.mean[...], "var": layer.var[...], "steps": layer.steps[...]}
+        at_inference = layer(batches[0], use_running_average=True)
+        assert layer.steps[...] == 5, "inference counts no step"
+    else:
+        layer = BatchRenorm(use_running_average=False, **options)
+        variables = layer.init(jax.random.key(0), batches[0])
+        assert variables["batch_stats"]["steps"] == 0, "initialization counts no step"
+
+        @jax.jit
+        def apply(x, stats):
+            y, updates = layer.apply({**variables, "batch_stats": stats}, x, mutable=["batch_stats"])
+            return y, updates["batch_stats"]
+
+        outputs, got = of_steps(apply, variables["batch_stats"], batches)
+        at_inference = layer.clone(use_running_average=True).apply({**variables, "batch_stats": got}, batches[0])
+        assert {"r_max", "d_max"} < set(got)
+    for y, wanted in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-5)
+    assert got["steps"] == 5
+    np.testing.assert_allclose(got["mean"], stats["mean"], rtol=1e-5)
+    wanted = (batches[0] - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+    np.testing.assert_allclose(at_inference, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_of_a_layer_that_counts_its_steps_is_taken_as_it_is():
+    x = np.random.default_rng(0).normal(1, 2, (8, 3)).astype(np.float32)
+    layer = BatchRenorm(use_running_average=False, warmup_steps=1000, epsilon=1e-3)
+    variables = layer.init(jax.random.key(0), x)
+    saved = {"mean": np.full(3, 0.5, np.float32), "var": np.full(3, 2.0, np.float32)}
+    saved |= {"steps": 1000, "r_max": 3, "d_max": 5}
+    raw = serialization.msgpack_serialize({"params": jax.device_get(variables["params"]), "batch_stats": saved})
+    loaded = serialization.from_state_dict(variables, serialization.msgpack_restore(raw))
+    y, updates = layer.apply(loaded, x, mutable=["batch_stats"])
+    params = {"scale": 1.0, "bias": 0.0}
+    np.testing.assert_allclose(y, algorithm_1(x.astype(float), params, saved, 3, 5, 1e-3), rtol=1e-4, atol=1e-5)
+    assert updates["batch_stats"]["steps"] == 1001
+
+
+class Counting(nn.Module):
+    """A model with a batch renorm that counts its steps."""
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        return nn.Dense(2)(BatchRenorm(use_running_average=not training, warmup_steps=1)(x))
+
+
+def test_micro_batches_count_as_one_step_and_groups_of_devices_as_well():
+    x, y = np.random.default_rng(0).normal(1, 2, (8, 3)).astype(np.float32), np.arange(8) % 2
+    state = training.create_train_state(Counting(), optax.sgd(0.1), jax.random.key(0), x)
+    step = jax.jit(functools.partial(training.train_step, objective=training.cross_entropy, accumulate_steps=2))
+    for _ in range(3):
+        state, _ = step(state, x, y)
+    assert state.batch_stats["BatchRenorm_0"]["steps"] == 3
+    mesh = training.make_mesh(group_size=1, devices=jax.devices()[:2])
+    apart = training.split_batch_stats(state, 2)
+    apart, _ = training.make_train_step(training.cross_entropy, mesh)(apart, x, y)
+    merged = training.merge_batch_stats(apart).batch_stats["BatchRenorm_0"]
+    assert merged["steps"] == 4
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, state.batch_stats["BatchRenorm_0"])

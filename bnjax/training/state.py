@@ -17,6 +17,8 @@ from bnjax.linen import is_running, statistics_of
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import SYNC_AXIS
 
+_OF_WARMUP = ("steps", "r_max", "d_max")  # what a batch renorm with `warmup_steps` keeps, the same in all groups
+
 
 class TrainState(train_state.TrainState):
     """Flax's `TrainState` with the running statistics of the model's batch norms.
@@ -107,12 +109,15 @@ def _merged(batch_stats: Any, examples_seen: Array) -> Any:
     def merge(stats):
         if not isinstance(stats, Mapping):
             raise ValueError("batch_stats must hold means and variances only to be merged; there is another statistic.")
-        if set(stats) != {"mean", "var"}:
+        if not set(stats) >= {"mean", "var"}:
             return {name: merge(v) for name, v in stats.items()}
+        if others := set(stats) - {"mean", "var"} - set(_OF_WARMUP):
+            raise ValueError(f"batch_stats must hold means and variances only to be merged; there is {min(others)!r}.")
         m = Moments(stats["mean"][0], stats["var"][0], counts[0])
         for g in range(1, counts.shape[0]):
             m = merge_moments(m, Moments(stats["mean"][g], stats["var"][g], counts[g]))
-        return {"mean": m.mean.astype(stats["mean"].dtype), "var": m.var.astype(stats["var"].dtype)}
+        moved = {"mean": m.mean.astype(stats["mean"].dtype), "var": m.var.astype(stats["var"].dtype)}
+        return moved | {name: stats[name][0] for name in _OF_WARMUP if name in stats}
 
     return merge(batch_stats)
 

@@ -258,6 +258,8 @@ def _moved_once(batch_stats: Any, updates: Any) -> Any:
             names = {name: (*path[:-1], name) for name in ("mean", "var")}
             new = move({name: stats[own] for name, own in names.items()}, merged, *how)
             stats |= {own: new[name] for name, own in names.items()}
+            if (steps := (*path[:-1], "steps")) in stats:  # the counter of a batch renorm's warm-up
+                stats[steps] += 1
     return unflatten_dict(stats)
 
 
