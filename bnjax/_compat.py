@@ -84,6 +84,11 @@ def is_mutable(variable: Any) -> bool:
     return variable._can_update if hasattr(variable, "_can_update") else variable.has_ref  # Flax 0.11
 
 
+def get_value(variable: Any) -> Any:
+    """Returns the value of an nnx variable, an array or any other."""
+    return variable.get_value() if hasattr(variable, "get_value") else variable.value  # Flax 0.11
+
+
 def set_value(variable: Any, value: Any) -> None:
     """Gives an nnx variable a value, of any dtype."""
     if hasattr(variable, "set_value"):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bnjax._sync import Moments
+from bnjax._sync import Moments, with_counts_of_features
 from bnjax.norm import BatchStats, Result, batch_norm_of, check_call, update_batch_stats
 from bnjax.variants.frozen import frozen_batch_norm_of
 from bnjax.variants.ghost import ghost_batch_norm_of
@@ -39,6 +39,16 @@ class Statistics(NamedTuple):
 
 FLAX = Statistics(are_given=False)
 """The running statistics of Flax's own batch norms."""
+
+
+MOMENTS_OF_CALLS = "moments of calls"
+"""The variable in which a layer with `keeps_moments` keeps them, by call, in place of moving its statistics."""
+
+
+def kept_moments(layer: Any, m: Moments) -> dict[str, Any]:
+    """Returns the moments of a call with what is needed to move the layer's running statistics towards them."""
+    how = {"momentum": layer.momentum, "bessel_correction": getattr(layer, "bessel_correction", False)}
+    return {"moments": with_counts_of_features(m), **jax.tree.map(jnp.asarray, how)}
 
 
 class Declaration(NamedTuple):

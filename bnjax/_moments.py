@@ -40,6 +40,7 @@ from bnjax._sync import (
     shard_like,
     shards_of,
     split_axis,
+    vary_like,
 )
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
@@ -96,7 +97,7 @@ def moments(
     weights = _checks.sample_weights(mask, x.shape, axes)
     groups = _checks.check_axis_name(axis_name, axis_index_groups)
     m = checked_moments(x, weights, axes, axis_name, groups)
-    return m._replace(remainder=jnp.zeros_like(m.count))  # of the shape that a loop of merges keeps
+    return m._replace(remainder=vary_like(jnp.zeros_like(m.count), m.count))  # of the type that a loop of merges keeps
 
 
 def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:

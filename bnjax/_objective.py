@@ -69,7 +69,7 @@ def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]
     """Returns the option that gives a model's batch norms the weights of the examples, if its call takes a `mask`.
 
     Args:
-      model: module of linen or nnx, or the bound method `apply` of one.
+      model: linen module, its bound method `apply`, or the functional form of an nnx model.
       weights: weights of the examples; None for none.
       is_needed: whether the model has batch norms that take the statistics of the batch.
 
@@ -79,16 +79,36 @@ def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]
     if weights is None:
         return {}
     model = getattr(model, "__self__", model)
-    parameters = {} if inspect.isroutine(model) else inspect.signature(type(model).__call__).parameters
+    kind = getattr(model, "model_class", type(model))  # of a model in its functional form, that of the model
+    parameters = {} if inspect.isroutine(model) else inspect.signature(kind.__call__).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     if "mask" in parameters or takes_any or inspect.isroutine(model):
         return {"mask": weights}
     if is_needed:
         raise ValueError(
-            f"the call of {type(model).__name__} must take a `mask` for its batch norms where examples have weights: "
+            f"the call of {kind.__name__} must take a `mask` for its batch norms where examples have weights: "
             "else the statistics would count those of weight zero. Give it `mask=None`, and pass that on to the layers."
         )
     return {}
+
+
+_INVERTED = ("use_running_average", "deterministic", "eval", "inference", "test")
+
+
+def phase(argument: str | None, training: bool) -> dict[str, Any]:
+    """Returns the option of a model's call that says whether it trains, if it has one.
+
+    Args:
+      argument: name of the option ('training', 'train', …), or of one that says the contrary ('use_running_average',
+        'deterministic', …); None for a model without.
+      training: whether the model trains.
+    """
+    return {} if argument is None else {argument: training != (argument in _INVERTED)}
+
+
+def is_training(argument: str, value: Any) -> bool:
+    """Returns whether a model trains, by the value of an option as in `phase`."""
+    return bool(value) != (argument in _INVERTED)
 
 
 def _name(objective: Objective) -> str:

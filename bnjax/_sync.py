@@ -234,7 +234,7 @@ def with_counts_of_features(m: Moments) -> Moments:
     count, remainder = (
         match_explicit_sharding(jnp.broadcast_to(v, m.mean.shape), m.mean) for v in (m.count, jnp.asarray(m.remainder))
     )
-    return m._replace(count=count, remainder=remainder.astype(count.dtype))
+    return m._replace(count=count, remainder=vary_like(remainder.astype(count.dtype), count))
 
 
 def nonzero(count: Array) -> Array:

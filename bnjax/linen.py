@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.errors import InvalidRngError
@@ -11,11 +10,7 @@ from flax.linen import dtypes
 from jaxtyping import ArrayLike
 
 from bnjax import _checks, _layers
-from bnjax._layers import Statistics
-from bnjax._sync import with_counts_of_features
-
-MOMENTS_OF_CALLS = "moments of calls"
-"""The variable in which a layer with `keeps_moments` keeps them, by call, in place of moving its statistics."""
+from bnjax._layers import MOMENTS_OF_CALLS, Statistics, kept_moments
 
 
 def statistics_of(module: nn.Module) -> Statistics | None:
@@ -29,22 +24,6 @@ def is_running(module: Any, arguments: Sequence[Any], options: Mapping[str, Any]
     """Returns whether a batch norm's call uses the running statistics, by its argument or else its attribute."""
     use_running_average = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
     return bool(module.use_running_average if use_running_average is None else use_running_average)
-
-
-def take_batch_statistics(module: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """Makes a batch norm's call put the batch's statistics in place of the running ones, where it would move these.
-
-    Args:
-      module: the copy of the module that Flax makes for a call, as an interceptor gets it.
-      arguments: positional arguments of the call.
-      options: arguments of the call by name.
-    """
-    if isinstance(module, _Normalizer):
-        object.__setattr__(module, "takes_batch_statistics", True)
-    elif not is_running(module, arguments, options):
-        object.__setattr__(module, "momentum", 0.0)
-        for name in ("mean", "var"):  # zero times what is not finite would not be zero
-            module.put_variable("batch_stats", name, jnp.zeros_like(module.get_variable("batch_stats", name)))
 
 
 class _Normalizer(nn.BatchNorm):
@@ -111,10 +90,8 @@ class _Normalizer(nn.BatchNorm):
         )
         if m is not None and not self.is_initializing():
             if self.keeps_moments:
-                how = {"momentum": self.momentum, "bessel_correction": getattr(self, "bessel_correction", False)}
-                kept = {"moments": with_counts_of_features(m), **jax.tree.map(jnp.asarray, how)}
                 # A model that Flax's transforms scan or map takes its statistics along.
-                self.sow("batch_stats", MOMENTS_OF_CALLS, kept)
+                self.sow("batch_stats", MOMENTS_OF_CALLS, kept_moments(self, m))
             else:
                 mean.value, var.value = batch_stats["mean"], batch_stats["var"]
         return y

@@ -9,8 +9,22 @@ from flax.nnx import rnglib
 from jaxtyping import ArrayLike
 
 from bnjax import _checks, _compat, _layers
-from bnjax._layers import Statistics
+from bnjax._functional import functional, update
+from bnjax._layers import MOMENTS_OF_CALLS, Statistics, kept_moments
 from bnjax.variants import init_split_batch_norm
+
+__all__ = [
+    "BatchNorm",
+    "BatchRenorm",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "LpBatchNorm",
+    "MovingBatchNorm",
+    "NoisyBatchNorm",
+    "SplitBatchNorm",
+    "functional",
+    "update",
+]
 
 
 def statistics_of(module: Any) -> Statistics | None:
@@ -20,19 +34,11 @@ def statistics_of(module: Any) -> Statistics | None:
     return _layers.FLAX if isinstance(module, nnx.BatchNorm) else None
 
 
-def take_batch_statistics(module: Any) -> None:
-    """Makes a batch norm's calls put the batch's statistics in place of the running ones, where they move these."""
-    if isinstance(module, _Normalizer):
-        module.takes_batch_statistics = True
-    else:
-        module.momentum = 0.0
-
-
 class _Normalizer(nnx.BatchNorm):
     """The base of all layers, with their arguments, variables and call; each layer declares its function."""
 
     declared = _layers.BATCH_NORM
-    takes_batch_statistics = False
+    takes_batch_statistics = keeps_moments = False
 
     @property
     def statistics(self) -> Statistics:
@@ -95,7 +101,11 @@ class _Normalizer(nnx.BatchNorm):
             key=None if use_running_average else self._key(),
             **call_options,
         )
-        if m is not None:
+        if m is not None and self.keeps_moments:
+            kept = getattr(self, MOMENTS_OF_CALLS, None)
+            calls = () if kept is None else _compat.get_value(kept)
+            setattr(self, MOMENTS_OF_CALLS, nnx.BatchStat((*calls, kept_moments(self, m))))
+        elif m is not None:
             # Variables that are mutable array references can't hold values that are being differentiated.
             is_mutable = _compat.is_mutable(self.mean) or _compat.is_mutable(self.var)
             keep = jax.lax.stop_gradient if is_mutable else lambda value: value
@@ -159,6 +169,7 @@ class NoisyBatchNorm(BatchNorm):
     """
 
     declared = _layers.NOISY
+    rng_collection = "noise"
 
     def __init__(
         self,
@@ -249,7 +260,8 @@ class BatchRenorm(BatchNorm):
             return self._call(x, use_running_average, mask)
         limits = _layers.limits_after_warmup(self.steps[...], self.warmup_steps, self.r_max, self.d_max)
         y = self._call(x, use_running_average, mask, **limits)
-        if not (self.use_running_average if use_running_average is None else use_running_average):
+        uses_running = self.use_running_average if use_running_average is None else use_running_average
+        if not (uses_running or self.keeps_moments):
             self.steps[...] += 1
         return y
 

@@ -208,6 +208,32 @@ def test_a_checkpoint_of_another_state_is_refused(tmp_path):
             checkpoints.restore(many)
 
 
+def test_parameters_and_statistics_go_into_another_optimizer(tmp_path):
+    x, y = jax.random.normal(jax.random.key(2), (8, 2)), jnp.arange(8) % 2
+    model = Perceptron((4,), 2, BatchNorm, "before")
+    first, second = (
+        training.create_train_state(model, optimizer, jax.random.key(seed), x)
+        for seed, optimizer in enumerate((optax.adam(0.1), optax.sgd(0.1, momentum=0.9)))
+    )
+    first, _ = training.train_step(first, x, y, objective=training.cross_entropy)
+    with Checkpoints(tmp_path, {"optimizer": "adam"}) as checkpoints:
+        checkpoints.save(1, first)
+    part = {"params": second.params, "batch_stats": second.batch_stats}
+    with Checkpoints(tmp_path, {"optimizer": "sgd"}) as checkpoints:
+        step, variables = checkpoints.restore(part, partially=True)
+        with pytest.raises(CheckpointError, match="configuration"):
+            checkpoints.restore(first)
+        with pytest.raises(CheckpointError, match=r"params/more is nothing there"):
+            checkpoints.restore({"params": {**second.params, "more": jnp.ones(1)}}, partially=True)
+    assert step == 1
+    chex.assert_trees_all_equal(variables, {"params": first.params, "batch_stats": first.batch_stats})
+    later, _ = training.train_step(second.replace(**variables), x, y, objective=training.cross_entropy)
+    expected, _ = training.train_step(
+        second.replace(params=first.params, batch_stats=first.batch_stats), x, y, objective=training.cross_entropy
+    )
+    chex.assert_trees_all_equal(later, expected)
+
+
 @pytest.mark.parametrize("leaf", ["text", 0.5, object()])
 def test_what_a_checkpoint_cannot_hold_is_named(tmp_path, leaf):
     with Checkpoints(tmp_path, {}) as checkpoints, pytest.raises(TypeError, match=r"a/1 is a .*holds arrays"):

@@ -20,14 +20,15 @@ FLOORS = """
     norm
     <root>
     variants: frozen ghost lp moving noisy renorm split .
-    _layers
+    _functional _layers
     linen nnx
+    _calls
     analysis: _draw _trees _lanczos probe activations shift sharding curvature gradients loop spectrum surface . plots
     analysis: losses
     models: layers networks .
     convert: state arrays _framework nnx torch keras haiku equinox .
-    inference: _calls folding fold_model reestimate description .
-    training: _hlo host mesh state step loop . checkpoint ahead_of_time
+    inference: folding fold_model reestimate description .
+    training: _hlo host mesh parameters state step loop . checkpoint ahead_of_time
     studies: . data.sets data data.augmentation evidence.statistics evidence.claims evidence.results evidence
     studies: engine.saving engine.histograms engine.plan engine.mappings engine.training engine.steps engine
     studies: evidence.plots evidence.ledger landscape deep_linear perceptrons vgg

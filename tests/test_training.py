@@ -1,4 +1,5 @@
 import functools
+import operator
 
 import chex
 import jax
@@ -7,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 
+import bnjax.nnx
 from bnjax import training
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
@@ -166,3 +169,44 @@ def test_training_vmaps_over_seeds_with_one_trace_and_learns():
     chex.assert_trees_all_close(
         again.loss[::-1], metrics.loss, rtol=1e-4, atol=1e-5
     )  # a seed does not depend on the others
+
+
+class Normalized(nnx.Module):
+    """An nnx model with batch norms, one of them in a list, and another normalization."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(2, 4, rngs=rngs), bnjax.nnx.BatchNorm(4, rngs=rngs)])
+        self.layer_norm = nnx.LayerNorm(4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.layer_norm(self.layers[1](self.layers[0](x))))
+
+
+def test_batch_norm_parameters_by_path_and_as_a_mask():
+    model = Perceptron((4,), 2, BatchNorm, "before")
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((3, 2)), training=False))
+    assert training.batch_norm_parameters(variables) == [("BatchNorm_0", "bias"), ("BatchNorm_0", "scale")]
+    expected = {"BatchNorm_0": {"bias": True, "scale": True}} | {
+        name: {"bias": False, "kernel": False} for name in ("Dense_0", "Dense_1")
+    }
+    assert training.batch_norm_mask(variables) == expected
+    with pytest.raises(TypeError, match="must be the variables of a linen model"):
+        training.batch_norm_parameters(model)
+
+
+def test_weight_decay_without_batch_norms_in_linen_and_nnx():
+    model = Perceptron((4,), 2, BatchNorm, "before")
+    variables = model.init(jax.random.key(0), jnp.ones((3, 2)), training=False)
+    module = Normalized(nnx.Rngs(0))
+    paths = [("layers", 1, "bias"), ("layers", 1, "scale"), ("norm", "scale")]
+    assert training.batch_norm_parameters(module) == paths
+    for params, mask in (
+        (variables["params"], training.batch_norm_mask(variables)),
+        (nnx.state(module, nnx.Param), training.batch_norm_mask(module)),
+    ):
+        decay = optax.masked(optax.add_decayed_weights(0.5), jax.tree.map(operator.not_, mask))
+        updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+        expected = jax.tree.map(lambda p, of_norm: jnp.zeros_like(p) if of_norm else 0.5 * p, params, mask)
+        chex.assert_trees_all_close(jax.tree.leaves(updates), jax.tree.leaves(expected))
+        assert any(jax.tree.leaves(mask))

@@ -23,12 +23,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
-from bnjax import _compat, linen
-from bnjax import nnx as layers_of_nnx
-from bnjax._objective import Objective, inputs_of, losses_and_correctness, mask_options, weights_of_losses
+from bnjax import _calls
+from bnjax._functional import functional
+from bnjax._objective import Objective, inputs_of, losses_and_correctness, mask_options, phase, weights_of_losses
 
 MODES = ("batch", "running", "frozen", "reestimated")
-_INVERTED = ("use_running_average", "deterministic", "eval", "inference", "test")
 
 
 def linen_loss(
@@ -74,19 +73,34 @@ def linen_loss(
     >>> loss(variables['params'], x, y).shape
     ()
     """
+    return _loss_of(model.apply, variables, objective, mode, at, argument, rngs, axis_name)
+
+
+def _loss_of(
+    apply: Callable[..., Any],
+    variables: Mapping[str, Any],
+    objective: Objective,
+    mode: str,
+    at: Any,
+    argument: str | None,
+    rngs: Mapping[str, Array] | str | None,
+    axis_name: str | tuple[str, ...] | None,
+) -> Callable[..., Array]:
+    """Returns the mean loss of a model in its functional form."""
     _check_mode(mode, at)
     others = {name: values for name, values in variables.items() if name != "params"}
-    options: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
+    options = {} if rngs is None else {"rngs": rngs}
     if mode == "frozen":
-        others |= {"batch_stats": linen_batch_stats(model, variables, at, argument=argument, rngs=rngs)}
+        others |= {"batch_stats": _batch_stats_of(apply, variables, at, None, argument, rngs)}
+    has_norms = bool(jax.tree.leaves(others.get("batch_stats", {})))
 
     def loss(params: Any, x: Any, y: Any, weights: Any = None) -> Array:
         collections = {**others, "params": params}
         if mode == "reestimated":
-            collections["batch_stats"] = linen_batch_stats(model, collections, at, argument=argument, rngs=rngs)
-        masked = mask_options(model, weights, is_needed=mode == "batch" and "batch_stats" in others)
-        outputs = model.apply(
-            collections, *inputs_of(x), **_phase(argument, mode == "batch"), **masked, **options, mutable=list(others)
+            collections["batch_stats"] = _batch_stats_of(apply, collections, at, None, argument, rngs)
+        masked = mask_options(apply, weights, is_needed=mode == "batch" and has_norms)
+        outputs = apply(
+            collections, *inputs_of(x), **phase(argument, mode == "batch"), **masked, **options, mutable=list(others)
         )[0]
         return _mean(objective, outputs, y, weights, axis_name)
 
@@ -122,18 +136,23 @@ def linen_batch_stats(
     >>> losses.linen_batch_stats(model, variables, x, argument='use_running_average')
     {'mean': Array([2.], dtype=float32), 'var': Array([1.], dtype=float32)}
     """
+    return _batch_stats_of(model.apply, variables, x, weights, argument, rngs)
 
-    def taking_statistics(next_function, arguments, options, context):
-        if linen.statistics_of(context.module) is not None and context.method_name == "__call__":
-            linen.take_batch_statistics(context.module, arguments, options)
-        return next_function(*arguments, **options)
 
-    masked = mask_options(model, weights, is_needed=True)
-    keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
-    # The set of mutable collections differs from that of training, since nn.jit remembers its traces by this set.
-    mutable = ["batch_stats", "statistics of a batch"]
-    with nn.intercept_methods(taking_statistics):
-        updates = model.apply(variables, *inputs_of(x), **_phase(argument, True), **masked, **keys, mutable=mutable)[1]
+def _batch_stats_of(
+    apply: Callable[..., Any], variables: Mapping[str, Any], x: Any, weights: Any, argument: Any, rngs: Any
+) -> Any:
+    """Returns the statistics of one batch, of a model in its functional form."""
+
+    def take(module: Any, call: Callable[..., Any], x: Any, options: dict[str, Any]) -> Any:
+        _calls.take_batch_statistics(module, options)
+        return call(x, **options)
+
+    masked = mask_options(apply, weights, is_needed=True)
+    keys = {} if rngs is None else {"rngs": rngs}
+    mutable = [name for name in variables if name != "params"]
+    with _calls.intercept(_calls.is_norm, take):
+        updates = apply(variables, *inputs_of(x), **phase(argument, True), **masked, **keys, mutable=mutable)[1]
     return updates.get("batch_stats", {})
 
 
@@ -181,7 +200,7 @@ def layers_in_order(
         return next_function(*arguments, **options)
 
     with nn.intercept_methods(remember):
-        jax.eval_shape(lambda v: model.apply(v, *inputs_of(x), **_phase(argument, False)), dict(variables))
+        jax.eval_shape(lambda v: model.apply(v, *inputs_of(x), **phase(argument, False)), dict(variables))
     leaves = ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(variables["params"])]
     missing = [leaf for leaf in leaves if not any(leaf == path or leaf.startswith(f"{path}/") for path in kernels)]
     if missing:
@@ -236,7 +255,7 @@ def layer_outputs(
     updates = model.apply(
         variables,
         *inputs_of(x),
-        **_phase(argument, mode == "batch"),
+        **phase(argument, mode == "batch"),
         **keys,
         mutable=["intermediates", "batch_stats"],
         capture_intermediates=lambda module, name: name == "__call__" and "/".join(module.path) in last,
@@ -256,6 +275,8 @@ def nnx_loss(
     *,
     mode: str = "batch",
     at: Any = None,
+    argument: str | None = "training",
+    rngs: Mapping[str, Array] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[Callable[..., Array], Any]:
     """Returns the mean loss of an nnx model on a batch, as a function of its parameters, and the parameters.
@@ -265,11 +286,13 @@ def nnx_loss(
       objective: loss of each example, as in `linen_loss`.
       mode: mode of the batch norms, as in `linen_loss`; W₀ are the model's parameters.
       at: inputs of the batch whose statistics are taken, as in `linen_loss`.
+      argument: name of the call's argument, as in `linen_loss`, where the model's call takes one of this name; without
+        it the model's `train()` and `eval()` say whether it trains.
+      rngs: random keys by name; by default the model's own random states, the same at every call.
       axis_name: mapped axes, as in `linen_loss`.
 
     Returns:
-      `loss_fn(params, x, y, weights=None) -> scalar`, and `params`, a dict of arrays. Random states are the same at
-      every call.
+      `loss_fn(params, x, y, weights=None) -> scalar`, and `params`, a dict of arrays.
 
     Raises:
       ValueError: for an unknown mode, or one that needs `at` without it.
@@ -283,44 +306,9 @@ def nnx_loss(
     >>> loss(params, jnp.ones((3, 2)), jnp.array([0, 1, 0])).shape
     ()
     """
-    _check_mode(mode, at)
-    graph, state, others = nnx.split(model, nnx.Param, ...)
-    params = nnx.to_pure_dict(state)
-
-    def merged(params: Any, others: Any) -> Any:
-        of_call, others = jax.tree.map(lambda v: v, (state, others))  # this call may change these new variables
-        nnx.replace_by_pure_dict(of_call, params)
-        return nnx.merge(graph, of_call, others)
-
-    def with_statistics_of(params: Any, x: Any) -> Any:
-        copy = merged(params, others)
-        for _, module in _compat.iter_modules(copy):
-            if layers_of_nnx.statistics_of(module) is not None:
-                layers_of_nnx.take_batch_statistics(module)
-        copy.train()
-        copy(*inputs_of(x))
-        return nnx.split(copy, nnx.Param, ...)[2]
-
-    held = with_statistics_of(params, at) if mode == "frozen" else others
-    has_norms = any(layers_of_nnx.statistics_of(module) for _, module in _compat.iter_modules(model))
-
-    def loss(params: Any, x: Any, y: Any, weights: Any = None) -> Array:
-        copy = merged(params, with_statistics_of(params, at) if mode == "reestimated" else held)
-        if mode == "batch":
-            copy.train()
-        else:
-            copy.eval()
-        masked = mask_options(copy, weights, is_needed=mode == "batch" and has_norms)
-        return _mean(objective, copy(*inputs_of(x), **masked), y, weights, axis_name)
-
-    return loss, params
-
-
-def _phase(argument: str | None, training: bool) -> dict[str, Any]:
-    """Returns the call's argument that says whether the model trains, if it has one."""
-    if argument is None:
-        return {}
-    return {argument: training != (argument in _INVERTED)}
+    apply, variables = functional(model, argument=argument)
+    loss = _loss_of(apply, variables, objective, mode, at, argument, "own" if rngs is None else rngs, axis_name)
+    return loss, variables["params"]
 
 
 def _mean(objective: Objective, outputs: Any, labels: Any, weights: Any, axis_name: Any) -> Array:

@@ -11,9 +11,8 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from bnjax import _compat, linen
-from bnjax import nnx as layers_of_nnx
-from bnjax.inference import _calls
+from bnjax import _calls, _compat
+from bnjax._functional import functional, name_of
 from bnjax.inference.reestimate import add_batch_moments, no_moments
 
 _DEAD, _EXPLODING = 1e-3, 1e3  # bounds of features' scales in units of the layer's median
@@ -68,15 +67,14 @@ class _Settings(NamedTuple):
     is_comparable: bool = True
 
 
-def examine(
-    variables: Any, model: nn.Module | None = None, *args: Any, epsilon: float = 1e-5, **options: Any
-) -> list[Description]:
+def examine(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5, **options: Any) -> list[Description]:
     """Describes each batch norm of a model; `describe` prints these descriptions.
 
     Args:
       variables: collections 'params' and 'batch_stats', or an nnx module.
-      model: linen module, from which epsilon and momentum of each batch norm are taken.
-      *args: arguments of its call: a batch, whose statistics are compared with the running ones.
+      model: linen module, from which epsilon and momentum of each batch norm are taken; an nnx module has them itself.
+      *args: arguments of the model's call: a batch, whose statistics are compared with the running ones. They follow an
+        nnx module directly: `describe(module, x)`.
       epsilon: epsilon of the batch norms, where neither a model nor an nnx module is given.
       **options: options of the call, such as `training=False`.
 
@@ -84,7 +82,7 @@ def examine(
       A description of each batch norm, in the order of the variables (of the calls, with a model).
 
     Raises:
-      TypeError: for a model without a batch, or beside an nnx module.
+      TypeError: for a linen module without a batch.
       ValueError: where there is no batch norm.
 
     >>> from bnjax.linen import BatchNorm
@@ -94,26 +92,27 @@ def examine(
     >>> [mistake.measured for mistake in one.mistakes]
     ['mean 0, variance 1', 'momentum 0.1', 'means 1 deviations away, variances 1e-05 times (medians)']
     """
-    if model is not None and not args and not options:
-        raise TypeError(
-            "A model must come with what it is called with: describe(variables, model, batch, training=False)."
-        )
-    if isinstance(variables, nnx.Module) and model is not None:
-        raise TypeError("An nnx module is looked at by itself, got a model as well. Pass describe(module).")
     if isinstance(variables, nnx.Module):
-        norms, settings, batch_moments = *_of_nnx(variables), {}
+        norms, settings = _of_nnx(variables)
+        args = args if model is None else (model, *args)
+        apply, variables = functional(variables) if args else (None, {})
     else:
+        if model is not None and not args and not options:
+            raise TypeError(
+                "A model must come with what it is called with: describe(variables, model, batch, training=False)."
+            )
+        apply = None if model is None else model.apply
         norms = _of_variables(variables)
         settings = {path: _Settings(epsilon) for path in norms}
-        batch_moments = {}
-        if model is not None:
-            settings = _settings(model, variables, args, options)
-            norms = {name: norms[name] for path in settings for name in norms if name.split("[")[0] == path}
-            compared = [path for path, own in settings.items() if path in norms and own.is_comparable]
-            start = {tuple(filter(None, path.split("/"))): no_moments(norms[path]["mean"]) for path in compared}
-            of_batch = jax.jit(functools.partial(add_batch_moments, model.apply, True, options))
-            batch_moments = of_batch(variables, start, args)
-            batch_moments = {"/".join(path): jax.device_get(m) for path, m in batch_moments.items()}
+    batch_moments = {}
+    if apply is not None:
+        paths, settings = _settings(apply, variables, args, options)
+        norms = {name: norms[name] for path in settings for name in norms if name.split("[")[0] == path}
+        compared = [path for path, own in settings.items() if path in norms and own.is_comparable]
+        start = {paths[name]: no_moments(norms[name]["mean"]) for name in compared}
+        of_batch = jax.jit(functools.partial(add_batch_moments, apply, True, options))
+        batch_moments = of_batch(variables, start, args)
+        batch_moments = {name_of(path): jax.device_get(m) for path, m in batch_moments.items()}
     if not norms:
         raise ValueError(
             "variables must be an nnx module, or collections with a batch norm ('mean' and 'var' in 'batch_stats'), "
@@ -123,7 +122,7 @@ def examine(
     return [_described(name, norm, settings[name], batch_moments.get(name)) for name, norm in norms.items()]
 
 
-def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon: float = 1e-5, **options: Any) -> None:
+def describe(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5, **options: Any) -> None:
     """Prints each batch norm's effective scale, running deviation, dead and exploding features, and likely mistakes.
 
     It warns of running statistics that have never moved, of variances near epsilon, below zero or not finite; with a
@@ -131,13 +130,14 @@ def describe(variables: Any, model: nn.Module | None = None, *args: Any, epsilon
 
     Args:
       variables: collections 'params' and 'batch_stats', or an nnx module.
-      model: linen module, from which epsilon and momentum of each batch norm are taken.
-      *args: arguments of its call: a batch, whose statistics are compared with the running ones.
+      model: linen module, from which epsilon and momentum of each batch norm are taken; an nnx module has them itself.
+      *args: arguments of the model's call: a batch, whose statistics are compared with the running ones. They follow an
+        nnx module directly: `describe(module, x)`.
       epsilon: epsilon of the batch norms, where neither a model nor an nnx module is given.
       **options: options of the call, such as `training=False`.
 
     Raises:
-      TypeError: for a model without a batch, or beside an nnx module.
+      TypeError: for a linen module without a batch.
       ValueError: where there is no batch norm.
 
     >>> import bnjax
@@ -197,8 +197,8 @@ def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[
     """Returns arrays and settings of each batch norm of an nnx module, by path."""
     norms, settings = {}, {}
     for path, part in _compat.iter_modules(module):
-        if layers_of_nnx.statistics_of(part) is not None:
-            name = "/".join(map(str, path))
+        if _calls.is_norm(part):
+            name = name_of(path)
             arrays = {n: getattr(part, n) for n in ("mean", "var", "scale", "bias")}
             kinds = _by_kind(name, {n: v[...] for n, v in arrays.items() if v is not None})
             norms |= kinds
@@ -207,23 +207,24 @@ def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[
     return norms, settings
 
 
-def _settings(model: nn.Module, variables: Any, args: Any, options: Any) -> dict[str, _Settings]:
-    """Returns the settings of each batch norm that a linen model calls, by path."""
-    settings = {}
+def _settings(apply: Any, variables: Any, args: Any, options: Any) -> tuple[dict[str, Any], dict[str, _Settings]]:
+    """Returns the path and the settings of each batch norm that a model calls, by name."""
+    paths, settings = {}, {}
 
     def note(module, call, x, call_options):
-        running = linen.is_running(module, (x,), call_options)
-        statistics = linen.statistics_of(module)
+        running = _calls.is_running(module, call_options)
+        statistics = _calls.statistics_of(module)
         comparable = statistics is not None and statistics.is_variance and statistics.kinds is None
-        settings["/".join(module.path)] = _Settings(module.epsilon, module.momentum, running, comparable)
+        paths[name := name_of(module.path)] = module.path
+        settings[name] = _Settings(module.epsilon, module.momentum, running, comparable)
         return call(x, **call_options)
 
     def run(variables, *args):
         with _calls.intercept(_calls.is_norm, note):
-            return model.apply(variables, *args, **options, mutable=["batch_stats"])
+            return apply(variables, *args, **options, mutable=["batch_stats"])
 
     jax.eval_shape(run, variables, *args)
-    return settings
+    return paths, settings
 
 
 def _described(path: str, arrays: Mapping[str, np.ndarray], settings: _Settings, batch_moments: Any) -> Description:

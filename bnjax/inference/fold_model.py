@@ -1,6 +1,7 @@
 """Folding of the batch norms of a whole Flax model into its linear layers."""
 
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,21 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import _checks, linen
-from bnjax.inference import _calls
+from bnjax import _calls, _checks, _compat
+from bnjax._functional import at, functional, name_of
 from bnjax.inference.folding import fold, fold_before
 from bnjax.models import layers
 
-Path = tuple[str, ...]
+Path = tuple[Any, ...]
 
-_LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose, layers.Conv)
+_LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose, layers.Conv, nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 # What a layer may be given without its product becoming another one, as by `dot_general`.
 _PLAIN = (
     *("features", "kernel_size", "strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count"),
     *("use_bias", "mask", "dtype", "param_dtype", "precision", "kernel_init", "bias_init", "transpose_kernel"),
-    *("parent", "name"),
+    *("parent", "name", "in_features", "out_features", "rngs"),
 )
 
 
@@ -44,39 +46,45 @@ class _Linear(NamedTuple):
     passes_constants: bool
 
 
-def foldable_pairs(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
+class Folded(nnx.Module):
+    """What is left of a batch norm of an nnx model that was folded into another layer: it returns its input."""
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns `x`."""
+        return x
+
+
+def foldable_pairs(model: Any, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
     """Returns paths of linear layers and batch norms that `fold_model` folds: ('block/Conv_0', 'block/BatchNorm_0'), ….
 
     Args:
-      model: linen module.
-      variables: collections of the model.
+      model: linen module, whose variables follow; or nnx module.
       *args: arguments of the model's call; shapes suffice (`jax.ShapeDtypeStruct`).
       **kwargs: options of the model's call, such as `training=False`.
     """
-    return [("/".join(layer.path), "/".join(norm.path)) for layer, norm, _ in _pairs(model, variables, args, kwargs)]
+    return [*_foldable(*_functional_form(model, args), kwargs)]
 
 
-def fold_model(
-    model: nn.Module, variables: Mapping[str, Any], *args: Any, pairs: Sequence[tuple[str, str]] | None = None, **kwargs
-) -> tuple[Callable[..., Any], dict[str, Any]]:
+def fold_model(model: Any, *args: Any, pairs: Sequence[tuple[str, str]] | None = None, **kwargs: Any) -> Any:
     """Folds the batch norms that follow (or precede) a linear layer into it, for a model at inference.
 
-    The model is run abstractly to find them: batch norms over the last axis whose input is the output of a `Dense`,
-    `Conv` or `ConvTranspose` that nothing else uses, and those whose output, used by nothing else, is the input of a
-    `Dense` or of a `Conv` that pads nothing. Layers inside Flax's scan and vmap, those that are called several times,
-    those whose variables are used elsewhere too, or transformed first (tied weights, WeightNorm), those with a product
-    of their own (`dot_general`), and those whose dtypes differ stay as they are.
+    The model is run abstractly to find them: batch norms over the last axis whose input is the output of a `Dense`
+    (`nnx.Linear`), `Conv` or `ConvTranspose` that nothing else uses, and those whose output, used by nothing else, is
+    the input of a `Dense` or of a `Conv` that pads nothing. Layers inside Flax's scan and vmap, those that are called
+    several times, those whose variables are used elsewhere too, or transformed first (tied weights, WeightNorm), those
+    with a product of their own (`dot_general`), and those whose dtypes differ stay as they are.
 
     Args:
-      model: linen module.
-      variables: collections of the model.
+      model: linen module, whose variables follow; or nnx module.
       *args: arguments of the model's call; shapes suffice (`jax.ShapeDtypeStruct`).
       pairs: the pairs of `foldable_pairs` to fold; all of them by default.
-      **kwargs: options of the model's call, such as `training=False`.
+      **kwargs: options of the model's call, such as `training=False`, which an nnx module may do without, as it is
+        looked at in its `eval()`.
 
     Returns:
-      `(apply, variables)`: a function like `model.apply`, for inference, and variables for it, which leave out the
-      folded batch norms and have a bias for each layer that these were folded into. Partitioning metadata is left out.
+      For a linen module `(apply, variables)`: a function like `model.apply`, for inference, and variables for it, which
+      leave out the folded batch norms and have a bias for each layer that these were folded into. Partitioning metadata
+      is left out. For an nnx module another one, in its `eval()`, without these batch norms.
 
     Raises:
       ValueError: for a pair that can't be folded; the message lists the pairs that can.
@@ -88,11 +96,8 @@ def fold_model(
     >>> list(folded['params']), list(folded)
     (['layers_0'], ['params'])
     """
-    variables = nn.meta.unbox(variables)
-    foldable = {
-        ("/".join(layer.path), "/".join(norm.path)): (layer, norm, is_before)
-        for layer, norm, is_before in _pairs(model, variables, args, kwargs)
-    }
+    function, variables, args = _functional_form(model, args)
+    foldable = _foldable(function, variables, args, kwargs)
     pairs = [*foldable] if pairs is None else [(layer, norm) for layer, norm in pairs]
     if wrong := [pair for pair in pairs if pair not in foldable]:
         raise ValueError(f"pairs must be of those that can be folded, {list(foldable)}, got {wrong}.")
@@ -105,10 +110,27 @@ def fold_model(
         else:
             folded = fold(kernel, bias, params, batch_stats, epsilon=norm.epsilon, axis=layer.axis)
         flat |= {("params", *layer.path, name): value for name, value in zip(("kernel", "bias"), folded, strict=True)}
-    folded_layers, folded_norms = ({pair[i] for pair in pairs} for i in (0, 1))
+    changed = [foldable[pair][:2] for pair in pairs]
+    return _folded_nnx(model, changed, flat) if isinstance(model, nnx.Module) else _folded_linen(model, changed, flat)
+
+
+def _functional_form(model: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """Returns a model at inference as a function, its variables, and the arguments of its call."""
+    if isinstance(model, nnx.Module):
+        model = nnx.clone(model)
+        model.eval()
+        return (*functional(model), args)
+    if not args or not isinstance(args[0], Mapping):
+        raise TypeError("a linen model must be followed by its variables: fold_model(model, variables, x).")
+    return model.apply, nn.meta.unbox(args[0]), args[1:]
+
+
+def _folded_linen(model: nn.Module, changed: list[Any], flat: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Returns a linen model without its folded batch norms as a function, and its variables."""
+    folded_layers, folded_norms = ({name_of(pair[i].path) for pair in changed} for i in (0, 1))
 
     def without_folded(module, call, x, options):
-        name = "/".join(module.path)
+        name = name_of(module.path)
         if name in folded_norms:
             return x
         y = call(x, **options)
@@ -124,18 +146,35 @@ def fold_model(
     return apply, unflatten_dict(flat)
 
 
+def _folded_nnx(model: nnx.Module, changed: list[Any], flat: Any) -> nnx.Module:
+    """Returns a copy of an nnx model without its folded batch norms."""
+    model = nnx.clone(model)
+    model.eval()
+    for layer, norm in changed:
+        linear, folded = at(model, layer.path), at(model, norm.path)
+        _compat.set_value(linear.kernel, flat["params", *layer.path, "kernel"])
+        linear.bias = nnx.Param(flat["params", *layer.path, "bias"])
+        linear.use_bias = True
+        for name in [name for name, value in vars(folded).items() if isinstance(value, nnx.Variable)]:
+            delattr(folded, name)
+        folded.__class__ = Folded  # wherever the model refers to it
+    return model
+
+
 def _pop_variables(flat: Any, collection: str, path: Path) -> dict[str, Any]:
     """Removes a module's variables of a collection and returns them."""
     return {key[-1]: flat.pop(key) for key in list(flat) if key[:-1] == (collection, *path)}
 
 
-def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tuple[_Linear, _Norm, bool]]:
-    """Returns the layers and the batch norms to fold into them, and whether these come before their layer."""
+def _foldable(
+    apply: Callable[..., Any], variables: Any, args: Any, kwargs: Any
+) -> dict[tuple[str, str], tuple[_Linear, _Norm, bool]]:
+    """Returns, by their names, the layers and the batch norms to fold into them, and whether these come before."""
     modules: dict[str, _Linear | _Norm | None] = {}
     calls: Counter[str] = Counter()
 
     def note(module, call, x, options):
-        name = "/".join(module.path)
+        name = name_of(module.path)
         calls[name] += 1
         y = _calls.marked(module, call, x, options)
         modules[name] = _norm(module, x, y, options) if _calls.is_norm(module) else _linear(module)
@@ -147,12 +186,12 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
     def run(variables, arrays):
         of_call = structure.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))
         with _calls.intercept(_is_norm_or_linear, note):
-            return model.apply(variables, *of_call, **kwargs, mutable=["batch_stats"])
+            return apply(variables, *of_call, **kwargs, mutable=["batch_stats"])
 
     flat: Any = flatten_dict(dict(variables))
     jaxpr = jax.make_jaxpr(run)(variables, arrays).jaxpr
     reused = set(_used_again(variables, jaxpr))
-    pairs, taken = [], set()
+    foldable, taken = {}, set()
     for before, after in _calls.followers(jaxpr):
         first, second = modules[before], modules[after]
         if {calls[before], calls[after]} != {1} or {before, after} & (taken | reused):
@@ -160,12 +199,12 @@ def _pairs(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[tup
         if not _fit(first, second, flat):
             continue
         if isinstance(first, _Linear) and isinstance(second, _Norm):
-            pairs.append((first, second, False))
+            foldable[before, after] = first, second, False
             taken.add(after)  # another batch norm before the layer can be folded as well
         elif isinstance(first, _Norm) and isinstance(second, _Linear) and second.passes_constants:
-            pairs.append((second, first, True))
+            foldable[after, before] = second, first, True
             taken.add(before)
-    return pairs
+    return foldable
 
 
 def _fit(first: Any, second: Any, flat: Any) -> bool:
@@ -183,26 +222,30 @@ def _used_again(variables: Any, jaxpr: Any) -> Iterator[str]:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
     for path, count in zip(paths, _calls.uses(jaxpr), strict=False):  # the variables are the first inputs
         if count > 1 and path[0].key == "params":
-            yield "/".join(entry.key for entry in path[1:-1])
+            yield name_of(tuple(entry.key for entry in path[1:-1]))
 
 
 def _norm(module: Any, x: Any, y: Any, options: Mapping[str, Any]) -> _Norm | None:
-    is_running = linen.is_running(module, (x,), options)
+    is_running = _calls.is_running(module, options)
     is_last = _checks.feature_axes(module.axis, np.ndim(x)) == (np.ndim(x) - 1,)
-    one_each = np.shape(module.variables["batch_stats"]["mean"]) == np.shape(x)[-1:]
+    one_each = np.shape(module.get_variable("batch_stats", "mean")) == np.shape(x)[-1:]
     is_foldable = is_running and is_last and one_each and x.dtype == y.dtype
     return _Norm(module.path, module.epsilon, y.dtype) if is_foldable else None
 
 
-def _is_norm_or_linear(module: nn.Module) -> bool:
+def _is_norm_or_linear(module: Any) -> bool:
     return _calls.is_norm(module) or isinstance(module, _LINEAR)
 
 
-def _linear(module: nn.Module) -> _Linear | None:
+def _linear(module: Any) -> _Linear | None:
     options = vars(module)
-    others = (field for field in dataclasses.fields(module) if field.name not in _PLAIN)
-    is_plain = all(options.get(field.name, field.default) == field.default for field in others)
-    if type(module) not in _LINEAR or not is_plain:  # a subclass may use its kernel otherwise
+    if isinstance(module, nn.Module):
+        kind, defaults = type(module), {field.name: field.default for field in dataclasses.fields(module)}
+    else:
+        kind = type(module).__mro__[1]  # the class of an intercepted module's is its own
+        defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
+    is_plain = all(options.get(n, value) == value for n, value in defaults.items() if n not in _PLAIN)
+    if kind not in _LINEAR or not is_plain:  # a subclass may use its kernel otherwise
         return None
     window = options.get("kernel_size") or ()
     sizes = (window,) if isinstance(window, int) else tuple(window)
@@ -215,5 +258,5 @@ def _linear(module: nn.Module) -> _Linear | None:
         not pads
         and options.get("mask") is None
         and bool(np.all(np.equal(options.get("input_dilation") or 1, 1)))
-        and not isinstance(module, nn.ConvTranspose),
+        and not isinstance(module, nn.ConvTranspose | nnx.ConvTranspose),
     )

@@ -11,12 +11,12 @@ from flax import linen as nn
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import _checks
+from bnjax import _calls, _checks
+from bnjax._calls import statistics_of
+from bnjax._functional import name_of
 from bnjax._moments import moments
 from bnjax._objective import inputs_of
 from bnjax._sync import Moments, merge_moments, with_counts_of_features
-from bnjax.inference import _calls
-from bnjax.linen import statistics_of
 from bnjax.norm import update_batch_stats
 from bnjax.variants.split import moments_of_kinds
 
@@ -48,7 +48,8 @@ def reestimate_batch_stats(
     averages lag behind or come from too small batches; and to move a model to other data.
 
     Args:
-      apply_fn: function such as `model.apply`, of a linen model with batch norms of Flax or of `bnjax.linen`.
+      apply_fn: function such as `model.apply`, of a linen model with batch norms of Flax or ours; of an nnx model the
+        function that `bnjax.nnx.functional(model)` returns with the variables.
       variables: collections of the model.
       batches: inputs of the model, each an array or a tuple of arguments; a list, or a function that returns an
         iterator, which is called for each pass and once before. They may be sharded over a mesh.
@@ -82,7 +83,7 @@ def reestimate_batch_stats(
     return nn.meta.replace_boxed(boxed_variables["batch_stats"], variables["batch_stats"])
 
 
-def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> set[tuple[str, ...]]:
+def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> set[tuple[Any, ...]]:
     """Returns paths of the batch norms whose statistics never move."""
     paths = set()
 
@@ -100,7 +101,7 @@ def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) 
     return paths
 
 
-def _means(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+def _means(variables: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
     """Returns the running mean of each batch norm, by path."""
     flat: Any = flatten_dict(dict(variables.get("batch_stats", {})))
     means = {path[:-1]: flat[*path[:-1], "mean"] for path in flat if path[-1] == "var"}
@@ -170,7 +171,7 @@ def add_batch_moments(
 def _called(module: Any, call: _calls.Call, x: Any, options: Mapping[str, Any], is_running: bool) -> Any:
     """Calls a batch norm so that it normalizes by running statistics, or by the batch's."""
     options = {name: value for name, value in options.items() if name != "use_running_average"}
-    object.__setattr__(module, "use_running_average", is_running)  # the module is this call's own copy
+    _calls.set_attribute(module, "use_running_average", is_running)
     return call(x, **options)
 
 
@@ -181,7 +182,7 @@ def _moments_of_input(module: Any, x: Any, options: Mapping[str, Any]) -> Moment
     if not statistics.is_variance:
         raise ValueError(
             f"The model must have batch norms whose 'var' is a variance, got {type(module).__name__} at "
-            f"{'/'.join(module.path)}."
+            f"{name_of(module.path)}."
         )
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -198,16 +199,16 @@ def _moments_of_input(module: Any, x: Any, options: Mapping[str, Any]) -> Moment
     return moments_of_kinds(moments_of, weights, options["split"], statistics.kinds, x.shape)
 
 
-def _replaced(batch_stats: Any, moments_by_path: Mapping[tuple[str, ...], Moments], bessel_correction: bool) -> Any:
+def _replaced(batch_stats: Any, moments_by_path: Mapping[tuple[Any, ...], Moments], bessel_correction: bool) -> Any:
     flat: Any = flatten_dict(dict(batch_stats))
-    if missed := ["/".join(path) for path, m in moments_by_path.items() if not jnp.any(m.count > 0)]:
+    if missed := [name_of(path) for path, m in moments_by_path.items() if not jnp.any(m.count > 0)]:
         raise ValueError(
             "apply_fn must show examples to every batch norm of the variables; it showed none to "
             f"{', '.join(missed)}. Pass model.apply, and the option that asks for training, if the model has one."
         )
     for path, m in moments_by_path.items():
         if not (jnp.isfinite(m.mean).all() and jnp.isfinite(m.var).all()):
-            raise ValueError(f"batches must give finite statistics, got NaN or infinity at {'/'.join(path)}.")
+            raise ValueError(f"batches must give finite statistics, got NaN or infinity at {name_of(path)}.")
         old = {name: flat[*path, name] for name in ("mean", "var")}
         new = update_batch_stats(old, m, momentum=0.0, bessel_correction=bessel_correction)
         flat |= {(*path, name): value for name, value in new.items()}
@@ -227,7 +228,8 @@ def adapt_batch_stats(
         mean = (N · running mean + n · batch mean) / (N + n)        var likewise
 
     Args:
-      apply_fn: function such as `model.apply`, of a linen model with batch norms of Flax or of `bnjax.linen`.
+      apply_fn: function such as `model.apply`, of a linen model with batch norms of Flax or ours; of an nnx model the
+        function that `bnjax.nnx.functional(model)` returns with the variables.
       variables: collections of the model.
       batch: input of the model, an array or a tuple of arguments, with the examples along the first axis of the first.
       prior: N, non-negative: infinite for inference by the running statistics, 0 for the batch's statistics alone; may

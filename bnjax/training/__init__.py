@@ -29,6 +29,7 @@ from bnjax.training.mesh import (
     stats_sharding,
     to_host,
 )
+from bnjax.training.parameters import batch_norm_mask, batch_norm_parameters
 from bnjax.training.state import (
     TrainState,
     create_train_state,
@@ -58,6 +59,8 @@ __all__ = [
     "ParallelStep",
     "Preprocess",
     "TrainState",
+    "batch_norm_mask",
+    "batch_norm_parameters",
     "batch_sharding",
     "binary_cross_entropy",
     "create_train_state",

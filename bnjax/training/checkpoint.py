@@ -135,12 +135,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._last_save = time.monotonic()
         return True
 
-    def restore(self, like: Any) -> tuple[int, Any] | None:
+    def restore(self, like: Any, *, partially: bool = False) -> tuple[int, Any] | None:
         """Restores the newest intact checkpoint as its step and state; returns None where there is no checkpoint.
 
         Args:
           like: a state of the same structure, shapes and dtypes. Each leaf is restored as the kind of value that `like`
             has there: a JAX array of its sharding (`jax.ShapeDtypeStruct` will do), a NumPy array, a key or an integer.
+          partially: whether `like` may be a part of the state, in a training of another configuration, such as
+            `{"params": state.params, "batch_stats": state.batch_stats}` for a state with another optimizer.
 
         Raises:
           CheckpointError: if that checkpoint is of another configuration or state, which the message compares; or if
@@ -159,10 +161,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise CheckpointError(
                 f"all checkpoints in {self._directory} are damaged ({damaged}); start afresh instead."
             )
-        for subject, there, here in (
-            ("configuration", metadata["configuration"], self._configuration),
-            ("state", metadata["leaves"], _types(wanted)),
-        ):
+        compared = [("state", metadata["leaves"], _types(wanted))]
+        if partially:
+            compared = [(what, {n: t for n, t in there.items() if n in here}, here) for what, there, here in compared]
+        else:
+            compared.insert(0, ("configuration", metadata["configuration"], self._configuration))
+        for subject, there, here in compared:
             if differences := _differences(there, here):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self._directory} is of another {subject}: {differences}; "

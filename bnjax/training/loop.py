@@ -2,20 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from bnjax._compat import check_pmap, enable_x64
-from bnjax._objective import Objective, inputs_of, losses_and_correctness, num_examples
+from bnjax._objective import Objective, inputs_of, losses_and_correctness, num_examples, phase
 from bnjax._sync import add_counts
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import GROUP_AXIS, SYNC_AXIS
@@ -28,7 +27,7 @@ Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ParallelStep:
-    """A compiled training step over a mesh: `state, metrics = step(state, x, y, weights, key)`.
+    """A compiled training step over a mesh: `state, metrics = step(state, x, y, weights, key, rngs)`.
 
     Host arrays are the examples of this process, and are spread over its devices; a state that is not on the mesh yet
     is placed there. The state's buffers are donated. On several CPU devices a step is waited for: with many under way,
@@ -37,22 +36,26 @@ class ParallelStep:
     Attributes:
       mesh: mesh of the devices.
       multiple: number of which a batch's examples must be a multiple: devices times micro-batches.
-      compiled: a jitted function `(state, Batch, key) → (state, metrics)` of global arrays, for looking at its program.
+      compiled: a jitted function `(state, Batch, key, rngs) → (state, metrics)` of global arrays, for looking at its
+        program.
     """
 
     mesh: Mesh
     multiple: int
     compiled: Any
 
-    def __call__(self, state: TrainState, x, y, weights=None, key=None) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, x, y, weights=None, key=None, rngs=None) -> tuple[TrainState, Metrics]:
         """Takes one training step.
 
         Args:
           state: parameters, running statistics and optimizer state.
-          x: inputs of the batch: a global array, or a host array of this process's examples.
+          x: inputs of the batch: a global array, or a host array of this process's examples; a tuple for a model of
+            several inputs.
           y: labels of the batch, global or of this process's examples, as `x` is.
           weights: weights of the examples, global or of this process's, as `x` is; zero for padding.
-          key: random key of the step, the same in every process, from which each example gets its own.
+          key: random key of the step, the same in every process, from which each example gets its own (`keys`).
+          rngs: random keys of the step by name, the same in every process, for what the model draws: 'dropout', say.
+            Each device draws for itself, but for the 'noise' of `NoisyBatchNorm`, which is common to all.
 
         Returns:
           The next state, and the means over the whole batch of the metrics before the update.
@@ -62,9 +65,8 @@ class ParallelStep:
         batch = Batch(x, y, weights)
         if not all(self._is_placed(leaf) for leaf in jax.tree.leaves(batch)):
             batch = devices.shard_batch(batch, self.mesh)
-        if key is not None and not self._is_placed(key):
-            key = devices.replicate(key, self.mesh)
-        done = self.compiled(state, batch, key)
+        key, rngs = jax.tree.map(lambda k: k if self._is_placed(k) else devices.replicate(k, self.mesh), (key, rngs))
+        done = self.compiled(state, batch, key, rngs)
         return jax.block_until_ready(done) if self._is_simulated else done
 
     @property
@@ -105,7 +107,7 @@ def make_train_step(
         device, such as an augmentation. Where there is a key, the model's call is given `keys` too.
 
     Returns:
-      A `ParallelStep`, called as `step(state, x, y, weights=None, key=None)`.
+      A `ParallelStep`, called as `step(state, x, y, weights=None, key=None, rngs=None)`.
 
     Raises:
       NotImplementedError, ValueError: for pmap with jax 0.7 or over several processes; an unknown `parallel`; when
@@ -125,7 +127,7 @@ def make_train_step(
         mesh = devices.make_mesh(devices=list(mesh.devices.flat))
     axis_names = (SYNC_AXIS,) if parallel == "pmap" else mesh.axis_names
 
-    def body(state: TrainState, batch_stats: Any, batch: Batch):
+    def body(state: TrainState, batch_stats: Any, rngs: Any, batch: Batch):
         """Takes the step of one device, or of one group of devices under jit."""
         x, keys = batch.x, batch.keys
         if preprocess is not None:
@@ -133,7 +135,7 @@ def make_train_step(
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
         checked: set[tuple[str, ...]] = set()
-        with nn.intercept_methods(check_sync(mesh, parallel, checked)):
+        with check_sync(mesh, parallel, checked):
             state, metrics = train_step(
                 state.replace(batch_stats=batch_stats),
                 x,
@@ -143,6 +145,7 @@ def make_train_step(
                 objective=objective,
                 axis_name=axis_names,
                 accumulate_steps=accumulate_steps,
+                rngs=rngs,
             )
         if parallel == "pmap" and groups < mesh.size:
             check_statistics(state.batch_stats, checked)
@@ -150,9 +153,9 @@ def make_train_step(
 
     mapped = {"jit": _by_jit, "shard_map": _by_shard_map, "pmap": _by_pmap}[parallel](body, mesh, groups)
 
-    def step(state: TrainState, batch: Batch, key: jax.Array | None):
+    def step(state: TrainState, batch: Batch, key: jax.Array | None = None, rngs: Any = None):
         check_groups(state, None if groups == 1 else groups, "a step over this mesh")
-        size = batch.x.shape[0]
+        size = num_examples(batch.x)
         if size % multiple:
             raise ValueError(
                 f"the batch must be a multiple of {mesh.size} devices times {accumulate_steps} micro-batches, got "
@@ -163,7 +166,7 @@ def make_train_step(
         batch = _constrain(batch, devices.batch_sharding(mesh))
         seen = state.examples_seen, state.examples_remainder
         rest = state.replace(batch_stats=None, examples_seen=None, examples_remainder=None)
-        rest, batch_stats, metrics = mapped(rest, state.batch_stats, batch)
+        rest, batch_stats, metrics = mapped(rest, state.batch_stats, rngs, batch)
         if state.stats_groups is not None:
             weights = jnp.ones(size) if batch.weights is None else batch.weights
             seen = add_counts(*seen, weights.reshape((groups, -1)).sum(1).astype(seen[0].dtype))
@@ -185,11 +188,11 @@ def _by_jit(body, mesh: Mesh, groups: int):
     if groups == 1:
         return jax.vmap(body, in_axes=None, out_axes=None, axis_size=1, axis_name=GROUP_AXIS)
 
-    def mapped(state, batch_stats, batch):
+    def mapped(state, batch_stats, rngs, batch):
         parts = jax.tree.map(lambda v: v.reshape((groups, -1, *v.shape[1:])), batch)
         parts = _constrain(parts, NamedSharding(mesh, P(GROUP_AXIS, SYNC_AXIS)))
-        grouped = jax.vmap(body, (None, 0, 0), (None, 0, None), axis_name=GROUP_AXIS)
-        return grouped(state, batch_stats, parts)
+        grouped = jax.vmap(body, (None, 0, None, 0), (None, 0, None), axis_name=GROUP_AXIS)
+        return grouped(state, batch_stats, rngs, parts)
 
     return mapped
 
@@ -198,17 +201,17 @@ def _by_shard_map(body, mesh: Mesh, groups: int):
     """Maps over all axes of the mesh, with replication checking."""
     of_group = devices.stats_sharding(mesh).spec
 
-    def local(state, batch_stats, batch):
+    def local(state, batch_stats, rngs, batch):
         if groups > 1:
             batch_stats = jax.tree.map(lambda v: v[0], batch_stats)
-        state, batch_stats, metrics = body(state, batch_stats, batch)
+        state, batch_stats, metrics = body(state, batch_stats, rngs, batch)
         if mesh.shape[SYNC_AXIS] == 1:  # this sum does nothing but type the statistics as shared by the group
             batch_stats = lax.psum(batch_stats, SYNC_AXIS)
         if groups > 1:
             batch_stats = jax.tree.map(lambda v: v[None], batch_stats)
         return state, batch_stats, metrics
 
-    in_specs, out_specs = (P(), of_group, P(mesh.axis_names)), (P(), of_group, P())
+    in_specs, out_specs = (P(), of_group, P(), P(mesh.axis_names)), (P(), of_group, P())
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
@@ -216,7 +219,7 @@ def _by_pmap(body, mesh: Mesh, groups: int):
     """Maps over the devices in the order of the mesh."""
     check_pmap()
     stats_axis = None if groups == 1 else 0
-    axes = {"in_axes": (None, stats_axis, 0), "out_axes": (None, stats_axis, None)}
+    axes = {"in_axes": (None, stats_axis, None, 0), "out_axes": (None, stats_axis, None)}
     pmapped = jax.pmap(body, axis_name=SYNC_AXIS, devices=list(mesh.devices.flat), **axes)
     by_group, by_device = P(GROUP_AXIS), P(mesh.axis_names)
     # Each device holds its group's statistics, so that these maps change nothing but the labels.
@@ -225,11 +228,11 @@ def _by_pmap(body, mesh: Mesh, groups: int):
         for a, b in ((by_group, by_device), (by_device, by_group))
     )
 
-    def mapped(state, batch_stats, batch):
+    def mapped(state, batch_stats, rngs, batch):
         parts = jax.tree.map(lambda v: v.reshape((mesh.size, -1, *v.shape[1:])), batch)
         if groups == 1:
-            return pmapped(state, batch_stats, parts)
-        state, batch_stats, metrics = pmapped(state, for_devices(batch_stats), parts)
+            return pmapped(state, batch_stats, rngs, parts)
+        state, batch_stats, metrics = pmapped(state, for_devices(batch_stats), rngs, parts)
         return state, for_groups(batch_stats), metrics
 
     return mapped
@@ -243,6 +246,7 @@ def train_epoch(
     *,
     batch_size: int,
     objective: Objective,
+    rngs: Mapping[str, Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Trains for one pass over the examples in random order: a scan of `train_step`.
 
@@ -255,6 +259,7 @@ def train_epoch(
       y: labels of all examples.
       batch_size: examples in a step; static.
       objective: loss and correctness of each example; static.
+      rngs: random keys of the epoch by name, for what the model draws ('dropout', 'noise'), anew in each step.
 
     Returns:
       The state after the epoch, and the means over its examples of each batch's metrics, as Keras reports them.
@@ -264,13 +269,16 @@ def train_epoch(
     full = count - count % batch_size
     order = _order(jax.random.bits(key, (count,)))
 
-    def step(state, index):
-        return train_step(state, *jax.tree.map(lambda v: v[index], (x, y)), objective=objective)
+    def step(state, numbered):
+        index, number = numbered
+        keys = jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs)
+        return train_step(state, *jax.tree.map(lambda v: v[index], (x, y)), objective=objective, rngs=keys)
 
-    state, metrics = lax.scan(step, state, order[:full].reshape((-1, batch_size)))
+    steps = full // batch_size
+    state, metrics = lax.scan(step, state, (order[:full].reshape((-1, batch_size)), jnp.arange(steps)))
     sums = jax.tree.map(lambda m: m.sum() * batch_size, metrics)
     if full < count:
-        state, metrics = step(state, order[full:])
+        state, metrics = step(state, (order[full:], steps))
         sums = jax.tree.map(lambda s, m: s + m * (count - full), sums, metrics)
     return state, jax.tree.map(lambda s: s / count, sums)
 
@@ -302,8 +310,8 @@ def evaluate(state: TrainState, x: Any, y: Any, *, objective: Objective) -> Metr
       ValueError: for a state whose groups of devices keep their statistics apart.
     """
     check_groups(state, None, "evaluate")
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    outputs = state.apply_fn(variables, *inputs_of(x), training=False)
+    x, y = jax.tree.map(jnp.asarray, (x, y))
+    outputs = state.apply_fn(state.variables, *inputs_of(x), **phase(state.argument, False))
     losses, correct = losses_and_correctness(objective, outputs, y)
     return Metrics(losses, correct.astype(losses.dtype))
 
@@ -324,7 +332,7 @@ def evaluate_in_batches(
 
     Args:
       state: parameters and running statistics, on the mesh.
-      x: inputs of all examples, on the host, the same in every process.
+      x: inputs of all examples, on the host, the same in every process; a tuple for a model of several inputs.
       y: labels of all examples.
       objective: loss and correctness of each example.
       batch_size: examples at a time; rounded up to a multiple of the devices.
@@ -337,18 +345,20 @@ def evaluate_in_batches(
     Raises:
       ValueError: for a state whose groups of devices keep their statistics apart, or no examples.
     """
-    if len(x) == 0:
+    count = num_examples(x)
+    if count == 0:
         raise ValueError("x must hold at least one example to evaluate, got none.")
     if mesh is None:
         mesh = getattr(getattr(state.step, "sharding", None), "mesh", None)
         mesh = mesh or devices.make_mesh(devices=jax.devices()[:1])
     batch_size += -batch_size % mesh.size
     sums = np.zeros(2)
-    for start in range(0, len(x), batch_size):
-        batch = pad_batch(Batch(x[start : start + batch_size], y[start : start + batch_size]), batch_size)
+    for start in range(0, count, batch_size):
+        part = slice(start, start + batch_size)
+        batch = pad_batch(Batch(*jax.tree.map(lambda values, part=part: values[part], (x, y))), batch_size)
         batch = devices.shard_batch(jax.tree.map(devices.local_part, batch), mesh)
         sums += np.asarray(_weighted_sums(state, batch, objective, preprocess))
-    return Metrics(*(float(value) for value in sums / len(x)))
+    return Metrics(*(float(value) for value in sums / count))
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "preprocess"))

@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx, struct
 from flax.training import train_state
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from bnjax._objective import inputs_of
+from bnjax import _calls
+from bnjax._functional import functional, name_of
+from bnjax._objective import inputs_of, phase
 from bnjax._sync import Moments, merge_moments
-from bnjax.linen import is_running, statistics_of
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import SYNC_AXIS
 
@@ -27,6 +29,9 @@ class TrainState(train_state.TrainState):
       batch_stats: the 'batch_stats' collection; empty for a model without batch norm.
       examples_seen: None for one set of running statistics. Where groups of devices keep their own, `batch_stats` has a
         leading axis of groups, and this says from how many examples (by weight) each group's come.
+      others: variables of the model that are neither, and stay as they are; random states of an nnx model among them.
+      argument: name of the option of `apply_fn` that says whether the model trains ('training', 'train', …) or the
+        contrary ('use_running_average', 'deterministic', …); None for a model without; static.
       examples_remainder: what `examples_seen` lacks by rounding, as the `remainder` of `bnjax.Moments`.
     """
 
@@ -35,6 +40,13 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
     examples_seen: Any = None  # float array [groups]
     examples_remainder: Any = None  # likewise
+    others: Any = None
+    argument: str | None = struct.field(pytree_node=False, default="training")
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The collections of the model, as `apply_fn` takes them."""
+        return {**(self.others or {}), "params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def stats_groups(self) -> int | None:
@@ -42,21 +54,51 @@ class TrainState(train_state.TrainState):
         return None if self.examples_seen is None else self.examples_seen.shape[0]
 
 
-def create_train_state(model: Any, optimizer: optax.GradientTransformation, key: Array, x: Any) -> TrainState:
-    """Creates the state at step 0 of a Flax model, initialized for inputs like `x`.
+def create_train_state(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    key: Array | None = None,
+    x: Any = None,
+    *,
+    argument: str | None = "training",
+) -> TrainState:
+    """Creates the state at step 0 of a Flax model.
 
     Args:
-      model: linen module whose call takes `(x, training=…)`.
+      model: linen module, which is initialized for inputs like `x`; or nnx module, whose variables are taken (and are
+        put back by `bnjax.nnx.update(model, state.variables)`).
       optimizer: optax gradient transformation.
-      key: random key of the initial parameters.
-      x: a batch of inputs, of which only shape and dtype matter; a tuple for a model of several.
+      key: random key of a linen module's initial parameters.
+      x: a batch of a linen module's inputs, of which only shape and dtype matter; a tuple for a model of several.
+      argument: name of the option of the model's call that says whether it trains ('training', 'train', …) or the
+        contrary ('use_running_average', 'deterministic', …); None for a model without. An nnx module may do without
+        that option, as its `train()` and `eval()` say so.
+
+    Raises:
+      TypeError: for a linen module without `key` and `x`, or an nnx module with them.
+
+    >>> from bnjax.nnx import BatchNorm
+    >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0)))
+    >>> list(create_train_state(model, optax.sgd(0.1)).variables)
+    ['others', 'params', 'batch_stats']
     """
-    variables = model.init(key, *inputs_of(x), training=False)
+    if isinstance(model, nnx.Module):
+        if key is not None or x is not None:
+            raise TypeError("an nnx model has its parameters already: pass create_train_state(model, optimizer).")
+        apply_fn, variables = functional(model, argument=argument)
+        variables = jax.tree.map(jnp.copy, variables)  # steps donate their arrays, and the model keeps its own
+    else:
+        if key is None or x is None:
+            raise TypeError("a linen model is initialized: pass create_train_state(model, optimizer, key, x).")
+        apply_fn, variables = model.apply, model.init(key, *inputs_of(x), **phase(argument, False))
+    others = {name: values for name, values in variables.items() if name not in ("params", "batch_stats")}
     state = TrainState.create(
-        apply_fn=model.apply,
+        apply_fn=apply_fn,
         params=variables["params"],
         tx=optimizer,
         batch_stats=variables.get("batch_stats", {}),
+        others=others,
+        argument=argument,
     )
     return state.replace(step=jnp.zeros((), jnp.int32))  # with Flax's Python 0 a step would compile a second time
 
@@ -138,9 +180,9 @@ def check_groups(state: TrainState, groups: int | None, caller: str) -> None:
     )
 
 
-def check_statistics(batch_stats: Any, checked: set[tuple[str, ...]]) -> None:
+def check_statistics(batch_stats: Any, checked: set[tuple[Any, ...]]) -> None:
     """Raises for statistics of layers other than batch norms, of which pmap would silently keep one device's."""
-    others = sorted("/".join(path) for path in flatten_dict(batch_stats) if path[:-1] not in checked)
+    others = sorted(name_of(path) for path in flatten_dict(batch_stats) if path[:-1] not in checked)
     if others:
         raise ValueError(
             f"the statistics {', '.join(others)} belong to no batch norm layer, and under pmap may differ from device "
@@ -148,22 +190,26 @@ def check_statistics(batch_stats: Any, checked: set[tuple[str, ...]]) -> None:
         )
 
 
-def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
-    """Returns a Flax interceptor that raises for batch norms that synchronize otherwise than the mesh's groups ask."""
+def check_sync(mesh: Mesh, way: str, checked: set[tuple[Any, ...]]):
+    """Returns a context in which batch norms raise that synchronize otherwise than the mesh's groups ask.
+
+    Args:
+      mesh: mesh of the devices.
+      way: how the step is mapped.
+      checked: set to which the paths of the batch norms that were called are added.
+    """
     size, groups = mesh.shape[SYNC_AXIS], devices.index_groups(mesh)
 
-    def intercept(next_function, arguments, options, context):
-        module = context.module
-        statistics = statistics_of(module)
-        if statistics is None or context.method_name != "__call__":
-            return next_function(*arguments, **options)
+    def check(module, call, x, options):
+        statistics = _calls.statistics_of(module)
+        assert statistics is not None
         checked.add(module.path)
         if groups is not None and not statistics.merges:
             raise ValueError(
-                f"the running statistics of {'/'.join(module.path)} ({type(module).__name__}) in several groups of "
+                f"the running statistics of {name_of(module.path)} ({type(module).__name__}) in several groups of "
                 "devices can't be merged as moments can. Make the mesh without group_size."
             )
-        if mesh.size > 1 and statistics.moves and not is_running(module, arguments, options):
+        if mesh.size > 1 and statistics.moves and not _calls.is_running(module, options):
             names = module.axis_name if isinstance(module.axis_name, tuple) else (module.axis_name,)
             expected = groups if way == "pmap" else None
             module_groups = module.axis_index_groups and tuple(map(tuple, module.axis_index_groups))
@@ -171,14 +217,14 @@ def check_sync(mesh: Mesh, way: str, checked: set[tuple[str, ...]]):
             if not not_needed and (SYNC_AXIS not in names or module_groups != expected):
                 wanted = f"axis_name={SYNC_AXIS!r}, axis_index_groups={expected}"
                 raise ValueError(
-                    f"the batch norm {'/'.join(module.path)} must be made with {wanted} to synchronize over {size} of "
+                    f"the batch norm {name_of(module.path)} must be made with {wanted} to synchronize over {size} of "
                     f"{mesh.size} devices under {way}, got axis_name={module.axis_name!r}, "
                     f"axis_index_groups={module.axis_index_groups}. For statistics of each device make the mesh with "
                     "group_size=1."
                 )
-        return next_function(*arguments, **options)
+        return call(x, **options)
 
-    return intercept
+    return _calls.intercept(_calls.is_norm, check)
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:

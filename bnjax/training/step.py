@@ -12,6 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
+from bnjax import _calls
+from bnjax._calls import statistics_of
+from bnjax._functional import name_of
+from bnjax._layers import MOMENTS_OF_CALLS
 from bnjax._moments import has_weight
 from bnjax._objective import (
     Objective,
@@ -19,13 +23,14 @@ from bnjax._objective import (
     losses_and_correctness,
     mask_options,
     num_examples,
+    phase,
     weights_of_losses,
 )
 from bnjax._sync import AxisName, Moments, merge_moments, vary_like
-from bnjax.inference import _calls
-from bnjax.linen import MOMENTS_OF_CALLS, statistics_of
 from bnjax.norm import unbiased_var, update_batch_stats
 from bnjax.training.state import TrainState
+
+_NOISE = "noise"  # the random stream of `NoisyBatchNorm`, whose draws for a unit are common to the whole batch
 
 
 class Metrics(NamedTuple):
@@ -64,7 +69,7 @@ class Batch(NamedTuple):
     """The arrays that a step trains on, each with the example axis first.
 
     Attributes:
-      x: inputs.
+      x: inputs, a tuple for a model of several.
       y: labels.
       weights: weights of the examples, in the loss and (as `mask`) in the batch norms; zero for padding; None for ones.
       keys: a random key for each example, for models that take `keys` (dropout).
@@ -86,14 +91,15 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
     Returns:
       The batch with `weights`, which are zero for the copies.
     """
-    count = len(batch.x)
+    count = num_examples(batch.x)
     missing = -count % multiple
     weights = np.ones(count, np.float32) if batch.weights is None else np.asarray(batch.weights)
 
     index = np.concatenate([np.arange(count), np.zeros(missing, np.int64)])
     keys = None if batch.keys is None else batch.keys[index]
     padded_weights = np.concatenate([weights, np.zeros(missing, weights.dtype)])
-    return Batch(np.asarray(batch.x)[index], np.asarray(batch.y)[index], padded_weights, keys)
+    x, y = jax.tree.map(lambda values: np.asarray(values)[index], (batch.x, batch.y))
+    return Batch(x, y, padded_weights, keys)
 
 
 class _Sums(NamedTuple):
@@ -107,13 +113,14 @@ class _Sums(NamedTuple):
 def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objective, rngs: Any):
     """Returns sums over a batch: the weighted loss, and beside it metrics, weight and the updated statistics."""
     x, y, weights, keys = batch
-    variables = {"params": params, "batch_stats": state.batch_stats}
     options = mask_options(state.apply_fn, weights, is_needed=bool(jax.tree.leaves(state.batch_stats)))
     if keys is not None:
         options["keys"] = keys
     if rngs is not None:
         options["rngs"] = rngs
-    outputs, updates = state.apply_fn(variables, *inputs_of(x), training=True, mutable=["batch_stats"], **options)
+    options |= phase(state.argument, True)
+    variables = state.variables | {"params": params}
+    outputs, updates = state.apply_fn(variables, *inputs_of(x), mutable=["batch_stats"], **options)
     losses, correct = losses_and_correctness(objective, outputs, y)
     losses = losses.astype(_sum_dtype(params, x))
     weights = weights_of_losses(objective, losses, weights)
@@ -153,8 +160,8 @@ def train_step(
       accumulate_steps: number k of micro-batches, of the examples j, j + k, j + 2k, …, whose gradients are accumulated
         in a scan; the running statistics move once, by the merged moments of all (which needs layers of
         `bnjax.linen` whose moments merge: not `LpBatchNorm` and `GhostBatchNorm`); static.
-      rngs: random keys by name for what the model draws for a whole batch, such as the 'noise' of
-        `bnjax.linen.NoisyBatchNorm`.
+      rngs: random keys by name for what the model draws, such as 'dropout', or the 'noise' of `NoisyBatchNorm`; the
+        same for all members. Each member and each micro-batch has draws of its own, but for 'noise'.
 
     Returns:
       The next state, and the means over the batch of the metrics before the update.
@@ -172,6 +179,8 @@ def train_step(
         x = jax.tree.map(functools.partial(_without_padding, weights), x)
     batch = Batch(x, y, weights, keys)
     expected = num_examples(x) * (1 if axis_name is None else lax.axis_size(axis_name))
+    if axis_name is not None:
+        rngs = fold_in_rngs(rngs, lax.axis_index(axis_name))
     sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, expected, rngs)
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
@@ -188,6 +197,13 @@ def _without_padding(weights: Array, x: Any) -> Any:
     return jnp.where(has_weight(weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))), x, 0)
 
 
+def fold_in_rngs(rngs: Any, number: Any) -> dict[str, Array] | None:
+    """Returns random keys for one of several parts of a batch or training; that of 'noise' is common to all parts."""
+    if rngs is None:
+        return None
+    return {name: key if name == _NOISE else jax.random.fold_in(key, number) for name, key in rngs.items()}
+
+
 def check_accumulate_steps(steps: int) -> None:
     """Raises `ValueError` unless there is at least one micro-batch."""
     if steps < 1:
@@ -200,7 +216,7 @@ def _accumulate(
     """Returns the sums over the examples of this member, in micro-batches, and the moved running statistics."""
     params = vary_like(state.params, first := jax.tree.leaves(batch.x)[0])
 
-    def sums_of(batch: Batch):
+    def sums_of(batch: Batch, rngs: Any):
         def loss(params):
             value, aux = _loss_sums(params, state, batch, objective, rngs)
             return value / expected, aux
@@ -209,19 +225,20 @@ def _accumulate(
         return _Sums(grads, metrics, weight), updates
 
     if steps == 1:
-        return sums_of(batch)
+        return sums_of(batch, rngs)
     if num_examples(batch.x) % steps:
         raise ValueError(f"accumulate_steps must divide the {num_examples(batch.x)} examples of a device, got {steps}.")
 
-    def micro_step(sums, micro_batch):
+    def micro_step(sums, numbered):
+        micro_batch, number = numbered
         with _calls.intercept(_calls.is_norm, _keep_moments):
-            more, updates = sums_of(micro_batch)
+            more, updates = sums_of(micro_batch, fold_in_rngs(rngs, number))
         return jax.tree.map(jnp.add, sums, more), updates
 
     micro_batches = jax.tree.map(lambda v: v.reshape((-1, steps, *v.shape[1:])).swapaxes(0, 1), batch)
     zero = jnp.zeros((), _sum_dtype(params, batch.x))
     start = _Sums(jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero), zero)
-    sums, updates = lax.scan(micro_step, vary_like(start, first), micro_batches)
+    sums, updates = lax.scan(micro_step, vary_like(start, first), (micro_batches, jnp.arange(steps)))
     return sums, _moved_once(state.batch_stats, updates)
 
 
@@ -232,9 +249,10 @@ def _keep_moments(module: Any, call: Any, x: Any, options: dict[str, Any]) -> An
         if not (statistics.merges and statistics.are_given):
             raise ValueError(
                 f"accumulate_steps moves the running statistics once, by merged moments, which "
-                f"{'/'.join(module.path)} ({type(module).__name__}) does not give. Use bnjax.linen.BatchNorm."
+                f"{name_of(module.path)} ({type(module).__name__}) does not give. Use bnjax.linen.BatchNorm or "
+                "bnjax.nnx.BatchNorm."
             )
-        object.__setattr__(module, "keeps_moments", True)  # the module is this call's own copy
+        _calls.set_attribute(module, "keeps_moments", True)
     return call(x, **options)
 
 
@@ -243,8 +261,8 @@ def _moved_once(batch_stats: Any, updates: Any) -> Any:
 
     Further axes before the features' are those of Flax's scan and vmap; each of their layers moves by its own momentum.
     """
-    stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
-    kept_by_path: dict[tuple[str, ...], Any] = dict(flatten_dict(updates))
+    stats: dict[tuple[Any, ...], Any] = dict(flatten_dict(batch_stats))
+    kept_by_path: dict[tuple[Any, ...], Any] = dict(flatten_dict(updates))
     for path, calls in kept_by_path.items():
         if path[-1] != MOMENTS_OF_CALLS:
             continue

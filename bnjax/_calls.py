@@ -1,16 +1,19 @@
-"""Calls of a model's layers, marked in the traced program to see which layers feed which."""
+"""Calls of a model's layers, of linen or nnx: intercepted, or marked in the traced program to see which feed which."""
 
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from bnjax.linen import statistics_of
+from bnjax import linen, nnx
+from bnjax._functional import INTERCEPTORS, name_of, split_arguments
+from bnjax._layers import Statistics
 
 Call = Callable[..., Any]
 _IN, _OUT = "bnjax: into ", "bnjax: out of "
@@ -22,33 +25,64 @@ _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "check
 
 
 @contextlib.contextmanager
-def intercept(is_wanted: Callable[[nn.Module], bool], replace: Callable[[Any, Call, Any, dict[str, Any]], Any]):
-    """Makes `replace(module, call, x, options)` stand for the calls of wanted modules, within a `with` statement."""
+def intercept(is_wanted: Callable[[Any], bool], replace: Callable[[Any, Call, Any, dict[str, Any]], Any]):
+    """Makes `replace(module, call, x, options)` stand for the calls of wanted modules, within a `with` statement.
+
+    This holds for the calls of linen models, and of nnx models in their functional form. The module is a copy of this
+    call's own, and has a `path`, `has_variable`, `get_variable` and `put_variable`, in nnx as in linen.
+    """
 
     def interceptor(next_function, arguments, options, context):
         with _own_trace(next(_number)):
-            return intercepted(next_function, arguments, options, context)
+            if context.method_name != "__call__" or not is_wanted(context.module):
+                return next_function(*arguments, **options)
+            x, options = split_arguments(arguments, options)
+            return replace(context.module, lambda x, **options: next_function(x, **options), x, options)
 
-    def intercepted(next_function, arguments, options, context):
-        if context.method_name != "__call__" or not is_wanted(context.module):
-            return next_function(*arguments, **options)
-        call_options = dict(zip(("x", "use_running_average"), arguments, strict=False)) | options
-        name = "inputs" if "inputs" in call_options else "x"
-        x = call_options.pop(name)
-        return replace(context.module, lambda x, **options: next_function(x, **options), x, call_options)
-
-    with _own_trace(next(_number)), nn.intercept_methods(interceptor):
-        yield
+    token = INTERCEPTORS.set((*INTERCEPTORS.get(), (is_wanted, replace)))
+    try:
+        with _own_trace(next(_number)), nn.intercept_methods(interceptor):
+            yield
+    finally:
+        INTERCEPTORS.reset(token)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Returns whether a module is a batch norm, of `bnjax.linen` or of Flax."""
+def set_attribute(module: Any, name: str, value: Any) -> None:
+    """Sets an attribute of a module that is a copy of this call's own."""
+    if isinstance(module, nn.Module):
+        object.__setattr__(module, name, value)  # modules of linen are frozen
+    else:
+        setattr(module, name, value)
+
+
+def statistics_of(module: Any) -> Statistics | None:
+    """Returns the kind of running statistics of a batch norm, ours or Flax's; None for other modules."""
+    return linen.statistics_of(module) if isinstance(module, nn.Module) else nnx.statistics_of(module)
+
+
+def is_norm(module: Any) -> bool:
+    """Returns whether a module is a batch norm, ours or Flax's."""
     return statistics_of(module) is not None
 
 
-def marked(module: nn.Module, call: Call, x: Any, options: dict[str, Any]) -> Any:
+def is_running(module: Any, options: Mapping[str, Any]) -> bool:
+    """Returns whether a batch norm's call uses the running statistics, by its option or else its attribute."""
+    return linen.is_running(module, (), options)
+
+
+def take_batch_statistics(module: Any, options: Mapping[str, Any]) -> None:
+    """Makes a batch norm's call put the batch's statistics in place of the running ones, where it would move these."""
+    if hasattr(module, "takes_batch_statistics"):
+        set_attribute(module, "takes_batch_statistics", True)
+    elif not is_running(module, options):
+        set_attribute(module, "momentum", 0.0)
+        for name in ("mean", "var"):  # zero times what is not finite would not be zero
+            module.put_variable("batch_stats", name, jnp.zeros_like(module.get_variable("batch_stats", name)))
+
+
+def marked(module: Any, call: Call, x: Any, options: dict[str, Any]) -> Any:
     """Calls a module with marks at its input and at its output."""
-    name = "/".join(module.path)
+    name = name_of(module.path)
     return checkpoint_name(call(checkpoint_name(x, _IN + name), **options), _OUT + name)
 
 

@@ -1,0 +1,240 @@
+"""The functional form of nnx models, in which training, inference and losses take models of linen and nnx alike."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.nnx import rnglib
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax import _compat
+from bnjax._objective import is_training
+
+Path = tuple[Any, ...]
+Replace = Callable[[Any, Callable[..., Any], Any, dict[str, Any]], Any]
+INTERCEPTORS: ContextVar[tuple[tuple[Callable[[Any], bool], Replace], ...]] = ContextVar("interceptors", default=())
+"""What stands for the calls of which modules, in every call of a functional model; `bnjax._calls.intercept` sets it."""
+
+
+def functional(model: nnx.Module, *, argument: str | None = "training") -> tuple["Apply", dict[str, Any]]:
+    """Returns an nnx model as a pure function and its variables, as linen has them.
+
+    `apply(variables, x, training=True, mutable=['batch_stats'], rngs={'dropout': key})` is called like the `apply` of a
+    linen model, so that what takes such a function takes nnx models too: `reestimate_batch_stats(*functional(model),
+    batches)`. The model itself stays as it is; `update` puts variables back into it.
+
+    Args:
+      model: nnx module.
+      argument: name of the option of `apply` that says whether the model trains, or the contrary
+        ('use_running_average', …). It chooses the model's `train()` or `eval()`, and is given to the model's call where
+        this takes an argument of that name. Without it the model is called as its modules are set.
+
+    Returns:
+      `(apply, variables)`: 'params' (`nnx.Param`), 'batch_stats' (`nnx.BatchStat`) and 'others', each a nested dict of
+      arrays. Two functions of equal models are equal, so that JAX compiles them once.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import BatchNorm
+    >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0)))
+    >>> apply, variables = functional(model)
+    >>> y, updates = apply(variables, jnp.ones((3, 2)), training=True, mutable=['batch_stats'])
+    >>> y.shape, list(updates)
+    ((3, 4), ['batch_stats'])
+    """
+    graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    variables = dict(zip(("params", "batch_stats", "others"), map(nnx.to_pure_dict, states), strict=True))
+    return Apply(graph, type(model), argument, frozenset(_flat(variables))), variables
+
+
+def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
+    """Assigns variables to an nnx model, such as those of a training, or re-estimated statistics.
+
+    Args:
+      model: nnx module.
+      variables: some or all of the collections that `functional` returns, with arrays for all or some of the variables.
+
+    Raises:
+      ValueError: for a variable that the model does not have, before anything is assigned.
+
+    >>> from flax import nnx
+    >>> from bnjax.nnx import BatchNorm
+    >>> layer = BatchNorm(2, rngs=nnx.Rngs(0))
+    >>> update(layer, {'batch_stats': {'mean': jnp.ones(2)}})
+    >>> print(layer.mean[...])
+    [1. 1.]
+    """
+    own = dict(nnx.to_flat_state(nnx.state(model)))
+    values = _flat(variables)
+    if unknown := [name_of(path) for path in values if path not in own]:
+        raise ValueError(f"variables must be the model's own, got {', '.join(unknown)} as well.")
+    for path, value in values.items():
+        _compat.set_value(own[path], value)
+
+
+def name_of(path: Path) -> str:
+    """Returns a path as one name, joined by slashes."""
+    return "/".join(map(str, path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """The function that `functional` returns.
+
+    Attributes:
+      graph: the model's graph definition.
+      model_class: the model's class.
+      argument: name of the option that says whether the model trains.
+      paths: paths of the model's variables.
+    """
+
+    graph: Any
+    model_class: type
+    argument: str | None
+    paths: frozenset[Path]
+
+    def __repr__(self) -> str:
+        return f"functional({self.model_class.__name__})[0]"
+
+    def __call__(
+        self,
+        variables: Mapping[str, Any],
+        *inputs: Any,
+        mutable: Any = False,
+        rngs: Mapping[str, jax.Array] | str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Calls the model.
+
+        Args:
+          variables: collections of arrays.
+          *inputs: positional arguments of the model's call.
+          mutable: names of the collections to return, True for all, or False.
+          rngs: random keys by name, from which each stream of the model gets its own: by the stream's name, by that of
+            its module's `rng_collection`, or by 'default'. With `'own'` the streams are as the variables have them, and
+            draw the same at each call.
+          **options: options of the model's call, and `argument`.
+
+        Returns:
+          The outputs; where there are `mutable` collections, `(outputs, collections)`.
+
+        Raises:
+          ValueError: for a stream that draws but has no key among `rngs`, and for other state that the call changes,
+            where 'others' is not mutable.
+        """
+        flat = _flat(variables)
+        model = nnx.merge(self.graph, nnx.State(unflatten_dict({p: v for p, v in flat.items() if p in self.paths})))
+        for path in flat.keys() - self.paths:
+            setattr(at(model, path[:-1]), path[-1], nnx.BatchStat(flat[path]))
+        if isinstance(rngs, str) and rngs != "own":
+            raise ValueError(f"rngs must be random keys by name, or 'own' for the model's own streams, got {rngs!r}.")
+        if self.argument is not None and self.argument in options:
+            trains = is_training(self.argument, options[self.argument])
+            model.train() if trains else model.eval()
+            if self.argument not in inspect.signature(self.model_class.__call__).parameters:
+                del options[self.argument]
+        without_key = [] if isinstance(rngs, str) else list(_seed(model, rngs or {}))
+        before = dict(nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.BatchStat)))))
+        before = {path: _compat.get_value(variable) for path, variable in before.items()}
+        _intercept(model)
+        outputs = model(*inputs, **options)
+        for name, stream, count in without_key:
+            if _compat.get_value(stream.count) is not count:
+                raise ValueError(f"rngs must have a key for the random stream {name!r}, which the model draws from.")
+        if mutable is False:
+            return outputs
+        wanted = ("params", "batch_stats", "others") if mutable is True else mutable
+        states = nnx.split(model, nnx.Param, nnx.BatchStat, ...)[1:]
+        if "others" not in wanted:
+            _check_unchanged(states[2], before)
+        collections = dict(zip(("params", "batch_stats", "others"), states, strict=True))
+        return outputs, {name: nnx.to_pure_dict(state) for name, state in collections.items() if name in wanted}
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
+    """Returns the arrays of all collections by their paths in the model."""
+    return {path: value for values in variables.values() for path, value in flatten_dict(dict(values or {})).items()}
+
+
+def at(model: Any, path: Path) -> Any:
+    """Returns the part of a model at a path."""
+    for key in path:
+        model = getattr(model, key) if isinstance(key, str) and hasattr(model, key) else model[key]
+    return model
+
+
+def _seed(model: nnx.Module, rngs: Mapping[str, jax.Array]) -> Iterator[tuple[str, Any, Any]]:
+    """Gives each random stream a key of its own; yields names, streams and counts of those without."""
+    nodes = dict(nnx.iter_graph(model))
+    streams = [(path, node) for path, node in nodes.items() if isinstance(node, rnglib.RngStream)]
+    for number, (path, stream) in enumerate(sorted(streams, key=lambda item: [*map(str, item[0])])):
+        names = (stream.tag, getattr(nodes.get(path[:-1]), "rng_collection", None), "default")
+        key = next((rngs[name] for name in names if name in rngs), None)
+        if key is None:
+            yield names[1] or names[0], stream, _compat.get_value(stream.count)
+        else:
+            shape = _compat.get_value(stream.key).shape  # of several keys where the model's parts are stacked
+            key = jax.random.fold_in(key, number)
+            _compat.set_value(stream.key, jax.random.split(key, shape) if shape else key)
+
+
+def _check_unchanged(others: Any, before: Mapping[Path, Any]) -> None:
+    for path, variable in nnx.to_flat_state(others):
+        if isinstance(variable, nnx.Intermediate | nnx.RngState):
+            continue
+        if path not in before or _compat.get_value(variable) is not before[path]:
+            raise ValueError(
+                f"the model's call changes {name_of(path)} ({type(variable).__name__}), which is neither a parameter "
+                "nor a running statistic. Make it an nnx.BatchStat, to be carried from step to step."
+            )
+
+
+def _intercept(model: nnx.Module) -> None:
+    """Makes the calls of a model's modules go through the interceptors, the last of them first."""
+    interceptors = INTERCEPTORS.get()
+    for path, module in list(_compat.iter_modules(model)) if interceptors else ():
+        if any(is_wanted(module) for is_wanted, _ in interceptors):
+            module.__class__ = _intercepted(type(module))
+            module.path = path
+
+
+@functools.cache  # JAX never forgets the class of a tree
+def _intercepted(kind: Any) -> type:
+    """Returns a subclass whose calls may be replaced, and that gives its variables as a linen module does."""
+
+    class Intercepted(kind):
+        path: Path = ()
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            call: Any = functools.partial(kind.__call__, self)
+            for is_wanted, replace in INTERCEPTORS.get():
+                if is_wanted(self):
+                    call = functools.partial(_replaced, replace, self, call)
+            return call(*arguments, **options)
+
+        def has_variable(self, collection: str, name: str) -> bool:
+            return isinstance(getattr(self, name, None), nnx.Variable)
+
+        def get_variable(self, collection: str, name: str) -> Any:
+            return _compat.get_value(getattr(self, name))
+
+        def put_variable(self, collection: str, name: str, value: Any) -> None:
+            _compat.set_value(getattr(self, name), value)
+
+    Intercepted.__name__ = kind.__name__
+    return Intercepted
+
+
+def _replaced(replace: Replace, module: Any, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    x, options = split_arguments(arguments, options)
+    return replace(module, call, x, options)
+
+
+def split_arguments(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Splits the arguments of a layer's call into its input and its options by name."""
+    named = dict(zip(("x", "use_running_average"), arguments, strict=False)) | options
+    return named.pop("inputs" if "inputs" in named else "x"), named
