@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax import _compat
 from bnjax._objective import is_training
 
+COLLECTIONS = ("params", "batch_stats", "others")
 Path = tuple[Any, ...]
 Replace = Callable[[Any, Callable[..., Any], Any, dict[str, Any]], Any]
 INTERCEPTORS: ContextVar[tuple[tuple[Callable[[Any], bool], Replace], ...]] = ContextVar("interceptors", default=())
@@ -47,7 +48,7 @@ def functional(model: nnx.Module, *, argument: str | None = "training") -> tuple
     ((3, 4), ['batch_stats'])
     """
     graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    variables = dict(zip(("params", "batch_stats", "others"), map(nnx.to_pure_dict, states), strict=True))
+    variables: dict[str, Any] = {n: nnx.to_pure_dict(state) for n, state in zip(COLLECTIONS, states, strict=True)}
     return Apply(graph, type(model), argument, frozenset(_flat(variables))), variables
 
 
@@ -147,11 +148,11 @@ class Apply:
                 raise ValueError(f"rngs must have a key for the random stream {name!r}, which the model draws from.")
         if mutable is False:
             return outputs
-        wanted = ("params", "batch_stats", "others") if mutable is True else mutable
+        wanted = COLLECTIONS if mutable is True else mutable
         states = nnx.split(model, nnx.Param, nnx.BatchStat, ...)[1:]
         if "others" not in wanted:
             _check_unchanged(states[2], before)
-        collections = dict(zip(("params", "batch_stats", "others"), states, strict=True))
+        collections = dict(zip(COLLECTIONS, states, strict=True))
         return outputs, {name: nnx.to_pure_dict(state) for name, state in collections.items() if name in wanted}
 
 
@@ -173,7 +174,7 @@ def _seed(model: nnx.Module, rngs: Mapping[str, jax.Array]) -> Iterator[tuple[st
     streams = [(path, node) for path, node in nodes.items() if isinstance(node, rnglib.RngStream)]
     for number, (path, stream) in enumerate(sorted(streams, key=lambda item: [*map(str, item[0])])):
         names = (stream.tag, getattr(nodes.get(path[:-1]), "rng_collection", None), "default")
-        key = next((rngs[name] for name in names if name in rngs), None)
+        key = next((rngs[name] for name in names if name and name in rngs), None)
         if key is None:
             yield names[1] or names[0], stream, _compat.get_value(stream.count)
         else:
@@ -236,5 +237,5 @@ def _replaced(replace: Replace, module: Any, call: Callable[..., Any], *argument
 
 def split_arguments(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Splits the arguments of a layer's call into its input and its options by name."""
-    named = dict(zip(("x", "use_running_average"), arguments, strict=False)) | options
+    named: dict[str, Any] = {**dict(zip(("x", "use_running_average"), arguments, strict=False)), **options}
     return named.pop("inputs" if "inputs" in named else "x"), named
