@@ -2,10 +2,10 @@
 
 `pip install cosmic-ray && python tools/check_mutations.py [--sample N] [--seed S] [--only NAME …]`
 
-The core is the function, moments, synchronization, variants and layers. Each change ("mutant"), such as another operator
-or number, is made in a copy of the project, whose tests of the function, moments, variants, layers and devices then
-run until one fails. All of the some 4,000 mutants take about a day on two cores; a sample of 100 some 50 minutes. What
-survived is printed with its line, to be killed by a test or explained.
+The core is the function, moments, synchronization, variants and layers. Each change ("mutant"), such as another
+operator or number, is made in a copy of the project, whose tests of the function, moments, variants, layers and devices
+then run until one fails. All of the some 4,000 mutants take about a day on two cores; a sample of 100 some 50 minutes.
+What survived is printed with its line, to be killed by a test or explained.
 """
 
 import argparse
@@ -20,7 +20,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CORE = ("norm.py", "_moments.py", "_sync.py", "_layers.py", "linen.py", "nnx.py", "variants")
 # What notices most comes first, and compiles least.
-TESTS = ("moments", "norm", "renorm", "statistics_variants", "variants", "linen", "nnx", "compiled", "layers", "parallel")
+TESTS = (
+    "moments",
+    "norm",
+    "renorm",
+    "statistics_variants",
+    "variants",
+    "linen",
+    "nnx",
+    "compiled",
+    "layers",
+    "parallel",
+)
 CONFIGURATION = """
 [cosmic-ray]
 module-path = [{modules}]
@@ -68,9 +79,8 @@ def sample(database: sqlite3.Connection, count: int | None, seed: int) -> None:
     jobs = sorted(job for (job,) in database.execute("SELECT job_id FROM work_items"))
     if count is None or count >= len(jobs):
         return
-    order = database.execute(
-        "SELECT job_id FROM mutation_specs ORDER BY module_path, start_pos_row, start_pos_col, operator_name, occurrence"
-    )
+    place = "module_path, start_pos_row, start_pos_col, operator_name, occurrence"
+    order = database.execute(f"SELECT job_id FROM mutation_specs ORDER BY {place}")
     kept = set(random.Random(seed).sample([job for (job,) in order], count))
     for job in set(jobs) - kept:
         database.execute("DELETE FROM mutation_specs WHERE job_id = ?", (job,))
