@@ -79,11 +79,6 @@ def result_dtype(layer: Any, x: Any, mean: Any, var: Any, scale: Any, bias: Any)
     return dtypes.canonicalize_dtype(x, *statistics, scale, bias, dtype=layer.dtype)
 
 
-def is_mutable(variable: Any) -> bool:
-    """Returns whether an nnx variable is updated in place, and so can't hold a value that is being differentiated."""
-    return variable._can_update if hasattr(variable, "_can_update") else variable.has_ref  # Flax 0.11
-
-
 def get_value(variable: Any) -> Any:
     """Returns the value of an nnx variable, an array or any other."""
     return variable.get_value() if hasattr(variable, "get_value") else variable.value  # Flax 0.11

@@ -106,10 +106,8 @@ class _Normalizer(nnx.BatchNorm):
             calls = () if kept is None else _compat.get_value(kept)
             setattr(self, MOMENTS_OF_CALLS, nnx.BatchStat((*calls, kept_moments(self, m))))
         elif m is not None:
-            # Variables that are mutable array references can't hold values that are being differentiated.
-            is_mutable = _compat.is_mutable(self.mean) or _compat.is_mutable(self.var)
-            keep = jax.lax.stop_gradient if is_mutable else lambda value: value
-            self.mean[...], self.var[...] = keep(batch_stats["mean"]), keep(batch_stats["var"])
+            # As in Flax since 0.12, no derivative goes through variables.
+            self.mean[...], self.var[...] = jax.lax.stop_gradient((batch_stats["mean"], batch_stats["var"]))
         return y
 
     def _key(self) -> Any:
