@@ -229,3 +229,14 @@ def test_the_variance_is_right_wherever_float32_can_hold_it(scale):
     np.testing.assert_allclose(merged.var, wide.var(0), rtol=1e-5)
     of_members = jax.vmap(lambda part: moments(part, axis_name="i"), axis_name="i")(x.reshape(10, 100, 2))
     np.testing.assert_allclose(of_members.var[0], wide.var(0), rtol=1e-5)
+
+
+def test_no_variance_is_below_zero():
+    # The sampled elements weigh next to nothing, and all others are the same: what is left of the variance is rounding.
+    values = np.random.default_rng(0).normal(size=4096).astype(np.float32)
+    x = np.broadcast_to(values, (3000, 4096)).copy()
+    hidden = np.arange(3000) % 11 == (2999 % 11) // 2
+    x[hidden] += 1
+    var = np.asarray(moments(x, mask=np.where(hidden, 1e-30, 1).astype(np.float32)).var)
+    assert (var >= 0).all()
+    assert var.max() < 1e-20
