@@ -92,6 +92,20 @@ def test_the_page_of_versions_shows_its_record(monkeypatch):
     assert not any(row["failed"] for row in record.values())
 
 
+def test_the_page_of_compositions_shows_its_record():
+    compositions = pytest.importorskip("compositions")
+    tool = script(ROOT / "tools" / "check_compositions.py")
+    record = json.loads(tool.RECORD.read_text())
+    assert tool.PAGE.read_text() == tool.page(record), "it is made by: python tools/check_compositions.py --page"
+    assert list(record["cells"]) == [*compositions.FLAX, *compositions.ROWS]
+    assert record["other"] == {f"{row}, {column}": why for (row, column), why in compositions.OTHER.items()}
+    for name, cells in record["cells"].items():
+        row = {**compositions.FLAX, **compositions.ROWS}[name]
+        assert list(cells) == [c for c in compositions.COLUMNS if row.has_inference or c != "export, inference"]
+        wrong = {f"{name}, {column}" for column, found in cells.items() if found != tool.RIGHT}
+        assert name in compositions.FLAX or wrong <= set(record["other"])
+
+
 def test_published_pages_show_the_published_records():
     pages = script(ROOT / "tools" / "make_results.py")
     studies = {name: saved for name in pages.STUDIES if (saved := pages.published(name))}
