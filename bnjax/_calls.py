@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from bnjax import linen, nnx
 from bnjax._functional import INTERCEPTORS, name_of, split_arguments
 from bnjax._layers import Statistics
+from bnjax._moments import moments
 
 Call = Callable[..., Any]
 _IN, _OUT = "bnjax: into ", "bnjax: out of "
@@ -70,14 +71,30 @@ def is_running(module: Any, options: Mapping[str, Any]) -> bool:
     return linen.is_running(module, (), options)
 
 
-def take_batch_statistics(module: Any, options: Mapping[str, Any]) -> None:
-    """Makes a batch norm's call put the batch's statistics in place of the running ones, where it would move these."""
+def taking_batch_statistics(module: Any, call: Call, x: Any, options: dict[str, Any]) -> Any:
+    """Calls a batch norm so that it puts the batch's statistics in place of the running ones, if it would move these.
+
+    Derivatives go through the statistics.
+    """
     if hasattr(module, "takes_batch_statistics"):
         set_attribute(module, "takes_batch_statistics", True)
-    elif not is_running(module, options):
+        return call(x, **options)
+    if is_running(module, options):
+        return call(x, **options)
+    if isinstance(module, nn.Module):
         set_attribute(module, "momentum", 0.0)
         for name in ("mean", "var"):  # zero times what is not finite would not be zero
             module.put_variable("batch_stats", name, jnp.zeros_like(module.get_variable("batch_stats", name)))
+        return call(x, **options)
+    y, mask = call(x, **options), options.get("mask")
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        mask = mask.reshape((1,) * (jnp.ndim(x) - mask.ndim) + mask.shape)  # as Flax reads it
+    # No derivative goes through what Flax's own nnx layers assign.
+    m = moments(x, axis=module.axis, mask=mask, axis_name=module.axis_name, axis_index_groups=module.axis_index_groups)
+    for name, value in (("mean", m.mean), ("var", m.var)):
+        module.put_variable("batch_stats", name, value.astype(module.get_variable("batch_stats", name).dtype))
+    return y
 
 
 def marked(module: Any, call: Call, x: Any, options: dict[str, Any]) -> Any:
@@ -102,12 +119,14 @@ def followers(jaxpr: Any) -> Iterator[tuple[str, str]]:
                 yield from followers(inner)
 
 
-def uses(jaxpr: Any) -> list[int]:
-    """Counts how often each input of a program is used in it."""
-    counts = Counter(map(id, jaxpr.outvars))
-    for eqn in jaxpr.eqns:
+def uses(jaxpr: Any, of_outputs: list[int] | None = None) -> list[int]:
+    """Counts how often each input of a program is used, given how often each of its outputs is (by default once)."""
+    counts = Counter()
+    for variable, count in zip(jaxpr.outvars, of_outputs or [1] * len(jaxpr.outvars), strict=True):
+        counts[id(variable)] += count
+    for eqn in reversed(jaxpr.eqns):
         inner = list(_inner(eqn)) if eqn.primitive.name in _INLINED else []
-        each = uses(inner[0]) if len(inner) == 1 else [1] * len(eqn.invars)
+        each = uses(inner[0], [counts[id(v)] for v in eqn.outvars]) if len(inner) == 1 else [1] * len(eqn.invars)
         for variable, count in zip(eqn.invars, each, strict=True):
             counts[id(variable)] += count
     return [counts[id(variable)] for variable in jaxpr.invars]

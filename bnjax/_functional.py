@@ -3,19 +3,23 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import rnglib
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import _compat
-from bnjax._objective import is_training
+from bnjax._objective import PHASES, is_training
 
-COLLECTIONS = ("params", "batch_stats", "others")
+NOISE = "noise"
+"""The random stream of `NoisyBatchNorm`, whose draws for a unit are common to the whole batch."""
+COLLECTIONS = ("params", "batch_stats", "random", "others")
+_TYPES = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
 Path = tuple[Any, ...]
 Replace = Callable[[Any, Callable[..., Any], Any, dict[str, Any]], Any]
 INTERCEPTORS: ContextVar[tuple[tuple[Callable[[Any], bool], Replace], ...]] = ContextVar("interceptors", default=())
@@ -27,17 +31,23 @@ def functional(model: nnx.Module, *, argument: str | None = "training") -> tuple
 
     `apply(variables, x, training=True, mutable=['batch_stats'], rngs={'dropout': key})` is called like the `apply` of a
     linen model, so that what takes such a function takes nnx models too: `reestimate_batch_stats(*functional(model),
-    batches)`. The model itself stays as it is; `update` puts variables back into it.
+    batches)`. The model itself stays as it is; `update` puts variables back into it. (Parameters that the call itself
+    changes are returned where 'params' is mutable, and by no training, which moves them by their gradients.)
 
     Args:
       model: nnx module.
       argument: name of the option of `apply` that says whether the model trains, or the contrary
         ('use_running_average', …). It chooses the model's `train()` or `eval()`, and is given to the model's call where
-        this takes an argument of that name. Without it the model is called as its modules are set.
+        this takes an argument of that name, or any. With None the option is `training`, and the call does not get it.
+        Where `apply` is called without the option, the model is called as its modules are set.
 
     Returns:
-      `(apply, variables)`: 'params' (`nnx.Param`), 'batch_stats' (`nnx.BatchStat`) and 'others', each a nested dict of
-      arrays. Two functions of equal models are equal, so that JAX compiles them once.
+      `(apply, variables)`: 'params' (`nnx.Param`), 'batch_stats' (`nnx.BatchStat`), 'random' (keys and counts of random
+      streams) and 'others', each a nested dict of arrays. Two functions of equal models are equal, so that JAX compiles
+      them once.
+
+    Raises:
+      ValueError: for a model whose call has no argument of that name but another that says whether it trains.
 
     >>> from flax import nnx
     >>> from bnjax.nnx import BatchNorm
@@ -47,9 +57,24 @@ def functional(model: nnx.Module, *, argument: str | None = "training") -> tuple
     >>> y.shape, list(updates)
     ((3, 4), ['batch_stats'])
     """
-    graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    graph, *states = nnx.split(model, *_TYPES)
     variables: dict[str, Any] = {n: nnx.to_pure_dict(state) for n, state in zip(COLLECTIONS, states, strict=True)}
-    return Apply(graph, type(model), argument, frozenset(_flat(variables))), variables
+    passes = argument is not None and _passes(type(model), argument)
+    return Apply(graph, type(model), argument or "training", passes, frozenset(_flat(variables))), variables
+
+
+def _passes(model_class: type, argument: str) -> bool:
+    """Returns whether the call of a model gets an option that says whether it trains."""
+    parameters = inspect.signature(model_class.__call__).parameters
+    if argument in parameters:
+        return True
+    if others := [name for name in parameters if name in PHASES]:
+        raise ValueError(
+            f"argument must be the name by which the call of {model_class.__name__} is told whether it trains, got "
+            f"{argument!r}. Pass argument={others[0]!r}, or None where its own default is meant."
+        )
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_any and not issubclass(model_class, nnx.Sequential)  # which gives all options to its first layer
 
 
 def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
@@ -59,8 +84,10 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
       model: nnx module.
       variables: some or all of the collections that `functional` returns, with arrays for all or some of the variables.
 
+    The arrays are copied, and cast to the dtypes of the model's.
+
     Raises:
-      ValueError: for a variable that the model does not have, before anything is assigned.
+      ValueError: for a variable that the model does not have, or has in another shape, before anything is assigned.
 
     >>> from flax import nnx
     >>> from bnjax.nnx import BatchNorm
@@ -73,8 +100,24 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     values = _flat(variables)
     if unknown := [name_of(path) for path in values if path not in own]:
         raise ValueError(f"variables must be the model's own, got {', '.join(unknown)} as well.")
+    wrong = [
+        f"{name_of(path)} of shape {jnp.shape(value)} for {jnp.shape(_value(own[path]))}"
+        for path, value in values.items()
+        if jnp.shape(value) != jnp.shape(_value(own[path]))
+    ]
+    if wrong:
+        raise ValueError(f"variables must have the shapes of the model's, got {', '.join(wrong)}.")
     for path, value in values.items():
-        _compat.set_value(own[path], value)
+        new = jnp.array(value, dtype=_value(own[path]).dtype)  # a copy, as the next step may donate the array
+        if isinstance(own[path], nnx.Variable):
+            _compat.set_value(own[path], new)
+        else:
+            setattr(at(model, path[:-1]), path[-1], new)
+
+
+def _value(leaf: Any) -> Any:
+    """Returns the value of a leaf of a model's state, which is a variable, or an array that is an attribute."""
+    return _compat.get_value(leaf) if isinstance(leaf, nnx.Variable) else leaf
 
 
 def name_of(path: Path) -> str:
@@ -90,12 +133,14 @@ class Apply:
       graph: the model's graph definition.
       model_class: the model's class.
       argument: name of the option that says whether the model trains.
+      passes: whether the model's call gets that option.
       paths: paths of the model's variables.
     """
 
     graph: Any
     model_class: type
-    argument: str | None
+    argument: str
+    passes: bool
     paths: frozenset[Path]
 
     def __repr__(self) -> str:
@@ -124,8 +169,7 @@ class Apply:
           The outputs; where there are `mutable` collections, `(outputs, collections)`.
 
         Raises:
-          ValueError: for a stream that draws but has no key among `rngs`, and for other state that the call changes,
-            where 'others' is not mutable.
+          ValueError: for a stream that draws but has no key among `rngs`.
         """
         flat = _flat(variables)
         model = nnx.merge(self.graph, nnx.State(unflatten_dict({p: v for p, v in flat.items() if p in self.paths})))
@@ -133,27 +177,24 @@ class Apply:
             setattr(at(model, path[:-1]), path[-1], nnx.BatchStat(flat[path]))
         if isinstance(rngs, str) and rngs != "own":
             raise ValueError(f"rngs must be random keys by name, or 'own' for the model's own streams, got {rngs!r}.")
-        if self.argument is not None and self.argument in options:
+        if self.argument in options:
             trains = is_training(self.argument, options[self.argument])
             model.train() if trains else model.eval()
-            if self.argument not in inspect.signature(self.model_class.__call__).parameters:
+            if not self.passes:
                 del options[self.argument]
-        without_key = [] if isinstance(rngs, str) else list(_seed(model, rngs or {}))
-        before = dict(nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.BatchStat)))))
-        before = {path: _compat.get_value(variable) for path, variable in before.items()}
+        if not isinstance(rngs, str):
+            _seed(model, rngs or {})
         _intercept(model)
         outputs = model(*inputs, **options)
-        for name, stream, count in without_key:
-            if _compat.get_value(stream.count) is not count:
-                raise ValueError(f"rngs must have a key for the random stream {name!r}, which the model draws from.")
         if mutable is False:
             return outputs
         wanted = COLLECTIONS if mutable is True else mutable
-        states = nnx.split(model, nnx.Param, nnx.BatchStat, ...)[1:]
-        if "others" not in wanted:
-            _check_unchanged(states[2], before)
-        collections = dict(zip(COLLECTIONS, states, strict=True))
-        return outputs, {name: nnx.to_pure_dict(state) for name, state in collections.items() if name in wanted}
+        states = dict(zip(COLLECTIONS, nnx.split(model, *_TYPES)[1:], strict=True))
+        collections = {name: nnx.to_pure_dict(states[name]) for name in COLLECTIONS if name in wanted}
+        if "others" in collections:  # without what was sown
+            others = flatten_dict(collections["others"])
+            collections["others"] = unflatten_dict({path: v for path, v in others.items() if path in self.paths})
+        return outputs, collections
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
@@ -168,30 +209,31 @@ def at(model: Any, path: Path) -> Any:
     return model
 
 
-def _seed(model: nnx.Module, rngs: Mapping[str, jax.Array]) -> Iterator[tuple[str, Any, Any]]:
-    """Gives each random stream a key of its own; yields names, streams and counts of those without."""
+def _seed(model: nnx.Module, rngs: Mapping[str, jax.Array]) -> None:
+    """Gives each random stream a key of its own; those without any are made to raise where they are drawn from."""
     nodes = dict(nnx.iter_graph(model))
     streams = [(path, node) for path, node in nodes.items() if isinstance(node, rnglib.RngStream)]
     for number, (path, stream) in enumerate(sorted(streams, key=lambda item: [*map(str, item[0])])):
-        names = (stream.tag, getattr(nodes.get(path[:-1]), "rng_collection", None), "default")
-        key = next((rngs[name] for name in names if name and name in rngs), None)
+        collection = getattr(nodes.get(path[:-1]), "rng_collection", None)
+        name = collection if stream.tag == "default" and collection else stream.tag
+        # Noise that is common to a batch has a key that is common to its parts, which that of other streams is not.
+        key = rngs.get(name, None if name == NOISE else rngs.get("default"))
         if key is None:
-            yield names[1] or names[0], stream, _compat.get_value(stream.count)
+            stream.__class__ = _Keyless
+            stream.wanted = name  # pyright: ignore[reportAttributeAccessIssue]
         else:
             shape = _compat.get_value(stream.key).shape  # of several keys where the model's parts are stacked
             key = jax.random.fold_in(key, number)
             _compat.set_value(stream.key, jax.random.split(key, shape) if shape else key)
 
 
-def _check_unchanged(others: Any, before: Mapping[Path, Any]) -> None:
-    for path, variable in nnx.to_flat_state(others):
-        if isinstance(variable, nnx.Intermediate | nnx.RngState):
-            continue
-        if path not in before or _compat.get_value(variable) is not before[path]:
-            raise ValueError(
-                f"the model's call changes {name_of(path)} ({type(variable).__name__}), which is neither a parameter "
-                "nor a running statistic. Make it an nnx.BatchStat, to be carried from step to step."
-            )
+class _Keyless(rnglib.RngStream):
+    """A random stream for which no key was given."""
+
+    wanted: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(f"rngs must have a key for the random stream {self.wanted!r}, which the model draws from.")
 
 
 def _intercept(model: nnx.Module) -> None:

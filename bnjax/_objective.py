@@ -82,6 +82,7 @@ def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]
     kind = getattr(model, "model_class", type(model))  # of a model in its functional form, that of the model
     parameters = {} if inspect.isroutine(model) else inspect.signature(kind.__call__).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_any &= kind.__name__ != "Sequential"  # nnx's, which gives all options to its first layer
     if "mask" in parameters or takes_any or inspect.isroutine(model):
         return {"mask": weights}
     if is_needed:
@@ -93,6 +94,8 @@ def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]
 
 
 _INVERTED = ("use_running_average", "deterministic", "eval", "inference", "test")
+PHASES = ("training", "train", "is_training", *_INVERTED)
+"""Names by which models' calls are told whether they train."""
 
 
 def phase(argument: str | None, training: bool) -> dict[str, Any]:

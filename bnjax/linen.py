@@ -209,18 +209,21 @@ class LpBatchNorm(_Normalizer, kw_only=True):
     p: float
 
 
+_LIMITS = {"r_max": 3.0, "d_max": 5.0}  # those at the end of the paper's schedule
+
+
 class BatchRenorm(_Normalizer):
     """`bnjax.variants.batch_renorm` as a layer: `BatchNorm`, in training moved towards what inference gives.
 
     Arguments, variables and names are those of `BatchNorm`, but for the two limits and their warm-up. The limits may be
     traced: a schedule makes the model in the step, with the limits of that step. With `warmup_steps` the layer counts
     its training calls itself, and is plain batch norm for so many: 'batch_stats' then also has 'steps', 'r_max' and
-    'd_max', the limits that count, as in the layers of CrossQ, SBX and PureJaxQL, whose checkpoints it takes.
+    'd_max', as in the layers of CrossQ, SBX and PureJaxQL, whose checkpoints it takes.
 
     Attributes:
       bessel_correction: whether the running variance takes the batch's times n / (n − 1).
-      r_max: limit of the correction of the deviation, at least 1.
-      d_max: limit of the correction of the mean, in running deviations.
+      r_max: limit of the correction of the deviation, at least 1; by default 3, or that of 'batch_stats'.
+      d_max: limit of the correction of the mean, in running deviations; by default 5, or that of 'batch_stats'.
       warmup_steps: number of training calls before the limits count; None without a counter.
 
     References:
@@ -236,8 +239,8 @@ class BatchRenorm(_Normalizer):
     declared = _layers.RENORM
 
     bessel_correction: bool = False
-    r_max: Any = 3.0
-    d_max: Any = 5.0
+    r_max: Any = None
+    d_max: Any = None
     warmup_steps: Any = None
 
     @nn.compact
@@ -252,14 +255,16 @@ class BatchRenorm(_Normalizer):
         Returns:
           An array of the shape of `x`.
         """
+        limits = {name: getattr(self, name) for name in _LIMITS}
         if self.warmup_steps is None:
-            return self._call(x, use_running_average, mask)
+            limits = {name: _LIMITS[name] if limit is None else limit for name, limit in limits.items()}
+            return self._call(x, use_running_average, mask, **limits)
+        for name, limit in limits.items():
+            start = _LIMITS[name] if limit is None else limit
+            kept = self.variable("batch_stats", name, lambda start=start: jnp.asarray(start, jnp.float32))
+            limits[name] = kept.value if limit is None else limit
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        r_max, d_max = (
-            self.variable("batch_stats", name, lambda name=name: jnp.asarray(getattr(self, name), jnp.float32))
-            for name in ("r_max", "d_max")
-        )
-        limits = _layers.limits_after_warmup(steps.value, self.warmup_steps, r_max.value, d_max.value)
+        limits = _layers.limits_after_warmup(steps.value, self.warmup_steps, **limits)
         y = self._call(x, use_running_average, mask, **limits)
         moves = not (is_running(self, (x, use_running_average), {}) or self.is_initializing() or self.keeps_moments)
         if moves and self.is_mutable_collection("batch_stats"):

@@ -106,8 +106,10 @@ class _Normalizer(nnx.BatchNorm):
             calls = () if kept is None else _compat.get_value(kept)
             setattr(self, MOMENTS_OF_CALLS, nnx.BatchStat((*calls, kept_moments(self, m))))
         elif m is not None:
-            # As in Flax since 0.12, no derivative goes through variables.
-            self.mean[...], self.var[...] = jax.lax.stop_gradient((batch_stats["mean"], batch_stats["var"]))
+            if not self.takes_batch_statistics:  # as in Flax since 0.12, no derivative goes through variables
+                batch_stats = jax.lax.stop_gradient(batch_stats)
+            for name in ("mean", "var"):
+                _compat.set_value(getattr(self, name), batch_stats[name])
         return y
 
     def _key(self) -> Any:
@@ -221,7 +223,7 @@ class BatchRenorm(BatchNorm):
       r_max: limit of the correction of the deviation, at least 1.
       d_max: limit of the correction of the mean, in running deviations. Set both before a step for a schedule.
       warmup_steps: number of training calls, counted in the variable `steps`, before the limits count: before that the
-        layer is plain batch norm. None without a counter.
+        layer is plain batch norm. The limits are variables as well then. None without a counter.
       **kwargs: every other argument of `BatchNorm`.
 
     References:
@@ -239,9 +241,12 @@ class BatchRenorm(BatchNorm):
         self, num_features: int, *, r_max: Any = 3.0, d_max: Any = 5.0, warmup_steps: Any = None, **kwargs: Any
     ):
         super().__init__(num_features, **kwargs)
-        self.r_max, self.d_max, self.warmup_steps = r_max, d_max, warmup_steps
-        if warmup_steps is not None:
+        self.warmup_steps = warmup_steps
+        if warmup_steps is None:
+            self.r_max, self.d_max = r_max, d_max
+        else:
             self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
+            self.r_max, self.d_max = (nnx.BatchStat(jnp.asarray(limit, jnp.float32)) for limit in (r_max, d_max))
 
     def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
         """Normalizes `x`, and moves the running statistics where the batch's are used.
@@ -256,7 +261,7 @@ class BatchRenorm(BatchNorm):
         """
         if self.warmup_steps is None:
             return self._call(x, use_running_average, mask)
-        limits = _layers.limits_after_warmup(self.steps[...], self.warmup_steps, self.r_max, self.d_max)
+        limits = _layers.limits_after_warmup(self.steps[...], self.warmup_steps, self.r_max[...], self.d_max[...])
         y = self._call(x, use_running_average, mask, **limits)
         uses_running = self.use_running_average if use_running_average is None else use_running_average
         if not (uses_running or self.keeps_moments):

@@ -204,7 +204,9 @@ def _apart(definition):
 
 ROWS |= {
     f"{module.__name__.removeprefix('bnjax.')}.{name}": Row(
-        of(getattr(module, name), **options), _apart(definition) if of is _nnx else definition, stats
+        of(getattr(module, name), **options),
+        _apart(definition) if of is _nnx and name != "FrozenBatchNorm" else definition,  # which assigns nothing
+        stats,
     )
     for module, of in ((bnjax.linen, _linen), (bnjax.nnx, _nnx))
     for name, (options, definition, stats) in _LAYERS.items()

@@ -1,6 +1,7 @@
 """Models of linen and nnx side by side: training, micro-batches, checkpoints, inference, and random streams."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -394,12 +395,152 @@ class Counter(nnx.Module):
         return x * self.scale[...]
 
 
-def test_state_that_training_would_lose_is_an_error():
+@pytest.mark.parametrize("steps", [1, 2])
+def test_training_takes_along_what_else_the_model_changes(steps):
     state = training.create_train_state(Counter(), OPTIMIZER)
-    with pytest.raises(ValueError, match=r"the model's call changes calls \(Variable\).*Make it an nnx.BatchStat"):
+    step = jax.jit(functools.partial(training.train_step, objective=training.cross_entropy, accumulate_steps=steps))
+    for _ in range(3):
+        state, _ = step(state, X[0], Y[0])
+    assert state.others["others"]["calls"] == 3 * steps
+    linen = training.create_train_state(Spectral(), OPTIMIZER, jax.random.key(0), X[0])
+    new, _ = step(linen, X[0], Y[0])
+    before, after = (np.asarray(jax.tree.leaves(s.batch_stats)[1]) for s in (linen, new))
+    assert (before != after).any()
+
+
+class Spectral(nn.Module):
+    """A linen model whose 'batch_stats' belong to no batch norm."""
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        return nn.SpectralNorm(nn.Dense(2))(x, update_stats=training)
+
+
+class Wrapper(nnx.Module):
+    """A model that hands its options on, and has an array as an attribute."""
+
+    def __init__(self, *, rngs):
+        self.net, self.offset = Optional(rngs=rngs), jnp.ones(3)
+
+    def __call__(self, x, **options):
+        return self.net(x - self.offset[None], **options)
+
+
+class Optional(nnx.Module):
+    """A model that is told by an argument of its own whether it trains, or by its `train()`."""
+
+    def __init__(self, *, rngs):
+        self.norm, self.linear = bnjax.nnx.BatchNorm(3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x, training=False):
+        return self.linear(self.norm(x, use_running_average=not training))
+
+
+class OtherName(Optional):
+    """The same, by another name."""
+
+    def __call__(self, x, train=False):
+        return super().__call__(x, training=train)
+
+
+def test_a_model_learns_that_it_trains():
+    state = training.create_train_state(Wrapper(rngs=nnx.Rngs(0)), OPTIMIZER)
+    state, _ = training.train_step(state, X[0], Y[0], objective=training.cross_entropy)
+    moved = state.batch_stats["net"]["norm"]["mean"]
+    np.testing.assert_allclose(moved, 0.01 * (X[0].mean(0) - 1), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"got 'training'. Pass argument='train'"):
+        training.create_train_state(OtherName(rngs=nnx.Rngs(0)), OPTIMIZER)
+    without = training.create_train_state(NnxModel(rngs=nnx.Rngs(0)), OPTIMIZER, argument=None)
+    few, many = (training.evaluate(without, X[0, :n], Y[0, :n], objective=training.cross_entropy).loss for n in (2, 9))
+    np.testing.assert_allclose(few, many[:2], rtol=1e-5)
+
+
+class Blocks(nnx.Module):
+    """Dropout within a compiled or checkpointed part of a model."""
+
+    def __init__(self, wrap, *, rngs):
+        self.block = type("Wrapped", (Dropped,), {"__call__": wrap(Dropped.__call__)})(rngs=rngs)
+
+    def __call__(self, x):
+        return self.block(x)
+
+
+class Dropped(nnx.Module):
+    """A layer, its batch norm without an axis name, and dropout before and after."""
+
+    def __init__(self, *, rngs):
+        self.before, self.after = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.linear, self.norm = nnx.Linear(3, 2, rngs=rngs), bnjax.nnx.BatchNorm(2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.after(self.norm(self.linear(self.before(x))))
+
+
+@pytest.mark.parametrize("wrap", [nnx.remat, nnx.jit, lambda call: call], ids=["remat", "jit", "plain"])
+def test_streams_within_parts_of_a_model(wrap):
+    model = Blocks(wrap, rngs=nnx.Rngs(0))
+    state = training.create_train_state(model, OPTIMIZER)
+    training.evaluate(state, X[0], Y[0], objective=training.cross_entropy)
+    inference.reestimate_batch_stats(state.apply_fn, state.variables, [X[0]], training=False)
+    model.train()
+    inference.examine(model, X[0])
+    with pytest.raises(ValueError, match="rngs must have a key for the random stream 'dropout'"):
         training.train_step(state, X[0], Y[0], objective=training.cross_entropy)
-    _, updates = state.apply_fn(state.variables, X[0], training=False, mutable=True)
-    assert updates["others"]["calls"] == 1
+    step = training.make_train_step(training.cross_entropy, training.make_mesh(devices=jax.devices()[:2]))
+    _, metrics = step(state, X[0], Y[0], rngs={"dropout": jax.random.key(0)})
+    assert np.isfinite(metrics.loss)
+
+
+def test_keys_that_do_not_fit_are_told():
+    state = training.create_train_state(Noisy(rngs=nnx.Rngs(0)), OPTIMIZER)
+    with pytest.raises(TypeError, match="rngs must be random keys by name"):
+        inspect.unwrap(training.train_step)(state, X[0], Y[0], objective=training.cross_entropy, rngs=nnx.Rngs(0))
+    for rngs in ({}, {"default": jax.random.key(0)}):  # whose key each device folds, and noise is common to all
+        with pytest.raises(ValueError, match="rngs must have a key for the random stream 'noise'"):
+            state.apply_fn(state.variables, X[0], training=True, rngs=rngs)
+
+
+def test_updated_variables_are_copies_of_the_right_shape():
+    model = NnxModel(rngs=nnx.Rngs(0))
+    step = training.make_train_step(training.cross_entropy, training.make_mesh(devices=jax.devices()[:1]))
+    state, _ = step(training.create_train_state(model, OPTIMIZER), X[0], Y[0])
+    update(model, state.variables)
+    step(state, X[0], Y[0])  # which donates the state's arrays
+    assert np.isfinite(model(X[0])).all()
+    with pytest.raises(
+        ValueError, match=r"must have the shapes of the model's, got norm/mean of shape \(7,\) for \(2,\)"
+    ):
+        update(model, {"batch_stats": {"norm": {"mean": jnp.ones(7)}}})
+
+
+def test_layers_within_parts_of_a_model_are_folded():
+    for wrap in (nnx.remat, nnx.jit):
+        model = Blocks(wrap, rngs=nnx.Rngs(0))
+        folded = inference.fold_model(model, X[0])
+        assert not nnx.to_flat_state(nnx.state(folded, nnx.BatchStat))
+        model.eval()
+        np.testing.assert_allclose(folded(X[0]), model(X[0]), rtol=1e-4, atol=1e-5)
+
+
+class Tied(nnx.Module):
+    """Two layers of one kernel, and two batch norms of one set of statistics."""
+
+    def __init__(self, *, rngs):
+        self.a, self.b = (nnx.Linear(3, 3, rngs=rngs) for _ in range(2))
+        self.b.kernel = self.a.kernel
+        self.first, self.second = (bnjax.nnx.BatchNorm(3, rngs=rngs) for _ in range(2))
+        self.second.mean, self.second.var = self.first.mean, self.first.var
+
+    def __call__(self, x):
+        return self.second(self.b(self.first(self.a(x))))
+
+
+def test_tied_variables_stay_as_they_are():
+    model = Tied(rngs=nnx.Rngs(0))
+    assert inference.foldable_pairs(model, X[0]) == []
+    state = training.create_train_state(model, OPTIMIZER)
+    with pytest.raises(ValueError, match=r"are shared with another one. Give each its own"):
+        training.train_step(state, X[0], Y[0], objective=training.cross_entropy, accumulate_steps=2)
 
 
 class Stacked(nnx.Module):

@@ -508,3 +508,16 @@ def test_objectives_with_and_without_correctness():
         chex.assert_trees_all_equal(after.params, same.params)
         np.testing.assert_array_equal(metrics.loss, without.loss)
         assert np.isnan(without.accuracy).all() and np.isfinite(metrics.accuracy).all()
+
+
+@pytest.mark.parametrize("layer", [bnjax.nnx.BatchNorm, nnx.BatchNorm], ids=["bnjax", "flax"])
+def test_the_gradient_of_an_nnx_loss_goes_through_reestimated_statistics(layer):
+    model = nnx.Sequential(nnx.Linear(X.shape[1], 2, rngs=nnx.Rngs(0)), layer(2, rngs=nnx.Rngs(0)))
+    loss, params = losses.nnx_loss(model, training.cross_entropy, mode="reestimated", at=X)
+    batch, _ = losses.nnx_loss(model, training.cross_entropy, mode="batch")
+    # Statistics of the batch that is measured: the same function, up to how the layer computes the variance.
+    got, expected = (jax.grad(f)(params, X, Y) for f in (loss, batch))
+    chex.assert_trees_all_close(got, expected, rtol=1e-3, atol=1e-5)
+    frozen, _ = losses.nnx_loss(model, training.cross_entropy, mode="frozen", at=X)
+    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), got, jax.grad(frozen)(params, X, Y))
+    assert max(jax.tree.leaves(difference)) > 1e-2

@@ -240,3 +240,9 @@ def test_no_variance_is_below_zero():
     var = np.asarray(moments(x, mask=np.where(hidden, 1e-30, 1).astype(np.float32)).var)
     assert (var >= 0).all()
     assert var.max() < 1e-20
+
+
+def test_the_variance_of_a_spike_between_the_sampled_elements():
+    x = np.zeros((5000, 1), np.float32)
+    x[3] = 2.5e19
+    np.testing.assert_allclose(moments(x).var, np.var(x.astype(float)), rtol=1e-5)

@@ -208,3 +208,21 @@ def test_micro_batches_count_as_one_step_and_groups_of_devices_as_well():
     merged = training.merge_batch_stats(apart).batch_stats["BatchRenorm_0"]
     assert merged["steps"] == 4
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, state.batch_stats["BatchRenorm_0"])
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_limits_of_a_layer_that_counts_its_steps(library):
+    x = 10 * np.random.default_rng(0).normal(1, 2, (8, 3)).astype(np.float32)
+    outputs = []
+    for limits in ({"r_max": 1.0, "d_max": 0.0}, {}, {"r_max": 3.0, "d_max": 5.0}):
+        if library == "nnx":
+            outputs.append(bnjax.nnx.BatchRenorm(3, warmup_steps=0, **limits, rngs=nnx.Rngs(0))(x))
+        else:
+            variables = BatchRenorm(False, r_max=1.5, d_max=0.5, warmup_steps=0).init(jax.random.key(0), x)
+            layer = BatchRenorm(False, warmup_steps=0, **limits)
+            outputs.append(layer.apply(variables, x, mutable=["batch_stats"])[0])
+    stats = {"mean": np.zeros(3), "var": np.ones(3)}
+    kept = (1.5, 0.5) if library == "linen" else (3.0, 5.0)  # those that the variables were made with
+    for y, limits in zip(outputs, ((1.0, 0.0), kept, (3.0, 5.0)), strict=True):
+        expected = algorithm_1(x.astype(float), {"scale": 1.0, "bias": 0.0}, stats, *limits)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import oracle
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax.linen
@@ -190,6 +190,18 @@ def test_a_kind_for_each_example_is_right_against_separate_batches(masked, mappe
     expected = params["scale"] * (x - own["mean"]) / np.sqrt(own["var"] + 1e-5) + params["bias"]
     chex.assert_trees_all_close(y, expected, rtol=1e-12)
     chex.assert_trees_all_equal(same, stats)
+
+
+def test_a_kind_for_each_example_on_an_explicit_mesh():
+    x, params, _ = example((8, 3), jnp.float32)
+    _, stats = init_split_batch_norm(3, 3)
+    expected = split(x, params, stats, training=True, split=KINDS)
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x, kinds = (jax.device_put(np.asarray(v), NamedSharding(mesh, P("batch"))) for v in (x, KINDS))
+        params, stats = jax.tree.map(np.asarray, (params, stats))
+        got = jax.jit(lambda x, kinds: split_batch_norm(x, params, stats, training=True, split=kinds))(x, kinds)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("library", ["linen", "nnx"])

@@ -203,10 +203,16 @@ def test_weight_decay_without_batch_norms_in_linen_and_nnx():
     assert training.batch_norm_parameters(module) == paths
     for params, mask in (
         (variables["params"], training.batch_norm_mask(variables)),
-        (nnx.state(module, nnx.Param), training.batch_norm_mask(module)),
+        (training.create_train_state(module, optax.sgd(0.1)).params, training.batch_norm_mask(module)),
     ):
         decay = optax.masked(optax.add_decayed_weights(0.5), jax.tree.map(operator.not_, mask))
         updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
         expected = jax.tree.map(lambda p, of_norm: jnp.zeros_like(p) if of_norm else 0.5 * p, params, mask)
         chex.assert_trees_all_close(jax.tree.leaves(updates), jax.tree.leaves(expected))
         assert any(jax.tree.leaves(mask))
+    decay = optax.masked(optax.add_decayed_weights(0.5), nnx.State(training.batch_norm_mask(module)))
+    kernel, scale = (jnp.copy(v[...]) for v in (module.layers[0].kernel, module.norm.scale))
+    optimizer = nnx.Optimizer(module, optax.chain(decay, optax.sgd(0.1)), wrt=nnx.Param)
+    optimizer.update(module, jax.tree.map(jnp.zeros_like, nnx.state(module, nnx.Param)))
+    np.testing.assert_allclose(module.norm.scale[...], 0.95 * scale)
+    np.testing.assert_array_equal(module.layers[0].kernel[...], kernel)

@@ -143,15 +143,10 @@ def _batch_stats_of(
     apply: Callable[..., Any], variables: Mapping[str, Any], x: Any, weights: Any, argument: Any, rngs: Any
 ) -> Any:
     """Returns the statistics of one batch, of a model in its functional form."""
-
-    def take(module: Any, call: Callable[..., Any], x: Any, options: dict[str, Any]) -> Any:
-        _calls.take_batch_statistics(module, options)
-        return call(x, **options)
-
     masked = mask_options(apply, weights, is_needed=True)
     keys = {} if rngs is None else {"rngs": rngs}
     mutable = [name for name in variables if name != "params"]
-    with _calls.intercept(_calls.is_norm, take):
+    with _calls.intercept(_calls.is_norm, _calls.taking_batch_statistics):
         updates = apply(variables, *inputs_of(x), **phase(argument, True), **masked, **keys, mutable=mutable)[1]
     return updates.get("batch_stats", {})
 
@@ -276,7 +271,7 @@ def nnx_loss(
     mode: str = "batch",
     at: Any = None,
     argument: str | None = "training",
-    rngs: Mapping[str, Array] | None = None,
+    rngs: Mapping[str, Array] | str | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[Callable[..., Array], Any]:
     """Returns the mean loss of an nnx model on a batch, as a function of its parameters, and the parameters.
@@ -307,7 +302,8 @@ def nnx_loss(
     ()
     """
     apply, variables = functional(model, argument=argument)
-    loss = _loss_of(apply, variables, objective, mode, at, argument, "own" if rngs is None else rngs, axis_name)
+    rngs = "own" if rngs is None else rngs
+    loss = _loss_of(apply, variables, objective, mode, at, apply.argument, rngs, axis_name)
     return loss, variables["params"]
 
 

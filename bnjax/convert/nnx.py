@@ -7,7 +7,7 @@ from bnjax.convert._framework import Framework, Names, batch_norm_from, variable
 from bnjax.convert.arrays import read_arrays
 from bnjax.convert.state import BatchNormState
 
-_SAME = ("kernel", "embedding", "scale", "bias", "mean", "var", "steps")
+_SAME = ("kernel", "embedding", "scale", "bias", "mean", "var", "steps", "r_max", "d_max")
 NNX = Framework(title="nnx", separator=".", leaves={name: name for name in _SAME} | {"linear bias": "bias"})
 
 

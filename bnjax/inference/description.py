@@ -96,6 +96,7 @@ def examine(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5
         norms, settings = _of_nnx(variables)
         args = args if model is None else (model, *args)
         apply, variables = functional(variables) if args else (None, {})
+        options = {"rngs": "own", **options}
     else:
         if model is not None and not args and not options:
             raise TypeError(

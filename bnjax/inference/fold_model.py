@@ -38,9 +38,10 @@ class _Norm(NamedTuple):
 
 
 class _Linear(NamedTuple):
-    """A linear layer: the axis of its kernel's outputs, its groups, and whether it takes constants to constants."""
+    """A linear layer: its kernel's dimensions and axis of outputs, its groups, and whether constants stay constants."""
 
     path: Path
+    ndim: int
     axis: int
     groups: int
     passes_constants: bool
@@ -186,7 +187,7 @@ def _foldable(
     def run(variables, arrays):
         of_call = structure.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))
         with _calls.intercept(_is_norm_or_linear, note):
-            return apply(variables, *of_call, **kwargs, mutable=["batch_stats"])
+            return apply(variables, *of_call, **kwargs, mutable=["batch_stats"])[0]
 
     flat: Any = flatten_dict(dict(variables))
     jaxpr = jax.make_jaxpr(run)(variables, arrays).jaxpr
@@ -212,16 +213,18 @@ def _fit(first: Any, second: Any, flat: Any) -> bool:
     norm, linear = (first, second) if isinstance(first, _Norm) else (second, first)
     if not isinstance(norm, _Norm) or not isinstance(linear, _Linear):
         return False
-    kernel = flat["params", *linear.path, "kernel"].dtype
-    is_single = np.ndim(flat["batch_stats", *norm.path, "mean"]) == 1  # Flax's vmap would have given it several sets
-    return is_single and jnp.promote_types(kernel, norm.dtype) == kernel
+    kernel, mean = flat.get(("params", *linear.path, "kernel")), flat.get(("batch_stats", *norm.path, "mean"))
+    if kernel is None or mean is None or ("batch_stats", *norm.path, "var") not in flat:
+        return False  # in nnx they may be another module's variables
+    is_single = np.ndim(mean) == 1 and np.ndim(kernel) == linear.ndim  # Flax's vmap would have given them several sets
+    return is_single and jnp.promote_types(kernel.dtype, norm.dtype) == kernel.dtype
 
 
 def _used_again(variables: Any, jaxpr: Any) -> Iterator[str]:
     """Yields paths of modules with variables that are used elsewhere too, or transformed first, as by WeightNorm."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
     for path, count in zip(paths, _calls.uses(jaxpr), strict=False):  # the variables are the first inputs
-        if count > 1 and path[0].key == "params":
+        if count > 1 and path[0].key in ("params", "batch_stats"):
             yield name_of(tuple(entry.key for entry in path[1:-1]))
 
 
@@ -253,6 +256,7 @@ def _linear(module: Any) -> _Linear | None:
     pads = np.any(padding) if not isinstance(padding, str) else padding != "VALID" and any(size > 1 for size in sizes)
     return _Linear(
         module.path,
+        2 + len(sizes),
         -2 if options.get("transpose_kernel") else -1,
         options.get("feature_group_count", 1),
         not pads

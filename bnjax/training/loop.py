@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from bnjax._compat import check_pmap, enable_x64
+from bnjax._functional import NOISE
 from bnjax._objective import Objective, inputs_of, losses_and_correctness, num_examples, phase
 from bnjax._sync import add_counts
 from bnjax.training import mesh as devices
@@ -134,7 +135,12 @@ def make_train_step(
             x = preprocess(x, None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-        checked: set[tuple[str, ...]] = set()
+        checked: set[tuple[Any, ...]] = set()
+        if groups > 1 and rngs is not None:
+            index = (
+                lax.axis_index(SYNC_AXIS) // (mesh.size // groups) if parallel == "pmap" else lax.axis_index(GROUP_AXIS)
+            )
+            rngs = {name: jax.random.fold_in(key, index) if name == NOISE else key for name, key in rngs.items()}
         with check_sync(mesh, parallel, checked):
             state, metrics = train_step(
                 state.replace(batch_stats=batch_stats),

@@ -52,13 +52,18 @@ def batch_norm_mask(model: Any) -> Any:
     Args:
       model: variables of a linen model, or an nnx model, as in `batch_norm_parameters`.
 
+    Returns:
+      A tree in the structure of `variables['params']`, or of a `create_train_state(model, …).params` of an nnx model;
+      `nnx.State` of it is what an `nnx.Optimizer` takes.
+
     >>> from bnjax.linen import BatchNorm
     >>> variables = BatchNorm(use_running_average=True).init(jax.random.key(0), jnp.ones((8, 3)))
     >>> batch_norm_mask(variables)
     {'bias': True, 'scale': True}
     """
     paths = set(batch_norm_parameters(model))
-    params: Any = nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model["params"]
+    is_nnx = isinstance(model, nnx.Module)
+    params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param)) if is_nnx else model["params"]
 
     def is_of_batch_norm(path: Any, _: Any) -> bool:
         names = tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)

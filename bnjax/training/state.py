@@ -29,7 +29,8 @@ class TrainState(train_state.TrainState):
       batch_stats: the 'batch_stats' collection; empty for a model without batch norm.
       examples_seen: None for one set of running statistics. Where groups of devices keep their own, `batch_stats` has a
         leading axis of groups, and this says from how many examples (by weight) each group's come.
-      others: variables of the model that are neither, and stay as they are; random states of an nnx model among them.
+      others: other collections of the model, by name. Training takes along what it changes in them, but not the random
+        states of an nnx model, whose keys are given by `rngs`.
       argument: name of the option of `apply_fn` that says whether the model trains ('training', 'train', …) or the
         contrary ('use_running_average', 'deterministic', …); None for a model without; static.
       examples_remainder: what `examples_seen` lacks by rounding, as the `remainder` of `bnjax.Moments`.
@@ -71,8 +72,8 @@ def create_train_state(
       key: random key of a linen module's initial parameters.
       x: a batch of a linen module's inputs, of which only shape and dtype matter; a tuple for a model of several.
       argument: name of the option of the model's call that says whether it trains ('training', 'train', …) or the
-        contrary ('use_running_average', 'deterministic', …); None for a model without. An nnx module may do without
-        that option, as its `train()` and `eval()` say so.
+        contrary ('use_running_average', 'deterministic', …); None for a model without. An nnx module's `train()` and
+        `eval()` say so as well.
 
     Raises:
       TypeError: for a linen module without `key` and `x`, or an nnx module with them.
@@ -80,12 +81,13 @@ def create_train_state(
     >>> from bnjax.nnx import BatchNorm
     >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0)))
     >>> list(create_train_state(model, optax.sgd(0.1)).variables)
-    ['others', 'params', 'batch_stats']
+    ['random', 'others', 'params', 'batch_stats']
     """
     if isinstance(model, nnx.Module):
         if key is not None or x is not None:
             raise TypeError("an nnx model has its parameters already: pass create_train_state(model, optimizer).")
         apply_fn, variables = functional(model, argument=argument)
+        argument = apply_fn.argument
         variables = jax.tree.map(jnp.copy, variables)  # steps donate their arrays, and the model keeps its own
     else:
         if key is None or x is None:

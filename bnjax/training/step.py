@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _calls
 from bnjax._calls import statistics_of
-from bnjax._functional import name_of
+from bnjax._functional import NOISE, name_of
 from bnjax._layers import MOMENTS_OF_CALLS
 from bnjax._moments import has_weight
 from bnjax._objective import (
@@ -30,7 +30,7 @@ from bnjax._sync import AxisName, Moments, merge_moments, vary_like
 from bnjax.norm import unbiased_var, update_batch_stats
 from bnjax.training.state import TrainState
 
-_NOISE = "noise"  # the random stream of `NoisyBatchNorm`, whose draws for a unit are common to the whole batch
+_FIXED = ("params", "random")  # the collections that a call does not change
 
 
 class Metrics(NamedTuple):
@@ -111,7 +111,7 @@ class _Sums(NamedTuple):
 
 
 def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objective, rngs: Any):
-    """Returns sums over a batch: the weighted loss, and beside it metrics, weight and the updated statistics."""
+    """Returns sums over a batch: the weighted loss, and beside it metrics, weight and the updated collections."""
     x, y, weights, keys = batch
     options = mask_options(state.apply_fn, weights, is_needed=bool(jax.tree.leaves(state.batch_stats)))
     if keys is not None:
@@ -120,12 +120,13 @@ def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objectiv
         options["rngs"] = rngs
     options |= phase(state.argument, True)
     variables = state.variables | {"params": params}
-    outputs, updates = state.apply_fn(variables, *inputs_of(x), mutable=["batch_stats"], **options)
+    mutable = [name for name in variables if name not in _FIXED]
+    outputs, updates = state.apply_fn(variables, *inputs_of(x), mutable=mutable, **options)
     losses, correct = losses_and_correctness(objective, outputs, y)
     losses = losses.astype(_sum_dtype(params, x))
     weights = weights_of_losses(objective, losses, weights)
     metrics = Metrics((weights * losses).sum(), (weights * correct.astype(losses.dtype)).sum())
-    return metrics.loss, (metrics, weights.sum(), updates.get("batch_stats", {}))
+    return metrics.loss, (metrics, weights.sum(), {name: updates.get(name, {}) for name in mutable})
 
 
 def _sum_dtype(params: Any, x: Any) -> Any:
@@ -158,8 +159,8 @@ def train_step(
       objective: loss of each example, and whether it is classified correctly (else the accuracy is NaN); static.
       axis_name: mapped axis or axes whose members train on one batch together; static.
       accumulate_steps: number k of micro-batches, of the examples j, j + k, j + 2k, …, whose gradients are accumulated
-        in a scan; the running statistics move once, by the merged moments of all (which needs layers of
-        `bnjax.linen` whose moments merge: not `LpBatchNorm` and `GhostBatchNorm`); static.
+        in a scan; the running statistics move once, by the merged moments of all (which needs layers of ours whose
+        moments merge: not `LpBatchNorm` and `GhostBatchNorm`), and what else the model changes with each; static.
       rngs: random keys by name for what the model draws, such as 'dropout', or the 'noise' of `NoisyBatchNorm`; the
         same for all members. Each member and each micro-batch has draws of its own, but for 'noise'.
 
@@ -179,15 +180,20 @@ def train_step(
         x = jax.tree.map(functools.partial(_without_padding, weights), x)
     batch = Batch(x, y, weights, keys)
     expected = num_examples(x) * (1 if axis_name is None else lax.axis_size(axis_name))
-    if axis_name is not None:
-        rngs = fold_in_rngs(rngs, lax.axis_index(axis_name))
-    sums, batch_stats = _accumulate(state, batch, objective, accumulate_steps, expected, rngs)
+    if rngs is not None and not isinstance(rngs, Mapping):
+        raise TypeError(f"rngs must be random keys by name, such as {{'dropout': key}}, got {type(rngs).__name__}.")
+    for name in (axis_name,) if isinstance(axis_name, str) else axis_name or ():
+        if lax.axis_size(name) > 1:  # along an axis of one member the key remains the same for all
+            rngs = fold_in_rngs(rngs, lax.axis_index(name))
+    sums, updates = _accumulate(state, batch, objective, accumulate_steps, expected, rngs)
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
     total = jnp.where(sums.weight > 0, sums.weight, 1)
     grads = jax.tree.map(lambda g: g * (expected / total).astype(g.dtype), sums.grads)
     metrics = jax.tree.map(lambda m: m / total, sums.metrics)
-    return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
+    batch_stats = updates.pop("batch_stats")
+    others = {**state.others, **updates} if updates else state.others
+    return state.apply_gradients(grads=grads, batch_stats=batch_stats, others=others), metrics
 
 
 def _without_padding(weights: Array, x: Any) -> Any:
@@ -201,7 +207,7 @@ def fold_in_rngs(rngs: Any, number: Any) -> dict[str, Array] | None:
     """Returns random keys for one of several parts of a batch or training; that of 'noise' is common to all parts."""
     if rngs is None:
         return None
-    return {name: key if name == _NOISE else jax.random.fold_in(key, number) for name, key in rngs.items()}
+    return {name: key if name == NOISE else jax.random.fold_in(key, number) for name, key in rngs.items()}
 
 
 def check_accumulate_steps(steps: int) -> None:
@@ -213,33 +219,48 @@ def check_accumulate_steps(steps: int) -> None:
 def _accumulate(
     state: TrainState, batch: Batch, objective: Objective, steps: int, expected: int, rngs: Any = None
 ) -> tuple[_Sums, Any]:
-    """Returns the sums over the examples of this member, in micro-batches, and the moved running statistics."""
+    """Returns the sums over the examples of this member, in micro-batches, and the collections after them.
+
+    The running statistics move once; what else the model changes, it changes with each micro-batch.
+    """
     params = vary_like(state.params, first := jax.tree.leaves(batch.x)[0])
 
-    def sums_of(batch: Batch, rngs: Any):
+    def sums_of(batch: Batch, rngs: Any, collections: Any):
+        others = {name: values for name, values in collections.items() if name != "batch_stats"}
+        own = state.replace(
+            batch_stats=collections.get("batch_stats", state.batch_stats), others={**(state.others or {}), **others}
+        )
+
         def loss(params):
-            value, aux = _loss_sums(params, state, batch, objective, rngs)
+            value, aux = _loss_sums(params, own, batch, objective, rngs)
             return value / expected, aux
 
         grads, (metrics, weight, updates) = jax.grad(loss, has_aux=True)(params)
         return _Sums(grads, metrics, weight), updates
 
     if steps == 1:
-        return sums_of(batch, rngs)
+        return sums_of(batch, rngs, {})
     if num_examples(batch.x) % steps:
         raise ValueError(f"accumulate_steps must divide the {num_examples(batch.x)} examples of a device, got {steps}.")
 
-    def micro_step(sums, numbered):
-        micro_batch, number = numbered
+    def micro_step(carry, numbered):
+        (sums, collections), (micro_batch, number) = carry, numbered
         with _calls.intercept(_calls.is_norm, _keep_moments):
-            more, updates = sums_of(micro_batch, fold_in_rngs(rngs, number))
-        return jax.tree.map(jnp.add, sums, more), updates
+            more, updates = sums_of(micro_batch, fold_in_rngs(rngs, number), collections)
+        flat = flatten_dict(updates)
+        kept = {path: flat.pop(path) for path in list(flat) if path[-1] == MOMENTS_OF_CALLS}
+        return (jax.tree.map(jnp.add, sums, more), unflatten_dict(flat)), kept
 
     micro_batches = jax.tree.map(lambda v: v.reshape((-1, steps, *v.shape[1:])).swapaxes(0, 1), batch)
     zero = jnp.zeros((), _sum_dtype(params, batch.x))
     start = _Sums(jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero), zero)
-    sums, updates = lax.scan(micro_step, vary_like(start, first), (micro_batches, jnp.arange(steps)))
-    return sums, _moved_once(state.batch_stats, updates)
+    names = [name for name in state.variables if name not in _FIXED]
+    collections = unflatten_dict(flatten_dict({name: state.variables[name] for name in names}))
+    (sums, collections), kept = lax.scan(
+        micro_step, (vary_like(start, first), collections), (micro_batches, jnp.arange(steps))
+    )
+    missing = {name: {} for name in names if name not in collections}  # those without variables
+    return sums, _moved_once(collections, kept) | missing
 
 
 def _keep_moments(module: Any, call: Any, x: Any, options: dict[str, Any]) -> Any:
@@ -256,16 +277,19 @@ def _keep_moments(module: Any, call: Any, x: Any, options: dict[str, Any]) -> An
     return call(x, **options)
 
 
-def _moved_once(batch_stats: Any, updates: Any) -> Any:
-    """Moves running statistics once, by the merged moments of all micro-batches, which the first axis is over.
+def _moved_once(collections: Any, kept_by_path: Any) -> Any:
+    """Moves running statistics once, by the kept moments of all micro-batches, which the first axis is over.
 
     Further axes before the features' are those of Flax's scan and vmap; each of their layers moves by its own momentum.
     """
-    stats: dict[tuple[Any, ...], Any] = dict(flatten_dict(batch_stats))
-    kept_by_path: dict[tuple[Any, ...], Any] = dict(flatten_dict(updates))
+    flat: dict[tuple[Any, ...], Any] = dict(flatten_dict(collections))
     for path, calls in kept_by_path.items():
-        if path[-1] != MOMENTS_OF_CALLS:
-            continue
+        names = {name: (*path[:-1], name) for name in ("mean", "var")}
+        if missing := [name_of(own[1:]) for own in names.values() if own not in flat]:
+            raise ValueError(
+                f"accumulate_steps moves the running statistics of each batch norm, of which {', '.join(missing)} are "
+                "shared with another one. Give each its own."
+            )
         for kept in calls:
             first, rest = (jax.tree.map(lambda v, part=part: v[part], kept["moments"]) for part in (0, slice(1, None)))
             merged = lax.scan(lambda a, b: (merge_moments(a, b), None), first, rest)[0]
@@ -273,12 +297,11 @@ def _moved_once(batch_stats: Any, updates: Any) -> Any:
             move = _move
             for _ in range(how[0].ndim):
                 move = jax.vmap(move)
-            names = {name: (*path[:-1], name) for name in ("mean", "var")}
-            new = move({name: stats[own] for name, own in names.items()}, merged, *how)
-            stats |= {own: new[name] for name, own in names.items()}
-            if (steps := (*path[:-1], "steps")) in stats:  # the counter of a batch renorm's warm-up
-                stats[steps] += 1
-    return unflatten_dict(stats)
+            new = move({name: flat[own] for name, own in names.items()}, merged, *how)
+            flat |= {own: new[name] for name, own in names.items()}
+            if (steps := (*path[:-1], "steps")) in flat:  # the counter of a batch renorm's warm-up
+                flat[steps] += 1
+    return unflatten_dict(flat)
 
 
 def _move(old: Any, m: Moments, momentum: Array, bessel_correction: Array) -> Any:

@@ -117,8 +117,16 @@ def split_batch_norm_of(call: Call, batch_stats: BatchStats, split: Any) -> Resu
         of_one = dataclasses.replace(call, x=x, weights=weights, axes=tuple(axis - 1 for axis in call.axes))
         return of_one.output(mean, var)
 
-    y = jax.vmap(of_example, (0, weights_axis, 0, 0))(call.x, weights, mean[split], var[split])
+    mean, var = (_of_examples(values, split) for values in (mean, var))
+    y = jax.vmap(of_example, (0, weights_axis, 0, 0))(call.x, weights, mean, var)
     return y, batch_stats if m is None else call.moved(m), m
+
+
+def _of_examples(values: Array, split: Array) -> Array:
+    """Returns the values of each example's kind, by a sum, of which XLA and explicit meshes know how it is split."""
+    own = split[:, None] == jnp.arange(values.shape[0])[None]
+    own = own.reshape(*own.shape, *(1 for _ in values.shape[1:]))
+    return jnp.where(own, values[None], jnp.zeros_like(values)[None]).sum(1)
 
 
 def moments_of_kinds(
