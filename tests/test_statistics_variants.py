@@ -199,7 +199,7 @@ def test_a_kind_for_each_example_on_an_explicit_mesh():
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         x, kinds = (jax.device_put(np.asarray(v), NamedSharding(mesh, P("batch"))) for v in (x, KINDS))
-        params, stats = jax.tree.map(np.asarray, (params, stats))
+        params, stats = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)), (params, stats))
         got = jax.jit(lambda x, kinds: split_batch_norm(x, params, stats, training=True, split=kinds))(x, kinds)
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=1e-5, atol=1e-6)
 
