@@ -688,3 +688,37 @@ class TestLoop:
             losses.append(value)
         np.testing.assert_allclose(found.loss[0], losses, rtol=1e-12)
         assert found.breaks_at == np.inf
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e20])
+def test_measurements_hold_over_the_range_of_float32(scale):
+    values = jnp.asarray([5.0, 3, 1, 0.5, 0.2] + [0.01] * 45)
+    zeros, key = jnp.zeros(50), jax.random.key(0)
+
+    def loss(w, shift=0.0):
+        return 0.5 * (values * scale * (w - shift) ** 2).sum()
+
+    pairs = analysis.hessian_eigenpairs(loss, zeros, 2, key=key)
+    np.testing.assert_allclose(pairs.values / scale, [5, 3], rtol=1e-5)
+    assert (pairs.residuals / scale < 1e-4).all()
+    density = analysis.spectral_density(loss, zeros, key=key, num_probes=2, num_steps=10)
+    np.testing.assert_allclose(density.nodes.max() / scale, 5, rtol=1e-5)
+    mass = np.trapezoid(np.asarray(density.density, float) * scale, np.asarray(density.grid, float) / scale)
+    np.testing.assert_allclose(mass, 1, rtol=1e-3)
+    ones = jnp.ones(50)
+    size = np.linalg.norm(np.asarray(values, float))
+    norms = analysis.gradient_norms(lambda w: loss(w["w"]), {"w": ones})
+    np.testing.assert_allclose(norms["w"] / scale, size, rtol=1e-5)
+    step = 1e-3 / scale
+    probe = analysis.gradient_probe(loss, ones, jnp.asarray([step]))
+    there = np.asarray(values, float) * (1 - 1e-3 * np.asarray(values, float))
+    np.testing.assert_allclose(
+        probe.gradient_distance / scale, 1e-3 * np.linalg.norm(np.asarray(values) ** 2), rtol=1e-3
+    )
+    cosine = there @ np.asarray(values, float) / (np.linalg.norm(there) * size)
+    np.testing.assert_allclose(probe.gradient_cosine, cosine, rtol=1e-5)
+    shifts = jnp.asarray([1.0, -0.5])
+    confusion = analysis.gradient_confusion(lambda w, s: loss(w, s.mean()), zeros, shifts, num_batches=2)
+    np.testing.assert_allclose(confusion.min_cosine, -1, rtol=1e-5)
+    normalized = analysis.filter_normalize(jnp.ones((3, 2)), jnp.full((3, 2), scale))
+    np.testing.assert_allclose(normalized / scale, 1, rtol=1e-5)

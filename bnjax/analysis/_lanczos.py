@@ -9,6 +9,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
+from bnjax.analysis._trees import unit_of
+
 _LARGEST_BLOCK = 8
 _LEAST_DEGREE = 20  # blocks trade polynomial degree for fewer passes over the basis; below this accuracy suffers
 
@@ -21,7 +23,7 @@ def block_lanczos(
     Full reorthogonalization reads the whole basis for each new vector, which takes longer than most Hessian products.
     Blocks of b vectors read it once for b products, by block Gram–Schmidt. The projected matrix is made of all its
     coefficients, so that the values are Ritz values of the basis as it is. Without a `width` the blocks are as wide as
-    leaves enough of them.
+    leaves enough of them. The products are taken in units of the first ones' size, by which squares stay in range.
     """
     flat_product, start = _flat(product, like, key)
     block_key, noise_key = jax.random.split(jax.random.fold_in(key, 1))
@@ -73,22 +75,25 @@ def block_lanczos(
         return lax.while_loop(lambda carry: ~carry[4] & (carry[3] < 10), orthonormalize, state)[:2]
 
     def step(j, carry):
-        basis, projected, block, _ = carry
+        basis, projected, block, _, unit = carry
         basis = lax.dynamic_update_slice(basis, block, (j * width, 0))
         products = lax.map(flat_product, block)
+        unit = jnp.where(j == 0, unit_of(products), unit)
+        products = products / unit
         shifts = j * width + jnp.arange(width)
         products = jax.vmap(lambda w, shift: _disturbed(w, jnp.roll(direction, shift)))(products, shifts)
         along, rows = without(basis, products, j + 1)
         kept = jnp.linalg.norm(rows, axis=1) / jnp.linalg.norm(products, axis=1)
         projected = lax.dynamic_update_slice(projected, along, (0, j * width))
-        return basis, projected, *orthonormal(basis, rows, kept, j + 1)
+        return basis, projected, *orthonormal(basis, rows, kept, j + 1), unit
 
     basis = jnp.zeros((num_steps, size), dtype)
     first = jnp.concatenate([start[None], jax.random.normal(block_key, (width - 1, size), dtype)])
     carry = basis, jnp.zeros((num_steps, num_steps), dtype), *orthonormal(basis, first, jnp.ones(width, dtype), 0)
-    basis, projected, _, remainder = lax.fori_loop(0, num_steps // width, step, carry)
+    carry = *carry, jnp.ones((), dtype)
+    basis, projected, _, remainder, unit = lax.fori_loop(0, num_steps // width, step, carry)
     values, vectors = jnp.linalg.eigh(jnp.triu(projected) + jnp.triu(projected, 1).T)
-    return basis, values, vectors, jnp.linalg.norm(matmul(remainder.T, vectors[-width:]), axis=0)
+    return basis, values * unit, vectors, jnp.linalg.norm(matmul(remainder.T, vectors[-width:]), axis=0) * unit
 
 
 def quadrature(product: Callable[[Any], Any], like: Any, num_steps: int, key: Array) -> tuple[Array, Array]:

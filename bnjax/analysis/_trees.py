@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 LossFn = Callable[..., Array]
@@ -89,10 +90,33 @@ def dot(a: Any, b: Any) -> Array:
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaves, a, b)), jnp.zeros((), jnp.float32))
 
 
+def unit_of(tree: Any) -> Array:
+    """Returns a power of two of the size of a tree's largest element, by which squares stay in range; 1 for zero."""
+    leaves = [jnp.abs(leaf).max(initial=0) for leaf in jax.tree.leaves(tree)]
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    largest = jnp.stack([jnp.zeros((), dtype), *(leaf.astype(dtype) for leaf in leaves)]).max()
+    bits = jnp.finfo(dtype)
+    unit = lax.reduce_precision(jnp.maximum(largest / 2, bits.tiny), bits.nexp, 0)
+    return lax.stop_gradient(jnp.where((largest > 0) & (largest < jnp.inf), unit, jnp.ones_like(unit)))
+
+
+def in_units(tree: Any, unit: Array) -> Any:
+    """Divides a tree by a unit, in the unit's precision at least."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, unit.dtype)) / unit, tree)
+
+
 def norm(tree: Any) -> Array:
     """Computes the Euclidean norm of a tree, whose derivative at zero is zero."""
-    square = dot(tree, tree)
-    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+    unit = unit_of(tree)
+    scaled = in_units(tree, unit)
+    square = dot(scaled, scaled)
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square))) * unit.astype(square.dtype)
+
+
+def cosine(a: Any, b: Any) -> Array:
+    """Computes the cosine of the angle between two trees; NaN where one is zero."""
+    a, b = (in_units(tree, unit_of(tree)) for tree in (a, b))
+    return dot(a, b) / (norm(a) * norm(b))
 
 
 def input_axes(kernel: Array, filter_axis: int) -> tuple[int, ...]:

@@ -167,12 +167,14 @@ def gradient_confusion(loss_fn: LossFn, params: Any, *args: Any, num_batches: in
 
     def products_of(leaf: Array) -> Array:
         flat = leaf.reshape((num_batches, -1))
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        return jnp.matmul(flat, flat.T, precision="highest", preferred_element_type=dtype)
+        return jnp.matmul(flat, flat.T, precision="highest")
 
-    products = functools.reduce(jnp.add, map(products_of, jax.tree.leaves(gradients)))
+    units = jax.vmap(_trees.unit_of)(gradients)  # by which the squares stay in range
+    scaled = jax.vmap(_trees.in_units)(gradients, units)
+    products = functools.reduce(jnp.add, map(products_of, jax.tree.leaves(scaled)))
     norms = jnp.sqrt(jnp.diagonal(products))
     cosines = products / (norms[:, None] * norms[None, :])
+    products = products * units[:, None] * units[None, :]
     first, second = jnp.triu_indices(num_batches, 1)
     confusion = jnp.maximum(0, -products[first, second].min())
     return GradientConfusion(confusion, cosines[first, second].min(), cosines[first, second].mean(), products)

@@ -141,10 +141,9 @@ def gradient_probe(
 
     def at(step: Array) -> tuple[Array, Array, Array]:
         loss, there = jax.value_and_grad(loss_fn)(_trees.moved(free, -step, direction), *args)
-        there_norm, product = _trees.norm(there), _trees.dot(there, gradient)
-        distance = _trees.norm(_trees.subtract(there, gradient))
-        distance, product = (jnp.where(jnp.isnan(loss), jnp.nan, v) for v in (distance, product))
-        return loss, distance, product / (there_norm * gradient_norm)
+        measured = _trees.norm(_trees.subtract(there, gradient)), _trees.cosine(there, gradient)
+        distance, cosine = (jnp.where(jnp.isnan(loss), jnp.nan, v) for v in measured)
+        return loss, distance, cosine
 
     loss, distance, cosine = lax.map(at, steps, batch_size=batch_size)
     lengths = jnp.abs(steps) * direction_norm

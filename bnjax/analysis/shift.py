@@ -97,7 +97,7 @@ def covariate_shift(
         there = gradient_after(i)
         pairs = [(_trees.of_leaves(there, numbers), _trees.of_leaves(gradient, numbers)) for numbers in groups]
         distances = jnp.stack([_trees.norm(_trees.subtract(a, b)) for a, b in pairs])
-        cosines = jnp.stack([_cosine(a, b) for a, b in pairs])
+        cosines = jnp.stack([_trees.cosine(a, b) for a, b in pairs])
         return distances[i], cosines[i]
 
     norms = jnp.stack([_trees.norm(_trees.of_leaves(gradient, numbers)) for numbers in groups])
@@ -107,7 +107,3 @@ def covariate_shift(
         others = lax.map(of_layer, jnp.asarray(np.arange(1, len(groups))))
         distance, cosine = jnp.concatenate([distance, others[0]]), jnp.concatenate([cosine, others[1]])
     return CovariateShift(tuple(leaves), distance, cosine, norms)
-
-
-def _cosine(a: Any, b: Any) -> Array:
-    return _trees.dot(a, b) / (_trees.norm(a) * _trees.norm(b))

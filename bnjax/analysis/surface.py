@@ -97,9 +97,11 @@ def filter_normalize(direction: Any, params: Any, *, filter_axis: int = -1) -> A
     def scaled(d: Array, w: Array) -> Array:
         if w.ndim < 2:
             return jnp.zeros_like(d)
-        axes, dtype = _trees.input_axes(w, filter_axis), jnp.promote_types(d.dtype, jnp.float32)
-        sizes = [jnp.sqrt(jnp.square(v.astype(dtype)).sum(axes, keepdims=True)) for v in (w, d)]
-        return (d * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))).astype(d.dtype)
+        axes, units = _trees.input_axes(w, filter_axis), [_trees.unit_of(v) for v in (w, d)]
+        w, unit_direction = (_trees.in_units(v, unit) for v, unit in zip((w, d), units, strict=True))
+        sizes = [jnp.sqrt(jnp.square(v).sum(axes, keepdims=True)) for v in (w, unit_direction)]
+        ratio = sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1)
+        return (unit_direction * ratio * units[0]).astype(d.dtype)
 
     return _trees.filled(jax.tree.map(scaled, direction, free), params)
 
