@@ -80,8 +80,8 @@ def create_train_state(
 
     >>> from bnjax.nnx import BatchNorm
     >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0)))
-    >>> list(create_train_state(model, optax.sgd(0.1)).variables)
-    ['random', 'others', 'params', 'batch_stats']
+    >>> sorted(create_train_state(model, optax.sgd(0.1)).variables)
+    ['batch_stats', 'others', 'params', 'random']
     """
     if isinstance(model, nnx.Module):
         if key is not None or x is not None:
