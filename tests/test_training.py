@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from versions import List
 
 import bnjax.nnx
 from bnjax import training
@@ -175,7 +176,7 @@ class Normalized(nnx.Module):
     """An nnx model with batch norms, one of them in a list, and another normalization."""
 
     def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(2, 4, rngs=rngs), bnjax.nnx.BatchNorm(4, rngs=rngs)])
+        self.layers = List([nnx.Linear(2, 4, rngs=rngs), bnjax.nnx.BatchNorm(4, rngs=rngs)])
         self.layer_norm = nnx.LayerNorm(4, rngs=rngs)
         self.norm = nnx.BatchNorm(4, use_bias=False, rngs=rngs)
 
