@@ -46,7 +46,7 @@ GROUPS = {
     "function": ("norm", "moments"),
     "layers": ("linen", "nnx"),
     "variants": ("variants", "renorm", "statistics_variants"),
-    "training": ("parallel", "training"),
+    "training": ("parallel", "training", "functional", "accumulation"),
     "measurements": ("analysis", "losses"),
     "extras": ("analysis_plots", "checkpoint", "cli", "data", "logs", "report"),
 }
