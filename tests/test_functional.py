@@ -310,8 +310,8 @@ def test_devices_micro_batches_and_steps_draw_for_themselves(library):
 class Noisy(nnx.Module):
     """A noisy batch norm."""
 
-    def __init__(self, *, rngs):
-        self.norm = bnjax.nnx.NoisyBatchNorm(3, sample_shift=0.0, sample_scale=0.0, axis_name="batch", rngs=rngs)
+    def __init__(self, axis_name="batch", *, rngs):
+        self.norm = bnjax.nnx.NoisyBatchNorm(3, sample_shift=0.0, sample_scale=0.0, axis_name=axis_name, rngs=rngs)
 
     def __call__(self, x):
         return self.norm(x)
@@ -338,6 +338,23 @@ def step_alone(model_class, rngs, x):
     apply, variables = functional(model_class(rngs=nnx.Rngs(0)))
     outputs = jax.vmap(lambda x: apply(variables, x, training=True, rngs=rngs), axis_name="batch")(x[None])
     return outputs[0].sum(1).mean()
+
+
+def test_groups_of_devices_have_noise_of_their_own():
+    rngs, x = {"noise": jax.random.key(0)}, jnp.asarray(X[0])
+
+    def sum_of_outputs(outputs, labels):
+        return outputs.sum(1)
+
+    losses = []
+    for group_size in (None, 1):
+        mesh = training.make_mesh(group_size, devices=jax.devices()[:2])
+        state = training.create_train_state(Noisy("batch" if group_size is None else None, rngs=nnx.Rngs(0)), OPTIMIZER)
+        if group_size:
+            state = training.split_batch_stats(state, 2)
+        step = training.make_train_step(sum_of_outputs, mesh, parallel="shard_map")
+        losses.append(float(step(state, jnp.concatenate([x, x]), jnp.concatenate([Y[0], Y[0]]), rngs=rngs)[1].loss))
+    assert abs(losses[0] - losses[1]) > 1e-2, "both devices have the same examples"
 
 
 # --- calls of other kinds ---------------------------------------------------------------------------------------------
