@@ -68,7 +68,8 @@ def is_norm(module: Any) -> bool:
 
 def is_running(module: Any, options: Mapping[str, Any]) -> bool:
     """Returns whether a batch norm's call uses the running statistics, by its option or else its attribute."""
-    return linen.is_running(module, (), options)
+    use_running_average = options.get("use_running_average")
+    return bool(module.use_running_average if use_running_average is None else use_running_average)
 
 
 def taking_batch_statistics(module: Any, call: Call, x: Any, options: dict[str, Any]) -> Any:

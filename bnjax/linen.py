@@ -1,6 +1,6 @@
 """Batch norm and its variants as Flax linen layers: drop-in replacements for `flax.linen.BatchNorm`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,12 +18,6 @@ def statistics_of(module: nn.Module) -> Statistics | None:
     if isinstance(module, _Normalizer):
         return module.statistics
     return _layers.FLAX if isinstance(module, nn.BatchNorm) else None
-
-
-def is_running(module: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> bool:
-    """Returns whether a batch norm's call uses the running statistics, by its argument or else its attribute."""
-    use_running_average = arguments[1] if len(arguments) > 1 else options.get("use_running_average")
-    return bool(module.use_running_average if use_running_average is None else use_running_average)
 
 
 class _Normalizer(nn.BatchNorm):
@@ -86,6 +80,7 @@ class _Normalizer(nn.BatchNorm):
             axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
             dtype=dtype,
             key=None if use_running_average else self._key(),
+            **self._own_options(),
             **call_options,
         )
         if m is not None and not self.is_initializing():
@@ -94,7 +89,17 @@ class _Normalizer(nn.BatchNorm):
                 self.sow("batch_stats", MOMENTS_OF_CALLS, kept_moments(self, m))
             else:
                 mean.value, var.value = batch_stats["mean"], batch_stats["var"]
+                self._count_step()
         return y
+
+    @nn.nowrap
+    def _own_options(self) -> dict[str, Any]:
+        """Returns options of the layer's function that are not its attributes as they are."""
+        return {}
+
+    @nn.nowrap
+    def _count_step(self) -> None:
+        """Counts a call that has moved the running statistics, in layers that do."""
 
     @nn.nowrap
     def _key(self) -> Any:
@@ -243,33 +248,22 @@ class BatchRenorm(_Normalizer):
     d_max: Any = None
     warmup_steps: Any = None
 
-    @nn.compact
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Normalizes `x`, and moves the running statistics where the batch's are used (not during initialization).
-
-        Args:
-          x: the input.
-          use_running_average: whether to use the running statistics; given in the call or in the constructor.
-          mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
-
-        Returns:
-          An array of the shape of `x`.
-        """
+    @nn.nowrap
+    def _own_options(self):
         limits = {name: getattr(self, name) for name in _LIMITS}
         if self.warmup_steps is None:
-            limits = {name: _LIMITS[name] if limit is None else limit for name, limit in limits.items()}
-            return self._call(x, use_running_average, mask, **limits)
+            return {name: _LIMITS[name] if limit is None else limit for name, limit in limits.items()}
         for name, limit in limits.items():
             start = _LIMITS[name] if limit is None else limit
             kept = self.variable("batch_stats", name, lambda start=start: jnp.asarray(start, jnp.float32))
             limits[name] = kept.value if limit is None else limit
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        limits = _layers.limits_after_warmup(steps.value, self.warmup_steps, **limits)
-        y = self._call(x, use_running_average, mask, **limits)
-        moves = not (is_running(self, (x, use_running_average), {}) or self.is_initializing() or self.keeps_moments)
-        if moves and self.is_mutable_collection("batch_stats"):
-            steps.value += 1
-        return y
+        return _layers.limits_after_warmup(steps.value, self.warmup_steps, **limits)
+
+    @nn.nowrap
+    def _count_step(self):
+        if self.warmup_steps is not None:
+            self.put_variable("batch_stats", "steps", self.get_variable("batch_stats", "steps") + 1)
 
 
 class GhostBatchNorm(_Normalizer, kw_only=True):

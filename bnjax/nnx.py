@@ -99,6 +99,7 @@ class _Normalizer(nnx.BatchNorm):
             axis_index_groups=self.axis_index_groups,
             dtype=dtype,
             key=None if use_running_average else self._key(),
+            **self._own_options(),
             **call_options,
         )
         if m is not None and self.keeps_moments:
@@ -110,7 +111,15 @@ class _Normalizer(nnx.BatchNorm):
                 batch_stats = jax.lax.stop_gradient(batch_stats)
             for name in ("mean", "var"):
                 _compat.set_value(getattr(self, name), batch_stats[name])
+            self._count_step()
         return y
+
+    def _own_options(self) -> dict[str, Any]:
+        """Returns options of the layer's function that are not its attributes as they are."""
+        return {}
+
+    def _count_step(self) -> None:
+        """Counts a call that has moved the running statistics, in layers that do."""
 
     def _key(self) -> Any:
         """Returns the random key of the call's noise, or None for layers without noise."""
@@ -248,25 +257,14 @@ class BatchRenorm(BatchNorm):
             self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
             self.r_max, self.d_max = (nnx.BatchStat(jnp.asarray(limit, jnp.float32)) for limit in (r_max, d_max))
 
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Normalizes `x`, and moves the running statistics where the batch's are used.
-
-        Args:
-          x: the input.
-          use_running_average: whether to use the running statistics; takes precedence over the constructor's.
-          mask: boolean, 0/1 or sample weights, as in `bnjax.batch_norm`.
-
-        Returns:
-          An array of the shape of `x`.
-        """
+    def _own_options(self):
         if self.warmup_steps is None:
-            return self._call(x, use_running_average, mask)
-        limits = _layers.limits_after_warmup(self.steps[...], self.warmup_steps, self.r_max[...], self.d_max[...])
-        y = self._call(x, use_running_average, mask, **limits)
-        uses_running = self.use_running_average if use_running_average is None else use_running_average
-        if not (uses_running or self.keeps_moments):
+            return {}
+        return _layers.limits_after_warmup(self.steps[...], self.warmup_steps, self.r_max[...], self.d_max[...])
+
+    def _count_step(self):
+        if self.warmup_steps is not None:
             self.steps[...] += 1
-        return y
 
 
 class GhostBatchNorm(BatchNorm):
