@@ -1,6 +1,7 @@
 """Strict settings: 8 CPU devices, rank promotion raises, and public signatures' shapes and types are checked."""
 
 import collections
+import functools
 import gc
 import importlib.metadata
 import math
@@ -33,6 +34,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 from hypothesis import settings
+from jax._src.interpreters import mlir
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
@@ -40,6 +42,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("bnjax", "typecheck.check")
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)  # else made for each program, in 40 % of the tests' time
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects, few of them in cycles
 
 # `pytest tests/test_fuzz.py --hypothesis-profile=fuzz --dist load` generates many thousands of cases.

@@ -1,26 +1,41 @@
 """Changes the core in small ways, one at a time, and tells which changes no test notices.
 
-`pip install cosmic-ray && python tools/check_mutations.py [--sample N] [--seed S] [--only NAME …]`
+`pip install cosmic-ray coverage && python tools/check_mutations.py [--sample N] [--seed S] [--only NAME …]`
 
 The core is the function, moments, synchronization, variants and layers. Each change ("mutant"), such as another
-operator or number, is made in a copy of the project, whose tests of the function, moments, variants, layers and devices
-then run until one fails. Of the many operators that cosmic-ray puts in place of another the most alike counts. All of
-the some 1,000 mutants take about half a day on two cores; `--sample` draws some of them. What survived is printed with
-its line, to be killed by a test or explained.
+operator or number, meets the tests of these that ran its line, the quickest and the most noticing first, until one
+fails. A mutant that all of them pass has survived: it is to be killed by a test, or explained in
+tools/equivalent_mutants.toml. Of the many operators that cosmic-ray puts in place of another the most alike counts.
+
+All of the some 1,100 mutants take hours on two cores. What was noticed is kept in a record, which a later call goes on
+from: it tries again what survived, and what stands in modules that have changed since.
 """
 
 import argparse
+import ast
+import contextlib
+import fnmatch
+import hashlib
+import importlib.machinery
+import json
+import multiprocessing
+import os
 import random
 import shutil
-import sqlite3
-import subprocess
+import signal
 import sys
 import tempfile
+import time
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 CORE = ("norm.py", "_moments.py", "_sync.py", "_layers.py", "linen.py", "nnx.py", "variants")
-# What notices most comes first, and compiles least.
 TESTS = (
     "moments",
     "norm",
@@ -33,84 +48,297 @@ TESTS = (
     "layers",
     "parallel",
 )
+EXPLAINED = ROOT / "tools" / "equivalent_mutants.toml"
+TIMEOUT = 900  # seconds
+FIRST = 10  # tests that a mutant meets before all others
 # Others of a kind are noticed where these are, or are no operation of the values.
 PAIRS = {
     *("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_Mul", "Pow_Mul", "BitAnd_BitOr", "BitOr_BitAnd"),
     *("Eq_NotEq", "NotEq_Eq", "Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Is_IsNot", "IsNot_Is", "In_NotIn", "NotIn_In"),
     *("USub_UAdd", "Delete_Not"),
 }
-CONFIGURATION = """
-[cosmic-ray]
-module-path = [{modules}]
-timeout = 900.0
-excluded-modules = []
-test-command = "{python} -m pytest -x -q -n 0 {tests}"
 
-[cosmic-ray.distributor]
-name = "local"
-"""
+_FORKING = Lock()
+
+
+class Mutant(NamedTuple):
+    """A change: the module, an operator of cosmic-ray and which of its places, and that place's lines."""
+
+    module: str
+    operator: str
+    occurrence: int
+    first: int
+    last: int
+    text: str
+
+    @property
+    def key(self) -> str:
+        """Its name in the record."""
+        return f"{self.module} {self.operator} {self.occurrence}"
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.first}: {self.operator}, occurrence {self.occurrence}: {self.text}"
+
+
+class Covered(NamedTuple):
+    """Which tests run a line of a module, and how long each test takes."""
+
+    tests: Mapping[str, Mapping[int, Sequence[str]]]
+    seconds: Mapping[str, float]
 
 
 def main() -> int:
-    """Runs the mutants and prints the survivors; returns how many there are."""
+    """Runs the mutants and prints the survivors; returns how many are not explained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, metavar="N", help="run so many mutants, drawn at random (default all)")
+    parser.add_argument("--sample", type=int, metavar="N", help="try so many mutants, drawn at random (default all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"parts of the core (default {' '.join(CORE)})")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="mutants at a time")
+    parser.add_argument("--record", type=Path, default=ROOT / "runs" / "mutations.jsonl", help="default %(default)s")
     options = parser.parse_args()
     if unknown := set(options.only or ()) - set(CORE):
         parser.error(f"the core has no {', '.join(sorted(unknown))}; there are {', '.join(CORE)}")
+    options.record.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
-        copy, session = Path(directory) / "bnjax", Path(directory) / "session.sqlite"
-        ignored = shutil.ignore_patterns(".git", ".venv", "site", "__pycache__", ".pytest_cache", "results")
+        copy = Path(directory) / "bnjax"
+        ignored = shutil.ignore_patterns(".git", ".venv*", "site", "__pycache__", ".pytest_cache", "runs")
         shutil.copytree(ROOT, copy, ignore=ignored)
-        configuration = copy / "mutations.toml"
-        configuration.write_text(
-            CONFIGURATION.format(
-                modules=", ".join(f'"bnjax/{name}"' for name in options.only or CORE),
-                python=sys.executable,
-                tests=" ".join(f"tests/test_{name}.py" for name in TESTS),
-            )
-        )
-        command = [sys.executable, "-m", "cosmic_ray.cli"]
-        subprocess.run([*command, "init", str(configuration), str(session)], cwd=copy, check=True)
-        with sqlite3.connect(session) as database:
-            sample(database, copy, options.sample, options.seed)
-        subprocess.run([*command, "exec", str(configuration), str(session)], cwd=copy, check=True)
-        with sqlite3.connect(session) as database:
-            return report(database, copy)
+        os.chdir(copy)
+        mutants = drawn(list(find(options.only or CORE)), options.sample, options.seed)
+        wanted = {mutant.key: mutant for mutant in mutants}
+        hashes = {
+            mutant.module: hashlib.sha256(Path(mutant.module).read_bytes()).hexdigest()[:16] for mutant in mutants
+        }
+        lines = options.record.read_text().splitlines() if options.record.exists() else []
+        before = {entry["key"]: entry for entry in map(json.loads, lines)}
+        for key, entry in before.items():
+            if entry["noticed"] and key in wanted and entry["module"] == hashes[wanted[key].module]:
+                del wanted[key]
+        print(f"{len(mutants)} mutants, {len(mutants) - len(wanted)} of them noticed before", flush=True)
+        survivors = []
+        if wanted:
+            load()
+            covered = cover()
+            print(f"{len(covered.seconds)} tests of {sum(covered.seconds.values()):.0f} s", flush=True)
+            for done, (mutant, by) in enumerate(run(list(wanted.values()), covered, options.processes), 1):
+                entry = {"key": mutant.key, "module": hashes[mutant.module], "noticed": by, "text": str(mutant)}
+                with options.record.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                print(f"{done}/{len(wanted)} {by or 'SURVIVED'}: {mutant}", flush=True)
+                survivors += [] if by else [mutant]
+        return report(mutants, survivors)
 
 
-def sample(database: sqlite3.Connection, copy: Path, count: int | None, seed: int) -> None:
-    """Leaves so many mutants in a session, of those that count."""
-    place = "module_path, start_pos_row, start_pos_col, operator_name, occurrence"
-    specs = database.execute(f"SELECT job_id, {place} FROM mutation_specs ORDER BY {place}").fetchall()
+def find(names: Sequence[str]) -> Iterator[Mutant]:
+    """Finds the mutants of some parts of the core."""
+    from cosmic_ray import plugins
+    from cosmic_ray.ast import ast_nodes, get_ast_from_path
 
-    def counts(path: str, row: int, column: int, operator: str) -> bool:
-        if (copy / path).read_text().splitlines()[row - 1][:column].endswith("strict="):
-            return False  # `zip` of equally many, where it makes no difference
-        return operator.rpartition("Operator_")[2] in PAIRS or "Operator_" not in operator
+    for name in names:
+        path = Path("bnjax") / name
+        for module in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            lines, nodes = module.read_text().splitlines(), list(ast_nodes(get_ast_from_path(module)))
+            for operator in plugins.operator_names():
+                kind = plugins.get_operator(operator)
+                if kind.arguments() or ("Operator_" in operator and operator.rpartition("Operator_")[2] not in PAIRS):
+                    continue
+                places = (place for node in nodes for place in kind().mutation_positions(node))
+                for occurrence, ((first, column), (last, _)) in enumerate(places):
+                    if lines[first - 1][:column].endswith("strict="):
+                        continue  # `zip` of equally many, where it makes no difference
+                    yield Mutant(
+                        str(module), operator.partition("/")[2], occurrence, first, last, lines[first - 1].strip()
+                    )
 
-    wanted = [job for job, *spec, _ in specs if counts(*spec)]
-    kept = set(wanted if count is None or count >= len(wanted) else random.Random(seed).sample(wanted, count))
-    for job in {job for job, *_ in specs} - kept:
-        database.execute("DELETE FROM mutation_specs WHERE job_id = ?", (job,))
-        database.execute("DELETE FROM work_items WHERE job_id = ?", (job,))
+
+def drawn(mutants: list[Mutant], count: int | None, seed: int) -> list[Mutant]:
+    """Draws some mutants, in a random order, so that a part of a run is a sample."""
+    return random.Random(seed).sample(mutants, min(count or len(mutants), len(mutants)))
 
 
-def report(database: sqlite3.Connection, copy: Path) -> int:
-    """Prints the surviving mutants and returns their number."""
-    rows = database.execute(
-        "SELECT module_path, start_pos_row, operator_name, occurrence, test_outcome FROM mutation_specs "
-        "JOIN work_results USING (job_id) ORDER BY module_path, start_pos_row"
-    ).fetchall()
-    survivors = [row for row in rows if row[4] == "SURVIVED"]
-    for path, line, operator, occurrence, _ in survivors:
-        text = (copy / path).read_text().splitlines()[line - 1].strip()
-        print(f"{path}:{line}: {operator.partition('/')[2]}, occurrence {occurrence}: {text}")
-    print(f"{len(rows) - len(survivors)} of {len(rows)} mutants were noticed")
-    return len(survivors)
+def load() -> None:
+    """Imports what the tests need of others, which each process that tries a mutant then has."""
+    sys.path[:0] = ["tests", "."]
+    importlib.import_module("conftest")  # its settings come before those imports
+    for name in ("jax", "flax.linen", "flax.nnx", "optax", "chex", "hypothesis", "beartype", "pytest"):
+        importlib.import_module(name)
+
+
+class Plugin:
+    """Runs tests in the order in which they are named, and takes down which failed."""
+
+    def __init__(self, names: Sequence[str] = ()):
+        self.place, self.failed = {name: i for i, name in enumerate(names)}, ""
+
+    def pytest_collection_modifyitems(self, items):
+        """Keeps the named tests, in their order."""
+        if self.place:
+            items[:] = sorted((i for i in items if i.nodeid in self.place), key=lambda i: self.place[i.nodeid])
+
+    def pytest_runtest_logreport(self, report):
+        """Takes down a failure."""
+        if report.failed:
+            self.failed = report.nodeid
+
+    def pytest_collectreport(self, report):
+        """Takes down a file that cannot be imported."""
+        if report.failed:
+            self.failed = report.nodeid or "collection"
+
+
+class Measuring(Plugin):
+    """Takes down which lines each test runs, and how long it takes."""
+
+    def __init__(self, coverage: Any):
+        super().__init__()
+        self.coverage, self.seconds = coverage, defaultdict(float)
+
+    def pytest_runtest_logstart(self, nodeid):
+        """Begins a test."""
+        self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        """Takes down a failure and the time."""
+        super().pytest_runtest_logreport(report)
+        self.seconds[report.nodeid] += report.duration
+
+
+def run_tests(arguments: Sequence[str], plugin: Any) -> int:
+    """Runs pytest in this process, without a word."""
+    import pytest
+
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        quick = ["-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        return int(pytest.main([*quick, *arguments], plugins=[plugin]))
+
+
+def in_child(function: Any, *arguments: Any, timeout: float | None = None) -> Any:
+    """Returns what a function returns in a process that is forked for it; None where that takes too long or dies."""
+    context = multiprocessing.get_context("fork")
+
+    def work():
+        os.setsid()
+        sender.send(function(*arguments))
+
+    child = context.Process(target=work)
+    with _FORKING:  # else another child keeps the sender open
+        receiver, sender = context.Pipe(duplex=False)
+        child.start()
+        sender.close()
+    try:
+        return receiver.recv() if receiver.poll(timeout) else None
+    except EOFError:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+
+
+def cover() -> Covered:
+    """Runs all tests on the core as it is, each file in a process of its own."""
+    tests, seconds = defaultdict(lambda: defaultdict(list)), {}
+    for stem in TESTS:
+        found = in_child(_cover, f"tests/test_{stem}.py")
+        if found is None or found[0]:
+            sys.exit(f"tests/test_{stem}.py fails without a mutant: {found and found[0]}")
+        _, of_lines, of_tests = found
+        seconds |= of_tests
+        for module, lines in of_lines.items():
+            for line, names in lines.items():
+                tests[module][line] += names
+    return Covered(tests, seconds)
+
+
+def _cover(path: str) -> tuple[str, dict[str, dict[int, list[str]]], dict[str, float]]:
+    import coverage
+
+    measured = coverage.Coverage(data_file=None, include=[f"bnjax/{name}" for name in CORE] + ["bnjax/variants/*"])
+    measured.start()
+    plugin = Measuring(measured)
+    code = run_tests([path], plugin)
+    measured.stop()
+    data, lines = measured.get_data(), {}
+    for file in data.measured_files():
+        of_lines = data.contexts_by_lineno(file)
+        lines[os.path.relpath(file)] = {line: [name for name in names if name] for line, names in of_lines.items()}
+    return plugin.failed or ("it ends with an error" if code else ""), lines, dict(plugin.seconds)
+
+
+def tests_of(mutant: Mutant, covered: Covered) -> list[str]:
+    """Returns the tests that run the lines of a mutant; where only the import does, those that run what is around."""
+    lines = covered.tests.get(mutant.module, {})
+    around = [(mutant.first, mutant.last)]
+    for node in ast.walk(ast.parse(Path(mutant.module).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if first <= mutant.first and mutant.last <= node.end_lineno:
+                around.append((first, node.end_lineno))
+    for first, last in sorted(around, key=lambda ends: ends[1] - ends[0]):
+        if found := {test for line in range(first, last + 1) for test in lines.get(line, ())}:
+            return sorted(found)
+    return sorted(covered.seconds)
+
+
+def run(mutants: Sequence[Mutant], covered: Covered, processes: int) -> Iterator[tuple[Mutant, str]]:
+    """Tries mutants, some at a time; yields each with the test that noticed it, or an empty text."""
+    noticing: Counter[str] = Counter()
+
+    def one(mutant: Mutant) -> tuple[Mutant, str]:
+        names = sorted(tests_of(mutant, covered), key=lambda name: covered.seconds[name] / (1 + noticing[name]))
+        by = in_child(_try, mutant, names, timeout=TIMEOUT)
+        noticing[by or ""] += 1
+        return mutant, "a time limit or a crash" if by is None else by
+
+    with ThreadPoolExecutor(processes) as pool:
+        yield from pool.map(one, mutants)
+
+
+def _try(mutant: Mutant, names: Sequence[str]) -> str:
+    from cosmic_ray import plugins
+    from cosmic_ray.mutating import mutate_code
+
+    path = os.path.abspath(mutant.module)
+    operator = plugins.get_operator(f"core/{mutant.operator}")()
+    code = mutate_code(Path(path).read_text(), operator, mutant.occurrence)
+    loader = importlib.machinery.SourceFileLoader
+    get_data, path_stats = loader.get_data, loader.path_stats
+
+    def stats(self, of):  # without them no compiled file is read or written
+        if of == path:
+            raise OSError
+        return path_stats(self, of)
+
+    loader.get_data = lambda self, of: code.encode() if of == path else get_data(self, of)
+    loader.path_stats = stats
+    for part in (names[:FIRST], names[FIRST:]):  # collecting takes longer than most first failures
+        plugin = Plugin(part)
+        code = run_tests(["-x", *sorted({name.partition("::")[0] for name in part})], plugin) if part else 0
+        if plugin.failed or code:
+            return plugin.failed or f"exit code {code}"
+    return ""
+
+
+def report(mutants: Sequence[Mutant], survivors: Sequence[Mutant]) -> int:
+    """Prints the surviving mutants and returns the number of those that are not explained."""
+    explained = tomllib.loads(EXPLAINED.read_text())["mutant"] if EXPLAINED.exists() else []
+
+    def why(mutant: Mutant) -> str:
+        for entry in explained:
+            is_there = entry["module"] == mutant.module and entry["line"] == mutant.text
+            if is_there and fnmatch.fnmatch(mutant.operator, entry["operator"]):
+                return entry["why"]
+        return ""
+
+    unexplained = [mutant for mutant in survivors if not why(mutant)]
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants were noticed")
+    for mutant in survivors:
+        print(f"{mutant}\n  {why(mutant) or 'NOT EXPLAINED'}")
+    return len(unexplained)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    started = time.monotonic()
+    status = main()
+    print(f"{(time.monotonic() - started) / 60:.0f} minutes")
+    sys.exit(status)
