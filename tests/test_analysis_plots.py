@@ -131,6 +131,19 @@ def test_probe_figure_has_three_axes_and_one_legend(trained):
     assert all(ax.get_tightbbox().y0 >= below for ax in figure.axes)
 
 
+def test_panels_fill_rows_and_share_a_legend_and_axes():
+    def draw(ax):
+        plots.curves(ax, {"line": np.ones(3)}, np.arange(3), ylabel="loss")
+
+    figure = plots.panels("three", [("a", draw), ("b", draw), ("c", draw)], size=(3, 2), sharex=True)
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c"]
+    assert figure.get_size_inches().tolist() == [6, 4] and figure.get_suptitle() == "three"
+    assert figure.axes[0].get_shared_x_axes().joined(figure.axes[0], figure.axes[2])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["line"]
+    alone = plots.panels("", [("", draw)], with_legend=False)
+    assert len(alone.axes) == 1 and not alone.legends and alone.get_suptitle() == ""
+
+
 def test_covariate_shift_of_a_layer(ax, trained):
     shifts = trained[1]
     lines = plots.covariate_shift(ax, {"chain": shifts}, STEPS, layer=1)

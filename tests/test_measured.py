@@ -20,7 +20,7 @@ from bnjax.studies import Options, activations, data, deep_linear, landscape, sm
 from bnjax.studies.engine.histograms import count_values, empty_histograms, recording
 from bnjax.studies.engine.plan import Plan, random_batch
 from bnjax.studies.engine.saving import Saving
-from bnjax.studies.engine.training import ONE_BY_ONE, TOGETHER, overhead, train
+from bnjax.studies.engine.training import ONE_BY_ONE, TOGETHER, train
 from bnjax.studies.evidence.results import Results
 from bnjax.training.checkpoint import CheckpointError
 
@@ -89,13 +89,6 @@ def test_an_interrupted_training_continues(tmp_path):
     trees = [(s.metrics, s.measurements, s.state.params, s.histograms) for s in (continued, whole)]
     for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_overhead_runs_with_and_without_measurements():
-    calls = []
-    with_, without = overhead(plan(lambda: calls.append(1)), jax.tree.map(lambda v: v[0], SETTINGS), EXAMPLES)
-    jax.effects_barrier()
-    assert len(calls) == 4 and with_ > 0 and without > 0
 
 
 def test_measurements_divide_the_steps():
@@ -211,8 +204,6 @@ def test_smoothness(smooth):
     ]
     measured = {j.claim.id for j in results.claims if j.outcomes and all(o.measured.n for o in j.outcomes)}
     assert measured == {"S6.2", "S6.3", "S6.4", "S6.5", "S6.6", "S6.8"}  # without full length and the l_p variants
-    assert results.notes["overhead"]["gradients_ratio"] == 1 + (8 + 1 + 1 + 2)
-    assert "cost of measuring" in results.texts[0][0]
     assert {"vgg_landscape.png", "linear_landscape.png", "surfaces.png", "trajectories.png", "curvature.png"} <= set(
         figures
     )

@@ -14,7 +14,8 @@ once for the whole figure. All raise ValueError for arrays of undocumented shape
 two seeds [1. 1. 1. 1. 1.]
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,41 @@ def legend(figure: Figure) -> Legend | None:
     columns = int((72 * figure.get_figwidth() + 20) / (58 + 6 * max(map(len, handles), default=1)))  # in points
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(columns, len(handles)))}
     return figure.legend(list(handles.values()), list(handles), frameon=False, handlelength=3, **place)
+
+
+def panels(
+    title: str,
+    draw: Sequence[tuple[str, Callable[[Axes], Any]]],
+    *,
+    size: tuple[float, float] = (6, 4),
+    columns: int = 2,
+    with_legend: bool = True,
+    **shared: Any,
+) -> Figure:
+    """Makes a figure of panels, row by row, with one title and one legend.
+
+    Args:
+      title: title of the figure; empty for none.
+      draw: for each panel its title and a function that draws it on its axes, such as one of this module.
+      size: width and height of a panel in inches.
+      columns: most panels in a row.
+      with_legend: whether to draw the legend.
+      **shared: axes in common, as `sharex=True`.
+    """
+    columns = max(1, min(columns, len(draw)))
+    rows = max(1, -(-len(draw) // columns))
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    places = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for ax, (text, function) in zip(places, draw, strict=False):
+        function(ax)
+        ax.set_title(text, fontsize=9)
+    for ax in places[len(draw) :]:
+        ax.remove()
+    if with_legend:
+        legend(figure)
+    return figure
 
 
 def curves(
@@ -139,7 +175,7 @@ def gradient_probe(
 
 
 def probe_figure(
-    probes: Any, steps: Any, *, quantities: Sequence[str] = _draw.SANTURKAR, first_style: int = 0
+    probes: Any, steps: Any, *, quantities: Sequence[str] = _draw.SANTURKAR, first_style: int = 0, title: str = ""
 ) -> Figure:
     """Draws the gradient probe's loss variation, predictiveness and effective β beside each other, with a legend.
 
@@ -148,16 +184,18 @@ def probe_figure(
       steps: training steps, as in `gradient_probe`.
       quantities: quantities, one for each axes.
       first_style: number of the first style, as in `gradient_probe`.
+      title: title of the figure.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Figure 4.
     """
-    figure = Figure(figsize=(2.5 * len(quantities), 2.9), layout="constrained")
-    for ax, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
+
+    def draw(ax: Axes, quantity: str) -> None:
         gradient_probe(ax, probes, steps, quantity=quantity, first_style=first_style)
         ax.tick_params(labelsize=8)
-    legend(figure)
-    return figure
+
+    parts = [("", functools.partial(draw, quantity=quantity)) for quantity in quantities]
+    return panels(title, parts, size=(2.5, 2.9), columns=len(quantities))
 
 
 def covariate_shift(

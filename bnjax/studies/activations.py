@@ -242,16 +242,16 @@ def _figures(all_trained: dict[str, Trained], ranges: dict[str, Any], title: str
 
     def pair(text: str, draw: Callable[..., Any], **options: Any) -> Figure:  # beside each other, on one scale
         panels = [(label, functools.partial(draw, label=label)) for label in measured]
-        return plots.panels(text, panels, sharey=True, **options)
+        return drawing.panels(text, panels, size=(4.5, 3.8), sharey=True, **options)
 
     text = "Inputs to one sigmoid of the last hidden layer, the first seed"
     return {
         "test_accuracy.png": plots.curves(accuracies, times, "test accuracy", title),
-        "percentiles.png": pair(text, percentiles, legend=False),
+        "percentiles.png": pair(text, percentiles, with_legend=False),
         "saturation.png": pair(f"Inputs at which the sigmoid is flat ({title})", saturation),
         "gradient_norms.png": pair(f"Gradient norms by layer ({title})", norms),
-        "learning_rates.png": plots.panel(
-            f"After {RATE_STEPS} steps ({title})", lambda axis: drawing.learning_rate_range(axis, of_label)
+        "learning_rates.png": drawing.panels(
+            f"After {RATE_STEPS} steps ({title})", [("", lambda axis: drawing.learning_rate_range(axis, of_label))]
         ),
     }
 

@@ -132,11 +132,11 @@ def figures(
     densities = {label: end.density for label, end in around.items()}
     spectra = ("Hessian's eigenvalues, the first seed", lambda axis: drawing.spectral_density(axis, densities))
     between = ("Between two seeds' networks, statistics re-estimated", lambda axis: drawing.linear_path(axis, paths))
-    curvature = [part if of else ("", None) for part, of in ((spectra, densities), (between, paths))]
+    curvature = [part for part, of in ((spectra, densities), (between, paths)) if of]
     drawn = {
         "vgg_training.png": _training(vgg, f"VGG: loss of each step's batch ({title})"),
         "vgg_shift.png": _shift(vgg, f"VGG: internal covariate shift ({title})"),
-        "curvature.png": plots.panels(f"VGG after training ({title})", curvature, size=(11, 4.4)),
+        "curvature.png": drawing.panels(f"VGG after training ({title})", curvature, size=(5.5, 4.4)),
     }
     if linear:
         drawn["linear_training.png"] = _training(linear, "Deep linear network: loss", log=True)
@@ -147,10 +147,9 @@ def figures(
             shown = [labels[name] for name in names if labels[name] in trained]
             if len(shown) > 1:
                 probes = {label: trained[label].measurements["probe"] for label in shown}
-                style = {"quantities": QUANTITIES, "first_style": list(trained).index(shown[0])}
-                figure = drawing.probe_figure(probes, trained[shown[0]].measured_at, **style)
-                figure.suptitle(texts[net], fontsize=10)
-                drawn[f"{net}_landscape{suffix}.png"] = figure
+                style = {"quantities": QUANTITIES, "first_style": list(trained).index(shown[0]), "title": texts[net]}
+                times = trained[shown[0]].measured_at
+                drawn[f"{net}_landscape{suffix}.png"] = drawing.probe_figure(probes, times, **style)
     if around:
         text = f"Loss around the trained VGG, filter-normalized random directions ({title})"
         drawn["surfaces.png"] = _reliefs(around, 0, text)
@@ -158,7 +157,9 @@ def figures(
         drawn["trajectories.png"] = _reliefs(around, 1, text)
         rates = {label: end.rates for label, end in around.items()}
         text = f"VGG after a short training ({title})"
-        drawn["learning_rates.png"] = plots.panel(text, lambda axis: drawing.learning_rate_range(axis, rates))
+        drawn["learning_rates.png"] = drawing.panels(
+            text, [("", lambda axis: drawing.learning_rate_range(axis, rates))]
+        )
     return drawn
 
 
@@ -184,7 +185,7 @@ def _shift(all_trained: Mapping[str, Trained], title: str) -> Figure:
         for quantity in ("distance", "cosine")
         for layer in (count // 2, count - 1)
     ]
-    return plots.panels(title, draw, size=(8, 6), sharex=True)
+    return drawing.panels(title, draw, size=(4, 3), sharex=True)
 
 
 def _reliefs(ends: Mapping[str, Ends], which: int, title: str) -> Figure:

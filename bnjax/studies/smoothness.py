@@ -9,7 +9,7 @@ import numpy as np
 
 from bnjax import analysis, studies
 from bnjax.studies import Study, data, deep_linear, landscape, option, vgg
-from bnjax.studies.engine import ONE_BY_ONE, Plan, Report, Trained, Variant, divisor_up_to, overhead, seed_keys, train
+from bnjax.studies.engine import ONE_BY_ONE, Report, Trained, Variant, divisor_up_to, seed_keys, train
 from bnjax.studies.evidence import Results, read_claims, seeds_in_words
 from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED
 
@@ -102,8 +102,6 @@ def run(options: Options, report: Report):
         end = landscape.at_the_end(network, trained, keys, examples, rates, progress)
         all_trained[LABELS[name]], ends[LABELS[name]] = trained, end
         _add(results, trained, end.metrics)
-        if name == "bn":
-            _note_overhead(results, plan, network, keys, examples)
     _add_comparisons(results, tuple(names), float(np.log(images.num_classes)))
     results.judge(CLAIMS)
     title = f"{dataset}, {seeds_in_words(options.seeds)}"
@@ -136,18 +134,6 @@ def _add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray
     }
     results.add(trained, {}, metrics, {key: np.asarray(values, np.float32) for key, values in curves.items()})
     results.arrays[f"{trained.plan.name}/measured_at"] = trained.measured_at
-
-
-def _note_overhead(results: Results, plan: Plan, network: vgg.Network, keys, examples) -> None:
-    """Notes the time that measuring takes, beside that of its gradients."""
-    with_, without = overhead(plan, {"key": keys[0]}, examples)
-    count, ratio = network.extra_gradients, with_ / without
-    predicted = 1 + count / plan.every
-    seconds = {"seconds_a_step": without, "seconds_a_measured_step": with_}
-    results.notes["overhead"] = {**seconds, "ratio": ratio, "gradients_ratio": predicted}
-    text = f"{count} gradients every {plan.every} steps: {predicted:.2f} times the gradients of plain training, "
-    text += f"{ratio:.2f} times its time ({without * 1e3:.0f} ms a step without)"
-    results.texts.append(("cost of measuring (VGG, batch norm)", text))
 
 
 def _add_comparisons(results: Results, names: Sequence[str], chance: float) -> None:

@@ -62,7 +62,6 @@ class Network:
         example = jnp.zeros((1, *variant.input_shape))
         variables = variant.model.init(jax.random.key(0), example, training=False)
         self.layers = losses.layers_in_order(variant.model, variables, example)
-        self.extra_gradients = len(PROBED) + 1 + 1 + len(self.layers)  # that one measurement takes
 
     def loss(self, batch_stats: Any, key: Any, **options: Any):
         """Makes `loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""

@@ -13,4 +13,4 @@ from bnjax.studies.engine.plan import (  # noqa: F401
     seed_keys,
     step_keys,
 )
-from bnjax.studies.engine.training import ONE_BY_ONE, Job, Report, in_threads, overhead, train, train_all  # noqa: F401
+from bnjax.studies.engine.training import ONE_BY_ONE, Job, Report, in_threads, train, train_all  # noqa: F401

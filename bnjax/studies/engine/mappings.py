@@ -67,9 +67,18 @@ def _programs(plan: Plan, is_vmapped: bool, is_watched: bool) -> tuple[Any, Any,
     look = over(lambda state, setting, examples: plan.look(state, setting.get("examples", examples)), (0, 0, None))
 
     def run(state, setting, examples, first):
+        def of(function):
+            of_each = over(lambda s, own, e, i: function(s, *_inputs(plan, own, e, i)), (0, 0, None, None))
+            return lambda state, number: of_each(state, setting, examples, number)
+
         def part(state, first):
-            numbers = first + jnp.arange(plan.part)
-            state, *measured = steps_of(plan, state, setting, examples, numbers, over=over)
+            numbers, measured = first + jnp.arange(plan.part), [()]
+            if plan.measure is None:
+                state, metrics = lax.scan(of(plan.step), state, numbers)
+            else:
+                how = {"measure": of(plan.measure), "every": plan.every}
+                state, metrics, *measured = analysis.measured_scan(of(plan.step), state, numbers, **how)
+            measured = [metrics, *measured]
             leaves = leaves_of_first(state, setting, examples, first + plan.part) if is_watched else {}
             return state, (measured, look(state, setting, examples), leaves)
 
@@ -86,18 +95,6 @@ def _programs(plan: Plan, is_vmapped: bool, is_watched: bool) -> tuple[Any, Any,
 
 def _inputs(plan: Plan, setting: Setting, examples: Any, number: Any) -> tuple:
     return plan.draw(setting.get("examples", examples), setting, number)
-
-
-def steps_of(plan: Plan, state, setting: Setting, examples, numbers, *, over=lambda function, *_: function) -> tuple:
-    """Takes some steps, traced: `(state, metrics, measurements)`, where `over` maps a function over settings."""
-
-    def of(function):
-        mapped = over(lambda s, setting, e, number: function(s, *_inputs(plan, setting, e, number)), (0, 0, None, None))
-        return lambda state, number: mapped(state, setting, examples, number)
-
-    if plan.measure is not None:
-        return analysis.measured_scan(of(plan.step), state, numbers, measure=of(plan.measure), every=plan.every)
-    return (*lax.scan(of(plan.step), state, numbers), ())
 
 
 def _empty_metrics(times: int) -> training.Metrics:

@@ -1,12 +1,10 @@
 """Carries out plans: one loop for all trainings, over seeds at once by vmap, one by one, or on a mesh of devices."""
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
 import threading
-import time
 import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from jax.sharding import Mesh
 from bnjax import training
 from bnjax.studies import Options
 from bnjax.studies.engine.histograms import count_values
-from bnjax.studies.engine.mappings import Compiled, OnMesh, steps_of
+from bnjax.studies.engine.mappings import Compiled, OnMesh
 from bnjax.studies.engine.plan import Plan, Setting, Trained
 from bnjax.studies.engine.saving import Saved
 
@@ -139,7 +137,6 @@ class Job(NamedTuple):
 
 def train_all(jobs: Sequence[Job], report: Report, options: Options) -> list[Trained]:
     """Trains several plans with histograms, as many at a time as there are processor cores; returns them in order."""
-
     return in_threads(lambda job, report: train(*job, report=report, options=options, histograms=True), jobs, report)
 
 
@@ -172,25 +169,6 @@ def in_threads(work: Callable[[Any, Report], Any], jobs: Sequence[Any], report: 
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def overhead(plan: Plan, setting: Setting, examples: Any, *, repeats: int = 3) -> tuple[float, float]:
-    """Times a step of one training with measurements and without.
-
-    The seconds of each are medians over as many alternating runs of `every` steps, compiled before.
-    """
-    examples = jax.tree.map(jnp.asarray, examples)
-    state = jax.jit(plan.create)(setting)
-    plans, numbers = (plan, dataclasses.replace(plan, measure=None)), jnp.arange(plan.every)
-    run = jax.jit(
-        lambda state, examples, i: steps_of(plans[i], state, setting, examples, numbers)[1:], static_argnums=2
-    )
-    seconds = np.empty((repeats + 1, 2))
-    for repeat, i in np.ndindex(seconds.shape):
-        clock = time.perf_counter()
-        jax.block_until_ready(run(state, examples, i))
-        seconds[repeat, i] = (time.perf_counter() - clock) / plan.every
-    return tuple(np.median(seconds[1:], axis=0).tolist())
 
 
 def _digest(settings: Setting) -> str:

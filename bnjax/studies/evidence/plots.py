@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,56 +27,9 @@ PANELS = {
 """Curves and their labels, of studies with training and test examples."""
 
 
-def panels(
-    title: str,
-    draw: Sequence[tuple[str, Callable[[Any], Any] | None]],
-    *,
-    size: tuple[float, float] = (9, 3.8),
-    columns: int = 2,
-    legend: bool = True,
-    **shared: Any,
-) -> Figure:
-    """Draws panels beside each other in so many columns, with one legend, on a figure of some inches.
-
-    Args:
-      title: title of the figure.
-      draw: title of each panel and the function that draws it on its axes; None leaves the place empty.
-      **shared: axes in common, as `sharex=True`.
-    """
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    grid = np.ravel(figure.subplots(-(-len(draw) // columns), columns, **shared))
-    for axis, (name, function) in zip(grid, draw, strict=True):
-        if function is None:
-            axis.remove()
-        else:
-            function(axis)
-            axis.set_title(name, fontsize=9)
-    if legend:
-        drawing.legend(figure)
-    return figure
-
-
-def panel(title: str, draw: Callable[[Any], Any]) -> Figure:
-    """Draws a figure of one panel, with its legend."""
-    return panels(title, [("", draw)], size=(6, 4), columns=1)
-
-
 def curves(values: Mapping[str, Any], times: Any, label: str, title: str, **options: Any) -> Figure:
     """Draws curves over the steps of training, one for each label, as `bnjax.analysis.plots.curves` does."""
-    return panel(title, lambda axis: drawing.curves(axis, values, times, ylabel=label, **options))
-
-
-def _grid(title: str, count: int, columns: int, size: tuple[float, float], room: tuple[float, float]) -> tuple:
-    """Returns a figure and as many axes on a grid, each of some size, with room for what is beside them."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(size[0] * columns + room[0], size[1] * rows + room[1]), layout="constrained")
-    figure.suptitle(title)
-    axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for axis in axes[count:]:
-        axis.remove()
-    return figure, axes[:count]
+    return drawing.panels(title, [("", lambda axis: drawing.curves(axis, values, times, ylabel=label, **options))])
 
 
 def learning_curves(
@@ -86,8 +39,8 @@ def learning_curves(
 
     By the name of a curve, `panels` has the label of the axis, and `marks` a horizontal line, such as a threshold.
     """
-    figure, axes = _grid(title, len(panels), 2, (5.2, 3.4), (0, 0.9))
-    for axis, (curve, label) in zip(axes, panels.items(), strict=True):
+
+    def draw(axis: Any, curve: str) -> None:
         for i, variant in enumerate(trained):
             values, style = variant.curves[curve], line_style(i)
             mean, half = values.mean(0), half_width(values.std(0, ddof=1), len(values)) if len(values) > 1 else 0
@@ -96,35 +49,35 @@ def learning_curves(
             axis.fill_between(epochs, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
         if marks and curve in marks:
             axis.axhline(marks[curve], color="#666666", linewidth=0.8)
-        axis.set(xlabel="epoch", ylabel=label)
+        axis.set(xlabel="epoch", ylabel=panels[curve])
         axis.grid(alpha=0.25)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
-    return figure
+
+    return drawing.panels(title, [("", functools.partial(draw, curve=curve)) for curve in panels], size=(5.2, 3.8))
 
 
 def decision_boundaries(trained: Sequence[Trained], data: Split) -> Figure:
     """Draws examples on the plane colored by the first seed's predicted probability, one panel for each variant."""
-    title = "Test examples and the decision boundary of the first seed"
-    figure, axes = _grid(title, len(trained), 3, (3.3, 3.2), (0.8, 0.4))
     low, high = data.x.min(0) - 0.3, data.x.max(0) + 0.3
     grid_x, grid_y = np.meshgrid(np.linspace(low[0], high[0], 101), np.linspace(low[1], high[1], 101))
     points = np.stack([grid_x.ravel(), grid_y.ravel()], axis=1).astype(np.float32)
-    image: Any = None
-    for axis, variant in zip(axes, trained, strict=True):
+    images = []
+
+    def draw(axis: Any, variant: Trained) -> None:
         logits = _outputs(jax.tree.map(lambda leaf: leaf[0], variant.state), points)
         probability = np.asarray(jax.nn.sigmoid(logits[:, 0])).reshape(grid_x.shape)
-        image = axis.contourf(grid_x, grid_y, probability, levels=np.linspace(0, 1, 21), cmap="RdBu_r", alpha=0.75)
+        levels = np.linspace(0, 1, 21)
+        images.append(axis.contourf(grid_x, grid_y, probability, levels=levels, cmap="RdBu_r", alpha=0.75))
         axis.contour(grid_x, grid_y, probability, levels=[0.5], colors="black", linewidths=1.2)
         for label, marker, color in ((0, "o", "#08306b"), (1, "^", "#67000d")):
             x, y = data.x[data.y == label].T
             axis.scatter(x, y, s=9, marker=marker, color=color, linewidths=0, label=f"class {label}")
-        axis.set_title(variant.plan.label, fontsize=10)
         axis.set_aspect("equal")
+
+    title = "Test examples and the decision boundary of the first seed"
+    parts = [(variant.plan.label, functools.partial(draw, variant=variant)) for variant in trained]
+    figure = drawing.panels(title, parts, size=(3.5, 3.3), columns=3)
     text = "predicted probability of class 1"
-    figure.colorbar(image, ax=list(axes), label=text, shrink=0.7, ticks=[0, 0.25, 0.5, 0.75, 1])
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.colorbar(images[0], ax=figure.axes, label=text, shrink=0.7, ticks=[0, 0.25, 0.5, 0.75, 1])
     return figure
 
 
