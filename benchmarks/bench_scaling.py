@@ -4,11 +4,12 @@ The devices are simulated on CPU and share the processor's cores: the benchmark 
 what a step costs beside the same step with `flax.linen.BatchNorm`, both interleaved in one run. Collectives and bytes
 are read from the compiled programs, and stand beside the formula:
 
-    bytes that a device sends in a step = 2 (n − 1) / n · 4 · (P + Σ over batch norms (2C + 2C))
+    bytes that a device sends in a step = 2 (n − 1) / n · 4 · (P + Σ over batch norms (2C n + 2C))
 
 for n devices, P parameters (and the loss, the accuracy and the weight) and C features a batch norm: an all-reduce of 2C
-numbers forward, of 2C backward, by the ring algorithm. PyTorch's SyncBatchNorm gathers 2C + 1 numbers forward, of which
-a device sends (n − 1) (2C + 1), and reduces 2C backward (torch/nn/modules/_functions.py). The prediction for a pod is:
+numbers of each device forward (of more than 256 devices two of C), of 2C backward, by the ring algorithm. Flax's layer
+sums 2C forward. PyTorch's SyncBatchNorm gathers 2C + 1 numbers forward, of which a device sends (n − 1) (2C + 1), and
+reduces 2C backward (torch/nn/modules/_functions.py). The prediction for a pod is:
 
     time = max(latency · hops, bytes / bandwidth)        for each of the collectives, which wait for one another
 
@@ -30,8 +31,14 @@ RESNET50 = [64, *(c for width, blocks in STAGES for c in [width, width, 4 * widt
 
 
 def sent_by_formula(features: list[int], parameters: int, devices: int) -> float:
-    """Computes the bytes that each device sends in a step, the same by bnjax's and by Flax's synchronization."""
-    return 2 * (devices - 1) / devices * 4 * (parameters + 3 + sum(4 * c for c in features))
+    """Computes the bytes that each device sends in a step, by bnjax's synchronization."""
+    ours = sum(sum(forward(c, devices)) + 2 * c for c in features)
+    return 2 * (devices - 1) / devices * 4 * (parameters + 3 + ours)
+
+
+def forward(features: int, devices: int) -> list[int]:
+    """Returns how many numbers each of a batch norm's forward sums has."""
+    return [2 * features * devices] if devices <= 256 else [features, features]
 
 
 def network(norm: str, depth: int, width: int):
@@ -100,7 +107,7 @@ def predict(features: list[int], devices: int, bandwidth: float, latency: float)
     hops = 2 * (round(devices ** (1 / 2)) if devices <= 256 else 3 * round(devices ** (1 / 3)) // 2)
     ring = 2 * (devices - 1) / devices
     sizes = {
-        "bnjax": [ring * 8 * c for c in features for _ in range(2)],
+        "bnjax": [ring * 4 * numbers for c in features for numbers in (*forward(c, devices), 2 * c)],
         "flax": [ring * 8 * c for c in features for _ in range(2)],
         "torch": [s for c in features for s in ((devices - 1) * 4 * (2 * c + 1), ring * 8 * c)],
     }
@@ -117,8 +124,13 @@ def predict(features: list[int], devices: int, bandwidth: float, latency: float)
     return {"devices": devices, "hops": hops, **predictions}
 
 
+def print_row(*cells: object) -> None:
+    """Prints a row of a table in Markdown."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
 def main() -> None:
-    """Prints the tables; with --json it saves them too."""
+    """Prints the tables in Markdown; with --json it saves the numbers too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="1,2,4,8,16", help="device counts (default 1,2,4,8,16)")
     parser.add_argument("--networks", default="2x64,8x64,8x512,32x64", help="DEPTHxWIDTH (default %(default)s)")
@@ -132,8 +144,9 @@ def main() -> None:
     counts = [int(n) for n in options.devices.split(",")]
     jax.config.update("jax_num_cpu_devices", max(counts))
 
-    print("step of a perceptron, bnjax / flax: collectives, KiB that a device sends (formula), ratio of step times")
-    print(f"{'network':>8} {'parallel':>9} {'devices':>7} {'collectives':>11} {'sent KiB':>21} {'formula':>8}  ratio")
+    head = "batch norms × features", "parallel", "devices", "collectives, bnjax / flax", "KiB sent, bnjax / flax"
+    print_row(*head, "formula", "step time, bnjax / flax")
+    print_row(*["---"] * 7)
     rows = []
     for shape in options.networks.split(","):
         depth, width = map(int, shape.split("x"))
@@ -142,25 +155,21 @@ def main() -> None:
                 row = measure(devices, depth, width, way, options.batch, options.repeats)
                 rows.append(row)
                 both = [row[norm] for norm in NORMS]
-                sents = [b["sent"] for b in both]
-                print(
-                    f"{shape:>8} {way:>9} {devices:>7} {' / '.join(str(b['collectives']) for b in both):>11} "
-                    f"{' / '.join(f'{sent / 1024:.1f}' for sent in sents):>21} {row['formula'] / 1024:8.1f}  "
-                    f"{row['ratio']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})",
-                    flush=True,
-                )
-    print(
-        f"\npredicted for {len(RESNET50)} batch norms of ResNet-50, {options.bandwidth / 1e9:.0f} GB/s, "
-        f"{options.latency * 1e6:g} µs a hop: MB that a device sends, ms, collectives bound by bandwidth"
-    )
+                numbers = " / ".join(str(of["collectives"]) for of in both)
+                sent = " / ".join(f"{of['sent'] / 1024:.1f}" for of in both)
+                ratio = f"{row['ratio']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})"
+                print_row(f"{depth} × {width}", way, devices, numbers, sent, f"{row['formula'] / 1024:.1f}", ratio)
+    print(f"\n{len(RESNET50)} batch norms of ResNet-50, {options.bandwidth:g} B/s, {options.latency:g} s a hop\n")
     predictions = [predict(RESNET50, n, options.bandwidth, options.latency) for n in (8, 256, 4096)]
+    print_row("devices", "hops", "bnjax", "flax", "PyTorch SyncBatchNorm")
+    print_row(*["---"] * 5)
     for p in predictions:
         cells = [
-            f"{peer} {p[peer]['sent'] / 1e6:.2f} MB {p[peer]['seconds'] * 1e3:.2f} ms "
-            f"({p[peer]['bandwidth_bound']}/{p[peer]['collectives']})"
-            for peer in ("bnjax", "flax", "torch")
+            f"{of['sent'] / 1e6:.2f} MB, {of['seconds'] * 1e3:.2f} ms, {of['bandwidth_bound']} of {of['collectives']} "
+            "bound by bandwidth"
+            for of in (p["bnjax"], p["flax"], p["torch"])
         ]
-        print(f"{p['devices']:>5} devices, {p['hops']} hops:  " + "   ".join(cells))
+        print_row(p["devices"], p["hops"], *cells)
     if options.json:
         with open(options.json, "w") as file:
             machine = {"system": platform.machine(), "python": platform.python_version(), "jax": jax.__version__}
