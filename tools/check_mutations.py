@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -28,7 +29,7 @@ import tempfile
 import time
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -49,7 +50,8 @@ TESTS = (
     "parallel",
 )
 EXPLAINED = ROOT / "tools" / "equivalent_mutants.toml"
-TIMEOUT = 900  # seconds
+RECORD = ROOT / "runs" / "mutations.jsonl"
+TIMEOUT = 900, 3600  # seconds of processor time, and of waiting
 FIRST = 10  # tests that a mutant meets before all others
 # Others of a kind are noticed where these are, or are no operation of the values.
 PAIRS = {
@@ -94,10 +96,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"parts of the core (default {' '.join(CORE)})")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="mutants at a time")
-    parser.add_argument("--record", type=Path, default=ROOT / "runs" / "mutations.jsonl", help="default %(default)s")
+    parser.add_argument("--record", type=Path, default=RECORD, help=f"default {RECORD.relative_to(ROOT)}")
     options = parser.parse_args()
     if unknown := set(options.only or ()) - set(CORE):
         parser.error(f"the core has no {', '.join(sorted(unknown))}; there are {', '.join(CORE)}")
+    options.record = options.record.absolute()
     options.record.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "bnjax"
@@ -105,28 +108,35 @@ def main() -> int:
         shutil.copytree(ROOT, copy, ignore=ignored)
         os.chdir(copy)
         mutants = drawn(list(find(options.only or CORE)), options.sample, options.seed)
-        wanted = {mutant.key: mutant for mutant in mutants}
-        hashes = {
-            mutant.module: hashlib.sha256(Path(mutant.module).read_bytes()).hexdigest()[:16] for mutant in mutants
-        }
-        lines = options.record.read_text().splitlines() if options.record.exists() else []
-        before = {entry["key"]: entry for entry in map(json.loads, lines)}
-        for key, entry in before.items():
-            if entry["noticed"] and key in wanted and entry["module"] == hashes[wanted[key].module]:
-                del wanted[key]
-        print(f"{len(mutants)} mutants, {len(mutants) - len(wanted)} of them noticed before", flush=True)
-        survivors = []
-        if wanted:
-            load()
-            covered = cover()
-            print(f"{len(covered.seconds)} tests of {sum(covered.seconds.values()):.0f} s", flush=True)
-            for done, (mutant, by) in enumerate(run(list(wanted.values()), covered, options.processes), 1):
-                entry = {"key": mutant.key, "module": hashes[mutant.module], "noticed": by, "text": str(mutant)}
-                with options.record.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                print(f"{done}/{len(wanted)} {by or 'SURVIVED'}: {mutant}", flush=True)
-                survivors += [] if by else [mutant]
+        survivors = try_all(mutants, options.record, options.processes)
         return report(mutants, survivors)
+
+
+def try_all(mutants: Sequence[Mutant], record: Path, processes: int) -> list[Mutant]:
+    """Tries the mutants that a record has not as noticed, adds to it, and returns those that survive."""
+    digests = {module: digest([module]) for module in {mutant.module for mutant in mutants}}
+    lines = record.read_text().splitlines() if record.exists() else []
+    noticed = {(e["key"], e["module"]) for e in map(json.loads, lines) if e["noticed"]}
+    wanted = [mutant for mutant in mutants if (mutant.key, digests[mutant.module]) not in noticed]
+    print(f"{len(mutants)} mutants, {len(mutants) - len(wanted)} of them noticed before", flush=True)
+    if not wanted:
+        return []
+    load()
+    covered = cover(record.with_suffix(".covered.json"))
+    print(f"{len(covered.seconds)} tests of {sum(covered.seconds.values()):.0f} s", flush=True)
+    survivors = []
+    for done, (mutant, by) in enumerate(run(wanted, covered, processes), 1):
+        entry = {"key": mutant.key, "module": digests[mutant.module], "noticed": by, "text": str(mutant)}
+        with record.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(f"{done}/{len(wanted)} {by or 'SURVIVED'}: {mutant}", flush=True)
+        survivors += [] if by else [mutant]
+    return survivors
+
+
+def digest(paths: Iterable[str | Path]) -> str:
+    """Returns a text that changes with the content of any of some files."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def find(names: Sequence[str]) -> Iterator[Mutant]:
@@ -217,7 +227,7 @@ def in_child(function: Any, *arguments: Any, timeout: float | None = None) -> An
     context = multiprocessing.get_context("fork")
 
     def work():
-        os.setsid()
+        os.setpgrp()
         sender.send(function(*arguments))
 
     child = context.Process(target=work)
@@ -235,19 +245,25 @@ def in_child(function: Any, *arguments: Any, timeout: float | None = None) -> An
         child.join()
 
 
-def cover() -> Covered:
-    """Runs all tests on the core as it is, each file in a process of its own."""
-    tests, seconds = defaultdict(lambda: defaultdict(list)), {}
-    for stem in TESTS:
-        found = in_child(_cover, f"tests/test_{stem}.py")
-        if found is None or found[0]:
-            sys.exit(f"tests/test_{stem}.py fails without a mutant: {found and found[0]}")
-        _, of_lines, of_tests = found
-        seconds |= of_tests
-        for module, lines in of_lines.items():
-            for line, names in lines.items():
-                tests[module][line] += names
-    return Covered(tests, seconds)
+def cover(kept: Path) -> Covered:
+    """Runs all tests on the core as it is, each file in a process of its own; what it finds is kept in a file."""
+    files = digest([*sorted(Path("bnjax").rglob("*.py")), *sorted(Path("tests").glob("*.py"))])
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    if found.get("files") != files:
+        tests, seconds = defaultdict(lambda: defaultdict(list)), {}
+        for stem in TESTS:
+            of_file = in_child(_cover, f"tests/test_{stem}.py")
+            if of_file is None or of_file[0]:
+                sys.exit(f"tests/test_{stem}.py fails without a mutant: {of_file and of_file[0]}")
+            _, of_lines, of_tests = of_file
+            seconds |= of_tests
+            for module, lines in of_lines.items():
+                for line, names in lines.items():
+                    tests[module][line] += names
+        found = {"files": files, "tests": tests, "seconds": seconds}
+        kept.write_text(json.dumps(found))
+    lines = {module: {int(n): names for n, names in of.items()} for module, of in found["tests"].items()}
+    return Covered(lines, found["seconds"])
 
 
 def _cover(path: str) -> tuple[str, dict[str, dict[int, list[str]]], dict[str, float]]:
@@ -286,7 +302,7 @@ def run(mutants: Sequence[Mutant], covered: Covered, processes: int) -> Iterator
 
     def one(mutant: Mutant) -> tuple[Mutant, str]:
         names = sorted(tests_of(mutant, covered), key=lambda name: covered.seconds[name] / (1 + noticing[name]))
-        by = in_child(_try, mutant, names, timeout=TIMEOUT)
+        by = in_child(_try, mutant, names, timeout=TIMEOUT[1])
         noticing[by or ""] += 1
         return mutant, "a time limit or a crash" if by is None else by
 
@@ -298,6 +314,7 @@ def _try(mutant: Mutant, names: Sequence[str]) -> str:
     from cosmic_ray import plugins
     from cosmic_ray.mutating import mutate_code
 
+    resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT[0], TIMEOUT[0]))
     path = os.path.abspath(mutant.module)
     operator = plugins.get_operator(f"core/{mutant.operator}")()
     code = mutate_code(Path(path).read_text(), operator, mutant.occurrence)
