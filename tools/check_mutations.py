@@ -14,7 +14,6 @@ from: it tries again what survived, and what stands in modules that have changed
 import argparse
 import ast
 import contextlib
-import fnmatch
 import hashlib
 import importlib.machinery
 import json
@@ -311,13 +310,8 @@ def run(mutants: Sequence[Mutant], covered: Covered, processes: int) -> Iterator
 
 
 def _try(mutant: Mutant, names: Sequence[str]) -> str:
-    from cosmic_ray import plugins
-    from cosmic_ray.mutating import mutate_code
-
     resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT[0], TIMEOUT[0]))
-    path = os.path.abspath(mutant.module)
-    operator = plugins.get_operator(f"core/{mutant.operator}")()
-    code = mutate_code(Path(path).read_text(), operator, mutant.occurrence)
+    path, code = os.path.abspath(mutant.module), mutated(mutant)
     loader = importlib.machinery.SourceFileLoader
     get_data, path_stats = loader.get_data, loader.path_stats
 
@@ -336,22 +330,30 @@ def _try(mutant: Mutant, names: Sequence[str]) -> str:
     return ""
 
 
+def mutated(mutant: Mutant) -> str:
+    """Returns the module's source with the change."""
+    from cosmic_ray import plugins
+    from cosmic_ray.mutating import mutate_code
+
+    operator = plugins.get_operator(f"core/{mutant.operator}")()
+    return mutate_code(Path(mutant.module).read_text(), operator, mutant.occurrence)
+
+
 def report(mutants: Sequence[Mutant], survivors: Sequence[Mutant]) -> int:
     """Prints the surviving mutants and returns the number of those that are not explained."""
     explained = tomllib.loads(EXPLAINED.read_text())["mutant"] if EXPLAINED.exists() else []
-
-    def why(mutant: Mutant) -> str:
-        for entry in explained:
-            is_there = entry["module"] == mutant.module and entry["line"] == mutant.text
-            if is_there and fnmatch.fnmatch(mutant.operator, entry["operator"]):
-                return entry["why"]
-        return ""
-
-    unexplained = [mutant for mutant in survivors if not why(mutant)]
+    why = {(entry["module"], entry["line"], entry["becomes"]): entry["why"] for entry in explained}
+    count = 0
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants were noticed")
-    for mutant in survivors:
-        print(f"{mutant}\n  {why(mutant) or 'NOT EXPLAINED'}")
-    return len(unexplained)
+    for mutant in sorted(survivors):
+        lines, changed = Path(mutant.module).read_text().splitlines(), mutated(mutant).splitlines()
+        removed = [line.strip() for line in lines if line not in changed]
+        added = [line.strip() for line in changed if line not in lines]
+        reason = why.get((mutant.module, " ".join(removed), " ".join(added)))
+        count += reason is None
+        print(f"{mutant.module}:{mutant.first}: {reason or 'NOT EXPLAINED'}")
+        print(*(f"  - {line}" for line in removed), *(f"  + {line}" for line in added), sep="\n")
+    return count
 
 
 if __name__ == "__main__":
