@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from scipy import stats as scipy_stats
 
-from bnjax import batch_norm, init_batch_norm
-from bnjax.linen import BatchNorm, LpBatchNorm, NoisyBatchNorm
+from bnjax import batch_norm, init_batch_norm, variants
+from bnjax.linen import BatchNorm, BatchRenorm, GhostBatchNorm, LpBatchNorm, NoisyBatchNorm
 from bnjax.training import TrainState, cross_entropy, train_step
 from bnjax.variants import lp_batch_norm, noisy_batch_norm
 
@@ -680,3 +680,19 @@ def test_accumulating_micro_batches_is_an_error(name):
     jax.eval_shape(step)
     with pytest.raises(ValueError, match=r"accumulate_steps.*norm \((Noisy|Lp)BatchNorm\).*Use bnjax.linen.BatchNorm"):
         jax.eval_shape(functools.partial(step, accumulate_steps=2))
+
+
+@pytest.mark.parametrize("name", ["batch_renorm", "lp_batch_norm", "noisy_batch_norm", "ghost_batch_norm"])
+def test_complex_input_is_refused_where_only_real_numbers_have_a_meaning(name):
+    own = {"lp_batch_norm": {"p": 1}, "noisy_batch_norm": {"key": KEY}, "ghost_batch_norm": {"ghost_size": 2}}
+    x, (params, stats) = jnp.ones((4, 3), jnp.complex64), init_batch_norm(3, dtype=jnp.complex64)
+    with pytest.raises((TypeError, ValueError), match="x must have a real floating-point dtype, got complex64"):
+        inspect.unwrap(getattr(variants, name))(x, params, stats, training=True, **own.get(name, {}))
+
+
+@pytest.mark.parametrize("layer", [BatchRenorm, LpBatchNorm, NoisyBatchNorm, GhostBatchNorm])
+def test_layers_refuse_complex_input_as_their_functions_do(layer):
+    own = {GhostBatchNorm: {"ghost_size": 2}, LpBatchNorm: {"p": 1}}
+    keys = {"params": KEY, "noise": KEY}
+    with pytest.raises((TypeError, ValueError), match="x must have a real floating-point dtype, got complex64"):
+        layer(use_running_average=False, **own.get(layer, {})).init(keys, jnp.ones((4, 3), jnp.complex64))
