@@ -244,8 +244,8 @@ def _moments_about(
     the root of the count, rounded to a power of two; but not where the spread says that its square would vanish.
     """
     unit = lax.reduce_precision(lax.rsqrt(nonzero(count)), jnp.finfo(count.dtype).nexp, 0)
-    is_small = (spread > 0) & (spread < _SMALL_SPREAD)
-    unit = jnp.where(is_small, jnp.ones_like(unit), unit)
+    is_small = ((spread > 0) & (spread < _SMALL_SPREAD)).astype(unit.dtype)
+    unit = is_small + (1 - is_small) * unit  # jax 0.11's vmap of a `where` loses the mesh of explicit sharding
     shift_of_mean = expand(shift, x.ndim, axes)
     # This is the same shift, unknown to XLA, whose CPU backend would write out a shared difference as large as x.
     # (JAX's `jet` has no rule for `lax.optimization_barrier`.)
