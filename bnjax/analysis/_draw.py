@@ -10,8 +10,11 @@ from bnjax._extras import needs
 with needs("plots"):
     from matplotlib import colormaps
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
 # Okabe & Ito's palette, and a line style beside each color for print in gray.
@@ -190,3 +193,67 @@ def color_norm(values: np.ma.MaskedArray, levels: int | Sequence[float], log: bo
         bounds = bounds[bounds > 0] if log else bounds
     extend: Any = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[low < bounds[0], high > bounds[-1]]
     return BoundaryNorm(bounds, 256, extend=extend)
+
+
+def relief(ax: Any, a: np.ndarray, b: np.ndarray, z: np.ndarray, log: bool) -> ScalarMappable:
+    """Draws a surface on axes of three dimensions."""
+    ax.computed_zorder = False  # the relief would hide a trajectory otherwise
+    ax.set_zlabel("log₁₀ loss" if log else "loss")
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.labelpad = 8
+        axis.set_major_locator(MaxNLocator(5))
+    ax.set_box_aspect(None, zoom=0.8)  # leaves room for the labels
+    options = {"cmap": COLOR_MAP, "rcount": len(a), "ccount": len(b), "zorder": 1}
+    return ax.plot_surface(*np.meshgrid(a, b, indexing="ij"), shown_height(z, log), **options)
+
+
+def contours(ax: Axes, a: np.ndarray, b: np.ndarray, z: np.ndarray, levels: Any, log: bool) -> ScalarMappable:
+    """Draws a surface by filled contours, every other one with a line and its value."""
+    shown = hatched(ax, z.T, log)
+    norm = color_norm(shown, levels, log)
+    filled = ax.contourf(a, b, shown, levels=norm.boundaries, cmap=COLOR_MAP, norm=norm, extend=norm.extend)
+    inside = [level for level in norm.boundaries[::2] if shown.count() and shown.min() < level < shown.max()]
+    if inside:
+        lines = ax.contour(a, b, shown, levels=inside, colors="black", linewidths=0.6)
+        for text in ax.clabel(lines, fmt="%.4g", fontsize=8, zorder=6):
+            text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    return filled
+
+
+def path(ax: Axes, where: Sequence[np.ndarray], label: str) -> Line2D:
+    """Draws a path of black points with a white edge, from a circle to a star."""
+    style: dict[str, Any] = {
+        "color": "black",
+        "path_effects": [withStroke(linewidth=3, foreground="white")],
+        "zorder": 5,
+    }
+    (line,) = ax.plot(*where, linewidth=1.2, marker=".", markersize=4, label=label, **style)
+    for i, marker, size in ((0, "o", 7), (-1, "*", 12)):
+        ax.plot(*(v[[i]] for v in where), linestyle="", marker=marker, markersize=size, mfc="white", **style)
+    return line
+
+
+def barrier(ax: Axes, t: np.ndarray, loss: np.ndarray, chord: np.ndarray, color: Any) -> None:
+    """Draws a dotted chord, and an arrow from it to where the loss is farthest above it."""
+    top = np.argmax(loss - chord)
+    arrow = {"arrowstyle": "<->", "color": color, "shrinkA": 0, "shrinkB": 0}
+    ax.plot(t, chord, color=color, linewidth=0.8, linestyle=":")
+    ax.annotate("", (t[top], loss[top]), (t[top], chord[top]), arrowprops=arrow)
+
+
+def grid(title: str, count: int, size: tuple[float, float], columns: int, **shared: Any) -> tuple[Figure, np.ndarray]:
+    """Returns a figure with a title, and some axes of some size in inches, row by row."""
+    columns = max(1, min(columns, count))
+    rows = max(1, -(-count // columns))
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    places = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for ax in places[count:]:
+        ax.remove()
+    return figure, places[:count]
+
+
+def outcome(breaks: float) -> str:
+    """Says from which learning rate on training fails: NaN from the first, infinity at none."""
+    return f"breaks at {breaks:.3g}" if np.isfinite(breaks) else "never trains" if np.isnan(breaks) else "never breaks"

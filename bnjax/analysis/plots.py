@@ -39,8 +39,6 @@ with needs("plots"):
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.legend import Legend
     from matplotlib.lines import Line2D
-    from matplotlib.patheffects import withStroke
-    from matplotlib.ticker import MaxNLocator
     from mpl_toolkits.mplot3d import Axes3D
 
 
@@ -75,17 +73,10 @@ def panels(
       with_legend: whether to draw the legend.
       **shared: axes in common, as `sharex=True`.
     """
-    columns = max(1, min(columns, len(draw)))
-    rows = max(1, -(-len(draw) // columns))
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    if title:
-        figure.suptitle(title, fontsize=10)
-    places = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
-    for ax, (text, function) in zip(places, draw, strict=False):
+    figure, places = _draw.grid(title, len(draw), size, columns, **shared)
+    for ax, (text, function) in zip(places, draw, strict=True):
         function(ax)
         ax.set_title(text, fontsize=9)
-    for ax in places[len(draw) :]:
-        ax.remove()
     if with_legend:
         legend(figure)
     return figure
@@ -292,10 +283,7 @@ def learning_rate_range(ax: Axes, ranges: Mapping[str, LearningRateRange]) -> Li
         last = _draw.averaged(loss[..., -max(1, loss.shape[-1] // 10) :])
         band = _draw.over_seeds(np.where(last <= 10 * loss[..., 0].max(), last, np.nan))
         breaks = float(np.min(np.asarray(result.breaks_at, float)))
-        outcome = (
-            f"breaks at {breaks:.3g}" if np.isfinite(breaks) else "never trains" if breaks != breaks else "never breaks"
-        )
-        line = lines[label] = _draw.draw_band(ax, i, f"{label} ({outcome})", rates, *band)
+        line = lines[label] = _draw.draw_band(ax, i, f"{label} ({_draw.outcome(breaks)})", rates, *band)
         failed = ~np.asarray(result.trains).reshape((-1, len(rates))).all(0)
         ax.plot(rates[failed], band[0][failed], "o", mfc="white", color=line.get_color())
         if np.isfinite(breaks):
@@ -352,10 +340,7 @@ def linear_path(ax: Axes, paths: Mapping[str, LinearPath], *, log: bool = False)
         line = lines[label] = _draw.draw_band(ax, i, text, t, mean, low, high)
         if np.isfinite(mean).all():
             chord = (1 - t) * mean[0] + t * mean[-1]
-            top = np.argmax(mean - chord)
-            arrow = {"arrowstyle": "<->", "color": line.get_color(), "shrinkA": 0, "shrinkB": 0}
-            ax.plot(t, chord, color=line.get_color(), linewidth=0.8, linestyle=":")
-            ax.annotate("", (t[top], mean[top]), (t[top], chord[top]), arrowprops=arrow)
+            _draw.barrier(ax, t, mean, chord, line.get_color())
     _draw.set_scale(ax, log, lines)
     ax.set(xlabel="position t between the solutions A (0) and B (1)", ylabel="loss L((1 − t) A + t B)")
     return lines
@@ -382,24 +367,8 @@ def loss_surface(
     a, b, z = _draw.checked_grid(losses, coordinates)
     ax.set(xlabel="coordinate a along d₁", ylabel="coordinate b along d₂")
     if isinstance(ax, Axes3D):
-        ax.computed_zorder = False  # the relief would hide a trajectory otherwise
-        ax.set_zlabel("log₁₀ loss" if log else "loss")
-        for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
-            axis.labelpad = 8
-            axis.set_major_locator(MaxNLocator(5))
-        room: dict[str, Any] = {"zoom": 0.8}  # leaves room for the labels
-        options = {"cmap": COLOR_MAP, "rcount": len(a), "ccount": len(b), "zorder": 1}
-        ax.set_box_aspect(None, **room)
-        return ax.plot_surface(*np.meshgrid(a, b, indexing="ij"), _draw.shown_height(z, log), **options)
-    z = _draw.hatched(ax, z.T, log)
-    norm = _draw.color_norm(z, levels, log)
-    filled = ax.contourf(a, b, z, levels=norm.boundaries, cmap=COLOR_MAP, norm=norm, extend=norm.extend)
-    inside = [level for level in norm.boundaries[::2] if z.count() and z.min() < level < z.max()]
-    if inside:
-        lines = ax.contour(a, b, z, levels=inside, colors="black", linewidths=0.6)
-        for text in ax.clabel(lines, fmt="%.4g", fontsize=8, zorder=6):
-            text.set_path_effects([withStroke(linewidth=2, foreground="white")])
-    return filled
+        return _draw.relief(ax, a, b, z, log)
+    return _draw.contours(ax, a, b, z, levels, log)
 
 
 def trajectory(
@@ -424,14 +393,7 @@ def trajectory(
     where = [points[:, 0], points[:, 1]]
     if isinstance(ax, Axes3D):
         where.append(_draw.shown_height(_draw.heights_at(heights, points), log))
-    style: dict[str, Any] = {
-        "color": "black",
-        "path_effects": [withStroke(linewidth=3, foreground="white")],
-        "zorder": 5,
-    }
-    (line,) = ax.plot(*where, linewidth=1.2, marker=".", markersize=4, label=label, **style)
-    for i, marker, size in ((0, "o", 7), (-1, "*", 12)):
-        ax.plot(*(v[[i]] for v in where), linestyle="", marker=marker, markersize=size, mfc="white", **style)
+    line = _draw.path(ax, where, label)
     form = "direction {} ({:.1f} %)" if isinstance(ax, Axes3D) else "principal direction {} ({:.1f} % of variance)"
     parts = 100 * np.asarray(plane.explained_variance, float)
     ax.set(xlabel=form.format(1, parts[0]), ylabel=form.format(2, parts[1]))
