@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from hypothesis import given, settings
+from versions import JAX
 
 import bnjax
 from bnjax import Moments, merge_moments, moments
@@ -239,7 +240,9 @@ def test_no_variance_is_below_zero():
     x[hidden] += 1
     var = np.asarray(moments(x, mask=np.where(hidden, 1e-30, 1).astype(np.float32)).var)
     assert (var >= 0).all()
-    assert var.max() < (np.finfo(np.float32).eps * np.abs(x).max()) ** 2
+    eps = np.finfo(np.float32).eps
+    # Squares of rounded differences, and what a sum of 3000 of them loses; how much is left depends on XLA's sums.
+    assert var.max() < (1e-20 if JAX >= (0, 10) else 3000 * eps * (eps * np.abs(x).max()) ** 2)
 
 
 def test_the_variance_of_a_spike_between_the_sampled_elements():
