@@ -72,15 +72,14 @@ def _programs(plan: Plan, is_vmapped: bool, is_watched: bool) -> tuple[Any, Any,
             return lambda state, number: of_each(state, setting, examples, number)
 
         def part(state, first):
-            numbers, measured = first + jnp.arange(plan.part), [()]
+            numbers, measurements = first + jnp.arange(plan.part), ()
             if plan.measure is None:
                 state, metrics = lax.scan(of(plan.step), state, numbers)
             else:
                 how = {"measure": of(plan.measure), "every": plan.every}
-                state, metrics, *measured = analysis.measured_scan(of(plan.step), state, numbers, **how)
-            measured = [metrics, *measured]
+                state, metrics, measurements = analysis.measured_scan(of(plan.step), state, numbers, **how)
             leaves = leaves_of_first(state, setting, examples, first + plan.part) if is_watched else {}
-            return state, (measured, look(state, setting, examples), leaves)
+            return state, ((metrics, measurements), look(state, setting, examples), leaves)
 
         parts = plan.call // plan.part
         state, (measured, looked, leaves) = lax.scan(part, state, first + plan.part * jnp.arange(parts))
