@@ -4,8 +4,9 @@
 
 The core is the function, moments, synchronization, variants and layers. Each change ("mutant"), such as another
 operator or number, meets the tests of these that ran its line, the quickest and the most noticing first, until one
-fails. A mutant that all of them pass has survived: it is to be killed by a test, or explained in
-tools/equivalent_mutants.toml. Of the many operators that cosmic-ray puts in place of another the most alike counts.
+fails or they have taken `--seconds`. A mutant that all of them pass has survived: it is to be killed by a test, or
+explained in tools/equivalent_mutants.toml; what is explained there is not tried. Of the many operators that cosmic-ray
+puts in place of another the most alike counts.
 
 All of the some 1,100 mutants take hours on two cores. What was noticed is kept in a record, which a later call goes on
 from: it tries again what survived, and what stands in modules that have changed since.
@@ -14,8 +15,10 @@ from: it tries again what survived, and what stands in modules that have changed
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.machinery
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,7 +43,7 @@ TESTS = ("moments", "norm", "renorm", "statistics_variants", "variants", "linen"
 TESTS += ("parallel", "functional", "accumulation")
 EXPLAINED = ROOT / "tools" / "equivalent_mutants.toml"
 RECORD = ROOT / "runs" / "mutations.jsonl"
-TIMEOUT = 900, 3600  # seconds of processor time, and of waiting
+TIMEOUT = 300, 1200  # seconds of processor time, and of waiting
 FIRST = 10  # tests that a mutant meets before all others
 # Others of a kind are noticed where these are, or are no operation of the values.
 PAIRS = {
@@ -85,6 +88,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"parts of the core (default {' '.join(CORE)})")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="mutants at a time")
+    parser.add_argument(
+        "--seconds", type=float, default=100, metavar="N", help="how long a mutant's tests may take (default 100)"
+    )
     parser.add_argument("--record", type=Path, default=RECORD, help=f"default {RECORD.relative_to(ROOT)}")
     options = parser.parse_args()
     if unknown := set(options.only or ()) - set(CORE):
@@ -97,11 +103,17 @@ def main() -> int:
         shutil.copytree(ROOT, copy, ignore=ignored)
         os.chdir(copy)
         mutants = drawn(list(find(options.only or CORE)), options.sample, options.seed)
-        survivors = try_all(mutants, options.record, options.processes)
-        return report(mutants, survivors)
+        explained = [mutant for mutant in mutants if is_explained(mutant)]
+        tried = [mutant for mutant in mutants if mutant not in explained]
+        survivors = try_all(tried, options.record, options.processes, options.seconds)
+        for mutant in sorted(survivors):
+            removed, added = changes(mutant)
+            print(f"{mutant.module}:{mutant.first}:", f"  - {removed}", f"  + {added}", sep="\n")
+        print(f"Of {len(mutants)} mutants {len(tried) - len(survivors)} were noticed, {len(explained)} are explained")
+        return len(survivors)
 
 
-def try_all(mutants: Sequence[Mutant], record: Path, processes: int) -> list[Mutant]:
+def try_all(mutants: Sequence[Mutant], record: Path, processes: int, limit: float) -> list[Mutant]:
     """Tries the mutants that a record has not as noticed, adds to it, and returns those that survive."""
     digests = {module: digest([module]) for module in {mutant.module for mutant in mutants}}
     lines = record.read_text().splitlines() if record.exists() else []
@@ -114,7 +126,7 @@ def try_all(mutants: Sequence[Mutant], record: Path, processes: int) -> list[Mut
     covered = cover(record.with_suffix(".covered.json"))
     print(f"{len(covered.seconds)} tests of {sum(covered.seconds.values()):.0f} s", flush=True)
     survivors = []
-    for done, (mutant, by) in enumerate(run(wanted, covered, processes), 1):
+    for done, (mutant, by) in enumerate(run(wanted, covered, processes, limit), 1):
         entry = {"key": mutant.key, "module": digests[mutant.module], "noticed": by, "text": str(mutant)}
         with record.open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -285,12 +297,14 @@ def tests_of(mutant: Mutant, covered: Covered) -> list[str]:
     return sorted(covered.seconds)
 
 
-def run(mutants: Sequence[Mutant], covered: Covered, processes: int) -> Iterator[tuple[Mutant, str]]:
+def run(mutants: Sequence[Mutant], covered: Covered, processes: int, limit: float) -> Iterator[tuple[Mutant, str]]:
     """Tries mutants, some at a time; yields each with the test that noticed it, or an empty text."""
     noticing: Counter[str] = Counter()
 
     def one(mutant: Mutant) -> tuple[Mutant, str]:
         names = sorted(tests_of(mutant, covered), key=lambda name: covered.seconds[name] / (1 + noticing[name]))
+        ends = itertools.accumulate(covered.seconds[name] for name in names)
+        names = [name for name, end in zip(names, ends, strict=True) if end <= limit]
         by = in_child(_try, mutant, names, timeout=TIMEOUT[1])
         noticing[by or ""] += 1
         return mutant, "a time limit or a crash" if by is None else by
@@ -329,21 +343,25 @@ def mutated(mutant: Mutant) -> str:
     return mutate_code(Path(mutant.module).read_text(), operator, mutant.occurrence)
 
 
-def report(mutants: Sequence[Mutant], survivors: Sequence[Mutant]) -> int:
-    """Prints the surviving mutants and returns the number of those that are not explained."""
-    explained = tomllib.loads(EXPLAINED.read_text())["mutant"] if EXPLAINED.exists() else []
-    why = {(entry["module"], entry["line"], entry["becomes"]): entry["why"] for entry in explained}
-    count = 0
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants were noticed")
-    for mutant in sorted(survivors):
-        lines, changed = Path(mutant.module).read_text().splitlines(), mutated(mutant).splitlines()
-        removed = [line.strip() for line in lines if line not in changed]
-        added = [line.strip() for line in changed if line not in lines]
-        reason = why.get((mutant.module, " ".join(removed), " ".join(added)))
-        count += reason is None
-        print(f"{mutant.module}:{mutant.first}: {reason or 'NOT EXPLAINED'}")
-        print(*(f"  - {line}" for line in removed), *(f"  + {line}" for line in added), sep="\n")
-    return count
+def changes(mutant: Mutant) -> tuple[str, str]:
+    """Returns the lines that a mutant changes, and what they become."""
+    lines, changed = Path(mutant.module).read_text().splitlines(), mutated(mutant).splitlines()
+    removed, added = ([line.strip() for line in a if line not in b] for a, b in ((lines, changed), (changed, lines)))
+    return " ".join(removed), " ".join(added)
+
+
+def is_explained(mutant: Mutant) -> bool:
+    """Tells whether a mutant makes no difference, by tools/equivalent_mutants.toml."""
+    candidates = [
+        entry for entry in explanations() if entry["module"] == mutant.module and mutant.text in entry["line"]
+    ]
+    return bool(candidates) and changes(mutant) in [(entry["line"], entry["becomes"]) for entry in candidates]
+
+
+@functools.cache
+def explanations() -> list[dict[str, str]]:
+    """Reads tools/equivalent_mutants.toml."""
+    return tomllib.loads(EXPLAINED.read_text())["mutant"]
 
 
 if __name__ == "__main__":
