@@ -74,7 +74,8 @@ def moments(
       mask: boolean, or non-negative sample weights, of as many dimensions as `x` or of its first ones without the
         feature axes, as in `batch_norm`. The values of `x` where the mask is zero have no influence, even NaN. Weights
         may be differentiated, and have any size at which their sum is a normal number.
-      axis_name: mapped axis (or axes) over which to merge the moments by their counts.
+      axis_name: mapped axis (or axes) over which to merge the moments by their counts. Under vmap a member's part is
+        known by its moments alone, so that derivatives by the weights of one without any weight are not the whole's.
       axis_index_groups: groups of indices of that axis that merge separately, all of one size.
 
     Returns:

@@ -75,7 +75,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         mean = mean_a + δ t        var = (1 − t) var_a + t var_b + t (1 − t) |δ|²
 
     Args:
-      a: moments over n_a elements; an empty batch (count zero) leaves the other unchanged.
+      a: moments over n_a elements; an empty batch (count zero) leaves the other unchanged, and derivatives by its
+        weights are those at its mean of zero.
       b: moments over n_b elements, with means of the same shape.
 
     Returns:

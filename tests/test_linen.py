@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import chex
 import flax.linen as nn
@@ -9,7 +10,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+import bnjax.linen
 import bnjax.nnx
+import bnjax.variants
 from bnjax.linen import BatchNorm
 
 pytestmark = pytest.mark.core
@@ -207,3 +210,30 @@ def test_complex_input_as_in_flax(masked):
     layer = bnjax.nnx.BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0))  # Flax's own keeps the real part of the mean
     assert_close(layer(x, mask=mask), y, 1e-6)
     assert_close({"mean": layer.mean[...], "var": layer.var[...]}, new["batch_stats"], 1e-6)
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+
+def signatures():
+    """Those of all public functions, and of the constructors and calls of all layers."""
+    for module in (bnjax, bnjax.variants):
+        for name in module.__all__:
+            if inspect.isfunction(function := getattr(module, name)):
+                yield name, inspect.signature(function)
+    for module in (bnjax.linen, bnjax.nnx):
+        for name, layer in vars(module).items():
+            if inspect.isclass(layer) and layer.__module__ == module.__name__ and not name.startswith("_"):
+                if module is bnjax.nnx:  # a linen layer's fields have Flax's order
+                    yield f"{module.__name__}.{name}", inspect.signature(layer)
+                yield f"{module.__name__}.{name}()", inspect.signature(layer.__call__)
+
+
+def test_every_argument_can_be_named_and_options_must_be():
+    found = dict(signatures())
+    assert len(found) > 30
+    for name, signature in found.items():
+        for parameter in signature.parameters.values():
+            assert parameter.kind is not parameter.POSITIONAL_ONLY, (name, parameter)
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "use_running_average":
+                assert parameter.default is parameter.empty, (name, parameter)

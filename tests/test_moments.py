@@ -249,3 +249,45 @@ def test_the_variance_of_a_spike_between_the_sampled_elements():
     x = np.zeros((5000, 1), np.float32)
     x[3] = 2.5e19
     np.testing.assert_allclose(moments(x).var, np.var(x.astype(float)), rtol=1e-5)
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+def operations(jaxpr):
+    """The operations of a program and of the programs in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                yield from operations(getattr(value, "jaxpr", value))
+
+
+def program(shape, axis, mask=None):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32)] + ([] if mask is None else [mask])
+    traced = jax.make_jaxpr(lambda x, mask=None: moments(x, axis=axis, mask=mask))(*arguments)
+    return list(operations(traced.jaxpr))
+
+
+@pytest.mark.parametrize(
+    "shape, axis",
+    [
+        ((600, 3), -1),
+        ((5000, 3), -1),
+        ((64, 28, 28, 3), -1),
+        ((3, 100_000), 0),
+        ((2, 2, 2000, 3), -1),
+        ((513, 2, 3), -1),
+    ],
+)
+def test_the_provisional_mean_is_that_of_some_hundred_elements(shape, axis):
+    sampled = [e for e in program(shape, axis) if e.primitive.name in ("slice", "gather")]
+    assert sampled, "all of the input is sampled"
+    count = min(e.outvars[0].aval.size for e in sampled) // 3
+    assert 256 <= count < 3 * 256
+
+
+@pytest.mark.parametrize("n, again", [(511, False), (5000, True)])
+def test_only_a_mask_over_more_than_the_sample_may_need_a_second_read(n, again):
+    found = program((n, 3), -1, jax.ShapeDtypeStruct((n,), bool))
+    assert any(e.primitive.name == "cond" for e in found) is again

@@ -126,6 +126,18 @@ def test_bessel_correction_of_weights():
         np.testing.assert_allclose(new["var"], factor * x.var(0), rtol=1e-5)
 
 
+def test_bessel_correction_of_a_weight_of_one_has_a_derivative():
+    x = jax.random.normal(jax.random.key(0), (6, 2))
+
+    def var(weights, bessel_correction):
+        options = {"momentum": 0.0, "bessel_correction": bessel_correction, "mask": weights}
+        return batch_norm(x, {}, init_batch_norm(2)[1], training=True, **options)[1]["var"].sum()
+
+    weights = jnp.array([0.5, 0.25, 0.25, 0, 0, 0])
+    of_one, plain = (jax.grad(var)(weights, bessel_correction) for bessel_correction in (True, False))
+    chex.assert_trees_all_close(of_one, plain)
+
+
 @pytest.mark.parametrize("bessel_correction", [False, True])
 def test_a_batch_of_one_is_finite(bessel_correction):
     params, stats = init_batch_norm(2)
@@ -668,8 +680,9 @@ def test_moments_and_updates_check_their_input_too():
         moments(jnp.ones((2, 2), int))
     with pytest.raises(ValueError, match=r"batch_stats\['mean'\]"):
         update_batch_stats(init_batch_norm(3)[1], moments(jnp.ones((4, 2))))
-    with pytest.raises(ValueError, match="momentum"):
-        update_batch_stats(init_batch_norm(2)[1], moments(jnp.ones((4, 2))), momentum=2)
+    for momentum in (-0.5, 1.5):
+        with pytest.raises(ValueError, match=r"momentum.*\[0, 1\]"):
+            update_batch_stats(init_batch_norm(2)[1], moments(jnp.ones((4, 2))), momentum=momentum)
 
 
 @pytest.mark.parametrize("scale", [1e-16, 1e15, 3e18])

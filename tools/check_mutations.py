@@ -31,7 +31,7 @@ import tempfile
 import time
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -39,10 +39,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 CORE = ("norm.py", "_moments.py", "_sync.py", "_layers.py", "linen.py", "nnx.py", "variants")
-TESTS = ("moments", "norm", "renorm", "statistics_variants", "variants", "linen", "nnx", "compiled", "layers")
-TESTS += ("parallel", "functional", "accumulation")
+TESTS = ("moments", "norm", "renorm", "statistics_variants", "variants", "linen", "nnx", "compiled", "conformance")
+TESTS += ("parallel", "functional", "accumulation", "sync")
 EXPLAINED = ROOT / "tools" / "equivalent_mutants.toml"
-RECORD = ROOT / "runs" / "mutations.jsonl"
+RECORD = ROOT / "tools" / "mutations.jsonl"
+COVERED = ROOT / "runs" / "covered.json"
 TIMEOUT = 300, 1200  # seconds of processor time, and of waiting
 FIRST = 10  # tests that a mutant meets before all others
 # Others of a kind are noticed where these are, or are no operation of the values.
@@ -77,8 +78,8 @@ class Mutant(NamedTuple):
 class Covered(NamedTuple):
     """Which tests run a line of a module, and how long each test takes."""
 
-    tests: Mapping[str, Mapping[int, Sequence[str]]]
-    seconds: Mapping[str, float]
+    tests: dict[str, dict[int, list[str]]]
+    seconds: dict[str, float]
 
 
 def main() -> int:
@@ -123,11 +124,11 @@ def try_all(mutants: Sequence[Mutant], record: Path, processes: int, limit: floa
     if not wanted:
         return []
     load()
-    covered = cover(record.with_suffix(".covered.json"))
+    covered = cover(COVERED)
     print(f"{len(covered.seconds)} tests of {sum(covered.seconds.values()):.0f} s", flush=True)
     survivors = []
     for done, (mutant, by) in enumerate(run(wanted, covered, processes, limit), 1):
-        entry = {"key": mutant.key, "module": digests[mutant.module], "noticed": by, "text": str(mutant)}
+        entry = {"key": mutant.key, "module": digests[mutant.module], "noticed": by}
         with record.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         print(f"{done}/{len(wanted)} {by or 'SURVIVED'}: {mutant}", flush=True)
@@ -145,21 +146,23 @@ def find(names: Sequence[str]) -> Iterator[Mutant]:
     from cosmic_ray import plugins
     from cosmic_ray.ast import ast_nodes, get_ast_from_path
 
-    for name in names:
-        path = Path("bnjax") / name
-        for module in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            lines, nodes = module.read_text().splitlines(), list(ast_nodes(get_ast_from_path(module)))
-            for operator in plugins.operator_names():
-                kind = plugins.get_operator(operator)
-                if kind.arguments() or ("Operator_" in operator and operator.rpartition("Operator_")[2] not in PAIRS):
-                    continue
-                places = (place for node in nodes for place in kind().mutation_positions(node))
-                for occurrence, ((first, column), (last, _)) in enumerate(places):
-                    if lines[first - 1][:column].endswith("strict="):
-                        continue  # `zip` of equally many, where it makes no difference
-                    yield Mutant(
-                        str(module), operator.partition("/")[2], occurrence, first, last, lines[first - 1].strip()
-                    )
+    for module in modules_of(names):
+        lines, nodes = module.read_text().splitlines(), list(ast_nodes(get_ast_from_path(module)))
+        for operator in plugins.operator_names():
+            kind = plugins.get_operator(operator)
+            if kind.arguments() or ("Operator_" in operator and operator.rpartition("Operator_")[2] not in PAIRS):
+                continue
+            places = (place for node in nodes for place in kind().mutation_positions(node))
+            for occurrence, ((first, column), (last, _)) in enumerate(places):
+                if lines[first - 1][:column].endswith("strict="):
+                    continue  # `zip` of equally many, where it makes no difference
+                yield Mutant(str(module), operator.partition("/")[2], occurrence, first, last, lines[first - 1].strip())
+
+
+def modules_of(names: Sequence[str]) -> list[Path]:
+    """Returns the modules of some parts of the core."""
+    paths = [Path("bnjax") / name for name in names]
+    return [module for path in paths for module in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
 
 
 def drawn(mutants: list[Mutant], count: int | None, seed: int) -> list[Mutant]:
@@ -248,23 +251,25 @@ def in_child(function: Any, *arguments: Any, timeout: float | None = None) -> An
 
 def cover(kept: Path) -> Covered:
     """Runs all tests on the core as it is, each file in a process of its own; what it finds is kept in a file."""
-    files = [*TESTS, digest([*sorted(Path("bnjax").rglob("*.py")), *sorted(Path("tests").glob("*.py"))])]
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    if found.get("files") != files:
-        tests, seconds = defaultdict(lambda: defaultdict(list)), {}
-        for stem in TESTS:
-            of_file = in_child(_cover, f"tests/test_{stem}.py")
-            if of_file is None or of_file[0]:
-                sys.exit(f"tests/test_{stem}.py fails without a mutant: {of_file and of_file[0]}")
-            _, of_lines, of_tests = of_file
-            seconds |= of_tests
-            for module, lines in of_lines.items():
-                for line, names in lines.items():
-                    tests[module][line] += names
-        found = {"files": files, "tests": tests, "seconds": seconds}
-        kept.write_text(json.dumps(found))
-    lines = {module: {int(n): names for n, names in of.items()} for module, of in found["tests"].items()}
-    return Covered(lines, found["seconds"])
+    common = [*modules_of(CORE), *sorted(path for path in Path("tests").glob("*.py") if "test_" not in path.name)]
+    for stem in TESTS:
+        path = f"tests/test_{stem}.py"
+        of = digest([*common, path])
+        if found.get(stem, {}).get("digest") != of:
+            result = in_child(_cover, path)
+            if result is None or result[0]:
+                sys.exit(f"{path} fails without a mutant: {result and result[0]}")
+            found[stem] = {"digest": of, "lines": result[1], "seconds": result[2]}
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(found))
+    covered = Covered(defaultdict(lambda: defaultdict(list)), {})
+    for stem in TESTS:
+        covered.seconds.update(found[stem]["seconds"])
+        for module, lines in found[stem]["lines"].items():
+            for line, names in lines.items():
+                covered.tests[module][int(line)] += names
+    return covered
 
 
 def _cover(path: str) -> tuple[str, dict[str, dict[int, list[str]]], dict[str, float]]:
@@ -359,7 +364,7 @@ def is_explained(mutant: Mutant) -> bool:
 
 
 @functools.cache
-def explanations() -> list[dict[str, str]]:
+def explanations() -> list[dict[str, Any]]:
     """Reads tools/equivalent_mutants.toml."""
     return tomllib.loads(EXPLAINED.read_text())["mutant"]
 

@@ -1,0 +1,103 @@
+"""How the moments of parts are merged, on meshes that are larger than the tests' own, which need no devices."""
+
+import math
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bnjax import Moments, _sync, moments
+
+pytestmark = pytest.mark.core
+
+AUTO, EXPLICIT, MANUAL = AxisType.Auto, AxisType.Explicit, AxisType.Manual
+
+
+def on_mesh(function, shape, sizes, types, *spec):
+    """What a function tells of an array while it is traced on a mesh of some sizes and types of axes."""
+    mesh, found = AbstractMesh(sizes, tuple("abc"[: len(sizes)]), axis_types=types), []
+    with jax.sharding.use_abstract_mesh(mesh):
+        x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+        jax.eval_shape(lambda x: found.append(function(x)), x)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "shape, sizes, types, spec, parts",
+    [
+        ((6, 4, 3), (2,), (AUTO,), (), {0: 2, 1: 2}),
+        ((16, 4, 3), (8,), (AUTO,), (), {0: 8, 1: 4}),
+        ((5, 7, 3), (8,), (AUTO,), (), {}),
+        ((0, 4, 3), (8,), (AUTO,), (), {1: 4}),
+        ((16, 4, 3), (4, 2), (AUTO, AUTO), (), {0: 8, 1: 4}),
+        ((16, 4, 3), (4, 2), (EXPLICIT, AUTO), ("a",), {0: 8, 1: 2}),
+        ((4, 4, 3), (4, 2), (EXPLICIT, AUTO), ("a",), {0: 4, 1: 2}),
+        ((8, 8, 3), (2, 2, 2), (EXPLICIT,) * 3, (("a", "b"), "c"), {0: 4, 1: 2}),
+        ((16, 4, 3), (4, 2), (AUTO, MANUAL), (), {0: 4, 1: 4}),
+        # Of at most 64 parts the second axis takes its share.
+        ((32, 4, 3), (32,), (AUTO,), (), {0: 32, 1: 2}),
+        ((13, 20, 3), (260,), (AUTO,), (), {0: 13, 1: 4}),
+        ((256, 4, 3), (128,), (AUTO,), (), {0: 128}),
+    ],
+)
+def test_the_parts_of_an_array(shape, sizes, types, spec, parts):
+    assert on_mesh(lambda x: _sync.shards_of(x, (0, 1)), shape, sizes, types, *spec) == parts
+
+
+@pytest.mark.parametrize(
+    "sizes, types, is_split",
+    [((1,), (AUTO,), False), ((2,), (AUTO,), True), ((2,), (EXPLICIT,), True), ((2,), (MANUAL,), False)]
+    + [((2, 2), (MANUAL, AUTO), True), ((2, 1), (MANUAL, AUTO), False)],
+)
+def test_what_xla_may_split(sizes, types, is_split):
+    assert on_mesh(_sync.is_split_by_xla, (4, 3), sizes, types) is is_split
+
+
+@pytest.mark.parametrize("size, summed", [(2, "2,3"), (256, "256,3"), (257, "3")])
+def test_among_many_devices_a_second_sum_takes_the_place_of_a_list(size, summed):
+    def f(x):
+        return moments(x, axis_name="a")[:2]
+
+    mesh = AbstractMesh((size,), ("a",), axis_types=(AUTO,))
+    over_devices = jax.shard_map(f, mesh=mesh, in_specs=P("a"), out_specs=P(), check_vma=False)
+    text = str(jax.make_jaxpr(over_devices)(jax.ShapeDtypeStruct((2 * size, 3), jnp.float32)))
+    assert re.findall(r"f32\[([\d,]*)\] = psum", text) == [summed] * 2
+
+
+@pytest.mark.parametrize("size", [256, 257])
+def test_among_many_shards_a_second_sum_takes_the_place_of_a_list(size):
+    def merge(mean, var):
+        return _sync.merge_over_shards(Moments(mean, var, jnp.float32(2)), 1, counts_differ=False)
+
+    mean, var = jax.random.normal(jax.random.key(0), (2, size, 3))
+    var = jnp.square(var)
+    merged = merge(mean, var)
+    expected = np.asarray(mean).mean(0), (np.asarray(var) + (mean - np.asarray(mean).mean(0)[None]) ** 2).mean(0)
+    chex.assert_trees_all_close((merged.mean, merged.var), expected, rtol=1e-5, atol=1e-6)
+    sizes = [math.prod(v.aval.shape) for e in jax.make_jaxpr(merge)(mean, var).eqns for v in e.outvars]
+    assert (max(sizes) == size * size * 3) is (size <= 256)
+
+
+def test_weights_of_less_than_one_in_each_part():
+    x = jax.random.normal(jax.random.key(0), (4, 5, 3)) + jnp.arange(4.0)[:, None, None]
+    weights = jax.random.uniform(jax.random.key(1), (4, 5)) / 30
+    whole = moments(x.reshape(20, 3), mask=weights.reshape(20))
+    of_members = jax.vmap(lambda x, w: moments(x, mask=w, axis_name="i"), axis_name="i")(x, weights)
+    for m in (whole, of_members):
+        assert m.count.max() < 1
+    chex.assert_trees_all_close(jax.tree.map(lambda v: v[0], of_members), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [((0, 1, 2, 3),), ((0, 3), (2, 1)), ((0,), (1,), (2,), (3,))])
+def test_groups_of_a_vmapped_axis(groups):
+    x = jax.random.normal(jax.random.key(0), (4, 5, 3))
+    found = jax.vmap(lambda x: moments(x, axis_name="i", axis_index_groups=groups), axis_name="i")(x)
+    for group in groups:
+        expected = moments(x[np.array(group)].reshape(-1, 3))
+        for member in group:
+            chex.assert_trees_all_close(jax.tree.map(lambda v: v[member], found), expected, rtol=1e-5, atol=1e-6)  # noqa: B023
