@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from bnjax import batch_norm, init_batch_norm, models, save_batch_norm_inputs, training
+from bnjax import batch_norm, init_batch_norm, models, moments, save_batch_norm_inputs, training
 from bnjax._compat import as_varying
 from bnjax.linen import BatchNorm
 from bnjax.training import _hlo
@@ -151,3 +151,45 @@ def test_the_policy_keeps_the_inputs_of_batch_norms_and_nothing_else(dtype):
     assert len(kept(apply, *args)) > 4
     gradient = lambda f: jax.grad(lambda *args: jnp.square(f(*args).astype(jnp.float32)).sum())(*args)
     chex.assert_trees_all_close(gradient(by_policy), gradient(apply), rtol=1e-3, atol=1e-2 * SIZE**0.5)
+
+
+# --- the provisional mean ---------------------------------------------------------------------------------------------
+
+
+def operations(jaxpr):
+    """The operations of a program and of the programs in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                yield from operations(getattr(value, "jaxpr", value))
+
+
+def program(shape, axis, mask=None):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32)] + ([] if mask is None else [mask])
+    traced = jax.make_jaxpr(lambda x, mask=None: moments(x, axis=axis, mask=mask))(*arguments)
+    return list(operations(traced.jaxpr))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((600, 3), -1),
+        ((5000, 3), -1),
+        ((64, 28, 28, 3), -1),
+        ((3, 100_000), 0),
+        ((2, 2, 2000, 3), -1),
+        ((513, 2, 3), -1),
+    ],
+)
+def test_the_provisional_mean_is_that_of_some_hundred_elements(shape, axis):
+    sampled = [e for e in program(shape, axis) if e.primitive.name in ("slice", "gather")]
+    assert sampled, "all of the input is sampled"
+    count = min(e.outvars[0].aval.size for e in sampled) // 3
+    assert 256 <= count < 3 * 256
+
+
+@pytest.mark.parametrize(("n", "again"), [(511, False), (5000, True)])
+def test_only_a_mask_over_more_than_the_sample_may_need_a_second_read(n, again):
+    found = program((n, 3), -1, jax.ShapeDtypeStruct((n,), bool))
+    assert any(e.primitive.name == "cond" for e in found) is again

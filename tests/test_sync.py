@@ -28,7 +28,7 @@ def on_mesh(function, shape, sizes, types, *spec):
 
 
 @pytest.mark.parametrize(
-    "shape, sizes, types, spec, parts",
+    ("shape", "sizes", "types", "spec", "parts"),
     [
         ((6, 4, 3), (2,), (AUTO,), (), {0: 2, 1: 2}),
         ((16, 4, 3), (8,), (AUTO,), (), {0: 8, 1: 4}),
@@ -50,7 +50,7 @@ def test_the_parts_of_an_array(shape, sizes, types, spec, parts):
 
 
 @pytest.mark.parametrize(
-    "sizes, types, is_split",
+    ("sizes", "types", "is_split"),
     [((1,), (AUTO,), False), ((2,), (AUTO,), True), ((2,), (EXPLICIT,), True), ((2,), (MANUAL,), False)]
     + [((2, 2), (MANUAL, AUTO), True), ((2, 1), (MANUAL, AUTO), False)],
 )
@@ -58,7 +58,7 @@ def test_what_xla_may_split(sizes, types, is_split):
     assert on_mesh(_sync.is_split_by_xla, (4, 3), sizes, types) is is_split
 
 
-@pytest.mark.parametrize("size, summed", [(2, "2,3"), (256, "256,3"), (257, "3")])
+@pytest.mark.parametrize(("size", "summed"), [(2, "2,3"), (256, "256,3"), (257, "3")])
 def test_among_many_devices_a_second_sum_takes_the_place_of_a_list(size, summed):
     def f(x):
         return moments(x, axis_name="a")[:2]
@@ -100,4 +100,4 @@ def test_groups_of_a_vmapped_axis(groups):
     for group in groups:
         expected = moments(x[np.array(group)].reshape(-1, 3))
         for member in group:
-            chex.assert_trees_all_close(jax.tree.map(lambda v: v[member], found), expected, rtol=1e-5, atol=1e-6)  # noqa: B023
+            chex.assert_trees_all_close(jax.tree.map(lambda v: v[member], found), expected, rtol=1e-5, atol=1e-6)
