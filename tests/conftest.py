@@ -26,6 +26,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Programs run where they are called, not beside the caller.
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 
+# Programs say where in the source they were made, which takes long to write down.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # What one process has compiled, the others and the next runs read.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -132,7 +132,7 @@ class Network(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.exhaustive)])
 def test_the_policy_keeps_the_inputs_of_batch_norms_and_nothing_else(dtype):
     x = jax.random.normal(jax.random.key(0), (SIZE // 32, 32)).astype(dtype)
     network = Network()

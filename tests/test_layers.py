@@ -72,7 +72,7 @@ def test_conv_has_flax_convs_parameters():
         pytest.param((4, 6, 6, 3), 1, id="windows"),
         pytest.param((4, 6, 6, 3), 2, id="windows of stride 2", marks=pytest.mark.exhaustive),
         pytest.param((4, 5, 6, 16), 1, id="tiles", marks=pytest.mark.exhaustive),
-        pytest.param((4, 33, 32, 16), 1, id="chunks of tiles"),
+        pytest.param((4, 33, 32, 16), 1, id="chunks of tiles", marks=pytest.mark.exhaustive),
     ],
 )
 def test_conv2d_has_all_derivatives(x64, shape, strides):
@@ -93,7 +93,9 @@ def test_conv2d_has_all_derivatives(x64, shape, strides):
         chex.assert_trees_all_close(conv2d(x, kernel), xla_conv(x, kernel), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("channels", [3, 16], ids=["windows", "tiles"])
+@pytest.mark.parametrize(
+    "channels", [pytest.param(3, id="windows"), pytest.param(16, id="tiles", marks=pytest.mark.exhaustive)]
+)
 def test_conv2d_maps_and_scans(x64, channels):
     x, kernel = arguments((5, 6, 6, channels), (3, 3), 2)
     kernels = jnp.stack([kernel, 2 * kernel])
@@ -110,7 +112,9 @@ def test_conv2d_maps_and_scans(x64, channels):
     chex.assert_trees_all_close(all_of(conv2d), all_of(xla_conv), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("channels", [15, 60], ids=["windows", "tiles"])
+@pytest.mark.parametrize(
+    "channels", [pytest.param(15, id="windows"), pytest.param(60, id="tiles", marks=pytest.mark.exhaustive)]
+)
 def test_devices_share_a_batch_without_gathering_it(channels):
     x, kernel = arguments((16, 32, 32, channels), (3, 3), 2, np.float32)
     kernel /= 10  # else the sine of large numbers magnifies rounding errors, also those of XLA's convolution

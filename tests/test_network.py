@@ -68,7 +68,8 @@ def test_all_ways_give_the_same_curves(way, on_eight_devices):
         np.testing.assert_allclose(curve[0], on_eight_devices[name][0], rtol=0.02, atol=0.02, err_msg=name)
 
 
-@pytest.mark.parametrize("group_size", [pytest.param(None, marks=pytest.mark.exhaustive), 2])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("group_size", [None, 2])
 def test_an_interrupted_training_continues_bit_identically(group_size, tmp_path):
     def options(resume, directory="checkpoints"):
         saving = Saving(tmp_path / directory, {"study": "network"}, 0.0, resume)

@@ -82,6 +82,7 @@ def test_fifty_steps_on_eight_devices_equal_those_on_one_in_float64(way, accumul
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))  # donated
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("way", WAYS)
 def test_fifty_steps_in_float32_agree_to_rounding(way):
     state, metrics = fit(training.make_train_step(training.cross_entropy, parallel=way), new_state(model()))
