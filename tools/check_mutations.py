@@ -205,16 +205,16 @@ class Measuring(Plugin):
 
     def __init__(self, coverage: Any):
         super().__init__()
-        self.coverage, self.seconds = coverage, defaultdict(float)
+        self.coverage, self.seconds, self.started = coverage, {}, 0.0
 
     def pytest_runtest_logstart(self, nodeid):
         """Begins a test."""
         self.coverage.switch_context(nodeid)
+        self.started = time.process_time()
 
-    def pytest_runtest_logreport(self, report):
-        """Takes down a failure and the time."""
-        super().pytest_runtest_logreport(report)
-        self.seconds[report.nodeid] += report.duration
+    def pytest_runtest_logfinish(self, nodeid):
+        """Takes down the time that the processor took, whatever else it does."""
+        self.seconds[nodeid] = time.process_time() - self.started
 
 
 def run_tests(arguments: Sequence[str], plugin: Any) -> int:
