@@ -224,16 +224,38 @@ def signatures():
     for module in (bnjax.linen, bnjax.nnx):
         for name, layer in vars(module).items():
             if inspect.isclass(layer) and layer.__module__ == module.__name__ and not name.startswith("_"):
-                if module is bnjax.nnx:  # a linen layer's fields have Flax's order
-                    yield f"{module.__name__}.{name}", inspect.signature(layer)
+                yield f"{module.__name__}.{name}", inspect.signature(layer)
                 yield f"{module.__name__}.{name}()", inspect.signature(layer.__call__)
+
+
+# Batch norm's are Flax's; batch renorm's those at the end of its paper's schedule, the noise's those of its paper.
+DEFAULTS = {"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "bessel_correction": False, "r_max": 3.0, "d_max": 5.0}
+DEFAULTS |= {"unit_shift": 0.5, "unit_scale": 1.25, "sample_shift": 0.1, "sample_scale": 0.1}
+DEFAULTS |= {"use_scale": True, "use_bias": True, "warmup_steps": None}
 
 
 def test_every_argument_can_be_named_and_options_must_be():
     found = dict(signatures())
     assert len(found) > 30
     for name, signature in found.items():
+        has_flax_order = name.startswith("bnjax.linen.") and not name.endswith("()")
         for parameter in signature.parameters.values():
             assert parameter.kind is not parameter.POSITIONAL_ONLY, (name, parameter)
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "use_running_average":
-                assert parameter.default is parameter.empty, (name, parameter)
+                assert has_flax_order or parameter.default is parameter.empty, (name, parameter)
+
+
+def test_an_argument_has_one_default_everywhere():
+    defaults = [
+        (name, parameter.name, parameter.default)
+        for name, signature in signatures()
+        for parameter in signature.parameters.values()
+        if parameter.name in DEFAULTS and parameter.default is not parameter.empty
+    ]
+    assert {argument for _, argument, _ in defaults} == set(DEFAULTS)
+    limits = {"bnjax.linen.BatchRenorm": ("r_max", "d_max")}  # None, for those that a checkpoint may hold
+    for name, argument, default in defaults:
+        expected = None if argument in limits.get(name, ()) else DEFAULTS[argument]
+        assert default == expected, (name, argument)
+    for argument, default in bnjax.linen._LIMITS.items():
+        assert default == DEFAULTS[argument]
