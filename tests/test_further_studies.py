@@ -67,6 +67,7 @@ def test_population_statistics(monkeypatch):
     assert recurrent.with_population_statistics(plain, x, state) is state
 
 
+@pytest.mark.exhaustive
 def test_accelerating_study(monkeypatch):
     monkeypatch.setattr(data, "images", lambda *arguments: images((32, 32, 3)))
     monkeypatch.setattr(accelerating, "BATCH_SIZE", 8)

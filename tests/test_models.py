@@ -135,7 +135,9 @@ def test_cifar_network_is_its_formula():
     np.testing.assert_allclose(got, jax.jit(formula)(variables, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cifar", "vgg", "bottleneck"])
+@pytest.mark.parametrize(
+    "name", ["cifar", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("vgg", "bottleneck"))]
+)
 def test_masked_examples_change_nothing(name):
     make, size = SMALL[name]
     model = make(NORM)
