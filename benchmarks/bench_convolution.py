@@ -4,7 +4,7 @@ The networks of the studies `cifar`, `smoothness` and `accelerating`, at the siz
 with batch norm on random images: with XLA's convolution, with matrix products of windows alone, and as published, with
 Winograd's products where channels suffice. A call trains a few steps inside `lax.scan`, as the studies do.
 
-    pip install -e ".[bench]" && python benchmarks/bench_convolution.py [--rounds 9] [--json convolution.json]
+    pip install -e ".[bench]" && python benchmarks/bench_convolution.py [--rounds 3] [--json convolution.json]
 """
 
 import argparse
@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 from common import device, save, spread, take_turns
 
-STEPS = 4
+STEPS = 2
 NETWORKS = ("cifar", "smoothness", "accelerating")
 
 
@@ -72,7 +72,7 @@ WAYS = ("XLA's convolution", "windows", "windows and tiles")
 def main() -> None:
     """Prints the seconds of each way as a multiple of the published way's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds in which each way has its turn (default 9)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds in which each way has its turn (default 3)")
     parser.add_argument("--json", help="file for the result")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -3,12 +3,13 @@
 import importlib
 import importlib.util
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bnjax._moments import moments
-from bnjax._remat import save_batch_norm_inputs
-from bnjax._sync import Moments, merge_moments
-from bnjax.norm import batch_norm, init_batch_norm, update_batch_stats
+if TYPE_CHECKING:
+    from bnjax._moments import moments
+    from bnjax._remat import save_batch_norm_inputs
+    from bnjax._sync import Moments, merge_moments
+    from bnjax.norm import batch_norm, init_batch_norm, update_batch_stats
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,14 @@ __all__ = [
     "save_batch_norm_inputs",
     "update_batch_stats",
 ]
+
+# Where the public names are. They are imported when they are first used, so that `bnjax --help` need not wait for JAX.
+_MODULES = {
+    "_moments": ("moments",),
+    "_remat": ("save_batch_norm_inputs",),
+    "_sync": ("Moments", "merge_moments"),
+    "norm": ("batch_norm", "init_batch_norm", "update_batch_stats"),
+}
 
 # Names that users may look for in `bnjax` itself, by the modules that hold them.
 _ELSEWHERE = {
@@ -36,7 +45,10 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a module of the package when it is first used, so that `bnjax.linen` needs no import of its own."""
+    """Imports a public name, or a module such as `bnjax.linen`, when it is first used."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.{module}"), name))
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
     message = f"module {__name__!r} has no attribute {name!r}"
@@ -47,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(module.name for module in pkgutil.iter_modules(__path__))})
+    return sorted({*globals(), *__all__, *(module.name for module in pkgutil.iter_modules(__path__))})

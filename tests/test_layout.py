@@ -151,7 +151,7 @@ print([name for name in {heavy} if name in set(sys.modules) - before])
     assert out.strip() == "[]"
 
 
-def test_help_and_lists_do_without_flax():
+def test_help_and_lists_do_without_jax():
     for arguments in (["--help"], ["run", "circles", "--help"], ["list"], ["--version"]):
         code = f"""
 import sys
@@ -160,7 +160,7 @@ try:
     main({arguments})
 except SystemExit:
     pass
-print([name for name in ("flax", "optax", "orbax", "sklearn", "rich") if name in sys.modules])
+print([name for name in ("jax", "flax", "optax", "orbax", "sklearn", "rich") if name in sys.modules])
 """
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert out.splitlines()[-1] == "[]", arguments
