@@ -9,6 +9,7 @@ python benchmarks/bench_training.py --keep-memory --json docs/performance/traini
 python benchmarks/bench_studies.py --studies circles --repeats 1 --json docs/performance/studies_circles.json
 python benchmarks/bench_studies.py --studies mnist --repeats 1 --json docs/performance/studies_mnist.json
 python benchmarks/bench_studies.py --studies blobs --repeats 1 --json docs/performance/studies_blobs.json
+python benchmarks/bench_convolution.py --json docs/performance/convolution.json
 python benchmarks/bench_startup.py --json docs/performance/startup.json
 python benchmarks/bench_growth.py --json docs/performance/growth.json
 python tools/make_performance.py
@@ -99,6 +100,15 @@ programs of an earlier one (`JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_
 warm is a second training of Keras's networks in one process. One turn each, so without a spread.
 
 {studies}
+
+## Convolutions
+
+`python benchmarks/bench_convolution.py`: a training step of the studies' convolutional networks on CPU by other ways to
+convolve, as a multiple of the time by the models' own (median, with extremes, of {convolution_rounds} rounds).
+`bnjax.models.layers.conv2d` computes matrix products of windows, and from 16 channels on those of Winograd's tiles; on
+accelerators it is XLA's convolution, which on CPU loses its threads inside `lax.scan`.
+
+{convolution}
 
 ## Analysis
 
@@ -280,6 +290,14 @@ def studies(measured: list[dict[str, Any]]) -> str:
     return markdown_table(["study", "against", "cold", "with a cache", "warm"], rows)
 
 
+def convolution(result: dict[str, Any]) -> str:
+    """Makes the table of the ways to convolve, but for the one to which the others are compared."""
+    ways = ["XLA's convolution", "windows"]
+    heads = {"windows": "windows alone"}
+    rows = [[network, *(spread(of[way]) for way in ways)] for network, of in result["ratios"].items()]
+    return markdown_table(["study's network", *(heads.get(way, way) for way in ways)], rows)
+
+
 def growth(results: Any) -> str:
     """Returns a table of the exponents of growth."""
     rows = [
@@ -407,7 +425,9 @@ def verdict(is_met: bool) -> str:
 def main() -> None:
     """Writes the page."""
     default, kept = load("operation"), load("operation_kept")
-    results = {n: load(n) for n in ("operation_bfloat16", "tpu", "memory", "training", "startup", "growth")}
+    results = {
+        n: load(n) for n in ("operation_bfloat16", "tpu", "memory", "training", "convolution", "startup", "growth")
+    }
     runs = sorted((DOCS / "performance").glob("studies_*.json"))
     results["studies"] = [measurement for path in runs for measurement in json.loads(path.read_text())["measured"]]
     bfloat16 = results["operation_bfloat16"]
@@ -448,6 +468,8 @@ def main() -> None:
         keras=kept["device"]["versions"]["keras"],
         trainings=counts,
         studies=studies(results["studies"]),
+        convolution=convolution(results["convolution"]),
+        convolution_rounds=len(results["convolution"]["ratios"]["cifar"]["windows"]),
         added=summary["added to import jax, as a share of it"]["import jax, bnjax"],
         help=summary["bnjax --help to import jax"],
         growth=growth(results["growth"]),
