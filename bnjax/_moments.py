@@ -1,4 +1,4 @@
-"""Mean and variance of a batch, plain, masked or weighted, in one read of it; `_sync` merges moments of its parts.
+"""Mean and variance of a batch, plain, masked or weighted, by sums that one read can take; `_sync` merges its parts'.
 
 From the outside in:
 
@@ -46,7 +46,7 @@ from bnjax._sync import (
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _FEWEST_SAMPLES = 16  # those of a shard
 _SMALL_SPREAD = 1e-10  # below it squares are small enough, and dividing them by the count could make them vanish
-_POOR_SHIFT = 64  # how many variances the squared error of the provisional mean may be under a mask
+_POOR_SHIFT = 64  # under a mask, moments are taken again where (mean − s)² is larger than so many variances
 
 
 def moments(
@@ -63,10 +63,12 @@ def moments(
 
         n = Σ w        mean = Σ w x / n        var = Σ w |x − mean|² / n
 
-    The variance is computed in one read of `x` about a provisional mean s, that of some 256 evenly spaced elements:
-    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs. (A second read follows
-    where a mask leaves too few of those elements.) So it is for float32 input of deviations from 10⁻¹⁶ to 1.8 · 10¹⁹,
-    the root of float32's largest number.
+    The variance is computed about a provisional mean s, that of some 256 evenly spaced elements, by sums that do not
+    wait for each other, so that one read of `x` can take both (XLA's CPU backend reads once for each):
+    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs. A second read follows where
+    a mask leaves too few of those elements, and under any mask where XLA may have split a larger `x` over devices.
+    All this holds for float32 input of deviations from 10⁻¹⁶ (10⁻¹³ where a mask hides parts of the sample) to
+    1.8 · 10¹⁹, the root of float32's largest number.
 
     Args:
       x: floating-point array of any shape, empty included; real or complex.
@@ -126,11 +128,7 @@ def checked_moments(
 def _moments_without_rule(
     x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
 ) -> Moments:
-    """Computes moments of real `x`, over all members of a mesh axis or local.
-
-    The rule of derivatives is made by hand, since JAX's would keep x − mean for the backward pass. The merging over a
-    vmapped axis stays outside, where JAX differentiates it (see `_sync`).
-    """
+    """Computes moments of real `x`, over all members of a mesh axis or local."""
     local = _moments_of_shards(x, weights, axes)
     if axis_name is None:
         return local
@@ -143,6 +141,9 @@ _real_moments = jax.custom_jvp(_moments_without_rule, nondiff_argnums=(2, 3, 4))
 @functools.partial(_real_moments.defjvp, symbolic_zeros=True)
 def _moments_jvp(axes, axis_name, groups, primals, tangents):
     """Computes the derivatives of the moments by a hand-made rule, in which mean and var are the merged ones.
+
+    JAX's own rule would keep x − mean for the backward pass. The merging over a vmapped axis stays outside of this one,
+    and JAX differentiates it (see `_sync`).
 
     ∂mean = (Σ w ∂x + Σ ∂w (x − mean)) / n        ∂var = (2 Σ w (x − mean) ∂x + Σ ∂w ((x − mean)² − var)) / n
 
@@ -227,8 +228,9 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], sampl
     if all(step == slice(None) for step in steps):
         return m._replace(count=count)
     # The weights may have hidden most or all of the sample; then the moments are taken again, about the first mean.
-    # A condition would depend on data that differs between devices, whose sums over what XLA has split would wait for
-    # each other forever.
+    # Where XLA splits x, this is no condition: its branch would hold XLA's sums over devices, and devices of another,
+    # manual axis may decide differently, so that some would wait for the others forever. (Under vmap a condition
+    # becomes a choice between two results.)
     if is_split_by_xla(x):
         return _moments_about(m.mean, spread, x, weights, axes, relative_count)[0]._replace(count=count)
     is_poor = ~jnp.all(jnp.square(offset) <= _POOR_SHIFT * m.var)  # also where the squares overflow
@@ -248,8 +250,8 @@ def _moments_about(
     is_small = ((spread > 0) & (spread < _SMALL_SPREAD)).astype(unit.dtype)
     unit = is_small + (1 - is_small) * unit  # jax 0.11's vmap of a `where` loses the mesh of explicit sharding
     shift_of_mean = expand(shift, x.ndim, axes)
-    # This is the same shift, unknown to XLA, whose CPU backend would write out a shared difference as large as x.
-    # (JAX's `jet` has no rule for `lax.optimization_barrier`.)
+    # XLA does not see that this is the same shift, since 0 · s may be NaN. Its CPU backend would else write out the
+    # difference, which is as large as x, for both sums. (JAX's `jet` has no rule for `lax.optimization_barrier`.)
     shift_of_square = shift_of_mean + 0 * shift_of_mean
     offset = _sum(_weigh(x.astype(shift.dtype) - shift_of_mean, weights), axes) / nonzero(count)
     scaled = (x.astype(shift.dtype) - shift_of_square) * expand(unit, x.ndim, axes)

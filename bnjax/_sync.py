@@ -8,9 +8,11 @@ A batch may lie in parts in these ways:
 | devices along a mapped mesh axis  | `merge_over_mesh_axis`    | mean, then mean squares about it    | one sum*    |
 | members of a vmapped axis         | `merge_over_vmapped_axis` | mean, then mean squares about it    | none        |
 | shards of an array that XLA split | `merge_over_shards`       | mean, then mean squares about it    | XLA's sum*  |
-| ghost batches                     | `average_moments`         | averages, not merged                | one sum     |
+| ghost batches                     | `average_moments`         | averages, not merged                | one sum**   |
 
-(*) Two sums among more than 256 parts.
+(*) Among more than 256 parts, and over mesh axes that are given beside a vmapped one, mean and variance are summed one
+after the other, and before them the counts where these may differ.
+(**) Another for the variance with Bessel's correction.
 
 The variance needs the joint mean, so that its formula takes two sums, one after the other. Across devices a sum costs
 more than arithmetic. Each device therefore puts its moments into a place of its own in one array, the sum of those
@@ -47,7 +49,7 @@ AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
 _MOST_EXCHANGED = 256  # parts whose moments are exchanged whole; of more, a second sum costs less than their volume
-_MOST_PARTS = 64  # parts into which an array is divided along further axes than that of the batch
+_MOST_PARTS = 64  # parts beyond which an array is not divided along further axes than that of the batch
 
 
 class Moments(NamedTuple):
@@ -301,7 +303,7 @@ def shards_of(x: jax.Array, axes: Sequence[int]) -> dict[int, int]:
     """Returns the parts into which partitioning may have split some axes of `x`, without those that are whole.
 
     Explicit sharding says how an axis is split. The mesh axes of type Auto may split any axis; the last of `axes` are
-    taken to be whole where there were too many parts to exchange.
+    taken to be split less, or whole, where there were too many parts to exchange.
     """
     mesh, parts, room = jax.typeof(x).sharding.mesh, {}, math.inf
     auto = math.prod(mesh.shape[n] for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto)
@@ -326,8 +328,8 @@ def is_split_by_xla(x: jax.Array) -> bool:
     return any(s > 1 and t != AxisType.Manual for s, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
-def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
-    """Splits an axis into equal parts, along a new axis before it."""
+def split_axis(x: jax.Array, axis: int, parts: Any) -> jax.Array:
+    """Splits an axis into equal parts, an int or a symbol of `jax.export`, along a new axis before it."""
     return x.reshape((*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]))
 
 

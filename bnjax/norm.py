@@ -106,8 +106,9 @@ def batch_norm(
 
     Training takes the mean and the biased variance of the batch over all but the feature axes, differentiates through
     them, and moves the running statistics: `running ← momentum · running + (1 − momentum) · batch`. Inference uses the
-    running statistics and returns `batch_stats` as it was given. The derivative keeps nothing of the activation's size
-    but `x`; every order and mode is supported (grad, jvp, jacfwd, jacrev, hessian, vmap, scan, remat).
+    running statistics and returns `batch_stats` as it was given. The derivative of training keeps nothing of the
+    activation's size but `x` and a mask; every order and mode is supported (grad, jvp, jacfwd, jacrev, hessian, vmap,
+    scan, remat).
 
     Args:
       x: floating-point array of any shape, empty included. Where it is complex, the variance is the mean of
@@ -121,9 +122,9 @@ def batch_norm(
       epsilon: non-negative number added to the variance; may be traced.
       mask: boolean, or non-negative sample weights, of as many dimensions as `x`, to which they broadcast, or of the
         first of its dimensions without the feature axes: `[batch]` is a weight for each example, `[batch, time]` one
-        for each step. The values of `x` where the mask is zero change neither outputs elsewhere, statistics nor
-        gradients, even NaN. With a total weight of zero the running statistics normalize, and stay. (They also stay
-        where the batch's are not finite, as of a weight that is NaN, which makes the output NaN.)
+        for each step. The values of `x` where the mask is zero, even NaN, change neither outputs elsewhere nor
+        statistics, nor derivatives of these, but for those by the mask itself. With a total weight of zero the running
+        statistics normalize and stay. They also stay where the batch's are not finite; a NaN weight makes outputs NaN.
       axis_name: mapped axis (of vmap, pmap or shard_map) over which the moments are merged by their counts.
       axis_index_groups: groups of indices of that axis that are normalized separately, all of one size; not with
         shard_map's replication checking, where a mesh of two axes does the same.
@@ -164,7 +165,7 @@ def batch_norm(
 
 
 def batch_norm_of(call: "Call") -> Result:
-    """Computes `batch_norm` of a checked call; its variants differ from it in this function."""
+    """Computes `batch_norm` of a checked call; its variants each have a function in its place."""
     if not call.training:
         return call.inference()
     m = call.moments()
@@ -238,7 +239,7 @@ class Call:
     def batch_statistics(self, m: Moments) -> tuple[Array, Array]:
         """Returns the mean and variance that training normalizes by, typed as each member's.
 
-        They are the batch's, and the running ones for features on which the batch has no weight.
+        They are the batch's, and the running ones for features on which the batch has no weight; NaN is a weight.
         """
         mean, var = (
             select(m.count != 0, batch, running.astype(batch.dtype))
@@ -274,7 +275,7 @@ class Call:
             multiplier *= params["scale"].astype(compute if jnp.iscomplexobj(params["scale"]) else real)
         bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
         per_feature = [expand(v, self.x.ndim, self.axes) for v in (mean.astype(compute), multiplier, bias)]
-        # The weights weigh nothing here: they keep NaN and extremes of masked elements out of the derivatives.
+        # The weights weigh nothing here: masked NaN and extremes become zero, which keeps them out of derivatives.
         scale_and_shift: Any = _scale_and_shift if has_rule else _plain_scale_and_shift
         return scale_and_shift(self.x, self.weights, *per_feature, dtype)
 

@@ -31,7 +31,7 @@ def frozen_batch_norm(
       training: accepted without effect; static.
       **options: `Options` of `batch_norm`: axis, momentum, epsilon, mask, axis_name, axis_index_groups, dtype and
         bessel_correction. All but axis, epsilon and dtype are without effect: the statistics don't move, and there is
-        nothing to merge. Values of `x` where a mask is zero make no gradient NaN.
+        nothing to merge. Where a mask is zero, NaN and extremes count as zero, so that they make no gradient NaN.
 
     Returns:
       `(y, batch_stats)`: an array of the shape of `x`, and the statistics as they were given.

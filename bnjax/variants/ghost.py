@@ -112,5 +112,5 @@ def ghost_batch_norm_of(call: Call, ghost_size: Any) -> Result:
     return y, update_batch_stats(call.batch_stats, corrected, momentum=call.momentum), m
 
 
-def _cut(values: Any, axis: int, start: int, end: int) -> Array:
+def _cut(values: Any, axis: int, start: Any, end: Any) -> Array:
     return jax.lax.slice_in_dim(values, start, end, axis=axis)

@@ -23,7 +23,8 @@ def moving_batch_norm(
 
     The derivative goes through the batch's share of the running statistics, a fraction 1 − momentum, and not through
     the past. Training then computes nearly what inference does; but as the gradient hardly knows of the normalization,
-    steps against it can add up until training diverges. With a momentum of 0 this function is batch norm.
+    steps against it can add up until training diverges. With a momentum of 0 this function is batch norm, but
+    for a Bessel's correction, by which it normalizes too.
 
     Args:
       x: floating-point array of any shape, empty included.
