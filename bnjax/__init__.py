@@ -25,10 +25,13 @@ __all__ = [
 
 # Where the public names are. They are imported when they are first used, so that `bnjax --help` need not wait for JAX.
 _MODULES = {
-    "_moments": ("moments",),
-    "_remat": ("save_batch_norm_inputs",),
-    "_sync": ("Moments", "merge_moments"),
-    "norm": ("batch_norm", "init_batch_norm", "update_batch_stats"),
+    "Moments": "_sync",
+    "batch_norm": "norm",
+    "init_batch_norm": "norm",
+    "merge_moments": "_sync",
+    "moments": "_moments",
+    "save_batch_norm_inputs": "_remat",
+    "update_batch_stats": "norm",
 }
 
 # Names that users may look for in `bnjax` itself, by the modules that hold them.
@@ -46,9 +49,9 @@ _ELSEWHERE = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name, or a module such as `bnjax.linen`, when it is first used."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.{module}"), name))
+    if name in _MODULES:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        return globals().setdefault(name, getattr(module, name))
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
     message = f"module {__name__!r} has no attribute {name!r}"

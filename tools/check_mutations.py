@@ -357,10 +357,9 @@ def changes(mutant: Mutant) -> tuple[str, str]:
 
 def is_explained(mutant: Mutant) -> bool:
     """Tells whether a mutant makes no difference, by tools/equivalent_mutants.toml."""
-    candidates = [
-        entry for entry in explanations() if entry["module"] == mutant.module and mutant.text in entry["line"]
-    ]
-    return bool(candidates) and changes(mutant) in [(entry["line"], entry["becomes"]) for entry in candidates]
+    of_line = [entry for entry in explanations() if entry["module"] == mutant.module and mutant.text in entry["line"]]
+    removed, added = changes(mutant) if of_line else ("", "")
+    return any(removed == entry["line"] and added in entry["becomes"] for entry in of_line)
 
 
 @functools.cache
