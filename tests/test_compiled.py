@@ -16,6 +16,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxprs import operations
 
 from bnjax import batch_norm, init_batch_norm, models, moments, save_batch_norm_inputs, training
 from bnjax._compat import as_varying
@@ -154,15 +155,6 @@ def test_the_policy_keeps_the_inputs_of_batch_norms_and_nothing_else(dtype):
 
 
 # --- the provisional mean ---------------------------------------------------------------------------------------------
-
-
-def operations(jaxpr):
-    """The operations of a program and of the programs in it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values())):
-            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
-                yield from operations(getattr(value, "jaxpr", value))
 
 
 def program(shape, axis, mask=None):
