@@ -67,7 +67,7 @@ def moments(
     wait for each other, so that one read of `x` can take both (XLA's CPU backend reads once for each):
     `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs. A second read follows where
     a mask leaves too few of those elements, and under any mask where XLA may have split a larger `x` over devices.
-    All this holds for float32 input of deviations from 10⁻¹⁶ (10⁻¹³ where a mask hides parts of the sample) to
+    All this holds for float32 input of deviations from 10⁻¹⁶ (10⁻¹³ where the sampled elements are all the same) to
     1.8 · 10¹⁹, the root of float32's largest number.
 
     Args:
@@ -216,13 +216,13 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], sampl
     if weights is None:
         n = _reduced_size(x.shape, axes)
         shift = _sum(sampled, axes) / nonzero(jnp.asarray(_reduced_size(sampled.shape, axes), dtype))
-        return _moments_about(shift, _spread(sampled, shift, axes), x, None, axes, jnp.asarray(n, dtype))[0]
+        return _moments_about(shift, _spread(sampled, None, shift, axes), x, None, axes, jnp.asarray(n, dtype))[0]
     weights, unit = _of_size_one(weights, dtype, x.shape, axes)
     sampled_weights = _thin(weights, steps)
     sampled_count = nonzero(_count(sampled_weights.astype(dtype), sampled.shape, axes))
     shift = _sum(_weigh(sampled, sampled_weights), axes) / sampled_count
     relative_count = _count(weights.astype(dtype), x.shape, axes)
-    spread = _spread(_weigh(sampled, sampled_weights), shift, axes)
+    spread = _spread(sampled, has_weight(sampled_weights), shift, axes)
     m, offset = _moments_about(shift, spread, x, weights, axes, relative_count)
     count = relative_count if unit is None else relative_count * unit
     if all(step == slice(None) for step in steps):
@@ -231,10 +231,11 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], sampl
     # Where XLA splits x, this is no condition: its branch would hold XLA's sums over devices, and devices of another,
     # manual axis may decide differently, so that some would wait for the others forever. (Under vmap a condition
     # becomes a choice between two results.)
-    if is_split_by_xla(x):
-        return _moments_about(m.mean, spread, x, weights, axes, relative_count)[0]._replace(count=count)
+    def again(m: Moments) -> Moments:
+        return _moments_about(m.mean, jnp.sqrt(m.var), x, weights, axes, relative_count)[0]
+
     is_poor = ~jnp.all(jnp.square(offset) <= _POOR_SHIFT * m.var)  # also where the squares overflow
-    m = lax.cond(is_poor, lambda m: _moments_about(m.mean, spread, x, weights, axes, relative_count)[0], lambda m: m, m)
+    m = again(m) if is_split_by_xla(x) else lax.cond(is_poor, again, lambda m: m, m)
     return m._replace(count=count)
 
 
@@ -259,9 +260,9 @@ def _moments_about(
     return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count), offset
 
 
-def _spread(sampled: Array, shift: Array, axes: tuple[int, ...]) -> Array:
-    """Returns the largest distance of each feature's sampled elements from the shift."""
-    distances = jnp.abs(sampled - expand(shift, sampled.ndim, axes))
+def _spread(sampled: Array, is_seen: Array | None, shift: Array, axes: tuple[int, ...]) -> Array:
+    """Returns the largest distance of each feature's sampled elements from the shift, of those that a mask leaves."""
+    distances = _weigh(jnp.abs(sampled - expand(shift, sampled.ndim, axes)), is_seen)
     return distances.max([a for a in range(sampled.ndim) if a not in axes], initial=0)
 
 

@@ -232,6 +232,15 @@ def test_the_variance_is_right_wherever_float32_can_hold_it(scale):
     np.testing.assert_allclose(of_members.var[0], wide.var(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("hidden", [slice(None), slice(2, None), slice(0, 0)], ids=["sample", "most", "none"])
+def test_the_variance_of_small_values_where_a_mask_hides_the_sample(hidden):
+    count = 2**18
+    x = ((5 + np.random.default_rng(0).uniform(-1, 1, (count, 2))) * 1e-16).astype(np.float32)
+    mask = np.arange(count) % 3 > 0
+    mask[np.arange(511, count, 1024)[hidden]] = False
+    np.testing.assert_allclose(moments(x, mask=mask).var, x[mask].astype(np.float64).var(0), rtol=1e-5)
+
+
 def test_no_variance_is_below_zero():
     # The sampled elements weigh next to nothing, and all others are the same: what is left of the variance is rounding.
     values = np.random.default_rng(0).normal(size=4096).astype(np.float32)
