@@ -1,6 +1,7 @@
 """A study that is killed at any moment and resumed ends with the numbers of an uninterrupted run."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -30,14 +31,16 @@ for line in sys.stdin:
 def attempt():
     zygote = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(*arguments, kill_after=None):
-        """The exit code of a command, killed after some seconds if it runs that long."""
+    def run(*arguments, until=None):
+        """The exit code of a command, killed when a function says so, which is asked again and again."""
         zygote.stdin.write(" ".join(map(str, arguments)) + "\n")
         zygote.stdin.flush()
         child = int(zygote.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
+        if until is not None:
             with contextlib.suppress(ProcessLookupError):  # it had ended
+                while not until():
+                    os.kill(child, 0)
+                    time.sleep(0.002)
                 os.kill(child, signal.SIGKILL)
         return int(zygote.stdout.readline())
 
@@ -52,19 +55,35 @@ def numbers(out):
     return {key: results[key] for key in ("settings", "seeds", "variants", "claims")}
 
 
+def moments(folder):
+    """Moments without end: after up to ten more checkpoints and a few milliseconds, or within a second of the start."""
+    random_ = random.Random(0)
+    while True:
+        if random_.random() < 0.3:
+            yield lambda end=time.monotonic() + random_.uniform(0, 1): time.monotonic() >= end
+            continue
+        known, wanted, delay = set(folder.glob("*/*")), random_.randrange(11), random_.uniform(0, 0.02)
+
+        def is_time(old=frozenset(known), known=known, wanted=wanted, delay=delay):
+            known.update(folder.glob("*/*"))
+            if len(known) - len(old) < wanted:
+                return False
+            time.sleep(delay)
+            return True
+
+        yield is_time
+
+
 @pytest.mark.slow
 def test_circles_killed_twenty_times(attempt, tmp_path):
     command = ["run", "circles", "--seeds", 2, "--epochs", 40, "--quiet", "--checkpoint-every", 0, "--out"]
-    start = time.monotonic()
     assert attempt(*command, tmp_path / "whole") == 0
-    seconds = time.monotonic() - start
-    moments, killed, begun = random.Random(0), 0, []
-    for i in range(20):
-        begun.append(len(list((tmp_path / "killed").glob("checkpoints/*/*"))))
-        resume = ["--resume"] if i else []
-        code = attempt(*command, tmp_path / "killed", *resume, kill_after=moments.uniform(0.1, 0.5) * seconds)
-        killed += code == -signal.SIGKILL
-    assert attempt(*command, tmp_path / "killed", "--resume") == 0
-    assert killed >= 10
+    folder, codes, begun = tmp_path / "killed" / "checkpoints", [], []
+    for until in itertools.islice(moments(folder), 20):
+        begun.append(len(list(folder.glob("*/*"))))
+        resume = ["--resume"] if folder.exists() else []
+        codes.append(attempt(*command, tmp_path / "killed", *resume, until=until))
+    assert codes == [-signal.SIGKILL] * 20
     assert len(set(begun)) > 2  # there were checkpoints to continue from, more and more
+    assert attempt(*command, tmp_path / "killed", "--resume") == 0
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
