@@ -227,6 +227,7 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], sampl
     count = relative_count if unit is None else relative_count * unit
     if all(step == slice(None) for step in steps):
         return m._replace(count=count)
+
     # The weights may have hidden most or all of the sample; then the moments are taken again, about the first mean.
     # Where XLA splits x, this is no condition: its branch would hold XLA's sums over devices, and devices of another,
     # manual axis may decide differently, so that some would wait for the others forever. (Under vmap a condition

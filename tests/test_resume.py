@@ -1,7 +1,6 @@
 """A study that is killed at any moment and resumed ends with the numbers of an uninterrupted run."""
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -55,34 +54,34 @@ def numbers(out):
     return {key: results[key] for key in ("settings", "seeds", "variants", "claims")}
 
 
-def moments(folder):
-    """Moments without end: after up to ten more checkpoints and a few milliseconds, or within a second of the start."""
-    random_ = random.Random(0)
-    while True:
-        if random_.random() < 0.3:
-            yield lambda end=time.monotonic() + random_.uniform(0, 1): time.monotonic() >= end
-            continue
-        known, wanted, delay = set(folder.glob("*/*")), random_.randrange(11), random_.uniform(0, 0.02)
+def moment(folder, random_):
+    """Tells a moment to kill: within a second of the start, or some milliseconds after up to ten more checkpoints."""
+    if random_.random() < 0.3:
+        end = time.monotonic() + random_.uniform(0, 1)
+        return lambda: time.monotonic() >= end
+    known = set(folder.glob("*/*"))
+    enough = len(known) + random_.randrange(11)
 
-        def is_time(old=frozenset(known), known=known, wanted=wanted, delay=delay):
-            known.update(folder.glob("*/*"))
-            if len(known) - len(old) < wanted:
-                return False
-            time.sleep(delay)
-            return True
+    def has_come():
+        known.update(folder.glob("*/*"))
+        if len(known) < enough:
+            return False
+        time.sleep(random_.uniform(0, 0.02))
+        return True
 
-        yield is_time
+    return has_come
 
 
 @pytest.mark.slow
 def test_circles_killed_twenty_times(attempt, tmp_path):
     command = ["run", "circles", "--seeds", 2, "--epochs", 40, "--quiet", "--checkpoint-every", 0, "--out"]
     assert attempt(*command, tmp_path / "whole") == 0
+    random_ = random.Random(0)
     folder, codes, begun = tmp_path / "killed" / "checkpoints", [], []
-    for until in itertools.islice(moments(folder), 20):
+    for _ in range(20):
         begun.append(len(list(folder.glob("*/*"))))
         resume = ["--resume"] if folder.exists() else []
-        codes.append(attempt(*command, tmp_path / "killed", *resume, until=until))
+        codes.append(attempt(*command, tmp_path / "killed", *resume, until=moment(folder, random_)))
     assert codes == [-signal.SIGKILL] * 20
     assert len(set(begun)) > 2  # there were checkpoints to continue from, more and more
     assert attempt(*command, tmp_path / "killed", "--resume") == 0

@@ -165,7 +165,7 @@ a change costs a pass.
   sums while it convolves, and saves a little; the branch that must repair a bad shift costs more than that. By this
   Flax's layer is ahead in whole steps: its sums need no shift, and lose the variance of a large mean.
 - Squares are scaled before they are summed, by the root of the count, so that the variance is right wherever float32
-  can hold it. This is arithmetic for each feature: it reads and writes nothing more, and the step of cifar by the policy
+  can hold it. This is arithmetic for each feature: it reads and writes nothing more, but cifar's step by the policy
   needs 1.3 % more on the chip, in code and in temporary arrays.
 - In bfloat16 XLA's CPU backend first writes the input out in float32 before it sums, for Flax's layer too. PyTorch's
   kernel reads bfloat16.
