@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import linen, nnx
-from bnjax._functional import INTERCEPTORS, name_of, split_arguments
+from bnjax._functional import INTERCEPTORS, is_of_library, name_of, split_arguments
 from bnjax._layers import Statistics
 from bnjax._moments import moments
 
@@ -29,13 +29,15 @@ _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "check
 def intercept(is_wanted: Callable[[Any], bool], replace: Callable[[Any, Call, Any, dict[str, Any]], Any]):
     """Makes `replace(module, call, x, options)` stand for the calls of wanted modules, within a `with` statement.
 
-    This holds for the calls of linen models, and of nnx models in their functional form. The module is a copy of this
-    call's own, and has a `path`, `has_variable`, `get_variable` and `put_variable`, in nnx as in linen.
+    This holds for the calls of linen models, and of nnx models in their functional form. Of a user's subclass of a
+    layer it is the layer's call within the subclass's own. The module is a copy of this call's own, and has a `path`,
+    `has_variable`, `get_variable` and `put_variable`, in nnx as in linen.
     """
 
     def interceptor(next_function, arguments, options, context):
         with _own_trace(next(_number)):
-            if context.method_name != "__call__" or not is_wanted(context.module):
+            is_layers = context.method_name == "__call__" and is_of_library(context.orig_method.func)
+            if not is_layers or not is_wanted(context.module):
                 return next_function(*arguments, **options)
             x, options = split_arguments(arguments, options)
             return replace(context.module, lambda x, **options: next_function(x, **options), x, options)

@@ -126,7 +126,7 @@ def check_complex(x: jax.Array, params: Any, batch_stats: Any, dtype: Any) -> No
 
 
 def flax_mask(mask: Any, shape: Shape, axis: Any) -> jax.Array | None:
-    """Returns the `mask` of a layer as a mask of ours, integers as booleans.
+    """Returns the `mask` of a layer as a mask of ours, integers as weights.
 
     Flax's layers take the dimensions of a mask for the last ones of the input, features included. That reading counts
     for a mask of at least two dimensions to which ours does not fit.
@@ -138,7 +138,7 @@ def flax_mask(mask: Any, shape: Shape, axis: Any) -> jax.Array | None:
         return None
     mask = jnp.asarray(mask)
     if jnp.issubdtype(mask.dtype, jnp.integer):
-        mask = mask.astype(bool)
+        mask = mask.astype(jnp.float32)
     last = (1,) * (len(shape) - mask.ndim) + mask.shape
     if not 2 <= mask.ndim < len(shape) or any(m not in (1, s) for m, s in zip(last, shape, strict=True)):
         return mask

@@ -47,7 +47,8 @@ def functional(model: nnx.Module, *, argument: str | None = "training") -> tuple
       them once.
 
     Raises:
-      ValueError: for a model whose call has no argument of that name but another that says whether it trains.
+      ValueError: for a model whose call has no argument of that name but another that says whether it trains. If this
+        has an unusual name, `apply` raises where a batch norm is told the contrary.
 
     >>> from flax import nnx
     >>> from bnjax.nnx import BatchNorm
@@ -60,7 +61,13 @@ def functional(model: nnx.Module, *, argument: str | None = "training") -> tuple
     graph, *states = nnx.split(model, *_TYPES)
     variables: dict[str, Any] = {n: nnx.to_pure_dict(state) for n, state in zip(COLLECTIONS, states, strict=True)}
     passes = argument is not None and _passes(type(model), argument)
-    return Apply(graph, type(model), argument or "training", passes, frozenset(_flat(variables))), variables
+    paths = frozenset(_flat(variables))
+    return Apply(graph, type(model), argument or "training", passes, argument is None, paths), variables
+
+
+def own_argument(model: nnx.Module) -> str:
+    """Returns the name by which a model's call is told whether it trains, of those in use; else 'training'."""
+    return next((name for name in inspect.signature(type(model).__call__).parameters if name in PHASES), "training")
 
 
 def _passes(model_class: type, argument: str) -> bool:
@@ -134,6 +141,7 @@ class Apply:
       model_class: the model's class.
       argument: name of the option that says whether the model trains.
       passes: whether the model's call gets that option.
+      chooses: whether the call's own choices for its batch norms stand.
       paths: paths of the model's variables.
     """
 
@@ -141,6 +149,7 @@ class Apply:
     model_class: type
     argument: str
     passes: bool
+    chooses: bool
     paths: frozenset[Path]
 
     def __repr__(self) -> str:
@@ -169,7 +178,8 @@ class Apply:
           The outputs; where there are `mutable` collections, `(outputs, collections)`.
 
         Raises:
-          ValueError: for a stream that draws but has no key among `rngs`.
+          ValueError: for a stream that draws but has no key among `rngs`; where the call does not get the option that says if
+            the model trains, and tells a batch norm the contrary.
         """
         flat = _flat(variables)
         model = nnx.merge(self.graph, nnx.State(unflatten_dict({p: v for p, v in flat.items() if p in self.paths})))
@@ -177,15 +187,22 @@ class Apply:
             setattr(at(model, path[:-1]), path[-1], nnx.BatchStat(flat[path]))
         if isinstance(rngs, str) and rngs != "own":
             raise ValueError(f"rngs must be random keys by name, or 'own' for the model's own streams, got {rngs!r}.")
+        interceptors = INTERCEPTORS.get()
         if self.argument in options:
             trains = is_training(self.argument, options[self.argument])
             model.train() if trains else model.eval()
             if not self.passes:
                 del options[self.argument]
+            if not self.passes and not self.chooses:
+                interceptors = (*interceptors, (_has_phase, functools.partial(self._check_phase, trains)))
         if not isinstance(rngs, str):
             _seed(model, rngs or {})
-        _intercept(model)
-        outputs = model(*inputs, **options)
+        token = INTERCEPTORS.set(interceptors)
+        try:
+            _intercept(model)
+            outputs = model(*inputs, **options)
+        finally:
+            INTERCEPTORS.reset(token)
         if mutable is False:
             return outputs
         wanted = COLLECTIONS if mutable is True else mutable
@@ -195,6 +212,22 @@ class Apply:
             others = flatten_dict(collections["others"])
             collections["others"] = unflatten_dict({path: v for path, v in others.items() if path in self.paths})
         return outputs, collections
+
+    def _check_phase(self, trains: bool, module: Any, call: Callable[..., Any], x: Any, options: dict[str, Any]) -> Any:
+        """Calls a batch norm, unless the model's call says that it is in another phase than the model."""
+        is_running = options.get("use_running_average")
+        if isinstance(is_running, bool) and is_running == trains:
+            raise ValueError(
+                f"argument must be the name by which the call of {self.model_class.__name__} is told whether it "
+                f"trains, got {self.argument!r}, which it does not take: with {self.argument}={trains} it calls "
+                f"{name_of(module.path)} with use_running_average={is_running}. Pass its name for that, or "
+                "argument=None if this is meant."
+            )
+        return call(x, **options)
+
+
+def _has_phase(module: Any) -> bool:
+    return hasattr(module, "use_running_average")
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
@@ -245,15 +278,24 @@ def _intercept(model: nnx.Module) -> None:
             module.path = path
 
 
+def is_of_library(definition: Any) -> bool:
+    """Returns whether a class or a function is defined by Flax or by this package."""
+    return definition.__module__.partition(".")[0] in ("flax", "bnjax")
+
+
 @functools.cache  # JAX never forgets the class of a tree
 def _intercepted(kind: Any) -> type:
-    """Returns a subclass whose calls may be replaced, and that gives its variables as a linen module does."""
+    """Returns a subclass whose calls may be replaced, and that gives its variables as a linen module does.
 
-    class Intercepted(kind):
+    A user's subclass of a layer may do more in a call of its own; what is replaced is the layer's call within it.
+    """
+    layer: Any = next(base for base in kind.__mro__ if is_of_library(base))
+
+    class Intercepted(layer):
         path: Path = ()
 
         def __call__(self, *arguments: Any, **options: Any) -> Any:
-            call: Any = functools.partial(kind.__call__, self)
+            call: Any = functools.partial(layer.__call__, self)
             for is_wanted, replace in INTERCEPTORS.get():
                 if is_wanted(self):
                     call = functools.partial(_replaced, replace, self, call)
@@ -268,8 +310,9 @@ def _intercepted(kind: Any) -> type:
         def put_variable(self, collection: str, name: str, value: Any) -> None:
             _compat.set_value(getattr(self, name), value)
 
-    Intercepted.__name__ = kind.__name__
-    return Intercepted
+    intercepted = Intercepted if kind is layer else type(kind)(kind.__name__, (kind, Intercepted), {})
+    intercepted.__name__ = kind.__name__
+    return intercepted
 
 
 def _replaced(replace: Replace, module: Any, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bnjax._sync import Moments, with_counts_of_features
+from bnjax._sync import Moments, match_explicit_sharding, with_counts_of_features
 from bnjax.norm import BatchStats, Result, batch_norm_of, check_call, update_batch_stats
 from bnjax.variants.frozen import frozen_batch_norm_of
 from bnjax.variants.ghost import ghost_batch_norm_of
@@ -46,9 +46,17 @@ MOMENTS_OF_CALLS = "moments of calls"
 
 
 def kept_moments(layer: Any, m: Moments) -> dict[str, Any]:
-    """Returns the moments of a call with what is needed to move the layer's running statistics towards them."""
+    """Returns the moments of a call with what is needed to move the layer's running statistics towards them.
+
+    All of it has the shape of the statistics, so that Flax's transforms stack it along the axis that these have.
+    """
+    m = with_counts_of_features(m)
     how = {"momentum": layer.momentum, "bessel_correction": getattr(layer, "bessel_correction", False)}
-    return {"moments": with_counts_of_features(m), **jax.tree.map(jnp.asarray, how)}
+
+    def of_features(value: Any) -> jax.Array:
+        return match_explicit_sharding(jnp.broadcast_to(jnp.asarray(value), m.var.shape), m.var)
+
+    return {"moments": m, **jax.tree.map(of_features, how)}
 
 
 class Declaration(NamedTuple):

@@ -55,6 +55,12 @@ def weights_of_losses(objective: Objective, losses: Array, weights: Any) -> Arra
     return jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (losses.ndim - weights.ndim)), losses.shape)
 
 
+def as_weights(weights: Any) -> Array:
+    """Returns weights of examples as an array, integers as numbers of float32."""
+    weights = jnp.asarray(weights)
+    return weights.astype(jnp.float32) if jnp.issubdtype(weights.dtype, jnp.integer) else weights
+
+
 def inputs_of(x: Any) -> tuple:
     """Returns the inputs of a model's call: `x`, or several where it is a tuple."""
     return x if isinstance(x, tuple) else (x,)
@@ -78,6 +84,7 @@ def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]
     """
     if weights is None:
         return {}
+    weights = as_weights(weights)
     model = getattr(model, "__self__", model)
     kind = getattr(model, "model_class", type(model))  # of a model in its functional form, that of the model
     parameters = {} if inspect.isroutine(model) else inspect.signature(kind.__call__).parameters

@@ -22,8 +22,6 @@ from bnjax._sync import AxisName, Groups, Moments, match_explicit_sharding, sele
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
 BatchStats = Mapping[str, Any]
-
-
 Result = tuple[Array, BatchStats, Moments | None]
 """The output, the running statistics, and the moments towards which the statistics moved (None if they did not)."""
 
@@ -269,15 +267,14 @@ class Call:
         compute = _dtypes.wide(self.x.dtype, dtype)
         real = _dtypes.real(compute)
         has_rule = self.training and not is_in_jet(self.x)
-        inverse_root: Any = _inverse_root if has_rule else lax.rsqrt
-        multiplier = inverse_root(var.astype(real) + jnp.asarray(self.epsilon, real))
+        rules: Any = (_inverse_root, _scale_and_shift) if has_rule else (lax.rsqrt, _plain_scale_and_shift)
+        multiplier = rules[0](var.astype(real) + jnp.asarray(self.epsilon, real))
         if "scale" in params:
             multiplier *= params["scale"].astype(compute if jnp.iscomplexobj(params["scale"]) else real)
         bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
         per_feature = [expand(v, self.x.ndim, self.axes) for v in (mean.astype(compute), multiplier, bias)]
         # The weights weigh nothing here: masked NaN and extremes become zero, which keeps them out of derivatives.
-        scale_and_shift: Any = _scale_and_shift if has_rule else _plain_scale_and_shift
-        return scale_and_shift(self.x, self.weights, *per_feature, dtype)
+        return rules[1](self.x, self.weights, *per_feature, dtype)
 
     def inference(self) -> Result:
         """Returns the result of inference: the input normalized by the running statistics, which stay as they are."""
@@ -319,7 +316,11 @@ def update_batch_stats(
             f"m must hold a var of the shape of its mean, {jnp.shape(m.mean)}, got {jnp.shape(m.var)}. "
             "Make it with bnjax.moments."
         )
-    var = unbiased_var(m) if bessel_correction else m.var
+    return moved_batch_stats(batch_stats, m._replace(var=unbiased_var(m)) if bessel_correction else m, momentum)
+
+
+def moved_batch_stats(batch_stats: BatchStats, m: Moments, momentum: Any) -> BatchStats:
+    """Moves running statistics of checked shapes; the momentum may have their shape."""
 
     def move(running, batch):
         if isinstance(momentum, int | float) and momentum == 0:  # the old value is forgotten, even if not finite
@@ -329,8 +330,7 @@ def update_batch_stats(
         return (rho * running.astype(dtype) + (1 - rho) * batch.astype(dtype)).astype(running.dtype)
 
     running = {name: jnp.asarray(batch_stats[name]) for name in ("mean", "var")}
-    batch = {"mean": m.mean, "var": var}
-    moved = {n: move(running[n], match_explicit_sharding(batch[n], running[n])) for n in running}
+    moved = {n: move(running[n], match_explicit_sharding(getattr(m, n), running[n])) for n in running}
     usable = (m.count > 0) & jnp.isfinite(moved["mean"]) & jnp.isfinite(moved["var"])
     moved = {name: select(usable, value, running[name]) for name, value in moved.items()}
     if isinstance(batch_stats, MutableMapping):

@@ -492,6 +492,6 @@ def test_every_step_compiles_for_eight_chips(name, parallel):
     }[name]
     kinds = {c.kind for c in report.collectives}
     assert kinds == {"all-reduce"}
-    in_loops = [c for c in report.collectives if c.executions is None]
-    assert len(in_loops) == batch_norms  # forward; backward the compiler may join some with the gradients
-    assert len(report.collectives) <= 2 * batch_norms + 2
+    assert all(c.executions for c in report.collectives)  # none under a condition, on which devices might not agree
+    # Each batch norm's forward and backward, and the gradients: the compiler may join some.
+    assert 2 < len(report.collectives) <= 2 * batch_norms + 1

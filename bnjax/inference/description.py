@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from bnjax import _calls, _compat
-from bnjax._functional import functional, name_of
+from bnjax._functional import functional, name_of, own_argument
 from bnjax.inference.reestimate import add_batch_moments, no_moments
 
 _DEAD, _EXPLODING = 1e-3, 1e3  # bounds of features' scales in units of the layer's median
@@ -95,7 +95,7 @@ def examine(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5
     if isinstance(variables, nnx.Module):
         norms, settings = _of_nnx(variables)
         args = args if model is None else (model, *args)
-        apply, variables = functional(variables) if args else (None, {})
+        apply, variables = functional(variables, argument=own_argument(variables)) if args else (None, {})
         options = {"rngs": "own", **options}
     else:
         if model is not None and not args and not options:

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import _calls, _checks, _compat
-from bnjax._functional import at, functional, name_of
+from bnjax._functional import at, functional, is_of_library, name_of, own_argument
 from bnjax.inference.folding import fold, fold_before
 from bnjax.models import layers
 
@@ -73,7 +73,8 @@ def fold_model(model: Any, *args: Any, pairs: Sequence[tuple[str, str]] | None =
     (`nnx.Linear`), `Conv` or `ConvTranspose` that nothing else uses, and those whose output, used by nothing else, is
     the input of a `Dense` or of a `Conv` that pads nothing. Layers inside Flax's scan and vmap, those that are called
     several times, those whose variables are used elsewhere too, or transformed first (tied weights, WeightNorm), those
-    with a product of their own (`dot_general`), and those whose dtypes differ stay as they are.
+    with a product (`dot_general`) or, in subclasses, a call of their own, and those whose dtypes differ stay as they
+    are.
 
     Args:
       model: linen module, whose variables follow; or nnx module.
@@ -120,7 +121,7 @@ def _functional_form(model: Any, args: tuple[Any, ...]) -> tuple[Callable[..., A
     if isinstance(model, nnx.Module):
         model = nnx.clone(model)
         model.eval()
-        return (*functional(model), args)
+        return (*functional(model, argument=own_argument(model)), args)
     if not args or not isinstance(args[0], Mapping):
         raise TypeError("a linen model must be followed by its variables: fold_model(model, variables, x).")
     return model.apply, nn.meta.unbox(args[0]), args[1:]
@@ -232,7 +233,9 @@ def _norm(module: Any, x: Any, y: Any, options: Mapping[str, Any]) -> _Norm | No
     is_running = _calls.is_running(module, options)
     is_last = _checks.feature_axes(module.axis, np.ndim(x)) == (np.ndim(x) - 1,)
     one_each = np.shape(module.get_variable("batch_stats", "mean")) == np.shape(x)[-1:]
-    is_foldable = is_running and is_last and one_each and x.dtype == y.dtype
+    own = next(base for base in _class_of(module).__mro__ if "__call__" in vars(base))
+    is_plain = is_of_library(own)  # a subclass with a call of its own may do more in it
+    is_foldable = is_plain and is_running and is_last and one_each and x.dtype == y.dtype
     return _Norm(module.path, module.epsilon, y.dtype) if is_foldable else None
 
 
@@ -240,12 +243,16 @@ def _is_norm_or_linear(module: Any) -> bool:
     return _calls.is_norm(module) or isinstance(module, _LINEAR)
 
 
+def _class_of(module: Any) -> Any:
+    """Returns the class that an intercepted module has in its model."""
+    return type(module) if isinstance(module, nn.Module) else type(module).__mro__[1]
+
+
 def _linear(module: Any) -> _Linear | None:
-    options = vars(module)
+    options, kind = vars(module), _class_of(module)
     if isinstance(module, nn.Module):
-        kind, defaults = type(module), {field.name: field.default for field in dataclasses.fields(module)}
+        defaults = {field.name: field.default for field in dataclasses.fields(module)}
     else:
-        kind = type(module).__mro__[1]  # the class of an intercepted module's is its own
         defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
     is_plain = all(options.get(n, value) == value for n, value in defaults.items() if n not in _PLAIN)
     if kind not in _LINEAR or not is_plain:  # a subclass may use its kernel otherwise

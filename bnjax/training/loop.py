@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from bnjax._compat import check_pmap, enable_x64
 from bnjax._functional import NOISE
-from bnjax._objective import Objective, inputs_of, losses_and_correctness, num_examples, phase
+from bnjax._objective import Objective, inputs_of, losses_and_correctness, num_examples, phase, weights_of_losses
 from bnjax._sync import add_counts
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import GROUP_AXIS, SYNC_AXIS
@@ -370,6 +370,7 @@ def evaluate_in_batches(
 @functools.partial(jax.jit, static_argnames=("objective", "preprocess"))
 def _weighted_sums(state: TrainState, batch: Batch, objective: Objective, preprocess: Preprocess | None) -> Array:
     x = batch.x if preprocess is None else preprocess(batch.x, None)
-    metrics = evaluate(state, x, batch.y, objective=objective)
-    of_examples = (jnp.reshape(values, (num_examples(batch.x), -1)).mean(1) for values in metrics)
-    return jnp.stack([(batch.weights * values).sum() for values in of_examples])
+    losses, correct = (jnp.asarray(values) for values in evaluate(state, x, batch.y, objective=objective))
+    weights = weights_of_losses(objective, losses, batch.weights)
+    of_example = max(1, losses[0].size)  # losses, of which the mean counts
+    return jnp.stack([(weights * values).sum() / of_example for values in (losses, correct)])

@@ -19,6 +19,7 @@ from bnjax._layers import MOMENTS_OF_CALLS
 from bnjax._moments import has_weight
 from bnjax._objective import (
     Objective,
+    as_weights,
     inputs_of,
     losses_and_correctness,
     mask_options,
@@ -26,8 +27,8 @@ from bnjax._objective import (
     phase,
     weights_of_losses,
 )
-from bnjax._sync import AxisName, Moments, merge_moments, vary_like
-from bnjax.norm import unbiased_var, update_batch_stats
+from bnjax._sync import AxisName, merge_moments, vary_like
+from bnjax.norm import moved_batch_stats, unbiased_var
 from bnjax.training.state import TrainState
 
 _FIXED = ("params", "random")  # the collections that a call does not change
@@ -97,7 +98,7 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
 
     index = np.concatenate([np.arange(count), np.zeros(missing, np.int64)])
     keys = None if batch.keys is None else batch.keys[index]
-    padded_weights = np.concatenate([weights, np.zeros(missing, weights.dtype)])
+    padded_weights = np.concatenate([weights, np.zeros((missing, *weights.shape[1:]), weights.dtype)])
     x, y = jax.tree.map(lambda values: np.asarray(values)[index], (batch.x, batch.y))
     return Batch(x, y, padded_weights, keys)
 
@@ -174,9 +175,7 @@ def train_step(
     check_accumulate_steps(accumulate_steps)
     x, y = jax.tree.map(jnp.asarray, (x, y))
     if weights is not None:
-        weights = jnp.asarray(weights)
-        if jnp.issubdtype(weights.dtype, jnp.integer):
-            weights = weights.astype(jnp.float32)  # batch norms take integers for booleans, as Flax does
+        weights = as_weights(weights)
         x = jax.tree.map(functools.partial(_without_padding, weights), x)
     batch = Batch(x, y, weights, keys)
     expected = num_examples(x) * (1 if axis_name is None else lax.axis_size(axis_name))
@@ -280,7 +279,7 @@ def _keep_moments(module: Any, call: Any, x: Any, options: dict[str, Any]) -> An
 def _moved_once(collections: Any, kept_by_path: Any) -> Any:
     """Moves running statistics once, by the kept moments of all micro-batches, which the first axis is over.
 
-    Further axes before the features' are those of Flax's scan and vmap; each of their layers moves by its own momentum.
+    All that is kept has the shape of the statistics, the axes of Flax's scan and vmap among them, wherever these are.
     """
     flat: dict[tuple[Any, ...], Any] = dict(flatten_dict(collections))
     for path, calls in kept_by_path.items():
@@ -293,23 +292,29 @@ def _moved_once(collections: Any, kept_by_path: Any) -> Any:
         for kept in calls:
             first, rest = (jax.tree.map(lambda v, part=part: v[part], kept["moments"]) for part in (0, slice(1, None)))
             merged = lax.scan(lambda a, b: (merge_moments(a, b), None), first, rest)[0]
-            how = [kept[name][0] for name in ("momentum", "bessel_correction")]
-            move = _move
-            for _ in range(how[0].ndim):
-                move = jax.vmap(move)
-            new = move({name: flat[own] for name, own in names.items()}, merged, *how)
+            momentum, bessel_correction = (kept[name][0] for name in ("momentum", "bessel_correction"))
+            merged = merged._replace(var=jnp.where(bessel_correction, unbiased_var(merged), merged.var))
+            new = moved_batch_stats({name: flat[own] for name, own in names.items()}, merged, momentum)
             flat |= {own: new[name] for name, own in names.items()}
             if (steps := (*path[:-1], "steps")) in flat:  # the counter of a batch renorm's warm-up
                 flat[steps] += 1
     return unflatten_dict(flat)
 
 
-def _move(old: Any, m: Moments, momentum: Array, bessel_correction: Array) -> Any:
-    corrected = m._replace(var=jnp.where(bessel_correction, unbiased_var(m), m.var))
-    return update_batch_stats(old, corrected, momentum=momentum)
+def gradients(
+    state: TrainState, x: Any, y: Any, *, objective: Objective, rngs: Mapping[str, Array] | None = None
+) -> Any:
+    """Computes the gradient of the mean training loss of a batch by the parameters.
 
+    Args:
+      state: parameters and running statistics, which stay as they are.
+      x: inputs of the batch, a tuple for a model of several.
+      y: labels of the batch.
+      objective: loss of each example.
+      rngs: random keys by name for what the model draws, as in `train_step`.
 
-def gradients(state: TrainState, x: Any, y: Any, *, objective: Objective):
-    """Computes the gradient of the mean training loss of a batch by the parameters."""
+    Returns:
+      The gradient, in the structure of `state.params`.
+    """
     x, y = jax.tree.map(jnp.asarray, (x, y))
-    return _accumulate(state, Batch(x, y), objective, 1, num_examples(x))[0].grads
+    return _accumulate(state, Batch(x, y), objective, 1, num_examples(x), rngs)[0].grads
