@@ -1,6 +1,7 @@
 """Calls of a model's layers, of linen or nnx: intercepted, or marked in the traced program to see which feed which."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -23,6 +25,29 @@ _IN, _OUT = "bnjax: into ", "bnjax: out of "
 _own_trace = jax.make_user_context()
 _number = itertools.count(1)
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What is no array among the arguments of a model's call, such as False, on which it may branch in Python."""
+
+    structure: Any
+    values: tuple[tuple[int, Any], ...]
+
+    def filled(self, arrays: list[Any]) -> Any:
+        """Returns the arguments, with these arrays among them."""
+        values, rest = dict(self.values), iter(arrays)
+        return self.structure.unflatten(
+            values[i] if i in values else next(rest) for i in range(self.structure.num_leaves)
+        )
+
+
+def split_fixed(arguments: Any) -> tuple[list[Any], Fixed]:
+    """Splits the arguments of a model's call into arrays (or their shapes), which may be traced, and all else."""
+    leaves, structure = jax.tree.flatten(arguments)
+    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.bool_) for leaf in leaves]
+    fixed = tuple((i, leaf) for i, leaf in enumerate(leaves) if not is_array[i])
+    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], Fixed(structure, fixed)
 
 
 @contextlib.contextmanager

@@ -178,8 +178,8 @@ class Apply:
           The outputs; where there are `mutable` collections, `(outputs, collections)`.
 
         Raises:
-          ValueError: for a stream that draws but has no key among `rngs`; where the call does not get the option that says if
-            the model trains, and tells a batch norm the contrary.
+          ValueError: for a stream that draws but has no key among `rngs`; where the call does not get the option that
+            says whether the model trains, and tells a batch norm the contrary.
         """
         flat = _flat(variables)
         model = nnx.merge(self.graph, nnx.State(unflatten_dict({p: v for p, v in flat.items() if p in self.paths})))

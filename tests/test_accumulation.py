@@ -116,6 +116,73 @@ def test_statistics_are_those_of_the_batch_in_one(model):
     chex.assert_trees_all_close(first(one), first(three), rtol=1e-5, atol=1e-6)
 
 
+class LastAxis(nn.Module):
+    """A scan of as many layers as there are features, along the last axis of the statistics."""
+
+    @nn.compact
+    def __call__(self, x, *, training):
+        axes = {"params": 0, "batch_stats": -1}
+        layers = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=4)
+        return nn.Dense(3)(layers(training)(x, None)[0])
+
+
+class MiddleAxis(nn.Module):
+    """Mapped layers, along the second axis of the statistics of a scan."""
+
+    @nn.compact
+    def __call__(self, x, *, training):
+        scanned = nn.scan(
+            Block,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=2,
+            in_axes=nn.broadcast,
+        )
+        axes = {"params": 0, "batch_stats": 1}
+        mapped = nn.vmap(scanned, variable_axes=axes, split_rngs={"params": True}, in_axes=None, axis_size=3)
+        return nn.Dense(3)(mapped(training)(x, None)[0].mean(0))
+
+
+class OfFour(nn.Module):
+    """A scan of as many layers as there are features."""
+
+    @nn.compact
+    def __call__(self, x, *, training):
+        axes = {"params": 0, "batch_stats": 0}
+        layers = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=4)
+        return nn.Dense(3)(layers(training)(x, None)[0])
+
+
+@pytest.mark.parametrize(("model", "same", "axis"), [(LastAxis, OfFour, -1), (MiddleAxis, OfScans, 1)])
+def test_statistics_may_lie_along_any_axis_of_a_transform(model, same, axis):
+    state, other = (training.create_train_state(kind(), optax.sgd(0.1), KEY, X) for kind in (model, same))
+    other = other.replace(params=jax.tree.unflatten(jax.tree.structure(other.params), jax.tree.leaves(state.params)))
+    take = lambda state: training.train_step(state, X, Y, objective=training.cross_entropy, accumulate_steps=3)[0]
+    found, expected = (jax.tree.leaves(take(s).batch_stats) for s in (state, other))
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(jnp.moveaxis(one, axis, 0), two, rtol=1e-5, atol=1e-6)
+
+
+class Carried(nn.Module):
+    """A layer whose statistics a scan carries."""
+
+    @nn.compact
+    def __call__(self, x, *, training):
+        norm = BatchNorm(use_running_average=not training)
+        if self.is_initializing():
+            norm(x)
+        shared = {"variable_broadcast": "params", "variable_carry": "batch_stats", "split_rngs": {"params": False}}
+        scanned = nn.scan(lambda norm, x, _: (norm(x), None), length=2, **shared)
+        return nn.Dense(3)(scanned(norm, x, None)[0])
+
+
+def test_statistics_that_a_loop_carries_are_a_clear_error():
+    state = training.create_train_state(Carried(), optax.sgd(0.1), KEY, X)
+    training.train_step(state, X, Y, objective=training.cross_entropy)
+    with pytest.raises(ValueError, match=r"accumulate_steps keeps the moments .* where a loop carries"):
+        training.train_step(state, X, Y, objective=training.cross_entropy, accumulate_steps=3)
+
+
 def test_nothing_leaks():
     state = training.create_train_state(Computed(), optax.sgd(0.1), KEY, X)
     with jax.checking_leaks():

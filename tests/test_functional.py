@@ -16,6 +16,7 @@ from versions import List
 import bnjax.linen
 import bnjax.nnx
 from bnjax import convert, inference, training
+from bnjax.analysis import losses
 from bnjax.nnx import functional, update
 from bnjax.training.checkpoint import Checkpoints
 
@@ -604,3 +605,58 @@ def test_micro_batches_and_statistics_of_layers_that_nnx_scans():
     got = inference.reestimate_batch_stats(apply, variables, [x], training=True)
     expected = apply(variables, x, training=True, mutable=["batch_stats"])[1]["batch_stats"]["blocks"]["norm"]["mean"]
     np.testing.assert_allclose(got["blocks"]["norm"]["mean"], expected / 0.01, rtol=1e-4, atol=1e-5)
+
+
+class Told(nnx.Module):
+    """A model that is told by its call whether it trains."""
+
+    def __init__(self):
+        self.dense, self.out = nnx.Linear(3, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 3, rngs=nnx.Rngs(1))
+        self.norm = bnjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, train):
+        return self.out(jnp.tanh(self.norm(self.dense(x), use_running_average=not train)))
+
+
+class ToldByAnUnusualName(Told):
+    def __call__(self, x, is_train=False):
+        return super().__call__(x, is_train)
+
+
+def test_a_model_that_is_told_by_its_call_is_folded_and_described():
+    model = Told()
+    apply, variables = functional(model, argument="train")
+    for args, options in (((X[0], False), {}), ((X[0], np.bool_(False)), {}), ((X[0],), {"train": False})):
+        assert inference.foldable_pairs(model, *args, **options) == [("dense", "norm")]
+        folded = inference.fold_model(model, *args, **options)
+        np.testing.assert_allclose(folded(X[0], False), model(X[0], False), rtol=1e-5, atol=1e-6)
+        assert [one.path for one in inference.examine(model, *args, **options)] == ["norm"]
+        found = inference.reestimate_batch_stats(apply, variables, [args], exactly=True, **options)
+        np.testing.assert_allclose(found["norm"]["mean"], model.dense(X[0]).mean(0), rtol=1e-5)
+
+
+def test_an_unusual_name_for_the_phase_is_an_error_where_it_would_be_wrong():
+    model, objective = ToldByAnUnusualName(), training.cross_entropy
+    state = training.create_train_state(model, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"argument must be the name .*ToldByAnUnusualName.* norm with use_running"):
+        training.train_step(state, X[0], Y[0], objective=objective)
+    loss, params = losses.nnx_loss(model, objective)
+    with pytest.raises(ValueError, match="argument must be the name"):
+        loss(params, X[0], Y[0])
+    told = training.create_train_state(model, optax.sgd(0.1), argument="is_train")
+    moved = training.train_step(told, X[0], Y[0], objective=objective)[0].batch_stats["norm"]["mean"]
+    assert jnp.abs(moved).min() > 0
+    meant = training.create_train_state(model, optax.sgd(0.1), argument=None)
+    assert not training.train_step(meant, X[0], Y[0], objective=objective)[0].batch_stats["norm"]["mean"].any()
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_gradients_of_a_model_that_draws(library):
+    model, given = (LinenRandom(), (jax.random.key(0), X[0])) if library == "linen" else (Random(rngs=nnx.Rngs(0)), ())
+    state = training.create_train_state(model, optax.sgd(1.0), *given)
+    objective = lambda outputs, labels: jnp.square(outputs).sum((0, 2)) + labels
+    rngs = {"dropout": jax.random.key(1)}
+    found = training.gradients(state, X[0], Y[0], objective=objective, rngs=rngs)
+    stepped = training.train_step(state, X[0], Y[0], objective=objective, rngs=rngs)[0].params
+    chex.assert_trees_all_close(found, jax.tree.map(jnp.subtract, state.params, stepped), rtol=1e-4, atol=1e-6)
+    assert abs(jax.tree.leaves(found)[0]) > 1

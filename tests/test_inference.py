@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.core import freeze
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bnjax import batch_norm, linen, models
+from bnjax import nnx as bnjax_nnx
 from bnjax.inference import adapt_batch_stats, fold, fold_before, fold_model, foldable_pairs, reestimate_batch_stats
 from bnjax.linen import BatchNorm, LpBatchNorm, NoisyBatchNorm, SplitBatchNorm
 
@@ -646,3 +648,45 @@ def test_arguments_of_the_call_by_position():
     apply, folded = fold_model(Net(), variables, x, False)
     assert list(folded["params"]) == ["Dense_0"]
     np.testing.assert_allclose(apply(folded, x, False), Net().apply(variables, x, False), rtol=1e-5, atol=1e-6)
+
+
+def of_its_own(layer):
+    """A subclass that does more than its layer's call."""
+
+    class Activated(layer):
+        def __call__(self, x, *args, **options):
+            return jax.nn.relu(super().__call__(2 * x, *args, **options))
+
+    return Activated
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_subclass_with_a_call_of_its_own(library, ours):
+    x = jax.random.normal(KEY, (6, 5))
+    if library == "linen":
+        layer = of_its_own(BatchNorm if ours else nn.BatchNorm)
+        model = nn.Sequential([nn.Dense(6), layer(use_running_average=True), nn.Dense(2)])
+        args, apply, variables = (model, model.init(KEY, x)), model.apply, model.init(KEY, x)
+        kernel = variables["params"]["layers_0"]["kernel"]
+        predict, found = (
+            (lambda: model.apply(variables, x)),
+            lambda: fold_model(*args, x)[0](fold_model(*args, x)[1], x),
+        )
+    else:
+        layer = of_its_own(bnjax_nnx.BatchNorm if ours else nnx.BatchNorm)
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(nnx.Linear(5, 6, rngs=rngs), layer(6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs))
+        model.eval()
+        args, (apply, variables), kernel = (model,), bnjax_nnx.functional(model), model.layers[0].kernel[...]
+        predict, found = (lambda: model(x)), lambda: fold_model(model, x)(x)
+    assert foldable_pairs(*args, x) == []
+    np.testing.assert_array_equal(found(), predict())
+    h = np.asarray(2 * x @ kernel, np.float64)  # what the layer within the subclass gets
+    of_norm = lambda stats: next(v for v in jax.tree.leaves(stats, is_leaf=lambda v: "mean" in v))
+    exact = of_norm(reestimate_batch_stats(apply, variables, [x], bessel_correction=True))
+    np.testing.assert_allclose(exact["mean"], h.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(exact["var"], h.var(0, ddof=1), rtol=1e-4)
+    mixed = of_norm(adapt_batch_stats(apply, variables, x, prior=12)[1])
+    np.testing.assert_allclose(mixed["mean"], h.mean(0) * 6 / 18, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mixed["var"], (12 + 6 * h.var(0)) / 18, rtol=1e-4)

@@ -90,6 +90,39 @@ def test_evaluation_in_batches_counts_each_example_once():
     np.testing.assert_allclose(found.loss, each.mean(), rtol=1e-6)
 
 
+def test_weights_of_integers_are_numbers():
+    weights = np.array([1, 0, 5, 2])
+    state = training.create_train_state(Tagger(), optax.sgd(0.1), KEY, TOKENS)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    loss = losses.linen_loss(Tagger(), variables, cross_entropies)
+    by_nnx, params = losses.nnx_loss(NnxTagger(), cross_entropies)
+    layer = BatchNorm(use_running_average=False)
+    of_layer = layer.init(KEY, TOKENS)
+    for measure in (
+        lambda w: loss(state.params, TOKENS, LABELS, w),
+        lambda w: by_nnx(params, TOKENS, LABELS, w),
+        lambda w: losses.linen_batch_stats(Tagger(), variables, TOKENS, weights=w),
+        lambda w: training.train_step(state, TOKENS, LABELS, w, objective=cross_entropies)[1].loss,
+        lambda w: layer.apply(of_layer, TOKENS, mask=w, mutable=["batch_stats"]),
+        lambda w: layers_of_nnx.BatchNorm(3, rngs=nnx.Rngs(0))(TOKENS, mask=w),
+    ):
+        chex.assert_trees_all_equal(measure(weights), measure(weights.astype(np.float32)))
+
+
+def test_weights_of_parts_are_padded_with_zeros():
+    batch = training.pad_batch(training.Batch(TOKENS[:3], LABELS[:3], OF_STEPS[:3]), 4)
+    np.testing.assert_array_equal(batch.weights, np.concatenate([OF_STEPS[:3], np.zeros((1, 5))]))
+    np.testing.assert_array_equal(batch.x[3], TOKENS[0])
+
+
+@pytest.mark.parametrize("result", ["a mean", "a wrong axis"])
+def test_evaluation_needs_a_loss_for_each_example(result):
+    state = training.create_train_state(Tagger(), optax.sgd(0.1), KEY, TOKENS)
+    wrong = lambda logits, labels: cross_entropies(logits, labels).mean(None if result == "a mean" else 0)
+    with pytest.raises(ValueError, match=r"must return a loss for each example"):
+        training.evaluate_in_batches(state, TOKENS, LABELS, objective=wrong, batch_size=3)
+
+
 class Plain(nn.Module):
     @nn.compact
     def __call__(self, x, training=False):

@@ -111,8 +111,8 @@ def examine(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5
         norms = {name: norms[name] for path in settings for name in norms if name.split("[")[0] == path}
         compared = [path for path, own in settings.items() if path in norms and own.is_comparable]
         start = {paths[name]: no_moments(norms[name]["mean"]) for name in compared}
-        of_batch = jax.jit(functools.partial(add_batch_moments, apply, True, options))
-        batch_moments = of_batch(variables, start, args)
+        of_batch = jax.jit(functools.partial(add_batch_moments, apply, True, options), static_argnums=3)
+        batch_moments = of_batch(variables, start, *_calls.split_fixed(args))
         batch_moments = {name_of(path): jax.device_get(m) for path, m in batch_moments.items()}
     if not norms:
         raise ValueError(
@@ -220,11 +220,13 @@ def _settings(apply: Any, variables: Any, args: Any, options: Any) -> tuple[dict
         settings[name] = _Settings(module.epsilon, module.momentum, running, comparable)
         return call(x, **call_options)
 
-    def run(variables, *args):
-        with _calls.intercept(_calls.is_norm, note):
-            return apply(variables, *args, **options, mutable=["batch_stats"])
+    arrays, fixed = _calls.split_fixed(args)
 
-    jax.eval_shape(run, variables, *args)
+    def run(variables, arrays):
+        with _calls.intercept(_calls.is_norm, note):
+            return apply(variables, *fixed.filled(arrays), **options, mutable=["batch_stats"])
+
+    jax.eval_shape(run, variables, arrays)
     return paths, settings
 
 

@@ -182,13 +182,11 @@ def _foldable(
         modules[name] = _norm(module, x, y, options) if _calls.is_norm(module) else _linear(module)
         return y
 
-    leaves, structure = jax.tree.flatten(args)
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}  # others, such as False, are static
+    arrays, fixed = _calls.split_fixed(args)
 
     def run(variables, arrays):
-        of_call = structure.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))
         with _calls.intercept(_is_norm_or_linear, note):
-            return apply(variables, *of_call, **kwargs, mutable=["batch_stats"])[0]
+            return apply(variables, *fixed.filled(arrays), **kwargs, mutable=["batch_stats"])[0]
 
     flat: Any = flatten_dict(dict(variables))
     jaxpr = jax.make_jaxpr(run)(variables, arrays).jaxpr

@@ -74,11 +74,12 @@ def reestimate_batch_stats(
     fixed = _that_never_move(apply_fn, variables, first, options)
     means = {path: mean for path, mean in means.items() if path not in fixed}
     passes = 1 + _depth(apply_fn, variables, first, options) if exactly else 1
-    moments_of = jax.jit(functools.partial(add_batch_moments, apply_fn, exactly, options))
+    moments_of = jax.jit(functools.partial(add_batch_moments, apply_fn, exactly, options), static_argnums=3)
     for _ in range(passes):
         moments_by_path = {path: no_moments(mean) for path, mean in means.items()}
         for batch in _read(batches):
-            moments_by_path = moments_of(variables, moments_by_path, batch)
+            arrays, fixed = _calls.split_fixed(inputs_of(batch))
+            moments_by_path = moments_of(variables, moments_by_path, arrays, fixed)
         variables["batch_stats"] = _replaced(variables["batch_stats"], moments_by_path, bessel_correction)
     return nn.meta.replace_boxed(boxed_variables["batch_stats"], variables["batch_stats"])
 
@@ -93,11 +94,7 @@ def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) 
             paths.add(module.path)
         return call(x, **call_options)
 
-    def run(variables, *arguments):
-        with _calls.intercept(_calls.is_norm, note):
-            return apply_fn(variables, *arguments, **options, mutable=("batch_stats",))
-
-    jax.eval_shape(run, variables, *inputs_of(batch))
+    _traced(jax.eval_shape, apply_fn, variables, batch, options, note)
     return paths
 
 
@@ -138,17 +135,33 @@ def _read(batches: Any) -> Any:
 def _depth(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> int:
     """Returns the largest number of batch norms in a row before another."""
 
-    def run(variables, *arguments):
-        with _calls.intercept(_calls.is_norm, _calls.marked):
-            return apply_fn(variables, *arguments, **options, mutable=("batch_stats",))
+    def jaxpr_of(run, *arguments):
+        return jax.make_jaxpr(run)(*arguments).jaxpr
 
-    return _calls.depth(jax.make_jaxpr(run)(variables, *inputs_of(batch)).jaxpr)
+    return _calls.depth(_traced(jaxpr_of, apply_fn, variables, batch, options, _calls.marked))
+
+
+def _traced(trace: Any, apply_fn: Apply, variables: Any, batch: Any, options: Any, replace: Any) -> Any:
+    """Traces a call of a model whose batch norms' calls are replaced."""
+    arrays, fixed = _calls.split_fixed(inputs_of(batch))
+
+    def run(variables, arrays):
+        with _calls.intercept(_calls.is_norm, replace):
+            return apply_fn(variables, *fixed.filled(arrays), **options, mutable=("batch_stats",))
+
+    return trace(run, variables, arrays)
 
 
 def add_batch_moments(
-    apply_fn: Apply, exactly: bool, options: Any, variables: Any, moments_by_path: Any, batch: Any
+    apply_fn: Apply,
+    exactly: bool,
+    options: Any,
+    variables: Any,
+    moments_by_path: Any,
+    arrays: list[Any],
+    fixed: _calls.Fixed,
 ) -> Any:
-    """Merges moments of the batch norms' inputs so far (by path) with those of a batch.
+    """Merges moments of the batch norms' inputs so far (by path) with those of a batch, as `split_fixed` splits it.
 
     The moments are a variable of each batch norm in 'batch_stats', so that Flax's transforms treat them as statistics.
     """
@@ -163,7 +176,7 @@ def add_batch_moments(
     places = unflatten_dict(flat | {(*path, _DATA_MOMENTS): m for path, m in moments_by_path.items()})
     with _calls.intercept(_calls.is_norm, look):
         with_moments = {**variables, "batch_stats": places}
-        _, updates = apply_fn(with_moments, *inputs_of(batch), **options, mutable=("batch_stats",))
+        _, updates = apply_fn(with_moments, *fixed.filled(arrays), **options, mutable=("batch_stats",))
     flat = flatten_dict(dict(updates["batch_stats"]))
     return {path: flat[*path, _DATA_MOMENTS] for path in moments_by_path}
 

@@ -161,7 +161,8 @@ def train_step(
       axis_name: mapped axis or axes whose members train on one batch together; static.
       accumulate_steps: number k of micro-batches, of the examples j, j + k, j + 2k, …, whose gradients are accumulated
         in a scan; the running statistics move once, by the merged moments of all (which needs layers of ours whose
-        moments merge: not `LpBatchNorm` and `GhostBatchNorm`), and what else the model changes with each; static.
+        moments merge: not `LpBatchNorm`, `GhostBatchNorm` and `NoisyBatchNorm`), and what else the model changes with
+        each; static.
       rngs: random keys by name for what the model draws, such as 'dropout', or the 'noise' of `NoisyBatchNorm`; the
         same for all members. Each member and each micro-batch has draws of its own, but for 'noise'.
 
@@ -170,7 +171,8 @@ def train_step(
 
     Raises:
       ValueError: if `accumulate_steps` is not positive or does not divide the batch; for weights whose dimensions are
-        not the first of the losses, or with which a model has batch norms but its call no `mask`.
+        not the first of the losses, or with which a model has batch norms but its call no `mask`; with
+        `accumulate_steps`, for statistics that a loop carries or that one branch of a condition moves.
     """
     check_accumulate_steps(accumulate_steps)
     x, y = jax.tree.map(jnp.asarray, (x, y))
@@ -244,8 +246,16 @@ def _accumulate(
 
     def micro_step(carry, numbered):
         (sums, collections), (micro_batch, number) = carry, numbered
-        with _calls.intercept(_calls.is_norm, _keep_moments):
-            more, updates = sums_of(micro_batch, fold_in_rngs(rngs, number), collections)
+        try:
+            with _calls.intercept(_calls.is_norm, _keep_moments):
+                more, updates = sums_of(micro_batch, fold_in_rngs(rngs, number), collections)
+        except TypeError as error:
+            if "structure" not in str(error):
+                raise
+            raise ValueError(
+                "accumulate_steps keeps the moments of each call of a batch norm beside its statistics, which it "
+                "cannot where a loop carries the statistics, or only one branch of a condition has the batch norm."
+            ) from error
         flat = flatten_dict(updates)
         kept = {path: flat.pop(path) for path in list(flat) if path[-1] == MOMENTS_OF_CALLS}
         return (jax.tree.map(jnp.add, sums, more), unflatten_dict(flat)), kept
