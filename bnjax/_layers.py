@@ -77,8 +77,10 @@ class Declaration(NamedTuple):
     needs_key: bool = False
 
 
-def limits_after_warmup(steps: Any, warmup_steps: Any, r_max: Any, d_max: Any) -> dict[str, jax.Array]:
+def limits_after_warmup(training: bool, steps: Any, warmup_steps: Any, r_max: Any, d_max: Any) -> dict[str, Any]:
     """Returns the limits of batch renorm after a number of steps: those of plain batch norm before the warm-up ends."""
+    if not training:  # inference takes no limits, and should compute nothing of them
+        return {"r_max": r_max, "d_max": d_max}
     is_warm = steps >= warmup_steps
     r_max, d_max = (jnp.asarray(limit, jnp.float32) for limit in (r_max, d_max))
     return {"r_max": jnp.where(is_warm, r_max, 1.0), "d_max": jnp.where(is_warm, d_max, 0.0)}

@@ -29,6 +29,7 @@ from bnjax._sync import (
     Groups,
     Moments,
     explicitly_sharded,
+    group_size,
     is_mesh_axis,
     is_split_by_xla,
     match_explicit_sharding,
@@ -101,7 +102,27 @@ def moments(
     weights = _checks.sample_weights(mask, x.shape, axes)
     groups = _checks.check_axis_name(axis_name, axis_index_groups)
     m = checked_moments(x, weights, axes, axis_name, groups)
-    return m._replace(remainder=vary_like(jnp.zeros_like(m.count), m.count))  # of the type that a loop of merges keeps
+    count, remainder = _exact_count(m.count, weights, x.shape, axes, axis_name, groups)
+    return m._replace(count=count, remainder=vary_like(remainder, count))  # of the type that a loop of merges keeps
+
+
+def _exact_count(
+    count: Array,
+    weights: Array | None,
+    shape: Shape,
+    axes: tuple[int, ...],
+    axis_name: AxisName | None,
+    groups: Groups | None,
+) -> tuple[Array, Array]:
+    """Returns a count and what it lacks by its rounding, where elements are counted that float32 could not count."""
+    size = _reduced_size(shape, axes) * (1 if axis_name is None else group_size(axis_name, groups))
+    is_float = weights is not None and weights.dtype != bool  # whose sum is as exact as any
+    if is_float or count.dtype != jnp.float32 or not isinstance(size, int) or not 2**24 < size < 2**31 - 2**8:
+        return count, jnp.zeros_like(count)
+    ones = jnp.ones((1,) * len(shape), jnp.int32) if weights is None else weights.astype(jnp.int32)
+    exact = vary_like(psum(_count(ones, shape, axes), axis_name, groups), count)
+    rounded = exact.astype(count.dtype)
+    return rounded, (exact - rounded.astype(jnp.int32)).astype(count.dtype)
 
 
 def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:

@@ -227,9 +227,24 @@ def average_moments(parts: Moments, axis_name: AxisName | None, groups: Groups |
       axis_name: mapped axis over whose members the averages are taken too.
       groups: groups of indices of that axis, each of which averages by itself.
     """
-    sums = jnp.stack([parts.count * parts.mean, parts.count * parts.var, parts.count]).sum(1)
-    mean, var, count = psum(sums, axis_name, groups)
-    return Moments(mean / nonzero(count), var / nonzero(count), count)
+    local = _average(parts)
+    if axis_name is None:
+        return local
+    size = group_size(axis_name, groups)
+    if is_mesh_axis(axis_name) and size <= _MOST_EXCHANGED:
+        exchanged = placed(local._replace(remainder=()), index_in_group(axis_name, groups), size)
+        return _average(psum(exchanged, axis_name, groups))
+    count = psum(local.count, axis_name, groups)
+    share = local.count / nonzero(count)
+    mean, var = psum((share * local.mean, share * local.var), axis_name, groups)
+    return Moments(mean, var, count)
+
+
+def _average(parts: Moments) -> Moments:
+    """Averages moments along their first axis, by shares, as products with huge counts could overflow."""
+    count = parts.count.sum(0, keepdims=True)
+    share = parts.count / nonzero(count)
+    return Moments((share * parts.mean).sum(0), (share * parts.var).sum(0), count.squeeze(0))
 
 
 def with_counts_of_features(m: Moments) -> Moments:

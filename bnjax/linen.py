@@ -80,7 +80,7 @@ class _Normalizer(nn.BatchNorm):
             axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
             dtype=dtype,
             key=None if use_running_average else self._key(),
-            **self._own_options(),
+            **self._own_options(not use_running_average),
             **call_options,
         )
         if m is not None and not self.is_initializing():
@@ -93,7 +93,7 @@ class _Normalizer(nn.BatchNorm):
         return y
 
     @nn.nowrap
-    def _own_options(self) -> dict[str, Any]:
+    def _own_options(self, training: bool) -> dict[str, Any]:
         """Returns options of the layer's function that are not its attributes as they are."""
         return {}
 
@@ -249,7 +249,7 @@ class BatchRenorm(_Normalizer):
     warmup_steps: Any = None
 
     @nn.nowrap
-    def _own_options(self):
+    def _own_options(self, training):
         limits = {name: getattr(self, name) for name in _LIMITS}
         if self.warmup_steps is None:
             return {name: _LIMITS[name] if limit is None else limit for name, limit in limits.items()}
@@ -258,7 +258,7 @@ class BatchRenorm(_Normalizer):
             kept = self.variable("batch_stats", name, lambda start=start: jnp.asarray(start, jnp.float32))
             limits[name] = kept.value if limit is None else limit
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        return _layers.limits_after_warmup(steps.value, self.warmup_steps, **limits)
+        return _layers.limits_after_warmup(training, steps.value, self.warmup_steps, **limits)
 
     @nn.nowrap
     def _count_step(self):

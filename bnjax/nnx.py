@@ -99,7 +99,7 @@ class _Normalizer(nnx.BatchNorm):
             axis_index_groups=self.axis_index_groups,
             dtype=dtype,
             key=None if use_running_average else self._key(),
-            **self._own_options(),
+            **self._own_options(not use_running_average),
             **call_options,
         )
         if m is not None and self.keeps_moments:
@@ -114,7 +114,7 @@ class _Normalizer(nnx.BatchNorm):
             self._count_step()
         return y
 
-    def _own_options(self) -> dict[str, Any]:
+    def _own_options(self, training: bool) -> dict[str, Any]:
         """Returns options of the layer's function that are not its attributes as they are."""
         return {}
 
@@ -257,10 +257,11 @@ class BatchRenorm(BatchNorm):
             self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
             self.r_max, self.d_max = (nnx.BatchStat(jnp.asarray(limit, jnp.float32)) for limit in (r_max, d_max))
 
-    def _own_options(self):
+    def _own_options(self, training):
         if self.warmup_steps is None:
             return {}
-        return _layers.limits_after_warmup(self.steps[...], self.warmup_steps, self.r_max[...], self.d_max[...])
+        limits = {"r_max": self.r_max[...], "d_max": self.d_max[...]}
+        return _layers.limits_after_warmup(training, self.steps[...], self.warmup_steps, **limits)
 
     def _count_step(self):
         if self.warmup_steps is not None:

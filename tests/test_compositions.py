@@ -1,5 +1,6 @@
 """Every function and layer in everything that JAX does with functions: each cell is right."""
 
+import functools
 import os
 import re
 import subprocess
@@ -17,7 +18,16 @@ from jax.sharding import AxisType, NamedSharding
 from jaxprs import operations
 
 import bnjax
-from bnjax.linen import BatchNorm
+from bnjax import variants
+from bnjax.linen import (
+    BatchNorm,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
+    LpBatchNorm,
+    MovingBatchNorm,
+    NoisyBatchNorm,
+)
 
 
 def cells():
@@ -57,22 +67,37 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 import numpy as np
-from compositions import P, SHAPE, mesh_of
+from compositions import P, mesh_of
 from jax.sharding import AxisType, NamedSharding
 import bnjax
 params, stats = bnjax.init_batch_norm(4)
-x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-x[:2] += 1000  # one member of the manual axis: mean over deviation is 1000, while the others' is 0
+rng = np.random.default_rng(0)
 mesh = mesh_of(AxisType.Auto)
-for spec in (P("data", None, None, "model"), P(("data", "model")), P("data", "model")):
-    for axis_name in ("data", None):
-        for mask in (None, np.arange(4)[None, :, None, None] > np.arange(8)[:, None, None, None] % 3):
-            def normalize(x):
-                masks = {} if mask is None else {"mask": mask[:2]}
-                return bnjax.batch_norm(x, params, stats, training=True, axis_name=axis_name, **masks)[0]
-            mapped = jax.shard_map(normalize, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
-            y = jax.device_get(jax.jit(mapped)(jax.device_put(x, NamedSharding(mesh, spec))))
-            assert np.isfinite(y).all()
+
+def check(x, mask, spec, axis_name):
+    def normalize(x, mask):
+        return bnjax.batch_norm(x, params, stats, training=True, axis_name=axis_name, mask=mask)[0]
+    specs = (P("data"), None if mask is None else P("data"))
+    mapped = jax.shard_map(normalize, mesh=mesh, in_specs=specs, out_specs=P("data"), axis_names={"data"})
+    y = jax.device_get(jax.jit(mapped)(jax.device_put(x, NamedSharding(mesh, spec)), mask))
+    members = np.split(np.arange(len(x)), 1 if axis_name else mesh.shape["data"])
+    for member in members:
+        wide = x[member].astype(np.float64)
+        seen = np.broadcast_to(True if mask is None else mask[member], wide.shape)
+        kept = wide[seen].reshape((-1, 4))
+        expected = (wide - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5)
+        np.testing.assert_allclose(y[member][seen], expected[seen], rtol=1e-3, atol=1e-3)
+
+for shape in ((8, 4, 4, 4), (16, 16, 16, 4)):
+    x = rng.normal(size=shape).astype(np.float32)
+    x[: shape[0] // 4] += 1000  # one member of the manual axis: mean over deviation is 1000, while the others' is 0
+    # A mask that hides, from that member alone, all sampled elements of a large batch: it alone must read twice.
+    mask = np.ones((*shape[:3], 1), bool)
+    mask[: shape[0] // 4, 1:] = False
+    for spec in (P("data", None, None, "model"), P(("data", "model")), P("data", "model")):
+        for axis_name in ("data", None):
+            for given in (None, mask):
+                check(x, given, spec, axis_name)
 print("done")
 """
 
@@ -143,7 +168,17 @@ def test_inference_holds_no_primitive_that_flaxs_does_not():
         jaxpr = jax.make_jaxpr(lambda x: module.apply(variables, x))(X).jaxpr
         return {operation.primitive.name for operation in operations(jaxpr)}
 
-    assert of(BatchNorm) <= of(nn.BatchNorm)
+    for layer in (
+        BatchNorm,
+        BatchRenorm,
+        functools.partial(BatchRenorm, warmup_steps=3),
+        functools.partial(LpBatchNorm, p=1),
+        functools.partial(GhostBatchNorm, ghost_size=2),
+        MovingBatchNorm,
+        NoisyBatchNorm,
+    ):
+        assert of(layer) <= of(nn.BatchNorm), layer
+    assert of(FrozenBatchNorm) <= of(nn.BatchNorm) | {"stop_gradient"}  # no derivative goes to its parameters, ever
 
 
 # --- masks and weights ------------------------------------------------------------------------------------------------
@@ -210,11 +245,31 @@ def test_weights_of_any_size(size):
     np.testing.assert_allclose(m.count, w.sum(), rtol=1e-6)
     gradient = jax.grad(lambda x: bnjax.moments(x, mask=jnp.asarray(weights)).mean.sum())(jnp.asarray(x))
     np.testing.assert_allclose(gradient, np.broadcast_to(w / w.sum(), x.shape), rtol=1e-5)
-
-
-def test_a_weight_that_is_not_a_number_is_loud():
     params, stats = bnjax.init_batch_norm(3)
-    normalize = jax.jit(lambda x, mask: bnjax.batch_norm(x, params, stats, training=True, mask=mask))
+    options = {"training": True, "momentum": 0.0, "ghost_size": 16}
+    averaged = variants.ghost_batch_norm(x, params, stats, mask=weights, **options)[1]
+    np.testing.assert_allclose(averaged["mean"], mean, rtol=1e-6)
+    over_members = jax.vmap(
+        lambda x, w: variants.ghost_batch_norm(x, params, stats, mask=w, axis_name="i", **options)[1], axis_name="i"
+    )(x.reshape((2, 32, 3)), weights.reshape((2, 32)))
+    np.testing.assert_allclose(over_members["mean"][0], mean, rtol=1e-6)
+    np.testing.assert_allclose(over_members["var"][0], averaged["var"], rtol=1e-5)
+
+
+LOUD = {
+    "plain": bnjax.batch_norm,
+    "renorm": variants.batch_renorm,
+    "moving": variants.moving_batch_norm,
+    "lp": functools.partial(variants.lp_batch_norm, p=1),
+    "ghost": functools.partial(variants.ghost_batch_norm, ghost_size=4),
+    "noisy": functools.partial(variants.noisy_batch_norm, key=jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_a_weight_that_is_not_a_number_is_loud(name):
+    params, stats = bnjax.init_batch_norm(3)
+    normalize = jax.jit(lambda x, mask: LOUD[name](x, params, stats, training=True, mask=mask))
     y, moved = normalize(np.ones((4, 3), np.float32), np.array([1, np.nan, 1, 1], np.float32))
     assert np.isnan(y).all()
     np.testing.assert_array_equal(moved["mean"], stats["mean"])

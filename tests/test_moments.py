@@ -219,6 +219,17 @@ def test_counts_beyond_the_integers_of_float32(masked):
     assert int(both.count) + int(both.remainder) == 2 * (2**24 + 1001)
 
 
+def test_a_count_of_many_elements_is_exact():
+    count = 2**24 + 3
+    x = jnp.zeros((count, 1), jnp.float16)
+    mask = jnp.arange(count) != 5
+    for m, expected in ((moments(x), count), (moments(x, mask=mask), count - 1)):
+        assert m.count == np.float32(expected)
+        assert int(m.count) + int(m.remainder) == expected
+    members = jax.eval_shape(jax.vmap(lambda x: moments(x, axis_name="i"), axis_name="i"), x.reshape((1, -1, 1)))
+    assert members.remainder.shape == members.count.shape
+
+
 @pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e15, 3e18, 1.5e19])
 def test_the_variance_is_right_wherever_float32_can_hold_it(scale):
     x = np.random.default_rng(0).uniform(-1, 1, (1000, 2)) * scale

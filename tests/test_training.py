@@ -194,6 +194,12 @@ def test_batch_norm_parameters_by_path_and_as_a_mask():
     assert training.batch_norm_mask(variables) == expected
     with pytest.raises(TypeError, match="must be the variables of a linen model"):
         training.batch_norm_parameters(model)
+    with pytest.raises(ValueError, match="must hold the collection 'batch_stats', by which batch norms are known"):
+        training.batch_norm_mask({"params": variables["params"]})
+    # A user's layer with running statistics and a kernel is none.
+    own = {"params": {"whiten": {"kernel": 0, "scale": 0}}, "batch_stats": {"whiten": {"mean": 0, "var": 0}}}
+    assert training.batch_norm_mask(own) == {"whiten": {"kernel": False, "scale": True}}
+    assert training.batch_norm_mask({"batch_stats": {"mean": 0, "var": 0}}) == {}
 
 
 def test_weight_decay_without_batch_norms_in_linen_and_nnx():

@@ -21,6 +21,7 @@ def batch_norm_parameters(model: Any) -> list[tuple[Any, ...]]:
       Paths into `variables['params']`, or into `nnx.state(model, nnx.Param)`.
 
     Raises:
+      ValueError: for variables without 'batch_stats'.
       TypeError: for something else.
 
     >>> from bnjax.linen import BatchNorm
@@ -32,9 +33,14 @@ def batch_norm_parameters(model: Any) -> list[tuple[Any, ...]]:
         norms = [path for path, module in _compat.iter_modules(model) if statistics_of(module) is not None]
         params = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     elif isinstance(model, Mapping):
+        if "batch_stats" not in model:
+            raise ValueError(
+                "model must hold the collection 'batch_stats', by which batch norms are known, got the collections "
+                f"{sorted(model)}. Add an empty one for a model without batch norms."
+            )
         stats, flat = (flatten_dict(dict(model.get(name, {}))) for name in ("batch_stats", "params"))
         norms = [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
-        params = list(flat)
+        params = [path for path in flat if path[-1] in ("scale", "bias")]
     else:
         raise TypeError(
             f"model must be the variables of a linen model (params and batch_stats), or an nnx model, got "
@@ -63,7 +69,7 @@ def batch_norm_mask(model: Any) -> Any:
     """
     paths = set(batch_norm_parameters(model))
     is_nnx = isinstance(model, nnx.Module)
-    params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param)) if is_nnx else model["params"]
+    params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param)) if is_nnx else model.get("params", {})
 
     def is_of_batch_norm(path: Any, _: Any) -> bool:
         names = tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)

@@ -62,4 +62,6 @@ def moving_batch_norm_of(call: Call) -> Result:
     m = call.moments()
     batch_stats = call.moved(m)
     mean, var = (jnp.asarray(batch_stats[name]).astype(m.mean.dtype) for name in ("mean", "var"))
+    if call.weights is not None:
+        mean = jnp.where(jnp.isnan(m.count), m.mean, mean)  # the statistics stay, but a NaN weight is loud
     return call.output(*call.of_each_member(mean, var)), batch_stats, m
