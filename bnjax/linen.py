@@ -111,10 +111,10 @@ class BatchNorm(_Normalizer):
     """`flax.linen.BatchNorm` computed by `bnjax.batch_norm`, with the same arguments, variables and names.
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
-    and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
-    batch leaves the running statistics alone, and these keep their dtype (for complex inputs the mean is complex from
-    the start). Where the collection 'moments' is mutable, the batch's `Moments` are sown into it as 'batch' and the
-    running statistics stay.
+    and changes nothing), masks may be real sample weights and have the first dimensions of the input where they have
+    fewer (`[batch]`), devices' moments are merged by their counts, a fully masked batch leaves the running statistics
+    alone, and these keep their dtype (for complex inputs the mean is complex from the start). Where the collection
+    'moments' is mutable, the batch's `Moments` are sown into it as 'batch' and the running statistics stay.
 
     Attributes:
       use_running_average: whether to normalize by the running statistics and leave them as they are.

@@ -130,8 +130,9 @@ class BatchNorm(_Normalizer):
     """`flax.nnx.BatchNorm` computed by `bnjax.batch_norm`, with the same constructor, variables and names.
 
     Differences: the variance is numerically robust whether `use_fast_variance` is set or not (the argument is accepted
-    and changes nothing), masks may be real sample weights, devices' moments are merged by their counts, a fully masked
-    batch leaves the running statistics alone, and inputs are not rounded to `dtype` before use (a user's own
+    and changes nothing), masks may be real sample weights and have the first dimensions of the input where they have
+    fewer (`[batch]`), devices' moments are merged by their counts, a fully masked batch leaves the running statistics
+    alone, and inputs are not rounded to `dtype` before use (a user's own
     `promote_dtype` is applied to input, scale and bias as in Flax). For complex inputs the mean becomes complex.
 
     Args:

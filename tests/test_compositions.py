@@ -114,40 +114,57 @@ def test_nothing_waits_forever_where_members_of_a_manual_axis_differ():
     assert run.stdout.strip() == "done", run.stderr[-2000:]
 
 
-def programs(layer, spec, manual):
+def programs(layer, spec, manual=False, masked=False, kind=AxisType.Auto, x=X):
     """The compiled forward pass, and that with the gradient, of a layer on a mesh."""
-    mesh = mesh_of(AxisType.Auto)
-    x = jax.device_put(X, NamedSharding(mesh, spec))
-    variables = layer.init(jax.random.key(0), X)
+    mesh = mesh_of(kind)
+    variables = layer.init(jax.random.key(0), x)
+    masks = np.arange(len(x))[:, None, None, None] % 3 > 0 if masked else None
+    masks = jax.device_put(masks, NamedSharding(mesh, P(*spec[:1])))
+    x = jax.device_put(x, NamedSharding(mesh, spec))
 
-    def forward(variables, x):
-        return layer.apply(variables, x, mutable=["batch_stats"])
+    def forward(variables, x, mask):
+        return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
 
     if manual:
-        forward = jax.shard_map(
-            forward, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P()), axis_names={"data"}
-        )
+        specs = (P(), P("data"), P("data") if masked else None)
+        forward = jax.shard_map(forward, mesh=mesh, in_specs=specs, out_specs=(P("data"), P()), axis_names={"data"})
 
-    def loss(variables, x):
-        y, updates = forward(variables, x)
+    def loss(variables, x, mask):
+        y, updates = forward(variables, x, mask)
         return (y**3).sum(), updates
 
     both = jax.value_and_grad(loss, (0, 1), has_aux=True)
-    return [jax.jit(f).lower(variables, x).compile().as_text() for f in (forward, both)]
+    with jax.set_mesh(mesh):
+        return [jax.jit(f).lower(variables, x, masks).compile().as_text() for f in (forward, both)]
 
 
 @pytest.mark.parametrize(
-    ("name", "manual"),
+    ("name", "manual", "masked"),
     [
-        *((name, False) for name in SPLITS),
-        *(pytest.param(name, True, marks=pytest.mark.exhaustive) for name in SPLITS if name.startswith("batch and")),
+        *((name, False, False) for name in SPLITS),
+        ("batch and features", False, True),
+        *(
+            pytest.param(name, manual, masked, marks=pytest.mark.exhaustive)
+            for name in SPLITS
+            for manual, masked in ((False, True), (True, False), (True, True))
+            if not manual or name.startswith("batch and")
+        ),
     ],
 )
-def test_no_more_collectives_than_flax_and_none_under_a_condition(name, manual):
+def test_no_more_collectives_than_flax_and_none_under_a_condition(name, manual, masked):
     options = {"use_running_average": False, "axis_name": "data" if manual else None}
-    ours, flax = (programs(layer(**options), SPLITS[name], manual) for layer in (BatchNorm, nn.BatchNorm))
+    ours, flax = (programs(layer(**options), SPLITS[name], manual, masked) for layer in (BatchNorm, nn.BatchNorm))
     for a, b in zip(ours, flax, strict=True):
         assert " while(" not in a and " conditional(" not in a
+        counts = [Counter(re.findall(COLLECTIVES, text)) for text in (a, b)]
+        assert counts[0] <= counts[1], counts
+
+
+def test_no_more_collectives_than_flax_where_a_width_is_split_explicitly():
+    x, spec = np.ones((16, 8, 8, 4), np.float32), P(None, None, "data", None)
+    ours = programs(BatchNorm(use_running_average=False), spec, kind=AxisType.Explicit, x=x)
+    flax = programs(nn.BatchNorm(use_running_average=False), spec, x=x)
+    for a, b in zip(ours, flax, strict=True):
         counts = [Counter(re.findall(COLLECTIVES, text)) for text in (a, b)]
         assert counts[0] <= counts[1], counts
 

@@ -240,6 +240,8 @@ def adapt_batch_stats(
 
         mean = (N · running mean + n · batch mean) / (N + n)        var likewise
 
+    A batch norm that is called twice mixes twice.
+
     Args:
       apply_fn: function such as `model.apply`, of a linen model with batch norms of Flax or ours; of an nnx model the
         function that `bnjax.nnx.functional(model)` returns with the variables.
