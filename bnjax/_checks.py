@@ -160,10 +160,12 @@ def check_params(params: Any, feature_shape: Shape, axes: tuple[int, ...]) -> No
         )
     unknown = sorted(set(params) - {"scale", "bias"}, key=str)
     if unknown:
-        raise ValueError(
-            f"params must hold no other keys than 'scale' and 'bias', got {unknown}. "
-            "Rename or remove them (other libraries call them gamma and beta, or weight and bias)."
-        )
+        fix = "Rename or remove them (other libraries call them gamma and beta, or weight and bias)."
+        if {"mean", "var"} <= set(unknown):
+            fix = "These are running statistics: they follow as batch_stats."
+        elif "params" in unknown:
+            fix = "These are a model's collections: pass variables['params'], or the part of the layer in it."
+        raise ValueError(f"params must hold no other keys than 'scale' and 'bias', got {unknown}. {fix}")
     _check_shapes("params", params, feature_shape, axes)
 
 
@@ -209,9 +211,13 @@ def check_training(training: Any) -> None:
         )
 
 
+FINITE = float(np.finfo(np.float64).max)
+
+
 def check_in_range(name: str, value: Any, low: int | float, high: int | float, fix: str = "") -> None:
     """Raises unless `value` is a real scalar in [low, high]; if it is traced, only shape and dtype are checked."""
-    expected = f"in [{low}, {high}]" if high < np.inf else f"of at least {low}"
+    expected = f"in [{low}, {high}]" if high < FINITE else f"of at least {low}"
+    expected = f"finite and {expected}" if high == FINITE else expected
     if not fix:
         fix = "It weighs the old value: 1 minus PyTorch's." if name == "momentum" else "Pass a small one such as 1e-5."
     array = isinstance(value, jax.Array | np.ndarray | np.generic)

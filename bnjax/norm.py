@@ -69,7 +69,7 @@ def init_batch_norm(
     [1. 1.] [0. 0.] [0. 0.] [1. 1.]
     """
     shape = num_features if isinstance(num_features, tuple) else (num_features,)
-    if not all(isinstance(size, int | np.integer) and size >= 0 for size in shape):
+    if not all(type(size) is int or isinstance(size, np.integer) for size in shape) or min(shape, default=0) < 0:
         raise ValueError(
             f"num_features must be a non-negative int or a tuple of them, got {num_features!r}. Pass x.shape[-1]."
         )
@@ -197,7 +197,7 @@ def check_call(
     _checks.check_params(params, features, axes)
     _checks.check_batch_stats(batch_stats, features, axes)
     _checks.check_training(training)
-    _checks.check_in_range("epsilon", epsilon, 0, float("inf"))
+    _checks.check_in_range("epsilon", epsilon, 0, _checks.FINITE)
     _checks.check_in_range("momentum", momentum, 0, 1)
     if dtype is not None:
         _checks.check_dtype(dtype, or_complex=or_complex)

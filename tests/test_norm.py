@@ -43,6 +43,8 @@ def test_initial_values_and_dtypes():
     chex.assert_type(jax.tree.leaves(stats), jnp.float32)
     with pytest.raises(ValueError, match="num_features"):
         init_batch_norm(-1)
+    with pytest.raises(ValueError, match="num_features"):
+        init_batch_norm(True)
     with pytest.raises(TypeError, match="dtype"):
         init_batch_norm(1, dtype=jnp.int32)
 
@@ -635,6 +637,13 @@ BAD = {
     "negative epsilon": ({"epsilon": -1e-5}, ValueError, r"epsilon.*at least 0.*-1e-05"),
     "vector epsilon": ({"epsilon": np.ones(3)}, TypeError, r"epsilon must be a real scalar"),
     "concrete negative epsilon": ({"epsilon": jnp.float32(-1)}, ValueError, r"epsilon.*at least 0.*-1.0"),
+    "infinite epsilon": (
+        {"epsilon": np.inf},
+        ValueError,
+        r"epsilon must be a real scalar finite and of at least 0.*inf",
+    ),
+    "statistics as params": ({"params": {"mean": jnp.ones(3), "var": jnp.ones(3)}}, ValueError, r"running statistics"),
+    "variables as params": ({"params": {"params": {}}}, ValueError, r"collections: pass variables\['params'\]"),
     "concrete momentum": ({"momentum": jnp.float32(1.5)}, ValueError, r"momentum.*\[0, 1\].*1.5"),
     "no momentum": ({"momentum": None}, TypeError, r"momentum must be a real scalar.*None"),
     "momentum at inference": ({"momentum": 7, "training": False}, ValueError, r"momentum.*\[0, 1\].*7"),

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.core import freeze
 from versions import List
 
 import bnjax.nnx
@@ -182,6 +183,20 @@ class Normalized(nnx.Module):
 
     def __call__(self, x):
         return self.norm(self.layer_norm(self.layers[1](self.layers[0](x))))
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_frozen_collections_stay_so(accumulate_steps):
+    x, y = jnp.ones((4, 2)), jnp.array([0, 1, 0, 1])
+    state = training.create_train_state(Perceptron((4,), 2, BatchNorm, "before"), optax.sgd(0.1), jax.random.key(0), x)
+    state = state.replace(batch_stats=freeze(state.batch_stats))
+
+    def step(state, _):
+        options = {"objective": training.cross_entropy, "accumulate_steps": accumulate_steps}
+        return training.train_step(state, x, y, **options)
+
+    after = jax.lax.scan(step, state, None, length=2)[0]
+    chex.assert_trees_all_equal_structs(after, state)
 
 
 def test_batch_norm_parameters_by_path_and_as_a_mask():

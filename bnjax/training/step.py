@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
@@ -192,6 +193,8 @@ def train_step(
     total = jnp.where(sums.weight > 0, sums.weight, 1)
     grads = jax.tree.map(lambda g: g * (expected / total).astype(g.dtype), sums.grads)
     metrics = jax.tree.map(lambda m: m / total, sums.metrics)
+    for name, value in updates.items():  # of the type before, as a loop of steps needs
+        updates[name] = freeze(value) if isinstance(state.variables.get(name), FrozenDict) else value
     batch_stats = updates.pop("batch_stats")
     others = {**state.others, **updates} if updates else state.others
     return state.apply_gradients(grads=grads, batch_stats=batch_stats, others=others), metrics
