@@ -280,7 +280,7 @@ def _intercept(model: nnx.Module) -> None:
 
 def is_of_library(definition: Any) -> bool:
     """Returns whether a class or a function is defined by Flax or by this package."""
-    return definition.__module__.partition(".")[0] in ("flax", "bnjax")
+    return (definition.__module__ or "").partition(".")[0] in ("flax", "bnjax")
 
 
 @functools.cache  # JAX never forgets the class of a tree
