@@ -185,3 +185,20 @@ def test_the_provisional_mean_is_that_of_some_hundred_elements(shape, axis):
 def test_only_a_mask_over_more_than_the_sample_may_need_a_second_read(n, again):
     found = program((n, 3), -1, jax.ShapeDtypeStruct((n,), bool))
     assert any(e.primitive.name == "cond" for e in found) is again
+
+
+def test_no_derivative_is_computed_by_what_is_held_fixed():
+    params, stats = init_batch_norm(3)
+    x = jnp.ones((8, 3))
+
+    def products(f, *arguments):
+        found = operations(jax.make_jaxpr(f)(*arguments).jaxpr)
+        return sum(o.primitive.name == "mul" and o.outvars[0].aval.shape == x.shape for o in found)
+
+    def by_bias(bias):
+        return batch_norm(x, {**params, "bias": bias}, stats, training=True)[0]
+
+    def derivative(bias, tangent):
+        return jax.jvp(by_bias, (bias,), (tangent,))[1]
+
+    assert products(derivative, params["bias"], params["bias"]) == products(by_bias, params["bias"]) > 0

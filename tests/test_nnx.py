@@ -161,3 +161,12 @@ def test_errors_name_the_argument():
 def test_both_layers_are_flax_layers():
     assert issubclass(BatchNorm, nnx.BatchNorm)
     assert issubclass(bnjax.linen.BatchNorm, nn.BatchNorm)
+
+
+def test_the_dtype_of_the_statistics_is_that_of_their_own_but_for_complex_inputs(x64):
+    layer = BatchNorm(3, rngs=nnx.Rngs(0))
+    layer(jnp.ones((4, 3), jnp.float64))
+    assert layer.mean[...].dtype == layer.var[...].dtype == jnp.float32
+    layer.eval()
+    layer(jnp.ones((4, 3), jnp.complex64))
+    assert layer.mean[...].dtype == jnp.complex64 and layer.var[...].dtype == jnp.float32

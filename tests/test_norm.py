@@ -41,6 +41,8 @@ def test_initial_values_and_dtypes():
     params, stats = init_batch_norm((2, 4), use_bias=False, dtype=jnp.bfloat16)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, {"scale": jnp.ones((2, 4), jnp.bfloat16)})
     chex.assert_type(jax.tree.leaves(stats), jnp.float32)
+    assert init_batch_norm((0, 3))[0]["scale"].shape == (0, 3)
+    assert init_batch_norm(())[1]["mean"].shape == ()
     with pytest.raises(ValueError, match="num_features"):
         init_batch_norm(-1)
     with pytest.raises(ValueError, match="num_features"):

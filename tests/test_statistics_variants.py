@@ -13,6 +13,7 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxprs import operations
 
 import bnjax.linen
 import bnjax.nnx
@@ -390,3 +391,38 @@ def test_nnx_layers_of_the_other_variants():
     np.testing.assert_allclose(l_2, (x - x.mean(0)[None]) / jnp.sqrt((x**2).mean(0) + 1e-5)[None], rtol=1e-5, atol=1e-6)
     renorm = bnjax.nnx.BatchRenorm(3, r_max=1.0, d_max=0.0, rngs=rngs)
     np.testing.assert_allclose(renorm(x), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_common_to_all_examples_of_ghost_batches():
+    x, params, stats = example((8, 5, 3), jnp.float32)
+    mask = jnp.arange(5)[None, :, None] < 3
+    options = {"training": True, "ghost_size": 4}
+    found = ghost(x, params, stats, mask=mask, **options)
+    expected = ghost(x, params, stats, mask=jnp.broadcast_to(mask, (8, 5, 1)), **options)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+def test_ghost_batches_that_come_out_even_leave_no_rest():
+    x, params, stats = example((8, 3), jnp.float32)
+    call = lambda x: ghost_batch_norm(x, params, stats, training=True, ghost_size=4)
+    jaxpr = jax.make_jaxpr(call)(x).jaxpr
+    assert all(v.aval.size for o in operations(jaxpr) for v in o.outvars)
+
+
+@pytest.mark.parametrize("number", [0, True, 2.0, -1])
+def test_a_bad_number_of_kinds_is_a_clear_error(number):
+    with pytest.raises((ValueError, TypeError), match="num_splits"):
+        init_split_batch_norm(3, number)
+
+
+def test_one_kind_is_batch_norm_and_a_traced_kind_beyond_the_last_is_the_last():
+    x, params, stats = example((8, 3), jnp.float32)
+    one = jax.tree.map(lambda v: v[None], stats)
+    y, moved = split(x, params, one, split=0, training=True)
+    expected, after = batch(x, params, stats, training=True)
+    chex.assert_trees_all_close((y, {n: v[0] for n, v in moved.items()}), (expected, dict(after)), rtol=1e-6)
+    assert init_split_batch_norm(3, 1)[1]["mean"].shape == (1, 3)
+    two = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), stats)
+    for kinds in (jnp.int32(7), jnp.full(8, 7, jnp.int32)):
+        found = split(x, params, two, split=kinds, training=True)
+        chex.assert_trees_all_close(found, split(x, params, two, split=jnp.ones_like(kinds), training=True), rtol=1e-6)
