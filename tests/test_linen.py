@@ -224,7 +224,7 @@ def signatures():
     for module in (bnjax.linen, bnjax.nnx):
         for name, layer in vars(module).items():
             if inspect.isclass(layer) and layer.__module__ == module.__name__ and not name.startswith("_"):
-                yield f"{module.__name__}.{name}", inspect.signature(layer)
+                yield f"{module.__name__}.{name}", inspect.signature(layer.__init__)  # not that of nnx's metaclass
                 yield f"{module.__name__}.{name}()", inspect.signature(layer.__call__)
 
 
