@@ -51,7 +51,7 @@ def kept_moments(layer: Any, m: Moments) -> dict[str, Any]:
     All of it has the shape of the statistics, so that Flax's transforms stack it along the axis that these have.
     """
     m = with_counts_of_features(m)
-    how = {"momentum": layer.momentum, "bessel_correction": getattr(layer, "bessel_correction", False)}
+    how = {"momentum": layer.momentum, "bessel_correction": layer.bessel_correction}
 
     def of_features(value: Any) -> jax.Array:
         return match_explicit_sharding(jnp.broadcast_to(jnp.asarray(value), m.var.shape), m.var)

@@ -262,6 +262,9 @@ def test_statistics_of_numpy_float64_and_in_a_defaultdict():
 
 def test_other_statistics_are_carried_along():
     stats = {**init_batch_norm(2)[1], "steps": jnp.int32(4)}
+    broken = {"mean": jnp.full(2, jnp.nan), "var": jnp.full(2, jnp.inf)}
+    ones = Moments(jnp.ones(2), jnp.ones(2), jnp.ones(()))
+    chex.assert_trees_all_equal(update_batch_stats(broken, ones, momentum=0), {"mean": ones.mean, "var": ones.var})
     new = update_batch_stats(stats, Moments(jnp.ones(2), jnp.ones(2), jnp.ones(())))
     assert new["steps"] == 4
 

@@ -415,7 +415,7 @@ def test_a_bad_number_of_kinds_is_a_clear_error(number):
         init_split_batch_norm(3, number)
 
 
-def test_one_kind_is_batch_norm_and_a_traced_kind_beyond_the_last_is_the_last():
+def test_one_kind_is_batch_norm_and_a_traced_kind_out_of_range_is_the_nearest():
     x, params, stats = example((8, 3), jnp.float32)
     one = jax.tree.map(lambda v: v[None], stats)
     y, moved = split(x, params, one, split=0, training=True)
@@ -423,6 +423,18 @@ def test_one_kind_is_batch_norm_and_a_traced_kind_beyond_the_last_is_the_last():
     chex.assert_trees_all_close((y, {n: v[0] for n, v in moved.items()}), (expected, dict(after)), rtol=1e-6)
     assert init_split_batch_norm(3, 1)[1]["mean"].shape == (1, 3)
     two = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), stats)
-    for kinds in (jnp.int32(7), jnp.full(8, 7, jnp.int32)):
-        found = split(x, params, two, split=kinds, training=True)
-        chex.assert_trees_all_close(found, split(x, params, two, split=jnp.ones_like(kinds), training=True), rtol=1e-6)
+    for given, nearest in ((7, 1), (-7, 0)):
+        for shape in ((), (8,)):
+            kinds, nearest_kinds = (jnp.full(shape, kind, jnp.int32) for kind in (given, nearest))
+            found = split(x, params, two, split=kinds, training=True)
+            chex.assert_trees_all_close(found, split(x, params, two, split=nearest_kinds, training=True), rtol=1e-6)
+
+
+def test_a_mask_common_to_all_examples_of_a_kind_each():
+    x, params, _ = example((8, 5, 3), jnp.float32)
+    _, stats = init_split_batch_norm(3, 3)
+    mask = jnp.arange(5)[None, :, None] < 3
+    found, expected = (
+        split(x, params, stats, training=True, split=KINDS, mask=m) for m in (mask, jnp.broadcast_to(mask, (8, 5, 1)))
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -696,3 +696,14 @@ def test_layers_refuse_complex_input_as_their_functions_do(layer):
     keys = {"params": KEY, "noise": KEY}
     with pytest.raises((TypeError, ValueError), match="x must have a real floating-point dtype, got complex64"):
         layer(use_running_average=False, **own.get(layer, {})).init(keys, jnp.ones((4, 3), jnp.complex64))
+
+
+def test_gradients_of_the_largest_magnitude_are_finite_where_nothing_has_weight():
+    params, stats = init_batch_norm(2)
+    x, mask = jnp.arange(1.0, 9).reshape((4, 2)), jnp.zeros((4, 1))
+
+    def loss(x):
+        return jnp.sin(lp_batch_norm(x, params, stats, training=True, p=math.inf, mask=mask)[0]).sum()
+
+    expected = jax.grad(lambda x: jnp.sin(batch_norm(x, params, stats, training=False)[0]).sum())(x)
+    chex.assert_trees_all_close(jax.grad(loss)(x), expected, rtol=1e-5)
