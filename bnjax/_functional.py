@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -67,7 +67,12 @@ def functional(model: nnx.Module, *, argument: str | None = "training") -> tuple
 
 def own_argument(model: nnx.Module) -> str:
     """Returns the name by which a model's call is told whether it trains, of those in use; else 'training'."""
-    return next((name for name in inspect.signature(type(model).__call__).parameters if name in PHASES), "training")
+    return next(_phases(type(model)), "training")
+
+
+def _phases(model_class: type) -> Iterator[str]:
+    """Yields the arguments of a model's call that say whether it trains, by their names."""
+    return (name for name in inspect.signature(model_class.__call__).parameters if name in PHASES)
 
 
 def _passes(model_class: type, argument: str) -> bool:
@@ -75,10 +80,10 @@ def _passes(model_class: type, argument: str) -> bool:
     parameters = inspect.signature(model_class.__call__).parameters
     if argument in parameters:
         return True
-    if others := [name for name in parameters if name in PHASES]:
+    if other := next(_phases(model_class), None):
         raise ValueError(
             f"argument must be the name by which the call of {model_class.__name__} is told whether it trains, got "
-            f"{argument!r}. Pass argument={others[0]!r}, or None where its own default is meant."
+            f"{argument!r}. Pass argument={other!r}, or None where its own default is meant."
         )
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return takes_any and not issubclass(model_class, nnx.Sequential)  # which gives all options to its first layer

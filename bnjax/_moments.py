@@ -119,8 +119,11 @@ def _exact_count(
     is_float = weights is not None and weights.dtype != bool  # whose sum is as exact as any
     if is_float or count.dtype != jnp.float32 or not isinstance(size, int) or not 2**24 < size < 2**31 - 2**8:
         return count, jnp.zeros_like(count)
-    ones = jnp.ones((1,) * len(shape), jnp.int32) if weights is None else weights.astype(jnp.int32)
-    exact = vary_like(psum(_count(ones, shape, axes), axis_name, groups), count)
+    if weights is None:
+        exact = jnp.asarray(size, jnp.int32)
+    else:
+        exact = psum(_count(weights.astype(jnp.int32), shape, axes), axis_name, groups)
+    exact = vary_like(exact, count)
     rounded = exact.astype(count.dtype)
     return rounded, (exact - rounded.astype(jnp.int32)).astype(count.dtype)
 

@@ -268,13 +268,14 @@ class Call:
         real = _dtypes.real(compute)
         has_rule = self.training and not is_in_jet(self.x)
         rules: Any = (_inverse_root, _scale_and_shift) if has_rule else (lax.rsqrt, _plain_scale_and_shift)
-        multiplier = rules[0](var.astype(real) + jnp.asarray(self.epsilon, real))
+        inverse_root, scale_and_shift = rules
+        multiplier = inverse_root(var.astype(real) + jnp.asarray(self.epsilon, real))
         if "scale" in params:
             multiplier *= params["scale"].astype(compute if jnp.iscomplexobj(params["scale"]) else real)
         bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
         per_feature = [expand(v, self.x.ndim, self.axes) for v in (mean.astype(compute), multiplier, bias)]
         # The weights weigh nothing here: masked NaN and extremes become zero, which keeps them out of derivatives.
-        return rules[1](self.x, self.weights, *per_feature, dtype)
+        return scale_and_shift(self.x, self.weights, *per_feature, dtype)
 
     def inference(self) -> Result:
         """Returns the result of inference: the input normalized by the running statistics, which stay as they are."""

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from bnjax import _calls, _compat
 from bnjax._functional import functional, name_of, own_argument
-from bnjax.inference.reestimate import add_batch_moments, no_moments
+from bnjax.inference.reestimate import add_batch_moments, no_moments, traced
 
 _DEAD, _EXPLODING = 1e-3, 1e3  # bounds of features' scales in units of the layer's median
 _NEAR = 10.0  # the number of epsilons up to which a variance is near epsilon
@@ -220,13 +220,7 @@ def _settings(apply: Any, variables: Any, args: Any, options: Any) -> tuple[dict
         settings[name] = _Settings(module.epsilon, module.momentum, running, comparable)
         return call(x, **call_options)
 
-    arrays, fixed = _calls.split_fixed(args)
-
-    def run(variables, arrays):
-        with _calls.intercept(_calls.is_norm, note):
-            return apply(variables, *fixed.filled(arrays), **options, mutable=["batch_stats"])
-
-    jax.eval_shape(run, variables, arrays)
+    traced(jax.eval_shape, apply, variables, args, options, note)
     return paths, settings
 
 

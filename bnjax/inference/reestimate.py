@@ -78,8 +78,7 @@ def reestimate_batch_stats(
     for _ in range(passes):
         moments_by_path = {path: no_moments(mean) for path, mean in means.items()}
         for batch in _read(batches):
-            arrays, fixed = _calls.split_fixed(inputs_of(batch))
-            moments_by_path = moments_of(variables, moments_by_path, arrays, fixed)
+            moments_by_path = moments_of(variables, moments_by_path, *_calls.split_fixed(inputs_of(batch)))
         variables["batch_stats"] = _replaced(variables["batch_stats"], moments_by_path, bessel_correction)
     return nn.meta.replace_boxed(boxed_variables["batch_stats"], variables["batch_stats"])
 
@@ -94,7 +93,7 @@ def _that_never_move(apply_fn: Apply, variables: Any, batch: Any, options: Any) 
             paths.add(module.path)
         return call(x, **call_options)
 
-    _traced(jax.eval_shape, apply_fn, variables, batch, options, note)
+    traced(jax.eval_shape, apply_fn, variables, batch, options, note)
     return paths
 
 
@@ -138,10 +137,10 @@ def _depth(apply_fn: Apply, variables: Any, batch: Any, options: Any) -> int:
     def jaxpr_of(run, *arguments):
         return jax.make_jaxpr(run)(*arguments).jaxpr
 
-    return _calls.depth(_traced(jaxpr_of, apply_fn, variables, batch, options, _calls.marked))
+    return _calls.depth(traced(jaxpr_of, apply_fn, variables, batch, options, _calls.marked))
 
 
-def _traced(trace: Any, apply_fn: Apply, variables: Any, batch: Any, options: Any, replace: Any) -> Any:
+def traced(trace: Any, apply_fn: Apply, variables: Any, batch: Any, options: Any, replace: Any) -> Any:
     """Traces a call of a model whose batch norms' calls are replaced."""
     arrays, fixed = _calls.split_fixed(inputs_of(batch))
 
