@@ -21,8 +21,8 @@ from bnjax.studies import (
 from bnjax.studies.cli import console
 from bnjax.studies.data import DataError
 from bnjax.studies.evidence.claims import AtLeast, Claim, Condition, read_claims
-from bnjax.studies.evidence.ledger import claims_of, make_ledger, saved_runs
-from bnjax.studies.evidence.results import Results, command
+from bnjax.studies.evidence.ledger import saved_runs
+from bnjax.studies.evidence.results import Results
 from bnjax.studies.evidence.statistics import interval, prediction_interval
 
 
@@ -104,7 +104,7 @@ def test_texts():
 
 
 def test_every_claim_is_told_apart_and_complete():
-    found = [one for study in STUDIES.values() for one in claims_of(study)]
+    found = [one for study in STUDIES.values() for one in study.load().CLAIMS]
     ids = [one.id for one in found]
     assert len(ids) == len(set(ids)) >= 40
     for one in found:
@@ -113,7 +113,7 @@ def test_every_claim_is_told_apart_and_complete():
 
 
 def test_numbers_in_the_rules_are_those_of_the_studies():
-    claims = {claim.id: claim for study in STUDIES.values() for claim in claims_of(study)}
+    claims = {claim.id: claim for study in STUDIES.values() for claim in study.load().CLAIMS}
     small = f"trained on {sensitivity.SMALL_SET} images"
     sweeps = {sweep: ", ".join(f"{value:g}" for value in values) for sweep, values in perceptrons.SWEEPS.items()}
     times, (least, *_, largest) = activations.RATE_STEPS, activations.RATES
@@ -213,27 +213,24 @@ def save_run(directory, study, options, values=(0.84, 0.841), settings=None):
     (directory / "results.json").write_text(json.dumps(document))
 
 
-def test_ledger_runs_what_is_missing_only(tmp_path):
+def test_ledger_runs_what_is_missing_only(tmp_path, monkeypatch):
     ran = []
 
-    def options_of(study):
-        return [] if study.name == "cifar" else [study.options(seeds=2)]
-
-    def run(study, options, directory):
+    def run_study(study, options, directory, quiet, *, resume=False):
         if study.name == "mnist":
             raise DataError("no network")
         ran.append(study.name)
         save_run(directory, study.name, options)
 
+    monkeypatch.setattr(console, "run_study", run_study)
     names = ["circles", "mnist", "cifar"]
-    ledger = make_ledger(names, options_of, tmp_path, run, lambda text: None)
+    ledger = console.print_ledger(names, 2, True, tmp_path, None, True)
     assert ran == ["circles"] and ledger.seeds == {"circles": 2}
     by_id = {judgment.claim.id: judgment for judgment in ledger.judgments}
     assert "not measured" not in by_id["S1.1"].measured and by_id["S1.1"].verdict == "undecided"
     assert by_id["S2.1"].measured == "not run: no network" and by_id["S5.1"].measured == "left out by --fast"
-    again = make_ledger(names, options_of, tmp_path, run, lambda text: None)
+    again = console.print_ledger(names, 2, True, tmp_path, None, True)
     assert ran == ["circles"] and again.rows() == ledger.rows()
-    ledger.save(tmp_path)
     document = json.loads((tmp_path / "ledger.json").read_text())
     assert [entry["id"] for entry in document["claims"]] == list(by_id)
     page = (tmp_path / "ledger.md").read_text()
@@ -243,31 +240,29 @@ def test_ledger_runs_what_is_missing_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted", "is_run"),
+    ("name", "found", "seeds", "fast", "is_run"),
     [
-        ({"seeds": 2}, {"seeds": 2}, False),
-        ({"seeds": 2}, {"seeds": 3}, True),
-        ({"seeds": 3}, {"seeds": 2}, False),
-        ({"seeds": 2, "epochs": 500}, {"seeds": 3}, False),  # the user's own; not replaced
-        ({"seeds": 16}, {"seeds": 32}, True),
-        ({"seeds": 4, "steps": 2000, "dataset": "mnist"}, {"seeds": 4, "dataset": "mnist"}, True),  # that of --fast
-        ({"seeds": 4, "steps": 50_000, "dataset": "mnist"}, {"seeds": 4, "dataset": "mnist"}, False),
-        ({"seeds": 4, "dataset": "mnist"}, {"seeds": 2, "steps": 2000, "dataset": "mnist"}, False),
-        ({"seeds": 3, "dataset": "mnist", "batch_sizes": (32, 128)}, {"seeds": 8, "dataset": "mnist"}, True),
+        ("circles", {"seeds": 2}, 2, False, False),
+        ("circles", {"seeds": 2}, 3, False, True),
+        ("circles", {"seeds": 3}, 2, False, False),
+        ("circles", {"seeds": 2, "epochs": 500}, 3, False, False),  # the user's own; not replaced
+        ("circles", {"seeds": 16}, 32, False, True),
+        ("activations", {"seeds": 4, "steps": 2000}, 4, False, True),  # that of --fast
+        ("activations", {"seeds": 4, "steps": 50_000}, 4, False, False),
+        ("activations", {"seeds": 4}, 2, True, False),
+        ("mnist", {"seeds": 3, "batch_sizes": (32, 128)}, 8, False, True),
     ],
 )
-def test_only_shorter_runs_are_replaced(tmp_path, found, wanted, is_run):
-    name = "mnist" if "batch_sizes" in found else "activations" if "dataset" in wanted else "circles"
+def test_only_shorter_runs_are_replaced(tmp_path, monkeypatch, name, found, seeds, fast, is_run):
     assert STUDIES["activations"].fast["steps"] == 2000
     save_run(tmp_path / name, name, STUDIES[name].options(**found), (0.8, 0.9))
     ran = []
-    make_ledger(
-        [name], lambda study: [study.options(**wanted)], tmp_path, lambda *args: ran.append(args), lambda text: None
-    )
+    monkeypatch.setattr(console, "run_study", lambda *arguments, **options: ran.append(arguments))
+    console.print_ledger([name], seeds, fast, tmp_path, None, True)
     assert bool(ran) == is_run
 
 
-def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path):
+def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path, monkeypatch):
     options = Options(seeds=3)
     save_run(tmp_path / "circles", "circles", options, settings={"epochs": 5})
     save_run(tmp_path / "circles_longer", "circles", STUDIES["circles"].options(3, epochs=100), (0.84, 0.841, 0.839))
@@ -280,7 +275,8 @@ def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path):
     document = json.loads((tmp_path / "circles_longer" / "results.json").read_text())
     document["variants"]["none"] = document["variants"]["after"]
     (tmp_path / "circles_longer" / "results.json").write_text(json.dumps(document))
-    ledger = make_ledger(["circles"], lambda study: [options], tmp_path, pytest.fail, lambda text: None)
+    monkeypatch.setattr(console, "run_study", pytest.fail)
+    ledger = console.print_ledger(["circles"], 3, False, tmp_path, None, True)
     by_id = {judgment.claim.id: judgment for judgment in ledger.judgments}
     assert by_id["S1.1"].verdict == "reproduced"
     assert by_id["S1.5"].measured == "needs epochs 100"  # neither decides it; the first says why
@@ -305,14 +301,25 @@ def test_checkpoints_of_other_options_do_not_stop_the_ledger(tmp_path, monkeypat
     assert "- * S1.11: added after" in printed
 
 
-def test_the_command_that_makes_a_run_again():
-    assert command("circles", STUDIES["circles"].options().to_json()) == "bnjax run circles"
-    options = mnist.Options(3, batch_sizes=(2, 4), epochs=7).to_json()
-    assert command("mnist", options) == "bnjax run mnist --seeds 3 --epochs 7 --batch-sizes 2,4"
-    options = smoothness.Options(3, augment=True, data_dir="somewhere").to_json()
-    assert command("smoothness", options) == "bnjax run smoothness --augment"
-    options = cifar.Options(3, dataset="cifar10", group_size=2, data_dir="somewhere", devices=4).to_json()
-    assert command("cifar", options) == "bnjax run cifar --dataset cifar10 --group-size 2"
+@pytest.mark.parametrize(
+    ("study", "options", "command"),
+    [
+        ("circles", STUDIES["circles"].options(), "bnjax run circles"),
+        (
+            "mnist",
+            mnist.Options(3, batch_sizes=(2, 4), epochs=7),
+            "bnjax run mnist --seeds 3 --epochs 7 --batch-sizes 2,4",
+        ),
+        ("smoothness", smoothness.Options(3, augment=True, data_dir="somewhere"), "bnjax run smoothness --augment"),
+        (
+            "cifar",
+            cifar.Options(3, dataset="cifar10", group_size=2, data_dir="somewhere", devices=4),
+            "bnjax run cifar --dataset cifar10 --group-size 2",
+        ),
+    ],
+)
+def test_the_command_that_makes_a_run_again(study, options, command):
+    assert Results(study, {}, range(3), options=options.to_json()).command == command
 
 
 def test_damaged_results_count_as_missing(tmp_path):

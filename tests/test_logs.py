@@ -8,7 +8,7 @@ import pytest
 
 from bnjax._extras import MissingExtraError
 from bnjax.studies import circles
-from bnjax.studies.cli.logs import open_logs
+from bnjax.studies.cli.logs import Logs
 from bnjax.studies.cli.main import main
 from bnjax.studies.evidence.results import parameter_rows
 
@@ -111,7 +111,7 @@ def test_missing_package_is_named_before_anything_runs(name, package, tmp_path, 
     assert main(["run", "circles", "--log", name, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"bnjax: error: {package} is not installed: pip install 'bnjax[{name}]'\n"
     with pytest.raises(MissingExtraError, match=f"{package} is not installed"):
-        open_logs([name], tmp_path, "circles", {})
+        Logs([name], tmp_path, "circles", {})
 
 
 @pytest.mark.filterwarnings("default")

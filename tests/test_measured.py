@@ -17,7 +17,7 @@ from bnjax import analysis, models, training
 from bnjax.linen import BatchNorm, NoisyBatchNorm
 from bnjax.models.layers import Conv
 from bnjax.studies import Options, activations, data, deep_linear, landscape, smoothness, vgg
-from bnjax.studies.engine.histograms import count_values, empty_histograms, recording
+from bnjax.studies.engine.histograms import count_values, empty_histograms, watched
 from bnjax.studies.engine.plan import Plan, random_batch
 from bnjax.studies.engine.saving import Saving
 from bnjax.studies.engine.training import ONE_BY_ONE, TOGETHER, train
@@ -261,39 +261,45 @@ def test_verdicts_on_made_up_numbers(smooth):
 
 def test_what_is_measured_is_the_training_loss_of_the_next_step():
     (variant,) = vgg.variants(images((32, 32, 3)), 2, {"noisy": "noisy"}).values()
-    network = vgg.Network(dataclasses.replace(variant, model=Tiny(10, NoisyBatchNorm)), images((32, 32, 3)))
-    state = network.variant.create({"key": jax.random.key(0)})
+    network = dataclasses.replace(variant, model=Tiny(10, NoisyBatchNorm))
+    state = network.create({"key": jax.random.key(0)})
     x, y = (jnp.asarray(v[:16]) for v in images((32, 32, 3)).train)
     key = jax.random.key(3)
-    _, metrics = network.plan(10, 1).step(state, x, y, key)
-    np.testing.assert_allclose(network.loss(state.batch_stats, key)(state.params, x, y), metrics.loss, rtol=1e-6)
-    assert abs(network.loss(state.batch_stats, jax.random.key(4))(state.params, x, y) - metrics.loss) > 1e-3
+    _, metrics = vgg.plan_of(network, 10, 1).step(state, x, y, key)
+    loss, other = (network.loss(state.batch_stats, rngs={"noise": k}) for k in (key, jax.random.key(4)))
+    np.testing.assert_allclose(loss(state.params, x, y), metrics.loss, rtol=1e-6)
+    assert abs(other(state.params, x, y) - metrics.loss) > 1e-3
 
 
 @pytest.mark.parametrize("variant", [pytest.param("weight", marks=pytest.mark.exhaustive), "group"])
 def test_every_normalizer_has_its_place_in_vgg(variant, monkeypatch):
     monkeypatch.setattr(vgg, "VGG", models.VGG)
-    (of_name,) = vgg.variants(images((32, 32, 3)), 4, {variant: variant}).values()
-    network = vgg.Network(of_name, images((32, 32, 3)), augmented=True)
-    state = jax.eval_shape(of_name.create, {"key": jax.random.key(0)})
+    (network,) = vgg.variants(images((32, 32, 3)), 4, {variant: variant}).values()
+    state = jax.eval_shape(network.create, {"key": jax.random.key(0)})
     of = state.params["WeightNorm_0" if variant == "weight" else "GroupNorm_0"]
     assert {leaf.shape for leaf in jax.tree.leaves(of)} == {(4,)}
     assert not state.batch_stats and len(network.layers) == 11
     examples, setting = tuple(map(jnp.asarray, images((32, 32, 3)).train)), {"key": jax.random.key(1)}
-    x, y, _ = network.draw(examples, setting, 0)
+    x, y, _ = vgg.plan_of(network, 10, 1, augmented=True).draw(examples, setting, 0)
     plain, labels, _ = random_batch(vgg.BATCH_SIZE)(examples, setting, 0)
     assert x.dtype == plain.dtype and (y == labels).all() and 0.005 < (x == plain).mean() < 0.5
 
 
-def test_recording_leaves_the_gradient_and_moves_nothing():
+def test_the_gradient_of_a_step_that_is_not_taken():
     x, y = (jnp.asarray(v[:16]) for v in EXAMPLES)
     state = training.create_train_state(MODEL, optax.adam(0.1), jax.random.key(0), x)
-    recorded, _ = jax.jit(functools.partial(training.train_step, objective=training.binary_cross_entropy))(
-        recording(state), x, y
-    )
-    expected = jax.jit(functools.partial(training.gradients, objective=training.binary_cross_entropy))(state, x, y)
-    chex.assert_trees_all_close(recorded.opt_state, expected, rtol=1e-6)
-    chex.assert_trees_all_equal(recorded.params, state.params)
+    how = {"objective": training.binary_cross_entropy}
+    step, taken = jax.jit(functools.partial(training.train_step, **how)), []
+
+    def observed(*arguments):
+        taken.append(step(*arguments))
+        return taken[-1]
+
+    params, gradient = watched(observed, state, x, y)
+    expected = jax.jit(functools.partial(training.gradients, **how))(state, x, y)
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-6)
+    chex.assert_trees_all_equal(params, state.params)
+    chex.assert_trees_all_equal(taken[0][0].params, state.params)
 
 
 def test_histograms_count_what_is_finite():

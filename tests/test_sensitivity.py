@@ -16,8 +16,7 @@ def small_images(monkeypatch):
 
 def test_all_networks_give_ten_logits():
     x = jnp.ones((16, 784))
-    for _, build in perceptrons.NETWORKS.values():
-        model = build()
+    for _, model in perceptrons.NETWORKS.values():
         outputs = jax.eval_shape(lambda model=model: model.init_with_output(jax.random.key(0), x, training=False))
         assert outputs[0].shape == (16, 10)
 
@@ -34,7 +33,7 @@ def test_cases_have_names_of_their_own():
 
 def test_optimizer_is_adam_with_decay_and_l2():
     params = {"w": jnp.array([1.0, -2.0])}
-    ours = perceptrons.optimizer(10, 0.1, 0.5, 2.0)
+    ours = perceptrons.optimizer(10, {"learning_rate": 0.1, "l2": 0.5, "decay": 2.0})
     plain = optax.adam(lambda step: 0.1 * jnp.exp(-2.0 * step / 10), eps=1e-7)
     state, expected = ours.init(params), plain.init(params)
     for step in range(3):

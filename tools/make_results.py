@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from bnjax.studies import STUDIES
-from bnjax.studies.evidence.ledger import Ledger, claims_of, judge
+from bnjax.studies.evidence.ledger import Ledger, judge
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -72,7 +72,7 @@ def ledger_page(studies: dict[str, Results]) -> str:
     for name, saved in studies.items():
         versions, machine = saved.document["versions"], saved.document["machine"]
         minutes = f"{saved.document['seconds'] / 60:.1f} min"
-        claimed = ", ".join(claim.id for claim in claims_of(STUDIES[name]))
+        claimed = ", ".join(claim.id for claim in STUDIES[name].load().CLAIMS)
         size, source = size_of(saved.settings), STUDIES[name].source_size or "the same"
         runs.append([f"[{name}](results/{name}.json)", claimed, f"`{saved.command}`", size, source])
         machines.append(

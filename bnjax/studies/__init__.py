@@ -54,13 +54,13 @@ class Options:
     histograms: bool = False
 
     @classmethod
-    def shown(cls) -> list[dataclasses.Field]:
-        """Returns the fields that are options of the command line."""
-        return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
+    def fields(cls) -> dict[str, dataclasses.Field]:
+        """Returns the fields that are options of the command line, by name."""
+        return {field.name: field for field in dataclasses.fields(cls) if "help" in field.metadata}
 
     def to_json(self) -> dict[str, Any]:
         """Returns the options that change what is measured, without the defaults."""
-        values = {field: getattr(self, field.name) for field in self.shown() if field.metadata["is_recorded"]}
+        values = {f: getattr(self, name) for name, f in self.fields().items() if f.metadata["is_recorded"]}
         return {
             field.name: list(value) if isinstance(value, tuple) else value
             for field, value in values.items()
@@ -144,7 +144,7 @@ class Study:
     @property
     def fields(self) -> dict[str, dataclasses.Field]:
         """The options of the command line, by name."""
-        return {field.name: field for field in self.options.shown()}
+        return self.options.fields()
 
     @property
     def datasets(self) -> Sequence[str]:

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from bnjax import analysis, studies, training
+from bnjax import analysis, studies
 from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine import Report, Trained, Variant, divisor_from, scaled_kernels, seed_keys, train
+from bnjax.studies.engine import Report, Trained, Variant, divisor_from, seed_keys, train
 from bnjax.studies.evidence import Results, interval, plots, read_claims, seeds_in_words
 from bnjax.studies.evidence.plots import Figure, drawing
 
@@ -54,15 +54,21 @@ LOOKED_AT = 1000  # test images whose activations are looked at
 LAST_HIDDEN = f"Dense_{len(HIDDEN) - 1}"
 UNIT = 0
 LABELS = {"none": "no batch norm", "bn": "batch norm"}
+SETTINGS = {"hidden": list(HIDDEN), "optimizer": "SGD", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
+SETTINGS |= {"init": f"normal of deviation {DEVIATION}", "learning_rate_steps": RATE_STEPS}
+SETTINGS |= {"grid": {key: list(values) for key, values in GRID.items()}}
 CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """Returns the networks without and with batch norm, by name."""
-    init, shape = nn.initializers.normal(1.0), (images.train.x[0].size,)  # scaled by the setting's deviation
+    init, shape = nn.initializers.normal(1.0), (images.train.x[0].size,)  # scaled by the setting's 'init_scale'
     model = Perceptron(HIDDEN, 10, None, "none", nn.sigmoid, init, init)
     models = {"none": model, "bn": model.clone(norm=BatchNorm, place="before")}
-    optimizer = optax.sgd(LEARNING_RATE)
+
+    def optimizer(setting):
+        return optax.inject_hyperparams(optax.sgd)(learning_rate=setting.get("learning_rate", LEARNING_RATE))
+
     return {name: Variant(name, LABELS[name], model, optimizer, shape, BATCH_SIZE) for name, model in models.items()}
 
 
@@ -70,35 +76,22 @@ def run(options: Options, report: Report):
     """Trains with and without batch norm, measures activations and gradients on the way, and judges S3.1 to S3.5."""
     dataset, steps = options.dataset, options.steps or STEPS[jax.default_backend()]
     images = data.images(dataset, options.data_dir, report.reading)
-    train_set, test = (  # pixels 0 or 1, one float32 vector for each image
-        data.Split((split.x.reshape(len(split.x), -1) > 127).astype(np.float32), split.y)
-        for split in (images.train, images.test)
-    )
+    images = images.map(lambda x: (x.reshape(len(x), -1) > 127).astype(np.float32))  # pixels 0 or 1 in one vector
+    train_set, test = images.train, jax.tree.map(jnp.asarray, images.test)
     every = divisor_from(steps // 100, steps)
-    settings = {
-        "hidden": list(HIDDEN),
-        "dataset": f"{dataset}, pixels above 127",
-        "optimizer": "SGD",
-        "learning_rate": LEARNING_RATE,
-        "init": f"normal of deviation {DEVIATION}",
-        "batch_size": BATCH_SIZE,
-        "steps": steps,
-        "measured_every": every,
-        "grid": {key: list(values) for key, values in GRID.items()},
-        "grid_steps": max(1, steps // 10),
-        "learning_rate_steps": RATE_STEPS,
-    }
+    settings = {**SETTINGS, "dataset": f"{dataset}, pixels above 127"}
+    settings |= {"steps": steps, "measured_every": every, "grid_steps": max(1, steps // 10)}
     results, full = Results(STUDY.name, settings, range(options.seeds)), jnp.ones(options.seeds)
-    of_seeds = {"key": seed_keys(results.seeds), "learning_rate": LEARNING_RATE * full, "deviation": DEVIATION * full}
+    of_seeds = {"key": seed_keys(results.seeds), "learning_rate": LEARNING_RATE * full, "init_scale": DEVIATION * full}
     all_trained, ranges = {}, {}
     for name, variant in networks(options, images).items():
-        network = _Network(variant, test)
-        plan = variant.plan(steps, create=network.create, measure=network.measure, every=every)
+        plan = variant.plan(steps, measure=functools.partial(_measure, variant, test), every=every)
         all_trained[name] = train(plan, of_seeds, train_set, report=report, options=options)
         _add(results, all_trained[name])
-        _add_grid(results, network, train_set, of_seeds["key"], settings["grid_steps"], report)
+        _add_grid(results, variant, train_set, test, of_seeds["key"], settings["grid_steps"], report)
         rates = RATES if name == "none" else _multiples(ranges["none"])
-        ranges[name] = network.learning_rates(of_seeds["key"], jnp.asarray(rates), train_set)
+        how = {"target": LEARNT, "batch_size": len(rates)}
+        ranges[name] = variant.learning_rates(of_seeds, rates, RATE_STEPS, train_set, **how)
     results.notes["learning_rates"] = {
         name: {"rates": np.asarray(of.learning_rates[0]).tolist(), "trains": np.asarray(of.trains).tolist()}
         for name, of in ranges.items()
@@ -108,52 +101,26 @@ def run(options: Options, report: Report):
     return results, _figures(all_trained, ranges, f"{dataset}, {seeds_in_words(options.seeds)}")
 
 
-class _Network:
-    """The network with or without batch norm, and its measurements."""
+def _accuracy(variant: Variant, test: data.Split, state, *inputs) -> dict[str, Any]:
+    return {"accuracy": variant.accuracy(state, *test)}
 
-    def __init__(self, variant: Variant, test: data.Split):
-        self.variant, self.model = variant, variant.model
-        self.test = jax.tree.map(jnp.asarray, test)
-        variables = self.model.init(jax.random.key(0), self.test.x[:1], training=False)
-        self.layers = [layer[0] for layer in losses.layers_in_order(self.model, variables, self.test.x[:1])]
 
-    def create(self, setting):
-        """Creates the state at step 0, of a seed, a learning rate and a deviation of the initial kernels."""
-        optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=setting["learning_rate"])
-        state = dataclasses.replace(self.variant, optimizer=optimizer).create(setting)
-        return state.replace(params=scaled_kernels(state.params, setting["deviation"]))
-
-    def accuracy(self, state, *inputs) -> dict[str, Any]:
-        return {"accuracy": jnp.mean(self.variant.correct(state, *self.test))}
-
-    def measure(self, state, x, y, key) -> dict[str, Any]:
-        """Measures activations by layer, and the norms and scale invariance of gradients, in training mode."""
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        inputs = losses.layer_outputs(self.model, variables, self.test.x[:LOOKED_AT])
-        hidden = {name: inputs[name] for name in self.layers[:-1]}
-        at = losses.linen_loss(self.model, variables, training.cross_entropy), state.params, x, y
-        kernels, rate = [f"{name}/kernel" for name in self.layers[:-1]], state.opt_state.hyperparams["learning_rate"]
-        return {
-            **self.accuracy(state),
-            "activations": analysis.activation_statistics(hidden, jax.nn.sigmoid),
-            "gradient_norms": analysis.gradient_norms(*at, layers=self.layers),
-            "invariance": analysis.scale_invariance(*at, layers=kernels, learning_rate=rate),
-        }
-
-    def learning_rates(self, keys, rates, examples: data.Split) -> analysis.LearningRateRange:
-        """Finds which rates train, for each seed."""
-        x, y = jax.tree.map(jnp.asarray, tuple(examples))
-
-        def of_seed(key, x, y):
-            state = self.create({"key": key, "learning_rate": rates[0], "deviation": jnp.asarray(DEVIATION)})
-            loss = losses.linen_loss(self.model, {"batch_stats": state.batch_stats}, training.cross_entropy)
-            index = jax.random.randint(jax.random.fold_in(key, 3), (RATE_STEPS, BATCH_SIZE), 0, y.shape[0])
-            options = {"target": LEARNT, "batch_size": len(rates)}
-            return analysis.learning_rate_range(
-                lambda params, i: loss(params, x[i], y[i]), state.params, rates, (index,), **options
-            )
-
-        return jax.jit(lambda keys, x, y: jax.lax.map(lambda key: of_seed(key, x, y), keys))(keys, x, y)
+def _measure(variant: Variant, test: data.Split, state, x, y, key) -> dict[str, Any]:
+    """Measures activations by layer, and the norms and scale invariance of gradients, in training mode."""
+    layers = [layer[0] for layer in variant.layers]
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    inputs = losses.layer_outputs(variant.model, variables, test.x[:LOOKED_AT])
+    hidden, at = {name: inputs[name] for name in layers[:-1]}, (variant.loss(state.batch_stats), state.params, x, y)
+    how = {
+        "layers": [f"{name}/kernel" for name in hidden],
+        "learning_rate": state.opt_state.hyperparams["learning_rate"],
+    }
+    return {
+        **_accuracy(variant, test, state),
+        "activations": analysis.activation_statistics(hidden, jax.nn.sigmoid),
+        "gradient_norms": analysis.gradient_norms(*at, layers=layers),
+        "invariance": analysis.scale_invariance(*at, **how),
+    }
 
 
 def _add(results: Results, trained: Trained) -> None:
@@ -179,17 +146,18 @@ def _add(results: Results, trained: Trained) -> None:
     results.add(trained, {"learning_rate": LEARNING_RATE, "deviation": DEVIATION}, metrics, curves)
 
 
-def _add_grid(results: Results, network: _Network, examples: data.Split, keys, steps: int, report: Report) -> None:
+def _add_grid(
+    results: Results, variant: Variant, examples: data.Split, test: data.Split, keys, steps: int, report: Report
+) -> None:
     """Adds shorter trainings over initial deviations and learning rates, all at once."""
-    name, label, rates, deviations = network.variant.name, network.variant.label, *GRID.values()
+    name, label, rates, deviations = variant.name, variant.label, *GRID.values()
     cells, count = list(itertools.product(deviations, rates)), len(keys)
     deviation, rate = (jnp.repeat(jnp.array(values), count) for values in zip(*cells, strict=True))
-    settings = {"key": jnp.tile(keys, len(cells)), "learning_rate": rate, "deviation": deviation}
-    how = {"create": network.create, "measure": network.accuracy, "every": divisor_from(steps // 2, steps)}
-    plan = dataclasses.replace(network.variant, label=f"{label}, grid").plan(steps, **how)
+    settings = {"key": jnp.tile(keys, len(cells)), "learning_rate": rate, "init_scale": deviation}
+    how = {"measure": functools.partial(_accuracy, variant, test), "every": divisor_from(steps // 2, steps)}
+    plan = dataclasses.replace(variant, label=f"{label}, grid").plan(steps, **how)
     trained = train(plan, settings, examples, report=report)
-    final = jax.jit(jax.vmap(lambda state: network.variant.correct(state, *network.test)))
-    accuracy = np.asarray(final(trained.state).mean(1)).reshape((len(cells), count))
+    accuracy = variant.accuracies(trained.state, *test).reshape((len(cells), count))
     results.notes.setdefault("grid", {})[name] = [
         {"learning_rate": rate, "deviation": deviation, "test_accuracy": values.tolist()}
         for (deviation, rate), values in zip(cells, accuracy, strict=True)

@@ -66,10 +66,8 @@ def run(options: Options, report: Report):
     """Trains parts (a), (b) and (c), each seed on blobs of its own, and judges S4.1 to S4.3."""
     seeds = range(options.seeds)
     sets = [data.blobs(seed) for seed in seeds]
-    train, test = (  # with a leading axis of seeds
-        data.Split(*(np.stack(parts) for parts in zip(*splits, strict=True)))
-        for splits in ([of.train for of in sets], [of.test for of in sets])
-    )
+    of_seeds = [(of.train, of.test) for of in sets]
+    train, test = jax.tree.map(lambda *parts: np.stack(parts), *of_seeds)  # with a leading axis of seeds
     epochs = {name: options.epochs or epochs for name, (_, _, _, epochs, _) in VARIANTS.items()}
     lengths = {"deep_epochs": epochs["deep_before"], "shallow_epochs": epochs["shallow_before"]}
     results, count = Results(STUDY.name, SETTINGS | lengths, seeds), train.y.shape[1]

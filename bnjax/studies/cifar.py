@@ -11,7 +11,6 @@ import optax
 from flax import linen as nn
 
 from bnjax import analysis, studies, training
-from bnjax.analysis import losses
 from bnjax.linen import BatchNorm
 from bnjax.models import CifarNetwork
 from bnjax.studies import Study, data, option
@@ -85,6 +84,7 @@ def run(options: Options, report: Report):
     dataset, epochs, batch_size = options.dataset, options.epochs, options.batch_size
     steps, filters = options.steps_per_epoch or _scale()["steps_per_epoch"], options.width or _scale()["filters"]
     mesh = training.make_mesh(options.group_size)
+    how = {"parallel": options.parallel, "accumulate_steps": options.accumulate_steps}
     images = data.images(dataset, options.data_dir, report.reading)
     settings = {
         **SETTINGS,
@@ -94,12 +94,10 @@ def run(options: Options, report: Report):
         "steps_per_epoch": steps,
         "two_passes": epochs * steps * batch_size >= 2 * len(images.train.y),
         "batch_size": batch_size,
-        "parallel": options.parallel,
         "devices": mesh.size,
         "groups": training.num_groups(mesh),
-        "accumulate_steps": options.accumulate_steps,
+        **how,
     }
-    how = {key: settings[key] for key in ("parallel", "accumulate_steps")}
     results = Results(STUDY.name, settings, range(options.seeds))
     of_seeds = {"key": seed_keys(results.seeds), "seed": np.arange(options.seeds)}
     values, late = np.random.default_rng(0).normal(0, DEVIATION, 100_000), epochs // 4
@@ -136,15 +134,14 @@ def _scale() -> dict[str, int]:
 def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) -> np.ndarray:
     """Returns the norm of the first kernel's gradient over the last's, at the start, for each seed."""
     x, y = (jnp.asarray(part[: network.batch_size]) for part in train)
-    x = network.prepared(x)
     norm = None if network.model.norm is None else functools.partial(BatchNorm, epsilon=SETTINGS["epsilon"])
     alone = dataclasses.replace(network, model=network.model.clone(norm=norm))  # without an axis to synchronize over
 
     @jax.jit
     def ratio(key):
         state = alone.create({"key": key})
-        loss = losses.linen_loss(alone.model, {"batch_stats": state.batch_stats}, training.cross_entropy)
-        first, last = analysis.gradient_norms(loss, state.params, x, y, layers=["Conv_0", "Dense_0"]).values()
+        at = alone.loss(state.batch_stats), state.params, x, y
+        first, last = analysis.gradient_norms(*at, layers=["Conv_0", "Dense_0"]).values()
         return first / last
 
     return np.array([ratio(key) for key in seed_keys(seeds)])

@@ -19,21 +19,13 @@ DEPTH, SIZE, EXAMPLES = 25, 10, 1000
 LEARNING_RATE = 1e-6
 PROBED = np.geomspace(0.01, 30, 8)  # step sizes of the probe, in learning rates
 _FRESH = bnjax.init_batch_norm(SIZE)
-Normalizer = Callable[..., Any]
-"""Has the signature of `bnjax.batch_norm`, and takes a random key in addition."""
-
-
-def _without_key(normalize: Normalizer) -> Normalizer:
-    return lambda *arrays, key, **options: normalize(*arrays, **options)
-
-
-NORMALIZERS: Mapping[str, Normalizer | None] = {
+NORMALIZERS: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
-    "bn": _without_key(bnjax.batch_norm),
+    "bn": bnjax.batch_norm,
     "noisy": variants.noisy_batch_norm,
-    "l1": _without_key(functools.partial(variants.lp_batch_norm, p=1)),
-    "l2": _without_key(functools.partial(variants.lp_batch_norm, p=2)),
-    "linf": _without_key(functools.partial(variants.lp_batch_norm, p=math.inf)),
+    "l1": functools.partial(variants.lp_batch_norm, p=1),
+    "l2": functools.partial(variants.lp_batch_norm, p=2),
+    "linf": functools.partial(variants.lp_batch_norm, p=math.inf),
 }
 
 
@@ -67,8 +59,8 @@ def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
             layer, number = layer_and_number
             x = x @ layer["kernel"]
             if normalize is not None:
-                options = {"training": True, "key": jax.random.fold_in(key, number)}
-                x = normalize(x, layer["norm"], _FRESH[1], **options)[0]
+                noise = {"key": jax.random.fold_in(key, number)} if name == "noisy" else {}
+                x = normalize(x, layer["norm"], _FRESH[1], training=True, **noise)[0]
             return x, None
 
         stacked = jax.tree.map(lambda *values: jnp.stack(values), *layers[:-1])

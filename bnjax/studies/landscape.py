@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import analysis
-from bnjax.studies.engine import Trained, compiler_options
+from bnjax.studies.data import Dataset
+from bnjax.studies.engine import Trained, Variant, compiler_options
 from bnjax.studies.evidence import plots
 from bnjax.studies.evidence.plots import Figure, drawing
 
@@ -50,27 +51,29 @@ class Ends(NamedTuple):
 
 
 def at_the_end(
-    network: Any, trained: Trained, keys: Any, examples: Any, rates: Any, progress: Callable[[float], Any]
+    network: Variant, trained: Trained, keys: Any, images: Dataset, rates: Any, progress: Callable[[float], Any]
 ) -> Ends:
     """Measures curvature, noise and sharpness of each seed's network, a path between two, the landscape around one.
 
     All is measured on one batch of the training set, in the mode that training descends, with one draw of the noise.
 
     Args:
-      network: a `bnjax.studies.vgg.Network`.
+      network: the variant.
       trained: its training.
       keys: keys of the seeds.
-      examples: images and labels of the training set.
+      images: the data set.
       rates: learning rates, as in `Ends`; None for a network whose landscape is not measured either.
       progress: is told the fraction done.
     """
     progress(0.0)
-    batch, noise = tuple(jnp.asarray(v[:EXAMPLES]) for v in examples), jax.random.key(0)
+    batch, noise = tuple(jnp.asarray(v[:EXAMPLES]) for v in images.train), {"noise": jax.random.key(0)}
     kernels = [f"{layer[0]}/kernel" for layer in network.layers if layer[0].startswith("Conv")]
 
     def of_state(measure: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles what is measured of a loss function, parameters and arrays, as a function of a state and arrays."""
-        return _jit_once(lambda state, *arrays: measure(network.loss(state.batch_stats, noise), state.params, *arrays))
+        return _jit_once(
+            lambda state, *arrays: measure(network.loss(state.batch_stats, rngs=noise), state.params, *arrays)
+        )
 
     @of_state
     def measured(loss: Any, params: Any, key: Any, x: Any, y: Any) -> dict[str, Any]:
@@ -86,14 +89,14 @@ def at_the_end(
 
     @_jit_once
     def path_to(state: Any, other: Any, x: Any, y: Any) -> analysis.LinearPath:
-        loss = network.loss(state.batch_stats, noise, mode="reestimated", at=network.variant.prepared(x))
+        loss = network.loss(state.batch_stats, rngs=noise, mode="reestimated", at=network.prepared(x))
         return analysis.linear_path(loss, state.params, other, x, y, coordinates=jnp.linspace(0, 1, PATH_POINTS))
 
     states = trained.states
     of_seeds = [measured(state, key, *batch) for state, key in zip(states, keys, strict=True)]
     progress(0.4)
     metrics = {name: np.array([float(of_seed[name]) for of_seed in of_seeds]) for name in of_seeds[0]}
-    metrics["test_accuracy"] = np.array([network.variant.evaluate(state, *network.test).accuracy for state in states])
+    metrics["test_accuracy"] = np.array([network.evaluate(state, *images.test).accuracy for state in states])
     progress(0.5)
     path = jax.device_get(path_to(states[0], states[1].params, *batch)) if len(states) > 1 else None
     progress(0.6)

@@ -44,7 +44,7 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """Returns both networks at each batch size, and the other normalizers at one, by name and size."""
     shape, optimizer = (images.train.x[0].size,), optax.adam(SETTINGS["learning_rate"], eps=1e-7)
     kinds = {"none": "none", "before": "bn"} | {name: name for name in NORMALIZERS}
-    models = {name: NETWORKS[kind][1]() for name, kind in kinds.items()}
+    models = {name: NETWORKS[kind][1] for name, kind in kinds.items()}
     trainings = [(name, size) for size in options.batch_sizes for name in ("none", "before")]
     trainings += [(name, _shown(options)) for name in NORMALIZERS]
     return {
@@ -62,15 +62,14 @@ def _shown(options: Options) -> int:
 def run(options: Options, report: Report):
     """Trains with and without batch norm at each batch size, and the other normalizers, and judges S2.1 to S2.4."""
     dataset, epochs, batch_sizes, shown = options.dataset, options.epochs, options.batch_sizes, _shown(options)
-    images = data.images(dataset, options.data_dir, report.reading)
-    x, y = data.pixels(images.train.x), images.train.y
-    kept = len(x) - len(x) // 5
-    validation, test = data.Split(x[kept:], y[kept:]), data.Split(data.pixels(images.test.x), images.test.y)
+    images = data.images(dataset, options.data_dir, report.reading).map(data.pixels)
+    (x, y), kept = images.train, len(images.train.y) - len(images.train.y) // 5
     if too_large := [size for size in batch_sizes if size > kept]:
         raise ValueError(f"--batch-sizes must not exceed the {kept} training examples, got {too_large[0]}.")
     settings = {**SETTINGS, "dataset": dataset, "epochs": epochs, "batch_sizes": list(batch_sizes)}
     results = Results(STUDY.name, settings, range(options.seeds))
-    examples = Examples.of(data.Split(x[:kept], y[:kept]), {"validation": validation, "test": test})
+    held_out = {"validation": data.Split(x[kept:], y[kept:]), "test": images.test}
+    examples = Examples.of(data.Split(x[:kept], y[:kept]), held_out)
     keys = {"key": seed_keys(results.seeds)}
     jobs = [Job(network.epochs(epochs, kept), keys, examples) for network in networks(options, images).values()]
     all_trained = {trained.plan.name: trained for trained in train_all(jobs, report, options)}

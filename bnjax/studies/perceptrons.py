@@ -26,15 +26,13 @@ BATCH_SIZES = (2, 4, 8, 16, 32, 64, 256)
 EPSILON = 1e-3
 
 
-def _perceptron(
-    norm: Callable[..., nn.Module] | None = None, place: str = "before", hidden: Sequence[int] = HIDDEN, **options: Any
-) -> Callable[[], Perceptron]:
-    """Returns what builds a perceptron, with a normalizer of ε = 0.001 in some place."""
+def _perceptron(norm: Any = None, place: str = "before", hidden: Sequence[int] = HIDDEN, **options: Any) -> Perceptron:
+    """Makes a perceptron with a normalizer of ε = 0.001 in some place."""
     norm = functools.partial(norm, epsilon=EPSILON) if norm else None
-    return lambda: Perceptron(hidden, 10, norm, place if norm else "none", **options)
+    return Perceptron(hidden, 10, norm, place if norm else "none", **options)
 
 
-NETWORKS: Mapping[str, tuple[str, Callable[[], Perceptron]]] = {
+NETWORKS: Mapping[str, tuple[str, Perceptron]] = {
     "none": ("no batch norm", _perceptron()),
     "bn": ("batch norm", _perceptron(BatchNorm)),
     "renorm": ("batch renorm", _perceptron(BatchRenorm)),
@@ -107,14 +105,15 @@ CASES = (
 )
 
 
-def optimizer(steps: int, learning_rate: Any, l2: Any, decay: Any) -> optax.GradientTransformation:
+def optimizer(steps: int, setting: Mapping[str, Any]) -> optax.GradientTransformation:
     """Makes Adam, with the gradient of `l2 / 2 · ‖W‖²`, and a learning rate that falls exponentially by exp(−decay)."""
+    setting = {**DEFAULTS, **setting}
 
     def make(learning_rate, l2, decay):
         schedule = optax.scale_by_schedule(lambda step: jnp.exp(-decay * step / steps))
         return optax.chain(optax.add_decayed_weights(l2), optax.adam(learning_rate, eps=1e-7), schedule)
 
-    return optax.inject_hyperparams(make)(learning_rate=learning_rate, l2=l2, decay=decay)
+    return optax.inject_hyperparams(make)(**{name: setting[name] for name in ("learning_rate", "l2", "decay")})
 
 
 def fixed_batch(batch_size: int) -> Callable[[Any, Any, Any], tuple]:

@@ -63,24 +63,19 @@ def run(options: Options, report: Report):
     dataset, steps = options.dataset, options.steps
     every = divisor_from(steps // MEASURED, steps)
     images = data.images(dataset, options.data_dir, report.reading)
-    train_set, test = (
-        data.Split(data.pixels(split.x).reshape(split.x.shape[:3]), split.y) for split in (images.train, images.test)
-    )
-    held_out = jax.tree.map(jnp.asarray, test)
+    images = images.map(lambda x: data.pixels(x).reshape(x.shape[:3]))
+    train_set, held_out = images.train, jax.tree.map(jnp.asarray, images.test)
     settings = {"hidden": HIDDEN, "optimizer": "Adam", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
     results = Results(STUDY.name, {**settings, "dataset": dataset, "steps": steps}, range(options.seeds))
     keys, curves = {"key": seed_keys(results.seeds)}, {}
     for name, network in networks(options, images).items():
-
-        def accuracy(state, *inputs, network=network):
-            return jnp.mean(network.correct(state, *held_out))
-
-        plan = network.plan(steps, measure=accuracy, every=every, compiler_options=compiler_options(steps))
+        how = {"measure": lambda state, *_, network=network: network.accuracy(state, *held_out), "every": every}
+        plan = network.plan(steps, compiler_options=compiler_options(steps), **how)
         trained = train(plan, keys, tuple(train_set), report=report, options=options)
-        accuracies, loss = jax.jit(jax.vmap(accuracy)), np.asarray(trained.metrics.loss)
+        loss = np.asarray(trained.metrics.loss)
         estimate = functools.partial(with_population_statistics, network.model, jnp.asarray(train_set.x))
         states = jax.jit(functools.partial(jax.lax.map, estimate))(trained.state)
-        at_end, with_population = (np.asarray(accuracies(of)) for of in (trained.state, states))
+        at_end, with_population = (network.accuracies(of, *held_out) for of in (trained.state, states))
         final_loss = loss[:, -max(1, steps // 20) :].mean(1)
         metrics = {"test_accuracy": at_end, "final_loss": final_loss, "population_accuracy": with_population}
         curves[network.label] = np.concatenate([trained.measurements, at_end[:, None]], 1)

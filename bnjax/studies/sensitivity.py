@@ -1,6 +1,7 @@
 """S2's perceptron over learning rates, initial scales, batch sizes, regularization, places and normalizers."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax import analysis, studies, training
-from bnjax.analysis import losses
+from bnjax import analysis, studies
 from bnjax.studies import Study, data, engine, option, perceptrons
 from bnjax.studies.engine import Report, Trained, Variant, compiler_options, seed_keys
 from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
@@ -42,17 +42,16 @@ CLAIMS = read_claims(__file__)
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     """Returns the networks at the default settings, by name."""
-    at_default = perceptrons.optimizer(options.steps, *(DEFAULTS[key] for key in ("learning_rate", "l2", "decay")))
-    how = {"optimizer": at_default, "input_shape": (images.train.x[0].size,), "batch_size": BATCH_SIZE}
-    return options.selected({name: Variant(name, label, build(), **how) for name, (label, build) in NETWORKS.items()})
+    optimizer = functools.partial(perceptrons.optimizer, options.steps)
+    how = {"optimizer": optimizer, "input_shape": (images.train.x[0].size,), "batch_size": BATCH_SIZE}
+    return options.selected({name: Variant(name, label, model, **how) for name, (label, model) in NETWORKS.items()})
 
 
 def run(options: Options, report: Report):
     """Trains `CASES` and judges the claims on what a network depends on."""
     dataset = options.dataset
-    images = data.images(dataset, options.data_dir, report.reading)
-    variants = networks(options, images)
-    train_set, test = (data.Split(data.pixels(split.x), split.y) for split in (images.train, images.test))
+    images = data.images(dataset, options.data_dir, report.reading).map(data.pixels)
+    variants, train_set, test = networks(options, images), images.train, images.test
     small_set = data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])
     settings = {"optimizer": "Adam", "dataset": dataset, "examples": BATCH_SIZE * options.steps}
     results = Results(STUDY.name, {**settings, "small_set": SMALL_SET, **DEFAULTS}, range(options.seeds))
@@ -70,13 +69,12 @@ def run(options: Options, report: Report):
     for case, (trained, metrics, curve) in zip(cases, engine.in_threads(work, cases, report), strict=True):
         for number, (name, cell) in enumerate(case.settings.items()):
             rows = slice(number * options.seeds, (number + 1) * options.seeds)
-            results.variants[name] = (
-                trained.plan.label + name.removeprefix(case.name),
-                {"network": case.network, "batch_size": case.batch_size, **cell},
-                {metric: values[rows] for metric, values in metrics.items()},
-            )
-            results.arrays[f"{name}/test_accuracy"] = curve[rows]
-            results.add_parameters(name, trained.parameters, trained.histograms if number == 0 else {})
+            label, histograms = trained.plan.label + name.removeprefix(case.name), {} if number else trained.histograms
+            plan = dataclasses.replace(trained.plan, name=name, label=label)
+            shown = {"network": case.network, "batch_size": case.batch_size, **cell}
+            of_cell = {metric: values[rows] for metric, values in metrics.items()}
+            trained_so = dataclasses.replace(trained, plan=plan, histograms=histograms)
+            results.add(trained_so, shown, of_cell, {"test_accuracy": curve[rows]})
     compared = [network for network in ("none", "bn") if network in results.variants]
     _compare(results, compared)
     results.judge(CLAIMS)
@@ -86,31 +84,24 @@ def run(options: Options, report: Report):
 def _train(case: Case, network: Variant, train_set, test, report: Report, options: Options) -> tuple:
     """Trains one case at all settings and seeds: the training, its metrics, and the test accuracy on the way."""
     steps = max(MEASURED, BATCH_SIZE * options.steps // case.batch_size // MEASURED * MEASURED)
-    cells, model = case.settings.values(), network.model
+    cells = case.settings.values()
     settings = {key: jnp.repeat(jnp.array([cell[key] for cell in cells]), options.seeds) for key in DEFAULTS}
     settings["key"] = jnp.tile(seed_keys(range(options.seeds)), len(cells))
-    held_out = jax.tree.map(jnp.asarray, test)
-
-    def create(setting):
-        changing = perceptrons.optimizer(steps, setting["learning_rate"], setting["l2"], setting["decay"])
-        state = dataclasses.replace(network, optimizer=changing).create(setting)
-        return state.replace(params=engine.scaled_kernels(state.params, setting["init_scale"]))
+    held_out, ends = jax.tree.map(jnp.asarray, test), ["Dense_0", f"Dense_{len(network.model.hidden)}"]
+    network = dataclasses.replace(network, optimizer=functools.partial(perceptrons.optimizer, steps))
 
     def measure(state, x, y, key):
-        variables = {"batch_stats": state.batch_stats}
-        loss = losses.linen_loss(model, variables, training.cross_entropy, rngs={"dropout": key})
-        ends = ["Dense_0", f"Dense_{len(model.hidden)}"]
+        loss = network.loss(state.batch_stats, rngs={"dropout": key})
         first, last = analysis.gradient_norms(loss, state.params, x, y, layers=ends).values()
-        accuracy = jnp.mean(network.correct(state, *held_out))
-        return {"test_accuracy": accuracy, "first_to_last_gradient": first / last, "first_gradient": first}
+        measured = {"first_to_last_gradient": first / last, "first_gradient": first}
+        return {"test_accuracy": network.accuracy(state, *held_out), **measured}
 
     draw = (perceptrons.fixed_batch if case.is_fixed else engine.random_batch)(case.batch_size)
     how: dict[str, Any] = {"every": steps // MEASURED, "compiler_options": compiler_options(steps)}
-    plan = network.plan(steps, create=create, draw=draw, measure=measure, **how)
+    plan = network.plan(steps, draw=draw, measure=measure, **how)
     trained = engine.train(plan, settings, tuple(train_set), report=report, options=options)
-    correct = jax.jit(jax.vmap(network.correct, (0, None, None)), compiler_options=compiler_options())
     on_test, on_training = (
-        np.asarray(correct(trained.state, split.x[:10_000], split.y[:10_000]).mean(1)) for split in (test, train_set)
+        network.accuracies(trained.state, split.x[:10_000], split.y[:10_000]) for split in (test, train_set)
     )
     metrics = {"test_accuracy": on_test, "train_accuracy": on_training, "generalization_gap": on_training - on_test}
     metrics |= {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}

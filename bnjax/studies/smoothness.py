@@ -11,7 +11,7 @@ from bnjax import analysis, studies
 from bnjax.studies import Study, data, deep_linear, landscape, option, vgg
 from bnjax.studies.engine import ONE_BY_ONE, Report, Trained, Variant, divisor_up_to, seed_keys, train
 from bnjax.studies.evidence import Results, read_claims, seeds_in_words
-from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, PROBED
+from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, LEARNT, PROBED, RATES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,9 @@ PAIR = ("none", "bn")  # networks whose landscapes are drawn
 FULL = {"steps": 15_000, "every": 100, "width": 64, "rate_steps": 1000, "linear_steps": 10_000}
 SHORT = {"steps": 500, "every": 20, "width": 16, "rate_steps": 100, "linear_steps": 10_000}
 LINEAR_EVERY = 200
+SETTINGS = {"init": "Glorot uniform", "optimizer": "SGD", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
+SETTINGS |= {"batch_norm_mode": "batch", "linear_learning_rate": deep_linear.LEARNING_RATE}
+SETTINGS |= {"probed": (LEARNING_RATE * PROBED).tolist()}
 CLAIMS = read_claims(__file__)
 
 
@@ -69,40 +72,36 @@ def run(options: Options, report: Report):
     linear_steps = min(scale["linear_steps"], 20 * steps)
     linear_every = divisor_up_to(min(LINEAR_EVERY, linear_steps // 10), linear_steps)
     settings = {
+        **SETTINGS,
         "dataset": dataset,
         "network": f"VGG-11 of width {width}",
-        "init": "Glorot uniform",
         "augmented": options.augment,
-        "optimizer": "SGD",
-        "learning_rate": LEARNING_RATE,
-        "batch_size": BATCH_SIZE,
         "steps": steps,
         "full_length": steps >= FULL["steps"] and width >= FULL["width"],
         "measured_every": every,
-        "probed": (LEARNING_RATE * PROBED).tolist(),
-        "batch_norm_mode": "batch",
         "rate_steps": min(scale["rate_steps"], steps),
         "linear_steps": linear_steps,
         "linear_measured_every": linear_every,
-        "linear_learning_rate": deep_linear.LEARNING_RATE,
     }
     results = Results(STUDY.name, settings, range(options.seeds))
-    keys, examples = seed_keys(results.seeds), tuple(images.train)
+    of_seeds, chance = {"key": seed_keys(results.seeds)}, float(np.log(images.num_classes))
+    examples = tuple(images.train)
     linear, all_trained, ends = {}, {}, {}
     for name in (name for name in names if name in deep_linear.NORMALIZERS):
         plan = deep_linear.plan_of(name, f"deep linear, {LABELS[name]}", linear_steps, linear_every)
-        linear[LABELS[name]] = trained = train(plan, {"key": keys}, report=report, options=options)
+        linear[LABELS[name]] = trained = train(plan, of_seeds, report=report, options=options)
         _add(results, trained, {})
     for name, variant in networks(options, images).items():
-        network = vgg.Network(variant, images, augmented=options.augment)
-        plan = network.plan(steps, every)
-        trained = train(plan, {"key": keys}, examples, mapped=ONE_BY_ONE, report=report, options=options)
+        plan = vgg.plan_of(variant, steps, every, augmented=options.augment)
+        trained = train(plan, of_seeds, examples, mapped=ONE_BY_ONE, report=report, options=options)
         progress = functools.partial(report.reading, f"{variant.label}, at the end")
-        rates = network.learning_rates(keys, settings["rate_steps"], examples) if name in PAIR else None
-        end = landscape.at_the_end(network, trained, keys, examples, rates, progress)
+        rates = None
+        if name in PAIR:
+            rates = variant.learning_rates(of_seeds, RATES, settings["rate_steps"], examples, target=LEARNT * chance)
+        end = landscape.at_the_end(variant, trained, of_seeds["key"], images, rates, progress)
         all_trained[LABELS[name]], ends[LABELS[name]] = trained, end
         _add(results, trained, end.metrics)
-    _add_comparisons(results, tuple(names), float(np.log(images.num_classes)))
+    _add_comparisons(results, tuple(names), chance)
     results.judge(CLAIMS)
     title = f"{dataset}, {seeds_in_words(options.seeds)}"
     return results, landscape.figures(all_trained, linear, ends, LABELS, title)
@@ -119,8 +118,11 @@ def _add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray
     probed = ("loss_min", "loss_max", "distance_min", "distance_max", "cosine_min", "max_smoothness", "gradient_norm")
     curves = {"train_loss": loss, "train_accuracy": trained.metrics.accuracy}
     curves |= {name.removeprefix("max_"): getattr(probe, name) for name in probed}
-    curves |= {"shift_distance": shift.distance, "shift_cosine": shift.cosine}
-    curves |= {"layer_gradient_norm": shift.gradient_norm}
+    curves |= {
+        "shift_distance": shift.distance,
+        "shift_cosine": shift.cosine,
+        "layer_gradient_norm": shift.gradient_norm,
+    }
     relative = shift.distance / shift.gradient_norm
     metrics = {
         "final_loss": loss[:, -max(1, loss.shape[1] // 20) :].mean(1),

@@ -1,4 +1,4 @@
-"""S6's VGG with each normalizer: how it is trained, and the losses that are measured."""
+"""S6's VGG with each normalizer: how it is trained, and what is measured on the way."""
 
 import functools
 import math
@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
 
-from bnjax import analysis, training
-from bnjax.analysis import losses
+from bnjax import analysis
 from bnjax.linen import BatchNorm, BatchRenorm, LpBatchNorm, NoisyBatchNorm
 from bnjax.models import VGG, of_example
 from bnjax.studies import data
@@ -51,51 +49,23 @@ def variants(images: data.Dataset, width: int, labels: Mapping[str, str]) -> dic
     }
 
 
-class Network:
-    """VGG with one normalizer: how it is trained, and the losses that are measured."""
+def plan_of(variant: Variant, steps: int, every: int, *, augmented: bool = False) -> Plan:
+    """Plans a training, measured by K + 1 gradients for the probe, one for the next step, one for each layer.
 
-    def __init__(self, variant: Variant, images: data.Dataset, *, augmented: bool = False):
-        self.variant, self.test = variant, images.test
-        self.draw = _augmented_batch if augmented else random_batch(BATCH_SIZE)
-        self.configuration = {"model": str(variant.model), "augmented": augmented}
-        self.chance = float(np.log(images.num_classes))  # the loss of an even guess
-        example = jnp.zeros((1, *variant.input_shape))
-        variables = variant.model.init(jax.random.key(0), example, training=False)
-        self.layers = losses.layers_in_order(variant.model, variables, example)
+    The images are mirrored and moved at random where they are to be augmented.
+    """
 
-    def loss(self, batch_stats: Any, key: Any, **options: Any):
-        """Makes `loss_fn(params, x, y)` of raw images, with the noise of a key, in the mode that training descends."""
-        variables = {"batch_stats": batch_stats}
-        loss = losses.linen_loss(self.variant.model, variables, training.cross_entropy, rngs={"noise": key}, **options)
-        return lambda params, x, y: loss(params, self.variant.prepared(x), y)
+    def measure(state, x, y, key):
+        loss = variant.loss(state.batch_stats, rngs={"noise": key})
+        following, _ = variant.step(state, x, y, key)
+        return {
+            "probe": analysis.gradient_probe(loss, state.params, LEARNING_RATE * PROBED, x, y),
+            "shift": analysis.covariate_shift(loss, state.params, following.params, x, y, layers=variant.layers),
+        }
 
-    def plan(self, steps: int, every: int) -> Plan:
-        """Plans its training, measured by K + 1 gradients for the probe, one for the next step, one for each layer."""
-
-        def measure(state, x, y, key):
-            loss = self.loss(state.batch_stats, key)
-            following, _ = self.variant.step(state, x, y, key)
-            return {
-                "probe": analysis.gradient_probe(loss, state.params, LEARNING_RATE * PROBED, x, y),
-                "shift": analysis.covariate_shift(loss, state.params, following.params, x, y, layers=self.layers),
-            }
-
-        how = {"look": lambda state, examples: state.params, "configuration": self.configuration}
-        return self.variant.plan(steps, draw=self.draw, measure=measure, every=every, **how)
-
-    def learning_rates(self, keys, steps: int, examples) -> analysis.LearningRateRange:
-        """Finds which of `RATES` train within some steps, for each seed."""
-        x, y = jax.tree.map(jnp.asarray, examples)
-
-        def of_seed(key, x, y):
-            state = self.variant.create({"key": key})
-            loss = self.loss(state.batch_stats, key)
-            index = jax.random.randint(jax.random.fold_in(key, 3), (steps, BATCH_SIZE), 0, y.shape[0])
-            at = (lambda params, i: loss(params, x[i], y[i])), state.params, jnp.array(RATES), (index,)
-            return analysis.learning_rate_range(*at, target=LEARNT * self.chance)
-
-        run_seed = jax.jit(of_seed)
-        return jax.tree.map(lambda *v: np.stack(v), *(run_seed(key, x, y) for key in keys))
+    how = {"draw": _augmented_batch if augmented else random_batch(BATCH_SIZE), "measure": measure, "every": every}
+    configuration = {"model": str(variant.model), "augmented": augmented}
+    return variant.plan(steps, look=lambda state, examples: state.params, configuration=configuration, **how)
 
 
 def _augmented_batch(examples, setting, number):

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from bnjax._extras import needs
-from bnjax.studies import Options, Study
-from bnjax.studies.cli.logs import Logs, open_logs
-from bnjax.studies.data import atomic_file
+from bnjax.studies import STUDIES, Options, Study
+from bnjax.studies.cli.logs import Logs
+from bnjax.studies.data import DataError, atomic_file
 from bnjax.studies.engine.saving import Saving
 from bnjax.studies.evidence import ledger
+from bnjax.studies.evidence.claims import Judgment
 from bnjax.studies.evidence.results import Results, claim_rows, metric_tables, save
 from bnjax.studies.evidence.statistics import seeds_in_words
 
@@ -76,7 +77,7 @@ def run_study(
       MissingExtraError: if a log's package is not installed.
     """
     quiet = quiet or jax.process_index() > 0  # one of several processes speaks and saves
-    logs = open_logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())
+    logs = Logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())
     console = Console(quiet=quiet, highlight=False)
     configuration = {"study": study.name, "dataset": getattr(options, "dataset", None)}
     saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
@@ -100,35 +101,45 @@ def run_study(
 def print_ledger(
     names: Sequence[str], seeds: int | None, fast: bool, out: Path, data_dir: str | None, quiet: bool
 ) -> ledger.Ledger:
-    """Prints, saves and returns the verdicts on the claims of some studies, running into `out` what is missing.
+    """Prints, saves and returns the verdicts on the claims of some studies, running into `out` what is missing there.
 
-    The number of seeds is each study's own by default; with `fast` only `Study.fast` is run; quietly, only the ledger
-    is printed.
+    What is there with other options is used as it is; only a run with fewer seeds, or one of `bnjax claims --fast`, is
+    replaced by a longer one. The number of seeds is each study's own by default; with `fast` only `Study.fast` is run,
+    and of the study's data sets the first that can be had. The claims of a study that is left out, or whose data can't
+    be had, are undecided, with the reason. Quietly, only the ledger is printed.
     """
     from bnjax.training.checkpoint import CheckpointError
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-
-    def options_of(study: Study) -> list[Options]:
-        if fast and study.fast is None:
-            return []
-        common = {**((fast and study.fast) or {}), **({"seeds": seeds} if seeds else {})}
-        choices = [{"dataset": dataset, "data_dir": data_dir} for dataset in study.datasets] or [{}]
-        return [study.load().Options(**common, **of_data) for of_data in choices]
-
-    def run(study: Study, options: Options, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            run_study(study, options, directory, quiet, resume=True)
-        except CheckpointError as error:  # the interrupted run had other options
-            say(f"{study.name}: {error} Starting afresh.")
-            run_study(study, options, directory, quiet)
-
-    def say(text: str) -> None:
-        if not quiet:
-            console.print(text)
-
-    judged = ledger.make_ledger(names, options_of, out, run, say)
+    width = None if sys.stdout.isatty() else _WIDTH
+    console, progress = Console(highlight=False, width=width), Console(highlight=False, width=width, quiet=quiet)
+    judgments, counts = [], {}
+    for name in names:
+        study, saved, reason, choices = STUDIES[name], Results.load(out / name), "left out by --fast", []
+        if study.fast is not None or not fast:
+            common = {**((fast and study.fast) or {}), **({"seeds": seeds} if seeds else {})}
+            of_data = [{"dataset": dataset, "data_dir": data_dir} for dataset in study.datasets] or [{}]
+            choices, reason = [study.load().Options(**common, **of) for of in of_data], ""
+        if saved and not ledger.is_to_be_replaced(saved, study, choices):
+            progress.print(f"{name}: results of `{saved.command}` found in {out / name}")
+            choices = []
+        for options in choices:
+            (out / name).mkdir(parents=True, exist_ok=True)
+            try:
+                try:
+                    run_study(study, options, out / name, quiet, resume=True)
+                except CheckpointError as error:  # the interrupted run had other options
+                    progress.print(f"{name}: {error} Starting afresh.")
+                    run_study(study, options, out / name, quiet)
+                break
+            except DataError as error:
+                reason = reason or f"not run: {error}"
+                progress.print(f"{name}: {error}")
+        if runs := ledger.saved_runs(out).get(name):
+            counts[name] = max(len(run.seeds) for run in runs.values())
+            judgments += ledger.judge(study, list(runs.values()))
+        else:
+            judgments += [Judgment(claim, (), reason) for claim in study.load().CLAIMS]
+    judged = ledger.Ledger(judgments, counts)
     _print_table(console, "claims", *judged.rows())
     if notes := judged.footnotes():
         console.print(f"Changed after results had been seen:{notes}", markup=False)

@@ -98,10 +98,17 @@ class WeightsAndBiases:
 
 
 class Logs:
-    """All the logs of a run as one."""
+    """All the logs of a run of a study with some options, of names among `bnjax.studies.LOGS`, as one.
 
-    def __init__(self, logs: Sequence[TensorBoard | WeightsAndBiases]):
-        self._logs, self._lengths = list(logs), {}
+    Raises:
+      MissingExtraError: if the package of one is not installed.
+      ValueError: if one refuses.
+    """
+
+    def __init__(self, names: Sequence[str], directory: Path, study: str, options: Mapping[str, Any]):
+        makers = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+        self._logs = [makers[name](directory, study, options) for name in dict.fromkeys(names)]
+        self._lengths: dict[str, float] = {}
 
     def begin(self, training: str, length: float) -> None:
         """Says how many steps or epochs a training has."""
@@ -152,14 +159,3 @@ class Logs:
         """Writes what is left."""
         for log in self._logs:
             log.close()
-
-
-def open_logs(names: Sequence[str], directory: Path, study: str, options: Mapping[str, Any]) -> Logs:
-    """Opens the logs of some names, among `bnjax.studies.LOGS`, for a run of a study with some options.
-
-    Raises:
-      MissingExtraError: if the package of one is not installed.
-      ValueError: if one refuses.
-    """
-    makers = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-    return Logs([makers[name](directory, study, options) for name in dict.fromkeys(names)])

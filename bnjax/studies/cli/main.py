@@ -109,7 +109,7 @@ def _add_options(parser: argparse.ArgumentParser, options: type[Options]) -> Non
     """Adds an argument for each option of a study, read as the type of its field says."""
     kinds: dict[Any, Any] = {int: _positive, str: str, tuple[int, ...]: _sizes, tuple[str, ...]: _names}
     groups: dict[str, Any] = {"": parser}
-    for field in options.shown():
+    for field in options.fields().values():
         about = field.metadata
         if about["group"] not in groups:
             groups[about["group"]] = parser.add_argument_group(about["group"])

@@ -54,6 +54,11 @@ class Dataset(NamedTuple):
     test: Split
     num_classes: int
 
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Dataset":
+        """Applies a function to the inputs of both splits."""
+        train, test = (Split(function(x), y) for x, y in (self.train, self.test))
+        return self._replace(train=train, test=test)
+
 
 def circles() -> Dataset:
     """Draws two noisy concentric circles: 1000 points of scikit-learn's `make_circles(noise=0.1, random_state=1)`.

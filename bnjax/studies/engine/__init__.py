@@ -9,7 +9,6 @@ from bnjax.studies.engine.plan import (  # noqa: F401
     divisor_from,
     divisor_up_to,
     random_batch,
-    scaled_kernels,
     seed_keys,
     step_keys,
 )

@@ -1,5 +1,6 @@
 """Histograms of weights and gradients over a training, and the recorded gradient of a step."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,19 +47,11 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _zeros(params: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, params)
-
-
+_zeros: Any = functools.partial(jax.tree.map, jnp.zeros_like)
 _RECORDER = optax.GradientTransformation(_zeros, lambda updates, state, params=None: (_zeros(updates), updates))
 
 
-def recording(state: training.TrainState) -> training.TrainState:
-    """Makes a state whose next training step changes no parameter and leaves the gradient as `opt_state`."""
-    return state.replace(tx=_RECORDER, opt_state=_RECORDER.init(state.params))
-
-
 def watched(step: Callable[..., Any], state: training.TrainState, *inputs: Any) -> tuple[Any, Any]:
-    """Returns the parameters, and the gradient of a step that is not taken."""
-    recorded, _ = step(recording(jax.tree.map(jnp.copy, state)), *inputs)
-    return state.params, recorded.opt_state
+    """Returns the parameters, and the gradient of a step that is not taken: its optimizer only keeps it."""
+    recorder = jax.tree.map(jnp.copy, state).replace(tx=_RECORDER, opt_state=_RECORDER.init(state.params))
+    return state.params, step(recorder, *inputs)[0].opt_state

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax import training
+from bnjax import analysis, training
 from bnjax._compat import without_fusion_emitters
+from bnjax.analysis import losses
 from bnjax.studies.data import Split
 from bnjax.studies.engine.histograms import Histograms
 
@@ -181,7 +182,7 @@ class Variant:
       name: key in results.
       label: label for tables and figures.
       model: linen module.
-      optimizer: optax gradient transformation.
+      optimizer: optax gradient transformation, or a function that makes one of a setting.
       input_shape: shape of one input of the model.
       batch_size: examples in a step.
       objective: loss and correctness of each example.
@@ -201,9 +202,13 @@ class Variant:
     input_dtype: Any = jnp.float32
 
     def create(self, setting: Setting) -> training.TrainState:
-        """Makes the state at step 0, of a setting's key."""
+        """Makes the state at step 0, of a setting's key, with kernels scaled by its 'init_scale' where it has one."""
         key, example = jax.random.fold_in(setting["key"], 0), jnp.zeros((1, *self.input_shape), self.input_dtype)
-        return training.create_train_state(self.model, self.optimizer, key, example)
+        optimizer: Any = self.optimizer(setting) if callable(self.optimizer) else self.optimizer
+        state, scale = training.create_train_state(self.model, optimizer, key, example), setting.get("init_scale", 1)
+        return state.replace(
+            params=jax.tree.map_with_path(lambda path, p: p * scale if path[-1].key == "kernel" else p, state.params)
+        )
 
     def prepared(self, x) -> Any:
         """Makes inputs of the model of examples, as for evaluation."""
@@ -214,9 +219,47 @@ class Variant:
         rngs = {"dropout": key, "noise": key}
         return training.train_step(state, self.prepared(x), y, objective=self.objective, rngs=rngs)
 
-    def correct(self, state, x: Any, y: Any) -> Any:
-        """Returns for each of some inputs of the model whether it is classified correctly, with running statistics."""
-        return training.evaluate(state, x, y, objective=self.objective).accuracy
+    def accuracy(self, state, x: Any, y: Any) -> Any:
+        """Returns the accuracy on some inputs of the model, with running statistics."""
+        return jnp.mean(training.evaluate(state, x, y, objective=self.objective).accuracy)
+
+    @functools.cached_property
+    def layers(self) -> list[tuple[str, ...]]:
+        """The layers of the model in the order of their calls (`bnjax.analysis.losses.layers_in_order`)."""
+        example = jnp.zeros((1, *self.input_shape), self.input_dtype)
+        state = jax.eval_shape(self.create, {"key": jax.random.key(0)})
+        return losses.layers_in_order(self.model, {"params": state.params, "batch_stats": state.batch_stats}, example)
+
+    def loss(self, batch_stats: Any, **options: Any) -> Callable[..., Any]:
+        """Makes `loss_fn(params, x, y)` of examples, with options of `bnjax.analysis.losses.linen_loss`."""
+        loss = losses.linen_loss(self.model, {"batch_stats": batch_stats}, self.objective, **options)
+        return lambda params, x, y: loss(params, self.prepared(x), y)
+
+    def learning_rates(
+        self, settings: Setting, rates: Any, steps: int, examples: Any, **options: Any
+    ) -> analysis.LearningRateRange:
+        """Finds which rates of plain gradient descent train within some steps, for each of several settings.
+
+        Batches are drawn at random, and the noise is the same throughout; options are those of
+        `bnjax.analysis.learning_rate_range`.
+        """
+        rates, data = jnp.asarray(rates), jax.tree.map(jnp.asarray, tuple(examples))
+
+        @jax.jit
+        def of_setting(setting, x, y):
+            state, key = self.create(setting), setting["key"]
+            loss = self.loss(state.batch_stats, rngs={"noise": key})
+            index = jax.random.randint(jax.random.fold_in(key, 3), (steps, self.batch_size), 0, y.shape[0])
+            at = (lambda params, i: loss(params, x[i], y[i])), state.params, rates, (index,)
+            return analysis.learning_rate_range(*at, **options)
+
+        each = (jax.tree.map(lambda v, i=i: v[i], settings) for i in range(len(settings["key"])))
+        return jax.tree.map(lambda *v: np.stack(v), *(of_setting(setting, *data) for setting in each))
+
+    def accuracies(self, states: Any, x: Any, y: Any) -> np.ndarray:
+        """Returns the `accuracy` of each of several states, which have a leading axis."""
+        of_each = jax.jit(jax.vmap(self.accuracy, (0, None, None)), compiler_options=compiler_options())
+        return np.asarray(of_each(states, x, y))
 
     def evaluate(self, state, x: Any, y: Any) -> training.Metrics:
         """Returns means over some examples, in batches, with running statistics."""
@@ -295,11 +338,6 @@ def step_keys(setting: Setting, number: Any) -> tuple[Any, Any]:
 def seed_keys(seeds: Sequence[int]) -> jax.Array:
     """Makes the random key of each seed."""
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-
-
-def scaled_kernels(params: Any, factor: Any) -> Any:
-    """Multiplies the kernels among a network's parameters by a factor."""
-    return jax.tree.map_with_path(lambda path, p: p * factor if path[-1].key == "kernel" else p, params)
 
 
 def divisor_from(least: int, number: int) -> int:

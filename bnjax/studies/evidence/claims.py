@@ -5,25 +5,13 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from bnjax.studies.evidence.statistics import Interval, interval, prediction_interval, within
 
 VERDICTS = ("reproduced", "not reproduced", "undecided", "wrong in the source")
-
-
-@runtime_checkable
-class Record(Protocol):
-    """A study's results, just measured or read from its `results.json`."""
-
-    settings: Mapping[str, Any]
-    seeds: Sequence[int]
-
-    def values(self, variant: str, metric: str) -> np.ndarray | None:
-        """Returns a metric of a variant at each seed; None where it was not measured."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +58,10 @@ class Condition:
     exact: bool = False
     digits: int | None = 4
 
-    def judge(self, record: Record) -> "Outcome":
-        """Compares the range with what was measured."""
-        values = record.values(self.variant, self.metric)
-        others = record.values(self.minus, self.metric) if self.minus else None
+    def judge(self, results: Any) -> "Outcome":
+        """Compares the range with what a study measured, its `bnjax.studies.evidence.results.Results`."""
+        values = results.values(self.variant, self.metric)
+        others = results.values(self.minus, self.metric) if self.minus else None
         if values is None or (self.minus and others is None):
             return Outcome(self, Interval(math.nan, math.nan, 0), math.nan, None)
         values = np.asarray(values, np.float64) - (0 if others is None else np.asarray(others, np.float64))
@@ -83,7 +71,7 @@ class Condition:
         effect = measured.mean / deviation if is_paired and deviation > 0 else math.nan
         if self.exact:
             measured = Interval(measured.mean, 0.0, measured.n)
-        if measured.n < len(record.seeds) or not math.isfinite(measured.half):
+        if measured.n < len(results.seeds) or not math.isfinite(measured.half):
             met = None
         elif self.one_run:
             met = measured.low <= self.low <= measured.high
@@ -150,12 +138,12 @@ class Claim:
     amended: str = ""
     is_arithmetic: bool = False
 
-    def judge(self, record: Record) -> "Judgment":
-        """Returns the verdict on a study's results."""
-        needed = [_setting(k, v) for k, v in self.needs.items() if not _meets(record.settings.get(k), v)]
+    def judge(self, results: Any) -> "Judgment":
+        """Returns the verdict on a study's `bnjax.studies.evidence.results.Results`."""
+        needed = [_setting(k, v) for k, v in self.needs.items() if not _meets(results.settings.get(k), v)]
         if needed:
             return Judgment(self, (), "needs " + ", ".join(needed))
-        return Judgment(self, tuple(condition.judge(record) for condition in self.conditions), "")
+        return Judgment(self, tuple(condition.judge(results) for condition in self.conditions), "")
 
 
 @dataclasses.dataclass(frozen=True)

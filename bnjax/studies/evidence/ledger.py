@@ -1,13 +1,12 @@
-"""The ledger: every claim of the sources with its verdict, from saved results; what is missing is run first."""
+"""The ledger: every claim of the sources with its verdict, from saved results."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from bnjax.studies import STUDIES, Options, Study
-from bnjax.studies.data import DataError, atomic_file
-from bnjax.studies.evidence.claims import VERDICTS, Claim, Judgment
+from bnjax.studies.data import atomic_file
+from bnjax.studies.evidence.claims import VERDICTS, Judgment
 from bnjax.studies.evidence.results import Results, claim_rows, json_text, markdown_table
 
 
@@ -53,11 +52,6 @@ class Ledger:
                 file.write(content.encode() + b"\n")
 
 
-def claims_of(study: Study) -> tuple[Claim, ...]:
-    """Returns the claims that a study decides."""
-    return study.load().CLAIMS
-
-
 def saved_runs(directory: Path) -> dict[str, dict[Path, Results]]:
     """Loads the results in a directory and in those in it, by study, in the order of the studies.
 
@@ -71,51 +65,11 @@ def saved_runs(directory: Path) -> dict[str, dict[Path, Results]]:
 
 def judge(study: Study, runs: Sequence[Results]) -> list[Judgment]:
     """Returns the verdicts on a study's claims, each from the first of some runs that decides it."""
-    judged = ([claim.judge(run) for run in runs] for claim in claims_of(study))
+    judged = ([claim.judge(run) for run in runs] for claim in study.load().CLAIMS)
     return [next((judgment for judgment in of if judgment.verdict != "undecided"), of[0]) for of in judged]
 
 
-def make_ledger(
-    names: Sequence[str],
-    options_of: Callable[[Study], Sequence[Options]],
-    out: Path,
-    run: Callable[[Study, Options, Path], Any],
-    say: Callable[[str], Any] = print,
-) -> Ledger:
-    """Judges the claims of some studies, each from its results in `out`, run into `out / study` where they are missing.
-
-    What is there with other options than these is used as it is; only a run with fewer seeds, or one of
-    `bnjax claims --fast`, is replaced by a longer one.
-
-    `options_of` returns how a study is to be run, and how else where the data of that can't be had; nothing for a study
-    to leave out. The claims of a study that is left out, or whose data can't be had, are undecided, with the reason.
-    `run` runs a study into a directory; `say` is told what is done.
-    """
-    judgments, seeds = [], {}
-    for name in names:
-        study, saved = STUDIES[name], Results.load(out / name)
-        choices = options_of(study)
-        reason = "" if choices else "left out by --fast"
-        if saved and not _is_to_be_replaced(saved, study, choices):
-            say(f"{name}: results of `{saved.command}` found in {out / name}")
-        else:
-            for options in choices:
-                try:
-                    run(study, options, out / name)
-                except DataError as error:
-                    reason = reason or f"not run: {error}"
-                    say(f"{name}: {error}")
-                else:
-                    break
-        if runs := saved_runs(out).get(name):
-            seeds[name] = max(len(saved.seeds) for saved in runs.values())
-            judgments += judge(study, list(runs.values()))
-        else:
-            judgments += [Judgment(claim, (), reason) for claim in claims_of(study)]
-    return Ledger(judgments, seeds)
-
-
-def _is_to_be_replaced(saved: Results, study: Study, choices: Sequence[Options]) -> bool:
+def is_to_be_replaced(saved: Results, study: Study, choices: Sequence[Options]) -> bool:
     """Says whether a run has fewer seeds than any of the choices that it else equals, or was fast and they are not."""
     options, seeds = dict(saved.options), saved.options["seeds"]
     wanted = [choice.to_json() for choice in choices]

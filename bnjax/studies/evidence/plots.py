@@ -141,18 +141,18 @@ def sweep(
     `series` has, by label, the accuracies over seeds at each of the values, which lie on a logarithmic scale (of some
     base) called `label`; `published` has the source's number by value.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for i, (name, accuracies) in enumerate(series.items()):
-        measured = [interval(v) for v in accuracies]
-        means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
-        axis.errorbar(values, means, halves, label=name, marker="o", capsize=4, **line_style(i))
-    if shown := {value: number for value, number in (published or {}).items() if value in values}:
-        axis.plot(list(shown), list(shown.values()), "kx", label="published (without, one run)")
-    axis.set_xscale("log", base=base)
-    axis.set_xticks(values, [f"{value:g}" for value in values])
-    axis.minorticks_off()
-    axis.set(xlabel=label, ylabel="test accuracy", title=title)
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
-    return figure
+
+    def draw(axis: Any) -> None:
+        for i, (name, accuracies) in enumerate(series.items()):
+            measured = [interval(v) for v in accuracies]
+            means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
+            axis.errorbar(values, means, halves, label=name, marker="o", capsize=4, **line_style(i))
+        if shown := {value: number for value, number in (published or {}).items() if value in values}:
+            axis.plot(list(shown), list(shown.values()), "kx", label="published (without, one run)")
+        axis.set_xscale("log", base=base)
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()
+        axis.set(xlabel=label, ylabel="test accuracy")
+        axis.grid(alpha=0.25)
+
+    return drawing.panels(title, [("", draw)])

@@ -26,7 +26,7 @@ from bnjax.studies.evidence.statistics import Interval, interval
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
 
 Arrays = Mapping[str, np.ndarray]
-Measured = tuple[str, Mapping[str, Any], Arrays]
+Measured = tuple[str, Mapping[str, Any], dict[str, np.ndarray]]
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
 
 
@@ -81,19 +81,21 @@ class Results:
     @property
     def command(self) -> str:
         """The command that makes them again."""
-        return command(self.study, self.options)
+        words = ["bnjax", "run", self.study]
+        fields = STUDIES[self.study].fields if self.study in STUDIES else {}
+        for key, value in self.options.items():
+            if key not in fields or value != fields[key].default:
+                words.append(f"--{key.replace('_', '-')}")
+                if value is not True:
+                    words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
+        return " ".join(words)
 
     def add(self, trained: Any, settings: Mapping[str, Any], metrics: Arrays, curves: Arrays | None = None) -> None:
         """Adds a `bnjax.studies.engine.plan.Trained` with its histograms, metrics and curves (its own by default)."""
         name = trained.plan.name
-        self.variants[name] = (trained.plan.label, settings, metrics)
+        self.variants[name], self.parameters[name] = (trained.plan.label, settings, dict(metrics)), trained.parameters
         self.arrays |= {f"{name}/{k}": v for k, v in (trained.curves if curves is None else curves).items()}
-        self.add_parameters(name, trained.parameters, trained.histograms)
-
-    def add_parameters(self, name: str, shapes: Shapes, histograms: Mapping[str, Any]) -> None:
-        """Adds the shapes of a variant's parameters and what was counted of them."""
-        self.parameters[name] = shapes
-        for path, (counts, ends) in histograms.items():
+        for path, (counts, ends) in trained.histograms.items():
             self.arrays[f"{name}/histograms/{path}/counts"] = counts
             self.arrays[f"{name}/histograms/{path}/range"] = ends
 
@@ -103,8 +105,7 @@ class Results:
 
     def set_metric(self, variant: str, metric: str, values: np.ndarray) -> None:
         """Adds a metric to a variant."""
-        label, settings, metrics = self.variants[variant]
-        self.variants[variant] = (label, settings, {**metrics, metric: values})
+        self.variants[variant][2][metric] = values
 
     def values(self, variant: str, metric: str) -> np.ndarray | None:
         """Returns the values of a metric over seeds; None where it was not measured."""
@@ -175,18 +176,6 @@ def save(
         with atomic_file(out / name) as file:
             write(file)
     return [out / name for name in contents]
-
-
-def command(study: str, options: Mapping[str, Any]) -> str:
-    """Returns the command that runs a study with some options, as `Options.to_json` gives them."""
-    words = ["bnjax", "run", study]
-    fields = STUDIES[study].fields if study in STUDIES else {}
-    for key, value in options.items():
-        if key not in fields or value != fields[key].default:
-            words.append(f"--{key.replace('_', '-')}")
-            if value is not True:
-                words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
-    return " ".join(words)
 
 
 def _installed_versions() -> dict[str, str]:
