@@ -6,6 +6,7 @@ From the outside in:
     checked_moments        takes both parts of a complex input as features, and merges the members of a vmapped axis
     _real_moments          carries the rule of derivatives, and merges the devices of a mesh axis
     _moments_of_shards     takes the shards of an automatically partitioned array apart, and merges them
+    _moments_of_columns    does so with the parts of the last axis, where these are no whole tiles
     _local_moments         chooses a provisional mean, and whether to take another
     _moments_about         sums
 """
@@ -28,6 +29,7 @@ from bnjax._sync import (
     AxisName,
     Groups,
     Moments,
+    by_local_sums,
     explicitly_sharded,
     group_size,
     is_mesh_axis,
@@ -46,6 +48,8 @@ from bnjax._sync import (
 
 _SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
 _FEWEST_SAMPLES = 16  # those of a shard
+_FEWEST_OF_COLUMN = 4  # those of an index of an axis
+_ROWS_OF_TILE = 8  # rows of an array that TPU keeps together
 _SMALL_SPREAD = 1e-10  # below it squares are small enough, and dividing them by the count could make them vanish
 _POOR_SHIFT = 64  # under a mask, moments are taken again where (mean − s)² is larger than so many variances
 
@@ -213,23 +217,47 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     The moments of each shard are taken about a provisional mean of its own, so that only their merging communicates.
     An axis that could have been split is taken to be. Where it is not, the result is the same.
     """
-    parts = shards_of(x, [a for a in range(x.ndim) if a not in axes])
+    reduced = [a for a in range(x.ndim) if a not in axes]
+    parts = shards_of(x, reduced)
     if not parts:
         return _local_moments(x, weights, axes)
     counts_differ = weights is not None and any(weights.shape[axis] != 1 for axis in parts)
     samples = max(_FEWEST_SAMPLES, _SAMPLES // math.prod(list(parts.values())[1:]))
+    is_free = len(reduced) == 1 or x.shape[reduced[-1]] // parts.get(reduced[-1], 1) % _ROWS_OF_TILE == 0
+    columns = None if is_free else reduced[-1]
     of_axes = Moments(0, 0, 0 if counts_differ else None, None)  # pyright: ignore[reportArgumentType]
 
     def of_parts(x: Array, weights: Array | None, axes_to_split: tuple[int, ...]) -> Moments:
         if not axes_to_split:
             return _local_moments(x, weights, axes, samples)
         axis, *others = axes_to_split
+        if axis == columns:
+            return _moments_of_columns(x, weights, axes, axis, parts[axis], samples, of_axes)
         x, weights_axis = split_axis(x, axis, parts[axis]), None
         if weights is not None and weights.shape[axis] != 1:
             weights, weights_axis = split_axis(shard_like(weights, x, axis), axis, parts[axis]), axis
         return jax.vmap(lambda x, w: of_parts(x, w, tuple(others)), (axis, weights_axis), of_axes)(x, weights)
 
     return merge_over_shards(of_parts(x, weights, tuple(parts)), len(parts), counts_differ=counts_differ)
+
+
+def _moments_of_columns(
+    x: Array, weights: Array | None, axes: tuple[int, ...], axis: int, parts: int, samples: int, of_axes: Moments
+) -> Moments:
+    """Computes the moments of equal parts of an axis by merging those of its single indices.
+
+    The result is that of splitting the axis, for which TPU's compiler would copy `x` where a part is no whole tile.
+    """
+    columns = tuple(sorted((*axes, axis)))
+    m = _local_moments(x, weights, columns, max(_FEWEST_OF_COLUMN, samples * parts // x.shape[axis]))
+    split = [split_axis(jnp.moveaxis(v, columns.index(axis), 0), 0, parts) if v.ndim else v for v in m[:3]]
+    counts_differ = weights is not None and weights.shape[axis] != 1
+    if weights is None or not counts_differ:
+        split[2] = split[2][0, 0] if split[2].ndim else split[2]
+    elif all(weights.shape[a] == 1 for a in axes):  # one count for all features
+        split[2] = split[2].reshape((*split[2].shape[:2], -1))[..., 0]
+    in_axes = 0, 0, 0 if counts_differ else None
+    return jax.vmap(lambda *m: by_local_sums(Moments(*m), m[2], counts_differ), in_axes, of_axes)(*split)
 
 
 def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], samples: int = _SAMPLES) -> Moments:
@@ -254,8 +282,7 @@ def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], sampl
 
     # The weights may have hidden most or all of the sample; then the moments are taken again, about the first mean.
     # Where XLA splits x, this is no condition: its branch would hold XLA's sums over devices, and devices of another,
-    # manual axis may decide differently, so that some would wait for the others forever. (Under vmap a condition
-    # becomes a choice between two results.)
+    # manual axis may decide differently, so that some would wait for the others forever.
     def again(m: Moments) -> Moments:
         return _moments_about(m.mean, jnp.sqrt(m.var), x, weights, axes, relative_count)[0]
 
@@ -334,9 +361,7 @@ def _weigh(values: Array, weights: Array | None) -> Array:
 
 
 def _of_size_one(weights: Array, dtype: Any, shape: Shape, axes: tuple[int, ...]) -> tuple[Array, Array | None]:
-    """Returns weights of at most three, and the power of two by which they are less: products neither over- nor
-    underflow.
-    """
+    """Returns weights of at most three and the power of two by which they are less: no product over- or underflows."""
     if weights.dtype == bool:
         return weights, None
     reduced = tuple(a for a in range(weights.ndim) if a not in axes)

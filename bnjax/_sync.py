@@ -143,7 +143,7 @@ def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | N
         return _by_two_sums(local, _sum_over(axis_name, groups), size, counts_differ)
     index = index_in_group(axis_name, groups)
     exchanged = placed(_of_parts(local, counts_differ), index, size)
-    return _by_local_sums(_sum_over(axis_name, groups)(exchanged), local.count, counts_differ)
+    return by_local_sums(_sum_over(axis_name, groups)(exchanged), local.count, counts_differ)
 
 
 def merge_over_shards(local: Moments, leading: int, *, counts_differ: bool) -> Moments:
@@ -162,7 +162,7 @@ def merge_over_shards(local: Moments, leading: int, *, counts_differ: bool) -> M
         parts = jax.tree.map(lambda values: values.sum(tuple(range(leading))), exchanged)
     else:
         parts = jax.tree.map(lambda values: values.reshape((size, *values.shape[leading:])), parts)
-    return _by_local_sums(parts, local.count, counts_differ)
+    return by_local_sums(parts, local.count, counts_differ)
 
 
 def _of_parts(local: Moments, counts_differ: bool) -> Moments:
@@ -189,15 +189,13 @@ def _by_two_sums(local: Moments, total: Callable[[Array], Array], size: int, cou
     return Moments(mean, total(share * local.var + (share * offset) * offset), count)
 
 
-def _by_local_sums(parts: Moments, count: Array, counts_differ: bool) -> Moments:
+def by_local_sums(parts: Moments, count: Array, counts_differ: bool) -> Moments:
     """Merges the moments of parts along their first axis; `count` is that of each, where it is one for all."""
-    size, ndim = parts.mean.shape[0], parts.mean.ndim
-    if counts_differ:
-        count = parts.count.reshape(parts.count.shape + (1,) * (ndim - parts.count.ndim))
+    counts = parts.count if counts_differ else jnp.expand_dims(count, 0)
+    expanded = counts.reshape(counts.shape + (1,) * (parts.mean.ndim - counts.ndim))
     total = functools.partial(jnp.sum, axis=0, keepdims=True)
-    m = _by_two_sums(parts._replace(count=count), total, size, counts_differ)
-    count = m.count.reshape(parts.count.shape[1:]) if counts_differ else m.count
-    return Moments(m.mean.squeeze(0), m.var.squeeze(0), count)
+    m = _by_two_sums(parts._replace(count=expanded), total, parts.mean.shape[0], counts_differ)
+    return Moments(m.mean.squeeze(0), m.var.squeeze(0), m.count.reshape(counts.shape[1:]))
 
 
 def placed(tree: Any, index: Array, size: int) -> Any:

@@ -83,6 +83,39 @@ def test_among_many_shards_a_second_sum_takes_the_place_of_a_list(size):
     assert (max(sizes) == size * size * 3) is (size <= 256)
 
 
+@pytest.mark.parametrize("weights", [None, (8, 1, 1, 1), (8, 4, 0, 1), (1, 1, 0, 1), (1, 1, 1, 3), (8, 4, 0, 3)])
+@pytest.mark.parametrize(("width", "is_divided"), [(12, False), (16, True)])  # 6 and 8 rows in a part
+@pytest.mark.parametrize("axis", [1, -1])
+def test_parts_of_the_last_reduced_axis(width, is_divided, weights, axis):
+    keys, mesh = jax.random.split(jax.random.key(0)), jax.make_mesh((2,), ("a",), axis_types=(AUTO,))
+    noise = np.asarray(jax.random.normal(keys[0], (8, 4, width, 3)))
+    x = jnp.asarray(
+        3 + noise * np.arange(1.0, 4) + np.linspace(0, 50, width)[:, None], jnp.float32
+    )  # parts differ much
+    w = None
+    if weights is not None:
+        w = jax.random.uniform(keys[1], [size or width for size in weights])
+        w = w if w.size < width else jnp.where(w < 0.3, 0, w)
+    whole = np.ones(x.shape) if w is None else np.broadcast_to(np.asarray(w, float), x.shape)
+    exact = np.asarray(x, float)
+    count = whole.sum((0, 1, 2))
+    mean = (whole * exact).sum((0, 1, 2)) / count
+    var = (whole * np.square(exact - mean)).sum((0, 1, 2)) / count
+    if axis == 1:
+        x, w = jnp.moveaxis(x, -1, 1), None if w is None else jnp.moveaxis(w, -1, 1)
+    with jax.set_mesh(mesh):
+        x, w = jax.device_put((x, w), NamedSharding(mesh, P()))
+        text = str(jax.make_jaxpr(lambda x: moments(x, axis=axis, mask=w))(x))
+        m = jax.jit(lambda x, w: moments(x, axis=axis, mask=w))(x, w)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\] = reshape", text)]
+    divided = 2 + is_divided  # the input is divided along the batch and the height
+    assert sizes.count(x.size) == (divided if w is None or w.size < x.size else 2 * divided)
+    chex.assert_trees_all_close((m.mean, m.var), (mean, var), rtol=2e-5)
+    expected = count if weights is not None and weights[-1] == 3 else count[0]
+    assert m.count.shape == expected.shape
+    np.testing.assert_allclose(m.count, expected, rtol=1e-5)
+
+
 def test_weights_of_less_than_one_in_each_part():
     x = jax.random.normal(jax.random.key(0), (4, 5, 3)) + jnp.arange(4.0)[:, None, None]
     weights = jax.random.uniform(jax.random.key(1), (4, 5)) / 30
