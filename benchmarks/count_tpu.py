@@ -18,6 +18,7 @@ from typing import Any
 from common import save
 
 SHAPE = (256, 56, 56, 128)
+LARGE = (1024, 56, 56, 128)  # as much on each of four chips as SHAPE on one, whose fast memory holds a quarter of it
 TOPOLOGY, SYNCED = "v5e:1x1", "v5e:2x2"
 NUMBERS = ("forward", "both", "backward", "kept")
 
@@ -45,7 +46,7 @@ def functions(norm: str) -> Callable:
     }[norm]
 
 
-def passes(norm: str, dtype: Any, masked: bool, topology: str) -> dict[str, float]:
+def passes(norm: str, dtype: Any, masked: bool, topology: str, shape: tuple[int, ...] = SHAPE) -> dict[str, float]:
     """Counts the passes of one layer, on each of the chips that share the batch and its statistics."""
     import jax
     import jax.numpy as jnp
@@ -58,15 +59,15 @@ def passes(norm: str, dtype: Any, masked: bool, topology: str) -> dict[str, floa
     mesh = Mesh(np.array(topology_devices(topology)).reshape(-1), ("batch",))
 
     def place(v):
-        spec = jax.P("batch") if v.ndim and v.shape[0] == SHAPE[0] else jax.P()
+        spec = jax.P("batch") if v.ndim and v.shape[0] == shape[0] else jax.P()
         return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, spec))
 
     def shapes(tree):
         return jax.tree.map(place, tree)
 
     params = shapes(jax.eval_shape(lambda: bnjax.init_batch_norm(SHAPE[-1])[0]))
-    x = shapes(jax.ShapeDtypeStruct(SHAPE, dtype))
-    mask = shapes(jax.ShapeDtypeStruct((SHAPE[0], 1, 1, 1), jnp.bool_)) if masked else None
+    x = shapes(jax.ShapeDtypeStruct(shape, dtype))
+    mask = shapes(jax.ShapeDtypeStruct((shape[0], 1, 1, 1), jnp.bool_)) if masked else None
     f = functions(norm)
 
     def both(x, params, mask, g):
@@ -154,18 +155,20 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     layers, networks = [], []
-    for topology, norms in ((TOPOLOGY, ("bnjax", "flax", "flax, two-pass")), (SYNCED, ("bnjax", "flax"))):
+    of_one, of_four = ("bnjax", "flax", "flax, two-pass"), ("bnjax", "flax")
+    for topology, shape, norms in ((TOPOLOGY, SHAPE, of_one), (SYNCED, SHAPE, of_four), (SYNCED, LARGE, of_four)):
         for dtype in (jnp.float32, jnp.bfloat16):
             for masked in (False, True):
                 for norm in norms:
                     settings = {"norm": norm, "dtype": dtype.__name__, "masked": masked, "topology": topology}
-                    layers.append({**settings, **passes(norm, dtype, masked, topology)})
-    head = ["", "dtype", "mask", "chips", "forward", "both in one", "backward alone", "kept for it"]
+                    layers.append({**settings, "shape": shape, **passes(norm, dtype, masked, topology, shape)})
+    head = ["", "input", "dtype", "mask", "chips", "forward", "both in one", "backward alone", "kept for it"]
     cells = [
-        [r["norm"], r["dtype"], "yes" if r["masked"] else "no", r["topology"], *(f"{r[n]:.2f}" for n in NUMBERS)]
+        [r["norm"], "×".join(map(str, r["shape"])), r["dtype"], "yes" if r["masked"] else "no", r["topology"]]
+        + [f"{r[n]:.2f}" for n in NUMBERS]
         for r in layers
     ]
-    print(f"passes over an input of {SHAPE}\n\n{markdown_table(head, cells)}\n", flush=True)
+    print(f"passes over the input\n\n{markdown_table(head, cells)}\n", flush=True)
     for name in filter(None, options.steps.split(",")):
         for norm in ("bnjax", "bnjax, by the policy", "flax", "none"):
             networks.append({"step": name, "norm": norm, **step(name, norm)})
@@ -178,7 +181,7 @@ def main() -> None:
         for r in networks
     ]
     print(f"\n{markdown_table(head, cells)}")
-    save(options.json, {"topology": TOPOLOGY, "shape": SHAPE, "layers": layers, "steps": networks})
+    save(options.json, {"topology": TOPOLOGY, "layers": layers, "steps": networks})
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
+        # A program read from the cache of compiled ones would else let the sums over simulated devices take all the
+        # threads that other sums wait for.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         "--xla_cpu_collective_call_terminate_timeout_seconds=200 --xla_cpu_collective_timeout_seconds=200"
         if (version := tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))) >= (0, 8)
         else "",

@@ -83,10 +83,16 @@ def test_among_many_shards_a_second_sum_takes_the_place_of_a_list(size):
     assert (max(sizes) == size * size * 3) is (size <= 256)
 
 
-@pytest.mark.parametrize("weights", [None, (8, 1, 1, 1), (8, 4, 0, 1), (1, 1, 0, 1), (1, 1, 1, 3), (8, 4, 0, 3)])
-@pytest.mark.parametrize(("width", "is_divided"), [(12, False), (16, True)])  # 6 and 8 rows in a part
-@pytest.mark.parametrize("axis", [1, -1])
-def test_parts_of_the_last_reduced_axis(width, is_divided, weights, axis):
+COMMON = [(12, None, -1), (12, (8, 4, 0, 1), 1), (12, (1, 1, 1, 3), -1), (16, (1, 1, 0, 1), -1), (16, (1, 1, 1, 3), 1)]
+WEIGHTS = [None, (8, 1, 1, 1), (8, 4, 0, 1), (1, 1, 0, 1), (1, 1, 1, 3), (8, 4, 0, 3)]
+GRID = [(width, weights, axis) for width in (12, 16) for weights in WEIGHTS for axis in (1, -1)]
+
+
+@pytest.mark.parametrize(
+    ("width", "weights", "axis"),
+    [pytest.param(*case, marks=[] if case in COMMON else pytest.mark.exhaustive) for case in GRID],
+)
+def test_parts_of_the_last_reduced_axis(width, weights, axis):
     keys, mesh = jax.random.split(jax.random.key(0)), jax.make_mesh((2,), ("a",), axis_types=(AUTO,))
     noise = np.asarray(jax.random.normal(keys[0], (8, 4, width, 3)))
     x = jnp.asarray(
@@ -108,7 +114,7 @@ def test_parts_of_the_last_reduced_axis(width, is_divided, weights, axis):
         text = str(jax.make_jaxpr(lambda x: moments(x, axis=axis, mask=w))(x))
         m = jax.jit(lambda x, w: moments(x, axis=axis, mask=w))(x, w)
     sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\] = reshape", text)]
-    divided = 2 + is_divided  # the input is divided along the batch and the height
+    divided = 2 + (width == 16)  # along the batch, the height, and the width in parts of 8 rows, but not of 6
     assert sizes.count(x.size) == (divided if w is None or w.size < x.size else 2 * divided)
     chex.assert_trees_all_close((m.mean, m.var), (mean, var), rtol=2e-5)
     expected = count if weights is not None and weights[-1] == 3 else count[0]
