@@ -223,8 +223,8 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
         return _local_moments(x, weights, axes)
     counts_differ = weights is not None and any(weights.shape[axis] != 1 for axis in parts)
     samples = max(_FEWEST_SAMPLES, _SAMPLES // math.prod(list(parts.values())[1:]))
-    is_free = len(reduced) == 1 or x.shape[reduced[-1]] // parts.get(reduced[-1], 1) % _ROWS_OF_TILE == 0
-    columns = None if is_free else reduced[-1]
+    last = reduced[-1]
+    columns = last if last in parts and len(reduced) > 1 and x.shape[last] // parts[last] % _ROWS_OF_TILE else None
     of_axes = Moments(0, 0, 0 if counts_differ else None, None)  # pyright: ignore[reportArgumentType]
 
     def of_parts(x: Array, weights: Array | None, axes_to_split: tuple[int, ...]) -> Moments:
