@@ -23,13 +23,13 @@ TOPOLOGY, SYNCED = "v5e:1x1", "v5e:2x2"
 NUMBERS = ("forward", "both", "backward", "kept")
 
 
-def functions(norm: str) -> Callable:
+def functions(norm: str, features: int) -> Callable:
     """Returns a function `(x, params, mask) -> (y, batch_stats)` in training."""
     from flax import linen as nn
 
     import bnjax
 
-    _, stats = bnjax.init_batch_norm(SHAPE[-1])
+    _, stats = bnjax.init_batch_norm(features)
 
     def ours(x, params, mask):
         return bnjax.batch_norm(x, params, stats, training=True, mask=mask)
@@ -65,10 +65,10 @@ def passes(norm: str, dtype: Any, masked: bool, topology: str, shape: tuple[int,
     def shapes(tree):
         return jax.tree.map(place, tree)
 
-    params = shapes(jax.eval_shape(lambda: bnjax.init_batch_norm(SHAPE[-1])[0]))
+    params = shapes(jax.eval_shape(lambda: bnjax.init_batch_norm(shape[-1])[0]))
     x = shapes(jax.ShapeDtypeStruct(shape, dtype))
     mask = shapes(jax.ShapeDtypeStruct((shape[0], 1, 1, 1), jnp.bool_)) if masked else None
-    f = functions(norm)
+    f = functions(norm, shape[-1])
 
     def both(x, params, mask, g):
         y, vjp, stats = jax.vjp(lambda x, params: f(x, params, mask), x, params, has_aux=True)

@@ -111,15 +111,12 @@ def _measure(variant: Variant, test: data.Split, state, x, y, key) -> dict[str, 
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     inputs = losses.layer_outputs(variant.model, variables, test.x[:LOOKED_AT])
     hidden, at = {name: inputs[name] for name in layers[:-1]}, (variant.loss(state.batch_stats), state.params, x, y)
-    how = {
-        "layers": [f"{name}/kernel" for name in hidden],
-        "learning_rate": state.opt_state.hyperparams["learning_rate"],
-    }
+    kernels, rate = [f"{name}/kernel" for name in hidden], state.opt_state.hyperparams["learning_rate"]
     return {
         **_accuracy(variant, test, state),
         "activations": analysis.activation_statistics(hidden, jax.nn.sigmoid),
         "gradient_norms": analysis.gradient_norms(*at, layers=layers),
-        "invariance": analysis.scale_invariance(*at, **how),
+        "invariance": analysis.scale_invariance(*at, layers=kernels, learning_rate=rate),
     }
 
 
@@ -157,7 +154,7 @@ def _add_grid(
     how = {"measure": functools.partial(_accuracy, variant, test), "every": divisor_from(steps // 2, steps)}
     plan = dataclasses.replace(variant, label=f"{label}, grid").plan(steps, **how)
     trained = train(plan, settings, examples, report=report)
-    accuracy = variant.accuracies(trained.state, *test).reshape((len(cells), count))
+    accuracy = np.asarray(variant.accuracies(trained.state, *test)).reshape((len(cells), count))
     results.notes.setdefault("grid", {})[name] = [
         {"learning_rate": rate, "deviation": deviation, "test_accuracy": values.tolist()}
         for (deviation, rate), values in zip(cells, accuracy, strict=True)

@@ -75,7 +75,7 @@ def run(options: Options, report: Report):
         loss = np.asarray(trained.metrics.loss)
         estimate = functools.partial(with_population_statistics, network.model, jnp.asarray(train_set.x))
         states = jax.jit(functools.partial(jax.lax.map, estimate))(trained.state)
-        at_end, with_population = (network.accuracies(of, *held_out) for of in (trained.state, states))
+        at_end, with_population = (np.asarray(network.accuracies(of, *held_out)) for of in (trained.state, states))
         final_loss = loss[:, -max(1, steps // 20) :].mean(1)
         metrics = {"test_accuracy": at_end, "final_loss": final_loss, "population_accuracy": with_population}
         curves[network.label] = np.concatenate([trained.measurements, at_end[:, None]], 1)

@@ -101,7 +101,7 @@ def _train(case: Case, network: Variant, train_set, test, report: Report, option
     plan = network.plan(steps, draw=draw, measure=measure, **how)
     trained = engine.train(plan, settings, tuple(train_set), report=report, options=options)
     on_test, on_training = (
-        network.accuracies(trained.state, split.x[:10_000], split.y[:10_000]) for split in (test, train_set)
+        np.asarray(network.accuracies(trained.state, split.x[:10_000], split.y[:10_000])) for split in (test, train_set)
     )
     metrics = {"test_accuracy": on_test, "train_accuracy": on_training, "generalization_gap": on_training - on_test}
     metrics |= {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}

@@ -118,11 +118,8 @@ def _add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray
     probed = ("loss_min", "loss_max", "distance_min", "distance_max", "cosine_min", "max_smoothness", "gradient_norm")
     curves = {"train_loss": loss, "train_accuracy": trained.metrics.accuracy}
     curves |= {name.removeprefix("max_"): getattr(probe, name) for name in probed}
-    curves |= {
-        "shift_distance": shift.distance,
-        "shift_cosine": shift.cosine,
-        "layer_gradient_norm": shift.gradient_norm,
-    }
+    curves |= {"shift_distance": shift.distance, "shift_cosine": shift.cosine}
+    curves |= {"layer_gradient_norm": shift.gradient_norm}
     relative = shift.distance / shift.gradient_norm
     metrics = {
         "final_loss": loss[:, -max(1, loss.shape[1] // 20) :].mean(1),

@@ -108,8 +108,6 @@ def print_ledger(
     and of the study's data sets the first that can be had. The claims of a study that is left out, or whose data can't
     be had, are undecided, with the reason. Quietly, only the ledger is printed.
     """
-    from bnjax.training.checkpoint import CheckpointError
-
     width = None if sys.stdout.isatty() else _WIDTH
     console, progress = Console(highlight=False, width=width), Console(highlight=False, width=width, quiet=quiet)
     judgments, counts = [], {}
@@ -123,13 +121,8 @@ def print_ledger(
             progress.print(f"{name}: results of `{saved.command}` found in {out / name}")
             choices = []
         for options in choices:
-            (out / name).mkdir(parents=True, exist_ok=True)
             try:
-                try:
-                    run_study(study, options, out / name, quiet, resume=True)
-                except CheckpointError as error:  # the interrupted run had other options
-                    progress.print(f"{name}: {error} Starting afresh.")
-                    run_study(study, options, out / name, quiet)
+                _resume_or_begin(study, options, out / name, quiet, progress)
                 break
             except DataError as error:
                 reason = reason or f"not run: {error}"
@@ -146,6 +139,18 @@ def print_ledger(
     console.print(judged.summary())
     judged.save(out)
     return judged
+
+
+def _resume_or_begin(study: Study, options: Options, out: Path, quiet: bool, console: Console) -> None:
+    """Runs a study, continuing an interrupted run unless that had other options."""
+    from bnjax.training.checkpoint import CheckpointError
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        run_study(study, options, out, quiet, resume=True)
+    except CheckpointError as error:
+        console.print(f"{study.name}: {error} Starting afresh.")
+        run_study(study, options, out, quiet)
 
 
 def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:

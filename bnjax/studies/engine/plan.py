@@ -205,10 +205,11 @@ class Variant:
         """Makes the state at step 0, of a setting's key, with kernels scaled by its 'init_scale' where it has one."""
         key, example = jax.random.fold_in(setting["key"], 0), jnp.zeros((1, *self.input_shape), self.input_dtype)
         optimizer: Any = self.optimizer(setting) if callable(self.optimizer) else self.optimizer
-        state, scale = training.create_train_state(self.model, optimizer, key, example), setting.get("init_scale", 1)
-        return state.replace(
-            params=jax.tree.map_with_path(lambda path, p: p * scale if path[-1].key == "kernel" else p, state.params)
-        )
+        state, scale = training.create_train_state(self.model, optimizer, key, example), setting.get("init_scale")
+        if scale is None:
+            return state
+        scaled = jax.tree.map_with_path(lambda path, p: p * scale if path[-1].key == "kernel" else p, state.params)
+        return state.replace(params=scaled)
 
     def prepared(self, x) -> Any:
         """Makes inputs of the model of examples, as for evaluation."""
@@ -256,10 +257,10 @@ class Variant:
         each = (jax.tree.map(lambda v, i=i: v[i], settings) for i in range(len(settings["key"])))
         return jax.tree.map(lambda *v: np.stack(v), *(of_setting(setting, *data) for setting in each))
 
-    def accuracies(self, states: Any, x: Any, y: Any) -> np.ndarray:
-        """Returns the `accuracy` of each of several states, which have a leading axis."""
-        of_each = jax.jit(jax.vmap(self.accuracy, (0, None, None)), compiler_options=compiler_options())
-        return np.asarray(of_each(states, x, y))
+    @functools.cached_property
+    def accuracies(self) -> Callable[[Any, Any, Any], jax.Array]:
+        """The `accuracy` of each of several states, which have a leading axis, as a compiled function."""
+        return jax.jit(jax.vmap(self.accuracy, (0, None, None)), compiler_options=compiler_options())
 
     def evaluate(self, state, x: Any, y: Any) -> training.Metrics:
         """Returns means over some examples, in batches, with running statistics."""
