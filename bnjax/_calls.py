@@ -24,6 +24,16 @@ _IN, _OUT = "bnjax: into ", "bnjax: out of "
 # so that no intercepted call stays behind in them, and no trace that they kept is taken for an intercepted call.
 _own_trace = jax.make_user_context()
 _number = itertools.count(1)
+_ALIASES = (
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "name",
+    "pvary",
+    "sharding_constraint",
+    "reshard",
+    "stop_gradient",
+)
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 
@@ -64,7 +74,7 @@ def intercept(is_wanted: Callable[[Any], bool], replace: Callable[[Any, Call, An
             is_layers = context.method_name == "__call__" and is_of_library(context.orig_method.func)
             if not is_layers or not is_wanted(context.module):
                 return next_function(*arguments, **options)
-            x, options = split_arguments(arguments, options)
+            x, options = split_arguments(context.orig_method, arguments, options)
             return replace(context.module, lambda x, **options: next_function(x, **options), x, options)
 
     token = INTERCEPTORS.set((*INTERCEPTORS.get(), (is_wanted, replace)))
@@ -158,6 +168,31 @@ def uses(jaxpr: Any, of_outputs: list[int] | None = None) -> list[int]:
         for variable, count in zip(eqn.invars, each, strict=True):
             counts[id(variable)] += count
     return [counts[id(variable)] for variable in jaxpr.invars]
+
+
+def first_uses(jaxpr: Any) -> list[tuple[tuple[int, ...], int] | None]:
+    """Returns where each input of a program is first used, as numbers that sort, with its rank there; None for unused.
+
+    In a loop, of which an input gets a part at each turn, it is that part's rank.
+    """
+    inputs = {id(variable): i for i, variable in enumerate(jaxpr.invars)}
+    found: list[tuple[tuple[int, ...], int] | None] = [None] * len(inputs)
+    for number, eqn in enumerate(jaxpr.eqns):
+        if eqn.primitive.name in _ALIASES and id(eqn.invars[0]) in inputs:
+            inputs[id(eqn.outvars[0])] = inputs[id(eqn.invars[0])]
+            continue
+        inner = [first_uses(program) for program in _inner(eqn)]
+        before = 1 if eqn.primitive.name == "cond" else 0  # which branch
+        matches = inner and all(len(uses) == len(eqn.invars) - before for uses in inner)
+        for place, variable in enumerate(eqn.invars):
+            if (i := inputs.get(id(variable))) is None or found[i] is not None:
+                continue
+            uses = (
+                [uses[place - before] for uses in inner] if matches and place >= before else [((), variable.aval.ndim)]
+            )
+            if uses := [use for use in uses if use is not None]:
+                found[i] = (number, *min(uses)[0]), min(uses)[1]
+    return found
 
 
 def depth(jaxpr: Any) -> int:

@@ -173,7 +173,7 @@ class Apply:
         Args:
           variables: collections of arrays.
           *inputs: positional arguments of the model's call.
-          mutable: names of the collections to return, True for all, or False.
+          mutable: names of the collections to return, True for all, or False; 'intermediates' is what was sown.
           rngs: random keys by name, from which each stream of the model gets its own: by the stream's name, by that of
             its module's `rng_collection`, or by 'default'. With `'own'` the streams are as the variables have them, and
             draw the same at each call.
@@ -213,6 +213,8 @@ class Apply:
         wanted = COLLECTIONS if mutable is True else mutable
         states = dict(zip(COLLECTIONS, nnx.split(model, *_TYPES)[1:], strict=True))
         collections = {name: nnx.to_pure_dict(states[name]) for name in COLLECTIONS if name in wanted}
+        if mutable is not True and "intermediates" in mutable:
+            collections["intermediates"] = nnx.to_pure_dict(nnx.state(model, nnx.Intermediate))
         if "others" in collections:  # without what was sown
             others = flatten_dict(collections["others"])
             collections["others"] = unflatten_dict({path: v for path, v in others.items() if path in self.paths})
@@ -294,17 +296,18 @@ def _intercepted(kind: Any) -> type:
 
     A user's subclass of a layer may do more in a call of its own; what is replaced is the layer's call within it.
     """
-    layer: Any = next(base for base in kind.__mro__ if is_of_library(base))
+    layer: Any = next((b for b in kind.__mro__ if is_of_library(b) and inspect.isfunction(_call_of(b))), kind)
 
     class Intercepted(layer):
         path: Path = ()
 
         def __call__(self, *arguments: Any, **options: Any) -> Any:
             call: Any = functools.partial(layer.__call__, self)
+            x, options = split_arguments(call, arguments, options)
             for is_wanted, replace in INTERCEPTORS.get():
                 if is_wanted(self):
                     call = functools.partial(_replaced, replace, self, call)
-            return call(*arguments, **options)
+            return call(x, **options)
 
         def has_variable(self, collection: str, name: str) -> bool:
             return isinstance(getattr(self, name, None), nnx.Variable)
@@ -320,12 +323,18 @@ def _intercepted(kind: Any) -> type:
     return intercepted
 
 
-def _replaced(replace: Replace, module: Any, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    x, options = split_arguments(arguments, options)
+def _replaced(replace: Replace, module: Any, call: Callable[..., Any], x: Any, **options: Any) -> Any:
     return replace(module, call, x, options)
 
 
-def split_arguments(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Splits the arguments of a layer's call into its input and its options by name."""
-    named: dict[str, Any] = {**dict(zip(("x", "use_running_average"), arguments, strict=False)), **options}
-    return named.pop("inputs" if "inputs" in named else "x"), named
+def _call_of(kind: Any) -> Any:
+    return getattr(kind, "__call__", None)  # noqa: B004 (of a class without one it is that of classes, no function)
+
+
+def split_arguments(call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Splits the arguments of a layer's call into its input, which is the first, and its options by name."""
+    named = inspect.signature(call).bind(*arguments, **options).arguments
+    more = named.pop(
+        next((n for n, p in inspect.signature(call).parameters.items() if p.kind is p.VAR_KEYWORD), ""), {}
+    )
+    return named.pop(next(iter(named))), {**named, **more}

@@ -341,9 +341,9 @@ def is_split_by_xla(x: jax.Array) -> bool:
     return any(s > 1 and t != AxisType.Manual for s, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
-def split_axis(x: jax.Array, axis: int, parts: Any) -> jax.Array:
-    """Splits an axis into equal parts, an int or a symbol of `jax.export`, along a new axis before it."""
-    return x.reshape((*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]))
+def split_axis(x: jax.Array, axis: int, parts: Any, size: int = -1) -> jax.Array:
+    """Splits an axis into equal parts along a new axis before it; a symbolic number needs the size of a part."""
+    return x.reshape((*x.shape[:axis], parts, size, *x.shape[axis + 1 :]))
 
 
 def explicitly_sharded(x: jax.Array, axis: int) -> bool:

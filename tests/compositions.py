@@ -38,9 +38,17 @@ STATS = {"mean": _DRAWN.normal(3, 0.3, 4).astype(np.float32), "var": _DRAWN.unif
 # --- definitions ------------------------------------------------------------------------------------------------------
 
 
-def _moments(x):
-    mean = x.mean(REDUCED)
-    return mean, ((x - mean) ** 2).mean(REDUCED)
+def _shares(weights):
+    total = weights.sum(REDUCED)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def _moments(x, weights=None):
+    if weights is None:
+        weights = jnp.ones_like(x)
+    weights = _shares(weights)
+    mean = (weights * x).sum(REDUCED)
+    return mean, (weights * (x - mean) ** 2).sum(REDUCED)
 
 
 def _normalized(params, mean, var, x):
@@ -54,55 +62,86 @@ def _moved(stats, mean, var):
     }
 
 
-def batch_norm(params, stats, x):
+def batch_norm(params, stats, x, weights=None):
     """Algorithm 1 of Ioffe & Szegedy 2015."""
-    mean, var = _moments(x)
+    mean, var = _moments(x, weights)
     return _normalized(params, mean, var, x), _moved(stats, mean, var)
 
 
 def lp(p):
-    def normalize(params, stats, x):
-        mean = x.mean(REDUCED)
-        size = jnp.abs(x)
-        norm = size.max(REDUCED) if p == np.inf else (size**p).mean(REDUCED) ** (1 / p)
+    def normalize(params, stats, x, weights=None):
+        weights = jnp.ones_like(x) if weights is None else weights
+        weights, seen = _shares(weights), weights > 0
+        mean = (weights * x).sum(REDUCED)
+        size = jnp.where(seen, jnp.abs(x), 0)
+        norm = size.max(REDUCED) if p == np.inf else (weights * size**p).sum(REDUCED) ** (1 / p)
         return _normalized(params, mean, norm**2, x), _moved(stats, mean, norm**2)
 
     return normalize
 
 
-def renorm(params, stats, x):
-    mean, var = _moments(x)
+def renorm(params, stats, x, weights=None):
+    mean, var = _moments(x, weights)
     sigma, running = jnp.sqrt(var + EPSILON), jnp.sqrt(stats["var"] + EPSILON)
     r = lax.stop_gradient(jnp.clip(sigma / running, 1 / R_MAX, R_MAX))
     d = lax.stop_gradient(jnp.clip((mean - stats["mean"]) / running, -D_MAX, D_MAX))
     return params["scale"] * ((x - mean) / sigma * r + d) + params["bias"], _moved(stats, mean, var)
 
 
-def ghost(params, stats, x):
-    parts = x.reshape((-1, GHOST, *x.shape[1:]))
-    y, _ = jax.vmap(batch_norm, (None, None, 0))(params, stats, parts)
-    mean, var = jax.vmap(_moments)(parts)
-    return y.reshape(x.shape), _moved(stats, mean.mean(0), var.mean(0))
+def ghost(params, stats, x, weights=None):
+    weights = jnp.ones_like(x) if weights is None else weights
+    parts, of_parts = (v.reshape((-1, GHOST, *x.shape[1:])) for v in (x, weights))
+    y, _ = jax.vmap(batch_norm, (None, None, 0, 0))(params, stats, parts, of_parts)
+    mean, var = jax.vmap(_moments)(parts, of_parts)
+    shares = of_parts.sum((1, 2, 3, 4))[:, None] / of_parts.sum()
+    return y.reshape(x.shape), _moved(stats, (shares * mean).sum(0), (shares * var).sum(0))
 
 
-def moving(params, stats, x):
-    moved = _moved(stats, *_moments(x))
+def moving(params, stats, x, weights=None):
+    moved = _moved(stats, *_moments(x, weights))
     return _normalized(params, moved["mean"], moved["var"], x), moved
 
 
-def frozen(params, stats, x):
+def frozen(params, stats, x, weights=None):
     params, held = lax.stop_gradient((params, stats))
     return _normalized(params, held["mean"], held["var"], x), stats
 
 
-def split(params, stats, x):
+def split(params, stats, x, weights=None):
     kind = {name: values[1] for name, values in stats.items()}
-    y, moved = batch_norm(params, kind, x)
+    y, moved = batch_norm(params, kind, x, weights)
     return y, {name: values.at[1].set(moved[name]) for name, values in stats.items()}
 
 
-def only_moments(params, stats, x):
-    return jnp.stack(_moments(x)), stats
+def kinds_of(x):
+    """A kind for each example, by its largest value: 0, 1 or 2."""
+    largest = lax.stop_gradient(x).max((1, 2, 3))
+    return sum((largest > limit).astype(int) for limit in (9.05, 9.7))
+
+
+def mask_of(x):
+    """A mask of some elements, by their values, so that it lies on the devices as they do."""
+    return lax.stop_gradient(x).max(-1, keepdims=True) > 4.5
+
+
+def weights_of(x):
+    """A weight for each element, of which some are zero."""
+    return jnp.where(mask_of(x), abs(lax.stop_gradient(x)).mean(-1, keepdims=True), 0)
+
+
+def split_of_examples(params, stats, x, weights=None):
+    y, moved, kinds = jnp.zeros_like(x), stats, kinds_of(x)
+    for kind in range(KINDS):
+        own = (kinds == kind)[:, None, None, None]
+        of_kind = jnp.where(own, jnp.ones_like(x) if weights is None else weights, 0)
+        out, new = batch_norm(params, {name: values[kind] for name, values in stats.items()}, x, of_kind)
+        y = jnp.where(own, out, y)
+        moved = {n: v.at[kind].set(jnp.where(own.any(), new[n], v[kind])) for n, v in moved.items()}
+    return y, moved
+
+
+def only_moments(params, stats, x, weights=None):
+    return jnp.stack(_moments(x, weights)), stats
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -116,13 +155,13 @@ class Row:
       call: `(params, stats, x, training, **options) → (y, stats)`, where `axis_name` is among the options.
       definition: what it is in training, `(params, stats, x) → (y, stats)`.
       stats: running statistics.
-      has_inference: whether it can be called without training.
+      normalizes: whether y is x, normalized, which inference gives too; else it is moments.
     """
 
     call: Callable[..., Any]
     definition: Callable[..., Any]
     stats: Any
-    has_inference: bool = True
+    normalizes: bool = True
 
 
 def _function(function, **options):
@@ -136,9 +175,15 @@ def _moments_row(params, stats, x, training=True, **options):
     return jnp.stack([m.mean, m.var]), stats
 
 
+def _given(options, more):
+    """Takes out of a layer's options what its call takes."""
+    given = {"mask": more.pop("mask")} if "mask" in more else {}
+    return given | ({"split": 1} if "num_splits" in options else {})
+
+
 def _linen(layer, **options):
     def call(params, stats, x, training=True, **more):
-        given = {"split": 1} if "num_splits" in options else {}
+        given = _given(options, more)
         module = layer(use_running_average=not training, momentum=MOMENTUM, epsilon=EPSILON, **options, **more)
         y, updates = module.apply(
             {"params": params, "batch_stats": stats}, x, **given, mutable=["batch_stats"], rngs={"noise": _key()}
@@ -150,7 +195,7 @@ def _linen(layer, **options):
 
 def _nnx(layer, **options):
     def call(params, stats, x, training=True, **more):
-        given = {"split": 1} if "num_splits" in options else {}
+        given = _given(options, more)
         module = layer(4, momentum=MOMENTUM, epsilon=EPSILON, rngs=nnx.Rngs(_key()), **options, **more)
         graph, _, rest = nnx.split(module, (nnx.Param, nnx.BatchStat), ...)
         held = {name: nnx.Param(value) for name, value in params.items()}
@@ -160,6 +205,11 @@ def _nnx(layer, **options):
         return y, {name: getattr(module, name)[...] for name in stats}
 
     return call
+
+
+def _of_examples(params, stats, x, training=True, **more):
+    kinds = kinds_of(x) if training else 1
+    return _function(variants.split_batch_norm, split=kinds)(params, stats, x, training, **more)
 
 
 def _key():
@@ -179,7 +229,9 @@ ROWS = {
     "moving_batch_norm": Row(_function(variants.moving_batch_norm), moving, STATS),
     "frozen_batch_norm": Row(_function(variants.frozen_batch_norm), frozen, STATS),
     "split_batch_norm": Row(_function(variants.split_batch_norm, split=1), split, _OF_KINDS),
+    "split_batch_norm, a kind for each example": Row(_of_examples, split_of_examples, _OF_KINDS),
 }
+_FUNCTIONS = tuple(ROWS)
 _LAYERS = {
     "BatchNorm": ({}, batch_norm, STATS),
     "NoisyBatchNorm": (SILENT, batch_norm, STATS),
@@ -195,8 +247,8 @@ _LAYERS = {
 def _apart(definition):
     """The definition of an nnx layer, whose running statistics are variables through which no derivative goes."""
 
-    def without_derivative(params, stats, x):
-        y, moved = definition(params, stats, x)
+    def without_derivative(params, stats, x, weights=None):
+        y, moved = definition(params, stats, x, weights)
         return y, lax.stop_gradient(moved)
 
     return without_derivative
@@ -211,10 +263,27 @@ ROWS |= {
     for module, of in ((bnjax.linen, _linen), (bnjax.nnx, _nnx))
     for name, (options, definition, stats) in _LAYERS.items()
 }
+
+
+def _weighted(row, of, option="mask"):
+    """The row with an option that the input says: a mask, weights or the kinds of examples."""
+
+    def call(params, stats, x, training=True, **more):
+        return row.call(params, stats, x, training, **{option: of(x)}, **more)
+
+    def definition(params, stats, x):
+        return row.definition(params, stats, x, of(x).astype(x.dtype) * jnp.ones_like(x))
+
+    return dataclasses.replace(row, call=call, definition=definition)
+
+
 FLAX = {
     "flax.linen.BatchNorm": Row(_linen(nn.BatchNorm), batch_norm, STATS),
     "flax.nnx.BatchNorm": Row(_nnx(nnx.BatchNorm), _apart(batch_norm), STATS),
 }
+ROWS |= {f"{name}, weights": _weighted(ROWS[name], weights_of) for name in _FUNCTIONS if name != "frozen_batch_norm"}
+ROWS |= {f"{name}, mask": _weighted(ROWS[name], mask_of) for name in ("batch_norm", "linen.BatchNorm", "nnx.BatchNorm")}
+FLAX |= {f"{name}, mask": _weighted(row, mask_of) for name, row in FLAX.items()}
 
 # --- columns ----------------------------------------------------------------------------------------------------------
 
@@ -383,11 +452,15 @@ SPLITS = {
 }
 
 
-def _partitioned(kind, spec):
+def _partitioned(kind, spec, of_parameters=None):
     def column(row):
         mesh = mesh_of(kind)
-        put = lambda tree, spec: jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, spec)), tree)
-        arguments = put(PARAMS, P()), put(row.stats, P()), put(X, spec)
+        put = lambda v, spec: jax.device_put(v, NamedSharding(mesh, spec))
+        params, stats = (
+            jax.tree.map(lambda v: put(v, P(*[None] * (v.ndim - 1), of_parameters)), tree)
+            for tree in (PARAMS, row.stats)
+        )
+        arguments = params, stats, put(X, spec)
         with jax.set_mesh(mesh):
             got = jax.device_get(jax.jit(_both(row.call))(*arguments))
         return got, _exact(_both(row.definition), PARAMS, row.stats, X)
@@ -395,13 +468,13 @@ def _partitioned(kind, spec):
     return column
 
 
-def _manual(names, axis_name, spec, rest=None):
-    """In shard_map over some axes, the others left to XLA; derivatives are taken outside."""
+def _manual(names, axis_name, spec, rest=None, kind=AxisType.Auto):
+    """In shard_map over some axes, the others left to XLA or explicit; derivatives are taken outside."""
 
     def column(row):
-        mesh = mesh_of(AxisType.Auto)
+        mesh = mesh_of(kind)
         over = {"axis_names": set(names)} if set(names) != {"data", "model"} else {}
-        out = (P() if row.definition is only_moments else spec, P())
+        out = (spec if row.normalizes else P(), P())
         mapped = jax.shard_map(
             functools.partial(row.call, axis_name=axis_name),
             mesh=mesh,
@@ -410,24 +483,41 @@ def _manual(names, axis_name, spec, rest=None):
             **over,
         )
         x = jax.device_put(X, NamedSharding(mesh, rest or spec))
-        got = jax.device_get(jax.jit(_both(mapped))(*_arrays((PARAMS, row.stats)), x))
+        with jax.set_mesh(mesh):
+            got = jax.device_get(jax.jit(_both(mapped))(*_arrays((PARAMS, row.stats)), x))
         return got, _exact(_both(row.definition), PARAMS, row.stats, X)
 
     return column
 
 
 def _pmap(row):
-    parts = X.reshape((4, 2, *SHAPE[1:]))
-    call = functools.partial(row.call, axis_name="i")
-    y, stats = jax.pmap(call, "i", in_axes=(None, None, 0), out_axes=(0, None))(PARAMS, row.stats, parts)
-    expected = _exact(row.definition, PARAMS, row.stats, X)
-    return (y[0] if row.definition is only_moments else y.reshape(SHAPE), stats), expected
+    def whole(params, stats, x):
+        parts = x.reshape((4, 2, *SHAPE[1:]))
+        y, stats = mapped(params, stats, parts)
+        return (y.reshape(SHAPE) if row.normalizes else y[0]), stats
+
+    mapped = jax.pmap(functools.partial(row.call, axis_name="i"), "i", in_axes=(None, None, 0), out_axes=(0, None))
+    return _both(whole)(*_arrays((PARAMS, row.stats, X))), _exact(_both(row.definition), PARAMS, row.stats, X)
 
 
 POLICIES = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
     "everything": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
+    "dots without batch dimensions": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots offloaded": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "names": jax.checkpoint_policies.save_only_these_names("batch_norm_input"),
+    "all but names": jax.checkpoint_policies.save_anything_except_these_names("batch_norm_input"),
+    "other names": jax.checkpoint_policies.save_any_names_but_these("other"),
+    "names offloaded": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["batch_norm_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "both": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, bnjax.save_batch_norm_inputs
+    ),
     "batch norms' inputs": bnjax.save_batch_norm_inputs,
 }
 COLUMNS = {
@@ -454,22 +544,42 @@ COLUMNS = {
     "rank promotion raised": _within(lambda: jax.numpy_rank_promotion("raise"), _value, _gradient),
     "debug_nans": _within(lambda: jax.debug_nans(True), _value, _gradient),
     "leak checking": _within(jax.checking_leaks, functools.partial(_value, transform=jax.jit), _gradient),
-    "disable_jit": _within(jax.disable_jit, _value),
+    "disable_jit": _within(jax.disable_jit, _value, _gradient),
     "x64": _x64,
     **{f"automatic, {name}": _partitioned(AxisType.Auto, spec) for name, spec in SPLITS.items()},
     **{f"explicit, {name}": _partitioned(AxisType.Explicit, spec) for name, spec in SPLITS.items()},
+    "automatic, parameters": _partitioned(AxisType.Auto, SPLITS["features"], "model"),
+    "explicit, parameters": _partitioned(AxisType.Explicit, SPLITS["features"], "model"),
+    "explicit, parameters and batch": _partitioned(AxisType.Explicit, SPLITS["batch and features"], "model"),
     "manual, batch": _manual(("data", "model"), "data", P("data")),
     "manual, two axes": _manual(("data", "model"), ("data", "model"), P(("data", "model"))),
+    "manual, space": _manual(("data", "model"), "data", P(None, "data")),
+    "manual, batch and space": _manual(("data", "model"), ("data", "model"), P("data", "model")),
     "partially manual, features": _manual(("data",), "data", P("data"), P("data", None, None, "model")),
     "partially manual, batch": _manual(("data",), "data", P("data"), P(("data", "model"))),
     "partially manual, space": _manual(("data",), "data", P("data"), P("data", "model")),
+    **{
+        f"partially manual, explicit {name}": _manual(("data",), "data", P("data"), spec, AxisType.Explicit)
+        for name, spec in {
+            "features": P("data", None, None, "model"),
+            "batch": P(("data", "model")),
+            "space": P("data", "model"),
+        }.items()
+    },
     "pmap": _pmap,
 }
 
 # Cells that mean something else there than the definition of the row, and why.
 OTHER = {
-    (row, "manual, two axes"): "a ghost batch does not span devices, and there each of them has a single example"
-    for row in ("ghost_batch_norm", "linen.GhostBatchNorm", "nnx.GhostBatchNorm")
+    (row, column): "a ghost batch does not span devices, and there each of them has a part of each, or a single example"
+    for row in ROWS
+    if "ghost" in row.lower()
+    for column in ("manual, two axes", "manual, space", "manual, batch and space")
+} | {
+    (row, column): "the kinds are made of the pixels at the edge, of which a device may have none"
+    for row in ROWS
+    if "each example" in row
+    for column in ("manual, space", "manual, batch and space")
 }
 
 

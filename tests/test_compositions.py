@@ -29,6 +29,11 @@ from bnjax.linen import (
     NoisyBatchNorm,
 )
 
+DEFAULT = (  # where a size that is a symbol is cut, and where statistics are split otherwise than moments
+    ("ghost_batch_norm, weights", "export, training"),
+    ("moving_batch_norm, weights", "explicit, features"),
+)
+
 
 def cells():
     """All cells; the default run has every third column of one row, and one or two columns of each other row."""
@@ -36,9 +41,9 @@ def cells():
     for i, row in enumerate(ROWS):
         for j, column in enumerate(COLUMNS):
             is_default = j % 3 == 0 if row == "linen.BatchNorm" else j == i * 5 % len(COLUMNS)
-            is_default |= (row, column) == ("ghost_batch_norm", "export, training")  # which cuts sizes that are symbols
+            is_default |= (row, column) in DEFAULT
             is_default &= column != "leak checking"  # which compiles all anew
-            if (ROWS[row].has_inference or column != "export, inference") and (row, column) not in OTHER:
+            if (ROWS[row].normalizes or column != "export, inference") and (row, column) not in OTHER:
                 made.append(pytest.param(row, column, marks=() if is_default else pytest.mark.exhaustive))
     return made
 

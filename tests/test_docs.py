@@ -101,7 +101,7 @@ def test_the_page_of_compositions_shows_its_record():
     assert record["other"] == {f"{row}, {column}": why for (row, column), why in compositions.OTHER.items()}
     for name, cells in record["cells"].items():
         row = {**compositions.FLAX, **compositions.ROWS}[name]
-        assert list(cells) == [c for c in compositions.COLUMNS if row.has_inference or c != "export, inference"]
+        assert list(cells) == [c for c in compositions.COLUMNS if row.normalizes or c != "export, inference"]
         wrong = {f"{name}, {column}" for column, found in cells.items() if found != tool.RIGHT}
         assert name in compositions.FLAX or wrong <= set(record["other"])
 

@@ -211,10 +211,83 @@ def test_layers_with_parameters_of_their_own_and_other_methods():
 
     variables = Model().init(jax.random.key(0), X)
     layers = losses.layers_in_order(Model(), variables, X, argument=None)
-    assert layers[0] == ("shift",) and layers[1:] == [("encoder",), ("block/kernel",), ("block/Dense_0",)]
+    assert layers == [("encoder",), ("block/kernel",), ("block/Dense_0", "shift")]
     loss = losses.linen_loss(Model(), variables, lambda z, y: (z**2).sum(-1), argument=None)
     shift = analysis.covariate_shift(loss, variables["params"], variables["params"], X, Y, layers=layers)
-    assert shift.layers == ("shift", "encoder", "block/kernel", "block/Dense_0")
+    assert shift.layers == ("encoder", "block/kernel", "block/Dense_0")
+    with pytest.raises(ValueError, match=r"must all be used by the model's call, for their order, got unused too"):
+        losses.layers_in_order(Model(), {"params": {**variables["params"], "unused": jnp.ones(3)}}, X, argument=None)
+    with pytest.raises(ValueError, match=r"must end with a module that is called, got encoder, block/kernel, shift"):
+        losses.layer_outputs(Model(), variables, X, argument=None)
+
+
+def test_layers_within_loops_and_compiled_parts_are_where_these_are():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return bnjax.linen.BatchNorm(use_running_average=True)(nn.Dense(3)(x)), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.remat(nn.Dense)(3, name="z")(x)
+            repeated = nn.scan(
+                Block, variable_axes={True: 0}, split_rngs={"params": True}, length=2, in_axes=nn.broadcast
+            )
+            x, _ = repeated(name="y")(x, None)
+            return nn.cond(x.sum() > 0, lambda model, x: model(x), lambda model, x: -model(x), nn.Dense(2, name="a"), x)
+
+    variables = Model().init(jax.random.key(0), X)
+    layers = losses.layers_in_order(Model(), variables, X, argument=None)
+    assert layers == [("z",), ("y/Dense_0", "y/BatchNorm_0"), ("a",)]  # the scale within a turn is no matrix
+
+
+class OwnKernel(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.arange(16.0).reshape((4, 4)))
+
+    def __call__(self, h, sign, *, twice=False):
+        return sign * (1 + twice) * h @ self.kernel[...]
+
+
+class Deeper(nnx.Module):
+    """The names do not tell the order, and a layer is the user's, with further arguments by place."""
+
+    def __init__(self, rngs):
+        self.z, self.norm, self.b = nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm(4, rngs=rngs), OwnKernel()
+        self.last = nnx.Sequential(nnx.Linear(4, 2, rngs=rngs))
+
+    def __call__(self, x, *, mask=None):
+        return self.last(self.b(self.norm(self.z(x), mask=mask), -1, twice=True))
+
+
+@pytest.mark.parametrize("mode", ["batch", "running"])
+def test_layers_of_nnx_models(mode):
+    model = Deeper(nnx.Rngs(0))
+    model.norm.mean[...] = jnp.arange(4.0)
+    apply, variables = bnjax.nnx.functional(model)
+    layers = losses.layers_in_order(apply, variables, X)
+    assert layers == [("z", "norm"), ("b",), ("last/layers/0",)]
+    loss, params = losses.nnx_loss(model, training.cross_entropy)
+    assert analysis.covariate_shift(loss, params, params, X, Y, layers=layers).layers == ("z", "b", "last/layers/0")
+    found = losses.layer_outputs(apply, variables, X, mode=mode)
+    assert list(found) == ["z", "b", "last/layers/0"]
+    h = np.asarray(model.z(X), np.float64)
+    mean, var = (h.mean(0), h.var(0)) if mode == "batch" else (np.arange(4), np.ones(4))
+    h = (h - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(found["z"], h, atol=1e-4)
+    np.testing.assert_allclose(found["b"], -2 * h @ np.arange(16).reshape((4, 4)), atol=1e-2)
+    np.testing.assert_array_equal(model.norm.mean[...], np.arange(4))
+
+
+def test_statistics_of_a_batch_of_nnx_models():
+    model, weights = Deeper(nnx.Rngs(0)), np.arange(8) % 3
+    h = np.asarray(model.z(X), np.float64)
+    found = losses.nnx_batch_stats(model, X, weights=weights)["norm"]
+    mean = np.average(h, 0, weights)
+    np.testing.assert_allclose(found["mean"], mean, atol=1e-5)
+    np.testing.assert_allclose(found["var"], np.average((h - mean) ** 2, 0, weights), rtol=1e-5)
+    np.testing.assert_array_equal(model.norm.mean[...], np.zeros(4))
 
 
 def test_statistics_of_a_batch_do_not_reach_what_nn_jit_remembers():

@@ -223,7 +223,7 @@ def _counted_children(params: Any) -> list[str]:
             return sorted(map(str, params), key=_natural)
     keys = sorted(map(str, params)) if isinstance(params, Mapping) else [type(params).__name__]
     raise ValueError(
-        f"layers must be given in the network's order, which the names {keys} do not tell; for a linen model "
+        f"layers must be given in the network's order, which the names {keys} do not tell; for a model of Flax "
         "bnjax.analysis.losses.layers_in_order(model, variables, x) finds it."
     )
 

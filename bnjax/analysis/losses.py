@@ -13,6 +13,7 @@ noise of dropout and of `bnjax.linen.NoisyBatchNorm`. (On a mesh global and each
 `bnjax.analysis.shard_loss`.)
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,12 +21,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax import lax
 from jaxtyping import Array
 
 from bnjax import _calls
-from bnjax._functional import functional
+from bnjax._functional import functional, name_of
 from bnjax._objective import Objective, inputs_of, losses_and_correctness, mask_options, phase, weights_of_losses
+from bnjax.analysis import _trees
 
 MODES = ("batch", "running", "frozen", "reestimated")
 
@@ -152,18 +155,21 @@ def _batch_stats_of(
 
 
 def layers_in_order(
-    model: nn.Module, variables: Mapping[str, Any], x: Any, *, argument: str | None = "training"
+    model: Any, variables: Mapping[str, Any], x: Any, *, argument: str | None = "training"
 ) -> list[tuple[str, ...]]:
-    """Returns the layers of a linen model in the order of their calls, as paths into its parameters.
+    """Returns the layers of a model in the order in which their parameters are used, as paths into these.
 
     A layer begins with each module that has a kernel (any parameter of two and more dimensions); the modules without
     kernels that follow it, such as its batch norm, belong to it.
 
     Args:
-      model: linen module.
+      model: linen module, or the function `apply` that `bnjax.nnx.functional` makes of an nnx model.
       variables: collections of the model.
       x: a batch of inputs; only its shape and dtype matter.
-      argument: name of the call's argument, as in `linen_loss`.
+      argument: name of the call's argument, as in `linen_loss`; for an nnx model, that which `functional` was told.
+
+    Raises:
+      ValueError: for parameters that the model does not use.
 
     >>> from bnjax.analysis import losses
     >>> from bnjax.linen import BatchNorm
@@ -173,46 +179,32 @@ def layers_in_order(
     >>> losses.layers_in_order(model, variables, jnp.ones((3, 2)))
     [('Dense_0', 'BatchNorm_0'), ('Dense_1', 'BatchNorm_1'), ('Dense_2',)]
     """
-    kernels: dict[str, bool] = {}  # paths in the order in which they are first used, and whether there is a kernel
-    called: set[str] = set()  # paths of the modules in whose methods we are
+    params = variables["params"]
 
-    def remember(next_function, arguments, options, context):
-        own = context.module.variables.get("params", {})
-        arrays = {name: value for name, value in own.items() if not isinstance(value, Mapping)}
-        has_kernel = any(jnp.ndim(value) >= 2 for value in arrays.values())
-        path = "/".join(context.module.path)
-        if arrays and len(arrays) == len(own) and path:
-            if path not in called:  # else one method of the module calls another
-                called.add(path)
-                # The call comes first, as weight norm calls the layer that it follows.
-                result = next_function(*arguments, **options)
-                kernels.setdefault(path, has_kernel)
-                called.remove(path)
-                return result
-        else:  # beside its own parameters, the module has those of others, which are layers of their own
-            for name, value in arrays.items():
-                kernels.setdefault(f"{path}/{name}".lstrip("/"), jnp.ndim(value) >= 2)
-        return next_function(*arguments, **options)
+    def call(params: Any, others: Mapping[str, Any]) -> Any:
+        return _call(model, {**others, "params": params}, x, False, argument, None)
 
-    with nn.intercept_methods(remember):
-        jax.eval_shape(lambda v: model.apply(v, *inputs_of(x), **phase(argument, False)), dict(variables))
-    leaves = ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(variables["params"])]
-    missing = [leaf for leaf in leaves if not any(leaf == path or leaf.startswith(f"{path}/") for path in kernels)]
-    if missing:
-        raise ValueError(
-            f"the parameters {', '.join(missing)} are used by no module's method, so their order is unknown."
-        )
+    program = jax.make_jaxpr(call)(params, {name: values for name, values in variables.items() if name != "params"})
+    paths = [tuple(_trees.path_name((key,)) for key in path) for path, _ in jax.tree.leaves_with_path(params)]
+    uses = dict(zip(paths, _calls.first_uses(program.jaxpr), strict=False))  # the parameters are its first inputs
+    if missing := ["/".join(path) for path, use in uses.items() if use is None]:
+        raise ValueError(f"params must all be used by the model's call, for their order, got {', '.join(missing)} too.")
+    # A module that has parameters of its own beside those of others is not one layer: each of its own counts by itself.
+    nested = {(), *(path[:i] for path in paths for i in range(len(path) - 1))}
+    modules: dict[str, list[Any]] = {}
+    for path, use in uses.items():
+        modules.setdefault("/".join(path if path[:-1] in nested else path[:-1]), []).append(use)
     layers: list[tuple[str, ...]] = []
-    for path, has_kernel in kernels.items():
-        if has_kernel or not layers:
-            layers.append((path,))
+    for name in sorted(modules, key=lambda name: min(modules[name])):
+        if not layers or any(ndim >= 2 for _, ndim in modules[name]):
+            layers.append((name,))
         else:
-            layers[-1] += (path,)
+            layers[-1] += (name,)
     return layers
 
 
 def layer_outputs(
-    model: nn.Module,
+    model: Any,
     variables: Mapping[str, Any],
     x: Any,
     *,
@@ -220,20 +212,23 @@ def layer_outputs(
     argument: str | None = "training",
     rngs: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """Returns the output of each layer of a linen model: of its batch norm where there is one, else of its kernel.
+    """Returns the output of each layer of a model: of its batch norm where there is one, else of its kernel.
 
     Where the nonlinearity follows directly, this is its input, for `bnjax.analysis.activation_statistics`.
 
     Args:
-      model: linen module.
+      model: linen module, or `apply` of an nnx model, as in `layers_in_order`.
       variables: collections of the model.
       x: inputs of a batch.
       mode: whether batch norms normalize by the batch's statistics ('batch') or by the running ones ('running').
-      argument: name of the call's argument, as in `linen_loss`.
-      rngs: random keys, as in `linen_loss`.
+      argument: name of the call's argument, as in `layers_in_order`.
+      rngs: random keys, as in `linen_loss`; of an nnx model by default its own random states.
 
     Returns:
       Arrays `[batch, …, units]` by the layer's first path, as in `layers_in_order`.
+
+    Raises:
+      ValueError: for a layer that is called by another method than `__call__`, or does not end with a module.
 
     >>> from bnjax.analysis import losses
     >>> from bnjax.models import Perceptron
@@ -246,22 +241,39 @@ def layer_outputs(
         raise ValueError(f"mode must be 'batch' or 'running', got {mode!r}.")
     layers = layers_in_order(model, variables, x, argument=argument)
     last = {layer[-1]: layer[0] for layer in layers}
-    keys: dict[str, Any] = {} if rngs is None else {"rngs": dict(rngs)}
-    updates = model.apply(
-        variables,
-        *inputs_of(x),
-        **phase(argument, mode == "batch"),
-        **keys,
-        mutable=["intermediates", "batch_stats"],
-        capture_intermediates=lambda module, name: name == "__call__" and "/".join(module.path) in last,
-    )[1]
-    by_layer = {}
-    for path, name in last.items():
-        outputs = updates["intermediates"]
-        for part in path.split("/"):
-            outputs = outputs[part]
-        by_layer[name] = outputs["__call__"][0]
-    return by_layer
+
+    def keep(module: Any, call: Callable[..., Any], x: Any, options: dict[str, Any]) -> Any:
+        y = call(x, **options)
+        if name_of(module.path) in last:
+            setattr(module, kept, nnx.Intermediate((y,)))
+        return y
+
+    options: dict[str, Any] = {"mutable": ["intermediates", "batch_stats"]}
+    if isinstance(model, nn.Module):
+        kept, keeping = "__call__", contextlib.nullcontext()
+        options["capture_intermediates"] = lambda module, name: name == kept and name_of(module.path) in last
+    else:
+        kept, keeping = "output_of_layer", _calls.intercept(_has_parameters, keep)
+    with keeping:
+        outputs = _call(model, variables, x, mode == "batch", argument, rngs, **options)[1].get("intermediates", {})
+    found: Any = {name_of(path): sown for path, sown in flatten_dict(outputs).items()}
+    if missing := [path for path in last if f"{path}/{kept}" not in found]:
+        raise ValueError(f"layers must end with a module that is called, got {', '.join(missing)}.")
+    return {name: found[f"{path}/{kept}"][0] for path, name in last.items()}
+
+
+def _has_parameters(module: Any) -> bool:
+    return any(isinstance(value, nnx.Param) for value in vars(module).values())
+
+
+def _call(
+    model: Any, variables: Mapping[str, Any], x: Any, training: bool, argument: str | None, rngs: Any, **options: Any
+) -> Any:
+    """Calls a linen module, or an nnx model in its functional form."""
+    if not isinstance(model, nn.Module):
+        argument, rngs = model.argument, "own" if rngs is None else rngs
+    keys = {} if rngs is None else {"rngs": rngs}
+    return getattr(model, "apply", model)(variables, *inputs_of(x), **phase(argument, training), **keys, **options)
 
 
 def nnx_loss(
@@ -305,6 +317,36 @@ def nnx_loss(
     rngs = "own" if rngs is None else rngs
     loss = _loss_of(apply, variables, objective, mode, at, apply.argument, rngs, axis_name)
     return loss, variables["params"]
+
+
+def nnx_batch_stats(
+    model: nnx.Module,
+    x: Any,
+    *,
+    weights: Any = None,
+    argument: str | None = "training",
+    rngs: Mapping[str, Array] | str | None = None,
+) -> Any:
+    """Returns the collection 'batch_stats' of an nnx model with the statistics of one batch, as `linen_batch_stats`.
+
+    Args:
+      model: nnx module; it stays as it is. `bnjax.nnx.update(model, {'batch_stats': …})` puts them into it.
+      x: inputs of the batch.
+      weights: weights of the examples, as the batch norms' `mask`.
+      argument: name of the call's argument, as in `nnx_loss`.
+      rngs: random keys, as in `nnx_loss`.
+
+    Returns:
+      Means and biased variances, in the structure of the 'batch_stats' of `bnjax.nnx.functional`.
+
+    >>> from bnjax.analysis import losses
+    >>> from bnjax.nnx import BatchNorm
+    >>> model = BatchNorm(1, rngs=nnx.Rngs(0))
+    >>> losses.nnx_batch_stats(model, jnp.array([[1.0], [3.0]]), argument='use_running_average')
+    {'mean': Array([2.], dtype=float32), 'var': Array([1.], dtype=float32)}
+    """
+    apply, variables = functional(model, argument=argument)
+    return _batch_stats_of(apply, variables, x, weights, apply.argument, "own" if rngs is None else rngs)
 
 
 def _mean(objective: Objective, outputs: Any, labels: Any, weights: Any, axis_name: Any) -> Array:

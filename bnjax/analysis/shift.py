@@ -56,7 +56,7 @@ def covariate_shift(
       layers: paths of the layers' parameters in the order in which the network applies them; a sequence of paths where
         several subtrees form a layer, such as a convolution and its batch norm. By default the items of a list, or the
         children of a dict whose names count ('Dense_0', 'Dense_1', …); `layers_in_order` of
-        `bnjax.analysis.losses` finds the layers of a linen model. Parameters in no layer stay at step t.
+        `bnjax.analysis.losses` finds the layers of a model of Flax. Parameters in no layer stay at step t.
 
     Raises:
       TypeError, ValueError: for parameters without floating-point arrays, `next_params` unlike `params`, or layers that

@@ -92,7 +92,7 @@ def ghost_batch_norm_of(call: Call, ghost_size: Any) -> Result:
     if whole:
 
         def split(values: Array) -> Array:
-            return split_axis(_cut(values, batch, 0, whole), batch, whole // ghost_size)
+            return split_axis(_cut(values, batch, 0, whole), batch, whole // ghost_size, ghost_size)
 
         ghost_weights = weights if weights_axis is None or weights is None else split(weights)
         y, m = jax.vmap(of_ghost, (batch, weights_axis), (batch, 0))(split(x), ghost_weights)

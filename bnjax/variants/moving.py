@@ -5,6 +5,7 @@ from typing import Unpack
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Inexact, Shaped
 
+from bnjax._sync import select
 from bnjax.norm import BatchStats, Call, Options, Params, Result, check_call
 
 
@@ -63,5 +64,5 @@ def moving_batch_norm_of(call: Call) -> Result:
     batch_stats = call.moved(m)
     mean, var = (jnp.asarray(batch_stats[name]).astype(m.mean.dtype) for name in ("mean", "var"))
     if call.weights is not None:
-        mean = jnp.where(jnp.isnan(m.count), m.mean, mean)  # the statistics stay, but a NaN weight is loud
+        mean = select(~jnp.isnan(m.count), mean, m.mean)  # the statistics stay, but a NaN weight is loud
     return call.output(*call.of_each_member(mean, var)), batch_stats, m
