@@ -259,3 +259,19 @@ def test_an_argument_has_one_default_everywhere():
         assert default == expected, (name, argument)
     for argument, default in bnjax.linen._LIMITS.items():
         assert default == DEFAULTS[argument]
+
+
+@pytest.mark.parametrize("options", [{}, {"warmup_steps": 5}])
+def test_interceptors_see_one_call_of_a_layer(options):
+    """As of Flax's layer: what a layer does within its call is not their concern."""
+    seen = []
+
+    def note(next_function, arguments, keywords, context):
+        seen.append(context.method_name)
+        return next_function(*arguments, **keywords)
+
+    layer, x = bnjax.linen.BatchRenorm(use_running_average=False, **options), jnp.ones((4, 3))
+    variables = layer.init(jax.random.key(0), x)
+    with nn.intercept_methods(note):
+        layer.apply(variables, x, mutable=["batch_stats"])
+    assert seen == ["__call__"]

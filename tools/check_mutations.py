@@ -8,13 +8,14 @@ fails or they have taken `--seconds`. A mutant that all of them pass has survive
 explained in tools/equivalent_mutants.toml; what is explained there is not tried. Of the many operators that cosmic-ray
 puts in place of another the most alike counts.
 
-All of the some 1,100 mutants take hours on two cores. What was noticed is kept in a record, which a later call goes on
-from: it tries again what survived, and what stands in modules that have changed since.
+All of the some 1,200 mutants take hours on two cores. What was noticed is kept in a record, which a later call goes on
+from: it tries again what survived, and what stands in functions that have changed since.
 """
 
 import argparse
 import ast
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib.machinery
@@ -59,7 +60,10 @@ _FORKING = Lock()
 
 
 class Mutant(NamedTuple):
-    """A change: the module, an operator of cosmic-ray and which of its places, and that place's lines."""
+    """A change: the module, an operator of cosmic-ray and which of its places, and that place's lines.
+
+    Its name in the record, `key`, holds as long as the function around it stays as it is.
+    """
 
     module: str
     operator: str
@@ -67,11 +71,7 @@ class Mutant(NamedTuple):
     first: int
     last: int
     text: str
-
-    @property
-    def key(self) -> str:
-        """Its name in the record."""
-        return f"{self.module} {self.operator} {self.occurrence}"
+    key: str
 
     def __str__(self) -> str:
         return f"{self.module}:{self.first}: {self.operator}, occurrence {self.occurrence}: {self.text}"
@@ -118,10 +118,9 @@ def main() -> int:
 
 def try_all(mutants: Sequence[Mutant], record: Path, processes: int, limit: float) -> list[Mutant]:
     """Tries the mutants that a record has not as noticed, adds to it, and returns those that survive."""
-    digests = {module: digest([module]) for module in {mutant.module for mutant in mutants}}
     lines = record.read_text().splitlines() if record.exists() else []
-    noticed = {(e["key"], e["module"]) for e in map(json.loads, lines) if e["noticed"]}
-    wanted = [mutant for mutant in mutants if (mutant.key, digests[mutant.module]) not in noticed]
+    noticed = {entry["key"] for entry in map(json.loads, lines) if entry["noticed"]}
+    wanted = [mutant for mutant in mutants if mutant.key not in noticed]
     print(f"{len(mutants)} mutants, {len(mutants) - len(wanted)} of them noticed before", flush=True)
     if not wanted:
         return []
@@ -130,9 +129,8 @@ def try_all(mutants: Sequence[Mutant], record: Path, processes: int, limit: floa
     print(f"{len(covered.seconds)} tests of {sum(covered.seconds.values()):.0f} s", flush=True)
     survivors = []
     for done, (mutant, by) in enumerate(run(wanted, covered, processes, limit), 1):
-        entry = {"key": mutant.key, "module": digests[mutant.module], "noticed": by}
         with record.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"key": mutant.key, "noticed": by}) + "\n")
         print(f"{done}/{len(wanted)} {by or 'SURVIVED'}: {mutant}", flush=True)
         survivors += [] if by else [mutant]
     return survivors
@@ -145,20 +143,44 @@ def digest(paths: Iterable[str | Path]) -> str:
 
 def find(names: Sequence[str]) -> Iterator[Mutant]:
     """Finds the mutants of some parts of the core."""
-    from cosmic_ray import plugins
-    from cosmic_ray.ast import ast_nodes, get_ast_from_path
-
     for module in modules_of(names):
-        lines, nodes = module.read_text().splitlines(), list(ast_nodes(get_ast_from_path(module)))
-        for operator in plugins.operator_names():
-            kind = plugins.get_operator(operator)
-            if kind.arguments() or ("Operator_" in operator and operator.rpartition("Operator_")[2] not in PAIRS):
-                continue
-            places = (place for node in nodes for place in kind().mutation_positions(node))
-            for occurrence, ((first, column), (last, _)) in enumerate(places):
-                if lines[first - 1][:column].endswith("strict="):
-                    continue  # `zip` of equally many, where it makes no difference
-                yield Mutant(str(module), operator.partition("/")[2], occurrence, first, last, lines[first - 1].strip())
+        yield from mutants_of(str(module), module.read_text())
+
+
+def mutants_of(module: str, source: str) -> Iterator[Mutant]:
+    """Finds the mutants of a module."""
+    from cosmic_ray import plugins
+    from cosmic_ray.ast import ast_nodes, get_ast
+
+    lines, nodes = source.splitlines(), list(ast_nodes(get_ast(source)))
+    pieces = dict(pieces_of(source))
+    for operator in plugins.operator_names():
+        kind, before = plugins.get_operator(operator), Counter()
+        if kind.arguments() or ("Operator_" in operator and operator.rpartition("Operator_")[2] not in PAIRS):
+            continue
+        name = operator.partition("/")[2]
+        places = (place for node in nodes for place in kind().mutation_positions(node))
+        for occurrence, ((first, column), (last, _)) in enumerate(places):
+            piece = pieces.get(first, "")
+            before[piece] += 1
+            if lines[first - 1][:column].endswith("strict="):
+                continue  # `zip` of equally many, where it makes no difference
+            key = f"{module} {piece} {name} {before[piece]}"
+            yield Mutant(module, name, occurrence, first, last, lines[first - 1].strip(), key)
+
+
+def pieces_of(source: str) -> Iterator[tuple[int, str]]:
+    """Yields each line of a module with the name and a digest of the function, method or statement that it is in."""
+    lines = source.splitlines()
+    statements = [("", node) for node in ast.parse(source).body]
+    for name, node in statements:
+        if isinstance(node, ast.ClassDef):
+            statements += [(f"{node.name}.", inner) for inner in node.body]
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+        text = "\n".join(lines[first - 1 : node.end_lineno])
+        of = hashlib.sha256(text.encode()).hexdigest()[:16]
+        for line in range(first, node.end_lineno + 1):
+            yield line, f"{name}{getattr(node, 'name', '')} {of}"
 
 
 def modules_of(names: Sequence[str]) -> list[Path]:
@@ -352,14 +374,21 @@ def mutated(mutant: Mutant) -> str:
 
 def changes(mutant: Mutant) -> tuple[str, str]:
     """Returns the lines that a mutant changes, and what they become."""
-    lines, changed = Path(mutant.module).read_text().splitlines(), mutated(mutant).splitlines()
-    removed, added = ([line.strip() for line in a if line not in b] for a, b in ((lines, changed), (changed, lines)))
-    return " ".join(removed), " ".join(added)
+    found = [[], []]
+    for line in difflib.ndiff(Path(mutant.module).read_text().splitlines(), mutated(mutant).splitlines()):
+        if line[:2] in ("- ", "+ "):
+            found[line[0] == "+"].append(line[2:].strip())
+    return " ".join(found[0]), " ".join(found[1])
 
 
 def is_explained(mutant: Mutant) -> bool:
     """Tells whether a mutant makes no difference, by tools/equivalent_mutants.toml."""
-    of_line = [entry for entry in explanations() if entry["module"] == mutant.module and mutant.text in entry["line"]]
+    within = mutant.key.split(" ")[1]
+    of_line = [
+        entry
+        for entry in explanations()
+        if entry["module"] == mutant.module and mutant.text in entry["line"] and entry.get("within", within) == within
+    ]
     removed, added = changes(mutant) if of_line else ("", "")
     return any(removed == entry["line"] and added in entry["becomes"] for entry in of_line)
 
