@@ -576,7 +576,7 @@ OTHER = {
     if "ghost" in row.lower()
     for column in ("manual, two axes", "manual, space", "manual, batch and space")
 } | {
-    (row, column): "the kinds are made of the pixels at the edge, of which a device may have none"
+    (row, column): "the kinds are made of whole images here, and a device has a part of each"
     for row in ROWS
     if "each example" in row
     for column in ("manual, space", "manual, batch and space")

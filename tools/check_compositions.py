@@ -15,20 +15,27 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE = (ROOT / "docs" / f"compositions.{ending}" for ending in ("json", "md"))
-FIRST = ("flax.linen.BatchNorm", "flax.nnx.BatchNorm", "linen.BatchNorm", "nnx.BatchNorm", "batch_norm")
+FIRST = (
+    *("flax.linen.BatchNorm", "flax.nnx.BatchNorm", "flax.linen.BatchNorm, mask", "flax.nnx.BatchNorm, mask"),
+    *("linen.BatchNorm", "nnx.BatchNorm", "linen.BatchNorm, mask", "nnx.BatchNorm, mask", "batch_norm"),
+)
 RIGHT = "right"
 TEXT = """# Inside other programs
 
 Batch norm is used inside other people's programs: under `vmap` and `scan`, in a checkpointed block, in an exported
 function, on a mesh whose axes split the batch, the features or space. Every function and layer was composed with each
 of these, and its values (and, where devices, `remat` or strictness are concerned, its gradients) were compared with its
-definition in float64. The same was done with Flax's layers.
+definition in float64: without a mask, and of every function with weights, some of them zero, or a mask. The same was
+done with Flax's layers.
 
 "Automatic" is a jitted function of arrays that are split over a mesh of 4 × 2 devices, "explicit" one with JAX's
 explicit shardings, "manual" a `shard_map` over both axes with `axis_name`, "partially manual" one over the first axis,
-with the second left to XLA. The devices are simulated on a CPU.
+with the second left to XLA or explicit. "Parameters" are split as the features are. The devices are simulated on a CPU.
 
 TABLE
+
+Under a mask Flax's layers average what devices found without asking how many elements each has counted, so that they
+are wrong where these numbers differ; ours weigh them.
 
 What was tried is in `tests/compositions.py`; `pytest -m exhaustive tests/test_compositions.py` tries it, and
 `python tools/check_compositions.py` makes this table again.
@@ -113,7 +120,8 @@ def table(record: dict[str, Any]) -> str:
     """Returns Markdown of the matrix, the rows of most interest in columns of their own, with notes below."""
     cells = record["cells"]
     others = [row for row in cells if row not in FIRST]
-    header = ["", *(f"`{row}`" for row in FIRST), f"the {len(others)} others"]
+    names = [f"`{name}`{comma}{option}" for name, comma, option in (row.partition(",") for row in FIRST)]
+    header = ["", *names, f"the {len(others)} others"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for column in cells[FIRST[0]]:
         of = [cells[row][column] for row in others if column in cells[row]]
@@ -122,7 +130,10 @@ def table(record: dict[str, Any]) -> str:
         shown = ["✓" if (found := cells[row][column]) == RIGHT else found for row in FIRST]
         lines.append(f"| {' | '.join([column, *shown, f'{right} of {sum(counted)}'])} |")
     made = " and ".join(f"{package} {version}" for package, version in record["versions"].items())
-    notes = [f"- {cell}: {reason}." for cell, reason in record["other"].items()]
+    reasons: dict[str, list[str]] = {}
+    for cell, reason in record["other"].items():
+        reasons.setdefault(reason, []).append(cell)
+    notes = [f"- {'; '.join(of)}: {reason}." for reason, of in reasons.items()]
     return "\n".join([*lines, "", f"With {made}. Not counted:", "", *notes])
 
 
