@@ -153,7 +153,7 @@ def followers(jaxpr: Any) -> Iterator[tuple[str, str]]:
             elif name.startswith(_IN) and id(variable) in made and uses[id(variable)] == 1:
                 yield made[id(variable)], name.removeprefix(_IN)
         elif eqn.primitive.name in _INLINED:
-            for inner in _inner(eqn):
+            for inner in inner_programs(eqn):
                 yield from followers(inner)
 
 
@@ -163,7 +163,7 @@ def uses(jaxpr: Any, of_outputs: list[int] | None = None) -> list[int]:
     for variable, count in zip(jaxpr.outvars, of_outputs or [1] * len(jaxpr.outvars), strict=True):
         counts[id(variable)] += count
     for eqn in reversed(jaxpr.eqns):
-        inner = list(_inner(eqn)) if eqn.primitive.name in _INLINED else []
+        inner = list(inner_programs(eqn)) if eqn.primitive.name in _INLINED else []
         each = uses(inner[0], [counts[id(v)] for v in eqn.outvars]) if len(inner) == 1 else [1] * len(eqn.invars)
         for variable, count in zip(eqn.invars, each, strict=True):
             counts[id(variable)] += count
@@ -181,7 +181,7 @@ def first_uses(jaxpr: Any) -> list[tuple[tuple[int, ...], int] | None]:
         if eqn.primitive.name in _ALIASES and id(eqn.invars[0]) in inputs:
             inputs[id(eqn.outvars[0])] = inputs[id(eqn.invars[0])]
             continue
-        inner = [first_uses(program) for program in _inner(eqn)]
+        inner = [first_uses(program) for program in inner_programs(eqn)]
         before = 1 if eqn.primitive.name == "cond" else 0  # which branch
         matches = inner and all(len(uses) == len(eqn.invars) - before for uses in inner)
         for place, variable in enumerate(eqn.invars):
@@ -209,7 +209,7 @@ def _depths(jaxpr: Any, start: int) -> tuple[int, int]:
         if name.startswith(_IN):
             largest = max(largest, here)
         here += name.startswith(_OUT)
-        for inner in _inner(eqn):
+        for inner in inner_programs(eqn):
             for _ in range(eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1):
                 below, after = _depths(inner, here)
                 largest, here, before = max(largest, below), max(here, after), here
@@ -219,7 +219,7 @@ def _depths(jaxpr: Any, start: int) -> tuple[int, int]:
     return largest, max([start, *(known.get(id(v), 0) for v in jaxpr.outvars)])
 
 
-def _inner(eqn: Any) -> Iterator[Any]:
+def inner_programs(eqn: Any) -> Iterator[Any]:
     """Yields the programs within an operation."""
     for value in eqn.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):

@@ -1,3 +1,4 @@
+import datetime
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from bnjax.studies.cli import console
 from bnjax.studies.data import DataError
 from bnjax.studies.evidence.claims import AtLeast, Claim, Condition, read_claims
 from bnjax.studies.evidence.ledger import saved_runs
-from bnjax.studies.evidence.results import Results
+from bnjax.studies.evidence.results import Results, save
 from bnjax.studies.evidence.statistics import interval, prediction_interval
 
 
@@ -197,26 +198,17 @@ def test_faulty_claims_name_file_claim_and_field(tmp_path, old, new, message):
 
 def save_run(directory, study, options, values=(0.84, 0.841), settings=None):
     """A `results.json` with two variants of the circles."""
-    metrics = {"after": values, "none": (*values[:-1], None)}
-    document = {
-        "schema": 2,
-        "study": study,
-        "options": options.to_json(),
-        "settings": settings or {"epochs": 100},
-        "seeds": list(range(len(values))),
-        "variants": {
-            name: {"label": name, "settings": {}, "metrics": {"test_accuracy": {"values": of}}}
-            for name, of in metrics.items()
-        },
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(json.dumps(document))
+    metrics = {"after": values, "none": (*values[:-1], np.nan)}
+    variants = {name: (name, {}, {"test_accuracy": np.array(of)}) for name, of in metrics.items()}
+    seeds, given = range(len(values)), options.to_json() | {"seeds": len(values)}
+    results = Results(study, settings or {"epochs": 100}, seeds, variants, options=given)
+    save(results, {}, directory, 1.0, datetime.datetime.now(datetime.UTC))
 
 
 def test_ledger_runs_what_is_missing_only(tmp_path, monkeypatch):
     ran = []
 
-    def run_study(study, options, directory, quiet, *, resume=False):
+    def run_study(study, options, directory, quiet, *, resume=False, force=False):
         if study.name == "mnist":
             raise DataError("no network")
         ran.append(study.name)
@@ -264,10 +256,11 @@ def test_only_shorter_runs_are_replaced(tmp_path, monkeypatch, name, found, seed
 
 def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path, monkeypatch):
     options = Options(seeds=3)
-    save_run(tmp_path / "circles", "circles", options, settings={"epochs": 5})
+    save_run(tmp_path / "circles", "circles", options, (0.84, 0.841, 0.842), settings={"epochs": 5})
     save_run(tmp_path / "circles_longer", "circles", STUDIES["circles"].options(3, epochs=100), (0.84, 0.841, 0.839))
     save_run(tmp_path / "another", "blobs", options)
-    runs = saved_runs(tmp_path)
+    runs, unreadable = saved_runs(tmp_path)
+    assert not unreadable
     assert list(runs) == ["circles", "blobs"] and [path.name for path in runs["circles"]] == [
         "circles",
         "circles_longer",
@@ -287,7 +280,7 @@ def test_checkpoints_of_other_options_do_not_stop_the_ledger(tmp_path, monkeypat
 
     resumed = []
 
-    def run_study(study, options, out, quiet, *, resume=False):
+    def run_study(study, options, out, quiet, *, resume=False, force=False):
         resumed.append(resume)
         if resume:
             raise CheckpointError("of another configuration.")
@@ -320,11 +313,3 @@ def test_checkpoints_of_other_options_do_not_stop_the_ledger(tmp_path, monkeypat
 )
 def test_the_command_that_makes_a_run_again(study, options, command):
     assert Results(study, {}, range(3), options=options.to_json()).command == command
-
-
-def test_damaged_results_count_as_missing(tmp_path):
-    assert Results.load(tmp_path) is None
-    (tmp_path / "results.json").write_text("{")
-    assert Results.load(tmp_path) is None
-    (tmp_path / "results.json").write_text('{"schema": 1}')
-    assert Results.load(tmp_path) is None

@@ -99,7 +99,7 @@ def test_an_interruption_leaves_nothing(tmp_path, capsys, monkeypatch):
 def test_the_module_is_the_same_command_and_starts_light():
     run = subprocess.run([sys.executable, "-m", "bnjax", "run", "--help"], capture_output=True, text=True, check=True)
     assert "circles" in run.stdout
-    modules = "import sys; from bnjax.studies.cli.main import _parser; _parser(); "
+    modules = "import sys; from bnjax.studies.cli.arguments import make_parser; make_parser(); "
     modules += "print('flax' in sys.modules, 'matplotlib' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", modules], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False", "False"]

@@ -18,9 +18,11 @@ class TinySet(tfds.core.GeneratorBasedBuilder):
     """Twelve images whose pixels are their label."""
 
     VERSION = tfds.core.Version("1.0.0")
+    shape, num_classes = (4, 5, 1), 3
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=(4, 5, 1)), "label": tfds.features.ClassLabel(num_classes=3)}
+        image, label = tfds.features.Image(shape=self.shape), tfds.features.ClassLabel(num_classes=self.num_classes)
+        features = {"image": image, "label": label}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
         )
@@ -165,6 +167,55 @@ def test_damaged_records_are_a_clear_error(data_dir):
         content[20:] = os.urandom(len(content) - 20)
         file.write_bytes(content)
     with pytest.raises(data.DataError, match=r"tiny_set .* corrupt .* download it again"):
+        data.images("tiny_set", data_dir)
+
+
+def tiny(data_dir):
+    data.images("tiny_set", data_dir)
+    return data_dir / "tiny_set" / "1.0.0"
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("dataset_info.json", '"12"', '"13"', "corrupt"),
+        ("dataset_info.json", '"12"', '"900000000000000"', "counts 900,000,000,000,000 records of split train in"),
+        ("dataset_info.json", '"12"', '"-5"', "counts -5 records of split train in"),
+        ("dataset_info.json", "{", "", "can't be read"),
+    ],
+)
+def test_metadata_that_is_wrong_is_a_clear_error(data_dir, file, old, new, message):
+    change(tiny(data_dir) / file, old, new)
+    with pytest.raises(data.DataError, match=message) as raised:
+        data.images("tiny_set", data_dir)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 2}, "record [0-9]+ has label 2, and there are 2 classes"),
+        ({"shape": (5, 4, 1)}, r"an image of shape \(4, 5, 1\) and uint8 instead of \(5, 4, 1\) and uint8"),
+        ({"shape": (4, 5, 3)}, r"an image of shape \(4, 5, 1\) and uint8 instead of \(4, 5, 3\) and uint8"),
+    ],
+)
+def test_records_that_are_not_as_the_metadata_says_are_a_clear_error(data_dir, monkeypatch, options, message):
+    tiny(data_dir)
+    for name, value in options.items():
+        monkeypatch.setattr(TinySet, name, value)
+    with pytest.raises(data.DataError, match=message):
+        data.images("tiny_set", data_dir)
+
+
+def test_missing_metadata_is_a_clear_error(data_dir):
+    (tiny(data_dir) / "dataset_info.json").unlink()
+    with pytest.raises(data.DataError, match=r"has no dataset_info\.json: delete that directory and download it again"):
         data.images("tiny_set", data_dir)
 
 

@@ -46,7 +46,7 @@ def make_run(directory):
 def test_runs_of_one_study_have_sections_of_their_own(tmp_path):
     for name in ("circles", "circles_again"):
         make_run(tmp_path / name)
-    assert write_report(tmp_path, tmp_path / "page.html") == 2
+    assert write_report(tmp_path, tmp_path / "page.html") == (2, [])
     page = Page((tmp_path / "page.html").read_text())
     identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert {"circles", "circles_again"} <= set(identifiers) and len(set(identifiers)) == len(identifiers)
@@ -83,7 +83,7 @@ def report(tmp_path_factory):
     directory = tmp_path_factory.mktemp("report") / "runs"
     results = make_run(directory / "circles")
     out = directory / "report.html"
-    assert write_report(directory, out) == 1
+    assert write_report(directory, out) == (1, [])
     return results, out, Page(out.read_text())
 
 
@@ -151,4 +151,4 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'page.html'}: 1 study, ")
     assert "Batch norm: circles" in Path(tmp_path / "page.html").read_text()
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "RUN_DIR must hold results.json" in capsys.readouterr().err
+    assert "is no directory" in capsys.readouterr().err

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+MOST_SEEDS = 2**20
+"""The largest number of seeds of a run, whose results are held in memory."""
 LOGS = ("tensorboard", "wandb")
 """Where a run can be logged."""
 
@@ -52,6 +54,10 @@ class Options:
     seeds: int = option(8, "number of seeds")
     saving: Any = None
     histograms: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise ValueError(f"--seeds must be from 1 to {MOST_SEEDS:,}, got {self.seeds:,}.")
 
     @classmethod
     def fields(cls) -> dict[str, dataclasses.Field]:

@@ -29,6 +29,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from bnjax.training.host import check_checkpoint_path
+
 _INTEGERS = (bool, int)
 _ARRAYS = (np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
 _SAVING = threading.Lock()  # Orbax numbers the saves of a process by a global, which concurrent saves mix up
@@ -78,9 +80,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._every = every
         self._report = report if jax.process_index() == 0 else lambda text: None
         self._keep, self._last_save, self._damaged = keep, -math.inf, []
+        self._unverified: int | None = None
+        self._has_verified = False
         try:
+            check_checkpoint_path(self._directory)
             self._directory.mkdir(parents=True, exist_ok=True)
             self._manager = self._open()
+        except ValueError as error:
+            raise CheckpointError(f"{error} Give another.") from None
         except OSError as error:
             raise CheckpointError(f"{directory} can't hold checkpoints ({_reason(error)}); give another.") from error
         logging.getLogger("absl").addFilter(self._is_news)
@@ -133,6 +140,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._delete(self._damaged)
             self._manager.save(step, args=items, force=True)
         self._last_save = time.monotonic()
+        if not self._has_verified and jax.process_count() == 1:
+            self._unverified = step
         return True
 
     def restore(self, like: Any, *, partially: bool = False) -> tuple[int, Any] | None:
@@ -188,9 +197,18 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._last_save = -math.inf
 
     def wait(self) -> None:
-        """Waits until no save is running; raises CheckpointError if the last one failed."""
+        """Waits until no save is running; raises CheckpointError if the last one failed.
+
+        The first save is also read back, so that a file system that loses what it takes is noticed at once.
+        """
         with self._writing():
             self._manager.wait_until_finished()
+        step, self._unverified = self._unverified, None
+        if step is not None and (reason := self._read(step)[2]):
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._directory} can't be read back ({reason}). Give another."
+            )
+        self._has_verified |= step is not None
 
     def close(self) -> None:
         """Waits for a running save and releases Orbax's manager; raises CheckpointError if the last save failed."""

@@ -1,6 +1,7 @@
-"""The memory of the processor that JAX runs on."""
+"""The machine that JAX runs on: the memory of its processor, and its paths."""
 
 import ctypes
+import os
 import platform
 
 # These are the numbers of mallopt's parameters in glibc's malloc.h.
@@ -39,3 +40,12 @@ def keep_freed_memory(pad: int = 2**28) -> bool:
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, pad))
     taken = [mallopt(name, value) == 1 for name, value in settings]
     return all(taken)
+
+
+def check_checkpoint_path(path: str | os.PathLike) -> None:
+    """Raises ValueError for a path with characters under which Orbax loses what it saves, without a word."""
+    unfit = "[]" if os.sep == "\\" else "[]\\"
+    if found := sorted(set(unfit) & set(os.path.abspath(path))):
+        raise ValueError(
+            f"{os.fspath(path)} can't hold checkpoints: Orbax loses those in a path with {' or '.join(found)}."
+        )

@@ -2,10 +2,12 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import numpy as np
 
 from bnjax._extras import needs
 from bnjax.studies import STUDIES, Options, Study
+from bnjax.studies.cli.folder import FolderError, reserved
 from bnjax.studies.cli.logs import Logs
 from bnjax.studies.data import DataError, atomic_file
 from bnjax.studies.engine.saving import Saving
 from bnjax.studies.evidence import ledger
 from bnjax.studies.evidence.claims import Judgment
+from bnjax.studies.evidence.record import RecordError
 from bnjax.studies.evidence.results import Results, claim_rows, metric_tables, save
 from bnjax.studies.evidence.statistics import seeds_in_words
 
@@ -65,36 +69,49 @@ def run_study(
     quiet: bool,
     *,
     resume: bool = False,
+    force: bool = False,
     checkpoint_every: float = 60.0,
     log: Sequence[str] = (),
 ) -> Results:
-    """Runs a study, prints its tables, saves its files, and returns its results.
+    """Runs a study, saves its files, prints its tables, and returns its results.
 
-    Quietly, it prints nothing. It continues from the checkpoints in `out` with `resume`, and else begins anew; a
-    training is saved there every so many seconds. `log` names logs of `bnjax.studies.LOGS` to write there too.
+    Quietly, it prints nothing. It continues from the checkpoints in `out` with `resume`, and else begins anew, with
+    `force` also in place of what is there; a training is saved there every so many seconds. `log` names logs of
+    `bnjax.studies.LOGS` to write there too.
 
     Raises:
       MissingExtraError: if a log's package is not installed.
+      FolderError: if `out` can't be saved to, or holds what would be lost.
     """
-    quiet = quiet or jax.process_index() > 0  # one of several processes speaks and saves
-    logs = Logs(log if jax.process_index() == 0 else (), out, study.name, options.to_json())
+    is_first = jax.process_index() == 0  # one of several processes speaks and saves
+    with reserved(out, study.name, options.to_json(), resume=resume, force=force) if is_first else nullcontext():
+        return _run_study(study, options, out, quiet or not is_first, resume, checkpoint_every, log if is_first else ())
+
+
+def _run_study(
+    study: Study, options: Options, out: Path, quiet: bool, resume: bool, checkpoint_every: float, log: Sequence[str]
+) -> Results:
+    logs = Logs(log, out, study.name, options.to_json())
     console = Console(quiet=quiet, highlight=False)
     configuration = {"study": study.name, "dataset": getattr(options, "dataset", None)}
-    saving = Saving(out / "checkpoints", configuration, checkpoint_every, resume, console.print)
+    saving = Saving(
+        out / "checkpoints", configuration, checkpoint_every, resume, functools.partial(console.print, markup=False)
+    )
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[now]}")
     with Progress(*columns, console=console, disable=quiet) as progress:
         results, figures = study.load().run(options, _Report(progress, logs))
     results.options = options.to_json()
-    print_tables(results, console)
-    seconds = time.perf_counter() - clock
     if jax.process_index() > 0:
         return results
+    seconds = time.perf_counter() - clock
     paths = save(results, figures, out, seconds, started)
     logs.results(results, out)
     logs.close()
-    console.print(f"{len(paths)} files saved in {out}, among them results.json and summary.md ({seconds:.1f} s)")
+    print_tables(results, console)
+    text = f"{len(paths)} files saved in {out}, among them results.json and summary.md ({seconds:.1f} s)"
+    console.print(text, markup=False)
     return results
 
 
@@ -112,22 +129,27 @@ def print_ledger(
     console, progress = Console(highlight=False, width=width), Console(highlight=False, width=width, quiet=quiet)
     judgments, counts = [], {}
     for name in names:
-        study, saved, reason, choices = STUDIES[name], Results.load(out / name), "left out by --fast", []
+        study, saved, reason, choices = STUDIES[name], None, "left out by --fast", []
         if study.fast is not None or not fast:
             common = {**((fast and study.fast) or {}), **({"seeds": seeds} if seeds else {})}
             of_data = [{"dataset": dataset, "data_dir": data_dir} for dataset in study.datasets] or [{}]
             choices, reason = [study.load().Options(**common, **of) for of in of_data], ""
+        try:
+            saved = Results.load(out / name)
+        except RecordError as error:
+            choices, reason = [], f"kept as it is: {error}"
+            progress.print(f"{name}: {reason}", markup=False)
         if saved and not ledger.is_to_be_replaced(saved, study, choices):
-            progress.print(f"{name}: results of `{saved.command}` found in {out / name}")
+            progress.print(f"{name}: results of `{saved.command}` found in {out / name}", markup=False)
             choices = []
         for options in choices:
             try:
                 _resume_or_begin(study, options, out / name, quiet, progress)
                 break
-            except DataError as error:
+            except (DataError, FolderError) as error:
                 reason = reason or f"not run: {error}"
-                progress.print(f"{name}: {error}")
-        if runs := ledger.saved_runs(out).get(name):
+                progress.print(f"{name}: {error}", markup=False)
+        if runs := ledger.saved_runs(out)[0].get(name):
             counts[name] = max(len(run.seeds) for run in runs.values())
             judgments += ledger.judge(study, list(runs.values()))
         else:
@@ -147,10 +169,10 @@ def _resume_or_begin(study: Study, options: Options, out: Path, quiet: bool, con
 
     out.mkdir(parents=True, exist_ok=True)
     try:
-        run_study(study, options, out, quiet, resume=True)
+        run_study(study, options, out, quiet, resume=True, force=True)
     except CheckpointError as error:
-        console.print(f"{study.name}: {error} Starting afresh.")
-        run_study(study, options, out, quiet)
+        console.print(f"{study.name}: {error} Starting afresh.", markup=False)
+        run_study(study, options, out, quiet, force=True)
 
 
 def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:

@@ -1,195 +1,19 @@
 """The command line: `bnjax list`, `bnjax run STUDY`, `bnjax claims`, `bnjax report` and `bnjax compile STEP`."""
 
 import argparse
+import contextlib
+import errno
 import os
+import shlex
+import signal
 import sys
-import typing
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from bnjax._extras import MissingExtraError
-from bnjax.studies import COMPILABLE, LOGS, STUDIES, Options, ParallelOptions, Study, default_text
-
-_FORMAT = argparse.RawDescriptionHelpFormatter
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    sizes = tuple(_positive(part) for part in text.split(","))
-    if len(set(sizes)) != len(sizes):
-        raise argparse.ArgumentTypeError(f"expected different batch sizes, got {text!r}")
-    return sizes
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
-    return value
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="bnjax",
-        description="Batch norm in JAX: the classic studies, run end to end.",
-        epilog="With BNJAX_KEEP_MEMORY=1 in the environment the memory of freed arrays is kept for the next ones, "
-        "which is faster on CPU (glibc only).",
-    )
-    parser.add_argument("--version", action="store_true", help="print the versions of bnjax and jax")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    commands.add_parser("list", help="show the studies")
-    run = commands.add_parser("run", help="run a study: train, print its tables, save its numbers and figures")
-    studies = run.add_subparsers(dest="study", metavar="STUDY", required=True, parser_class=_Parser)
-    for study in STUDIES.values():
-        command = studies.add_parser(
-            study.name,
-            help=study.summary,
-            formatter_class=_FORMAT,
-            description=f"{study.summary}.\nSource: {study.source}.\n\n"
-            f"{_what_it_does(study)},\nand saves results.json, curves.npz, summary.md and figures.",
-        )
-        _add_options(command, study.options)
-        command.add_argument(
-            "--out",
-            type=Path,
-            metavar="DIR",
-            default=Path("runs") / study.name,
-            help=f"where to save (default runs/{study.name})",
-        )
-        command.add_argument("--quiet", action="store_true", help="print nothing but errors")
-        command.add_argument(
-            "--log",
-            action="append",
-            choices=LOGS,
-            default=[],
-            help="log scalars, histograms, figures and tables there too (may be repeated; needs bnjax[tensorboard] or "
-            "bnjax[wandb])",
-        )
-        command.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
-        command.add_argument(
-            "--checkpoint-every",
-            type=_seconds,
-            default=60.0,
-            metavar="SECONDS",
-            help="time between two checkpoints of a training (default 60)",
-        )
-    _add_claims(commands)
-    report = commands.add_parser("report", help="make one page (HTML) of a directory of results")
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a study's directory, or one of such, as runs")
-    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default RUN_DIR/report.html)")
-    _add_compile(commands)
-    return parser
-
-
-def _add_options(parser: argparse.ArgumentParser, options: type[Options]) -> None:
-    """Adds an argument for each option of a study, read as the type of its field says."""
-    kinds: dict[Any, Any] = {int: _positive, str: str, tuple[int, ...]: _sizes, tuple[str, ...]: _names}
-    groups: dict[str, Any] = {"": parser}
-    for field in options.fields().values():
-        about = field.metadata
-        if about["group"] not in groups:
-            groups[about["group"]] = parser.add_argument_group(about["group"])
-        default = default_text(field)
-        given: dict[str, Any] = {"help": about["help"] + (f" (default {default})" if default else "")}
-        if field.type is bool:
-            given["action"] = "store_true"
-        else:
-            kind = next(kind for kind in (field.type, *typing.get_args(field.type)) if kind in kinds)  # of `int | None`
-            metavar = about["metavar"] or ("N" if kind is int else None)
-            given |= {"type": about["read"] or kinds[kind], "default": field.default, "metavar": metavar}
-            given["choices"] = about["choices"] or None
-        groups[about["group"]].add_argument(f"--{field.name.replace('_', '-')}", **given)
-
-
-def _add_claims(commands) -> None:
-    claims = commands.add_parser(
-        "claims",
-        help="judge the claims of the sources: run what is missing, print the ledger",
-        formatter_class=_FORMAT,
-        description="Prints every claim of the sources beside what was measured and the verdict: reproduced, not\n"
-        "reproduced, undecided (at this number of seeds), or wrong in the source. Runs the studies whose results are\n"
-        "missing in --out, continues what was interrupted, and saves ledger.json and ledger.md there. All studies at\n"
-        "full length take hours on a CPU.",
-    )
-    claims.add_argument(
-        "--study",
-        action="append",
-        choices=STUDIES,
-        metavar="S",
-        help=f"only this one (may be repeated): {', '.join(STUDIES)}",
-    )
-    claims.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds (default each study's own)")
-    claims.add_argument(
-        "--fast",
-        action="store_true",
-        help="few seeds, short trainings, no convolutional networks: five minutes on two cores; leaves more undecided",
-    )
-    claims.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs"),
-        metavar="DIR",
-        help="where the studies' directories are (default runs)",
-    )
-    claims.add_argument("--data-dir", metavar="DIR", help="where TFDS's prepared sets are")
-    claims.add_argument("--quiet", action="store_true", help="print nothing but the ledger")
-
-
-def _what_it_does(study: Study) -> str:
-    how = "with each step split over all devices" if issubclass(study.options, ParallelOptions) else "at all seeds"
-    return (
-        f"Trains every variant, {how}, prints mean ± 95 % interval over seeds and the claims of the source\n"
-        "with their verdicts"
-    )
-
-
-def _add_compile(commands) -> None:
-    compile_ = commands.add_parser(
-        "compile",
-        help="compile a training step for TPU chips that are not at hand, and say what it needs",
-        formatter_class=_FORMAT,
-        description="Compiles the training step of a study's network (or a residual network) with synchronized batch\n"
-        "norm ahead of time, with TPU's own compiler (pip install 'bnjax[tpu]'), on any machine. Reports whether it\n"
-        "fits, the collectives and their bytes, passes over the largest activation, FLOPs, and a bound on its time.",
-    )
-    compile_.add_argument("step", choices=COMPILABLE, metavar="STEP", help=f"one of {', '.join(COMPILABLE)}")
-    compile_.add_argument(
-        "--topology",
-        required=True,
-        metavar="CHIPS",
-        help="generation and shape of the slice, such as v5e:2x4, v6e:16x16 or v5p:16x16x16",
-    )
-    compile_.add_argument(
-        "--parallel", choices=("jit", "shard_map"), default="jit", help="how the step is mapped (default jit)"
-    )
-    compile_.add_argument(
-        "--batch", type=_positive, metavar="N", help="examples on each chip (default the study's, 128 for ResNet-50)"
-    )
-    compile_.add_argument("--json", type=Path, metavar="FILE", help="save the report")
+from bnjax.studies import STUDIES, ParallelOptions
+from bnjax.studies.cli.arguments import make_parser
+from bnjax.studies.cli.output import safe_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,10 +23,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: without the program's name; those of the process by default.
 
     Returns:
-      0, 1 for a step that does not compile, 2 for bad input (with one line on standard error), 130 after Ctrl-C.
+      0; 1 for a step that does not compile, or where standard output can't be written to; 2 for bad input (with one
+      line on standard error); 130 after Ctrl-C, and 143 after SIGTERM.
     """
-    parser = _parser()
+    with safe_output() as output:
+        status = _main(sys.argv[1:] if arguments is None else list(arguments))
+    if output.error is None or getattr(output.error, "errno", None) == errno.EPIPE:  # as of `| head`
+        return status
+    with contextlib.suppress(OSError):
+        text = f"bnjax: output is lost ({_reason(output.error)}); files are written all the same"
+        print(text, file=sys.stderr, flush=True)
+    return status or 1
+
+
+def _again(options: argparse.Namespace, *more: str) -> str:
+    """Returns the command once more, with further arguments in place of those of their kind."""
+    kept, words = [], iter(options.arguments)
+    for word in words:
+        if "--out" in more and word.startswith("--out"):
+            next(words) if word == "--out" else None
+        elif word not in more:
+            kept.append(word)
+    return shlex.join(["bnjax", *kept, *more])
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    parser = make_parser()
     options = parser.parse_args(arguments)
+    options.arguments = arguments
     if options.version:
         return _print_versions()
     if options.command == "list":
@@ -214,57 +66,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bnjax.training.host import keep_freed_memory
 
         keep_freed_memory()
+    if "matplotlib" not in sys.modules:  # figures are drawn to files, whatever the environment says of windows
+        os.environ["MPLBACKEND"] = "agg"
     try:
         return {"compile": _compile, "run": _run, "claims": _claims, "report": _report}[options.command](options)
     except MissingExtraError as error:
         print(f"bnjax: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        hint = {
-            "run": "; --resume continues from the last checkpoint, if there is one",
-            "claims": "; the same command continues",
-        }
-        print(f"bnjax: interrupted{hint.get(options.command, '')}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        is_saved = options.command == "run" and any((options.out / "checkpoints").glob("*/*/"))
+        again = _again(options, *["--resume"] * is_saved)
+        what = "to go on" if is_saved or options.command == "claims" else "nothing was saved yet; to begin anew"
+        print(f"bnjax: {str(error) or 'interrupted'}; {what}: {again}", file=sys.stderr)
+        return _end(options, 128 + getattr(error, "signal", signal.SIGINT))
 
 
 def _run(options: argparse.Namespace) -> int:
     from bnjax.studies.cli import console
+    from bnjax.studies.cli.folder import FolderError
     from bnjax.studies.data import DataError
+    from bnjax.studies.engine.saving import stopping_on_signals
     from bnjax.training.checkpoint import CheckpointError
 
-    out = options.out
-    if out.exists() and not out.is_dir():
-        print(f"bnjax: error: --out must be a directory, but {out} is a file", file=sys.stderr)
-        return 2
-    saving = {"resume": options.resume, "checkpoint_every": options.checkpoint_every, "log": options.log}
+    saving = {name: getattr(options, name) for name in ("resume", "force", "checkpoint_every", "log")}
     study = STUDIES[options.study]
     try:
         values = study.load().Options(**{name: getattr(options, name) for name in study.fields})
         if isinstance(values, ParallelOptions):
             _start_devices(values)
-        out.mkdir(parents=True, exist_ok=True)
-        console.run_study(study, values, out, options.quiet, **saving)
+        _check_backend()
+        with stopping_on_signals():
+            console.run_study(study, values, options.out, options.quiet, **saving)
+    except FolderError as error:
+        ways = [f"to {what}: {_again(options, *words)}" for what, words in error.ways.items()]
+        print("; ".join([f"bnjax: error: {error}", *ways]), file=sys.stderr)
+        return _end(options, 2)
     except (CheckpointError, DataError, RuntimeError, ValueError, OSError) as error:
         if not _several_processes(options) and isinstance(error, RuntimeError):
             raise
         text = str(error).strip().splitlines()[0] if isinstance(error, RuntimeError) else error
         print(f"bnjax: error: {text}", file=sys.stderr)
-        if _several_processes(options):
-            sys.stderr.flush()
-            os._exit(2)  # else the exit would wait for the other processes, one of which may be dead
-        return 2
+        return _end(options, 2)
     return 0
+
+
+def _end(options: argparse.Namespace, status: int) -> int:
+    """Returns the exit status of a failure, or ends one of several processes with it at once."""
+    if _several_processes(options):
+        sys.stderr.flush()
+        os._exit(status)  # else the exit would wait for the other processes, one of which may be dead
+    return status
 
 
 def _claims(options: argparse.Namespace) -> int:
     from bnjax.studies.cli import console
+    from bnjax.studies.engine.saving import stopping_on_signals
     from bnjax.training.checkpoint import CheckpointError
 
     names = options.study or list(STUDIES)
     try:
+        if options.data_dir and not os.path.isdir(options.data_dir):
+            raise ValueError(f"--data-dir {options.data_dir} is no directory")
+        _check_backend()
         options.out.mkdir(parents=True, exist_ok=True)
-        console.print_ledger(names, options.seeds, options.fast, options.out, options.data_dir, options.quiet)
+        with stopping_on_signals():
+            console.print_ledger(names, options.seeds, options.fast, options.out, options.data_dir, options.quiet)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"bnjax: error: {error}", file=sys.stderr)
         return 2
@@ -276,10 +142,14 @@ def _report(options: argparse.Namespace) -> int:
 
     out = options.out or options.run_dir / "report.html"
     try:
-        count = write_report(options.run_dir, out)
+        if not options.run_dir.is_dir():
+            raise ValueError(f"RUN_DIR {options.run_dir} is no directory")
+        count, missing = write_report(options.run_dir, out)
     except (ValueError, OSError) as error:
         print(f"bnjax: error: {error}", file=sys.stderr)
         return 2
+    for text in missing:
+        print(f"bnjax: not shown: {text}", file=sys.stderr)
     print(f"{out}: {count} {'study' if count == 1 else 'studies'}, {out.stat().st_size / 2**20:.1f} MiB")
     return 0
 
@@ -320,6 +190,21 @@ def _start_devices(options: ParallelOptions) -> None:
             f"--devices {options.devices} were asked for, this process has {count} ({jax.default_backend()}); "
             "hide some from it (CUDA_VISIBLE_DEVICES, TPU_VISIBLE_DEVICES) or ask for those."
         )
+
+
+def _check_backend() -> None:
+    """Raises ValueError where JAX can't start on the platforms that it is told to use."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.values.get("jax_platforms") or "any"
+        reason = str(error).strip().splitlines()[:1]
+        raise ValueError(
+            f"JAX can't start on the platform {platforms} ({reason[0][:160] if reason else 'it is not there'}). Choose "
+            "another: JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def _print_versions() -> int:

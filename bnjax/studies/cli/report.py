@@ -10,6 +10,7 @@ from typing import Any
 from bnjax._extras import needs
 from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
+from bnjax.studies.evidence import record
 from bnjax.studies.evidence.ledger import Ledger, judge, saved_runs
 from bnjax.studies.evidence.results import Results, metric_rows
 from bnjax.studies.evidence.statistics import seeds_in_words
@@ -17,32 +18,41 @@ from bnjax.studies.evidence.statistics import seeds_in_words
 with needs("studies"):
     import jinja2
 
+_LARGEST = 2**25  # bytes of a figure
 _MARKS = {"reproduced": "✓", "not reproduced": "✗", "undecided": "?", "wrong in the source": "!"}
 
 
-def write_report(run_dir: Path, out: Path) -> int:
-    """Writes the page of a study's directory, or of a directory of such, and returns how many runs it shows.
+def write_report(run_dir: Path, out: Path) -> tuple[int, list[str]]:
+    """Writes the page of a study's directory, or of a directory of such.
+
+    Returns:
+      How many runs it shows; and what it could not show, a line each, which stands on the page too.
 
     Raises:
       ValueError: if there are no results.
     """
-    if not (studies := saved_runs(run_dir)):
-        raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it; {run_dir} has none.")
+    studies, unreadable = saved_runs(run_dir)
+    missing = list(map(str, unreadable))
+    if not studies:
+        found = " ".join(missing) or f"{run_dir} has none."
+        raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it. {found}")
     by_study = {name: judge(STUDIES[name], list(runs.values())) for name, runs in studies.items()}
     judgments = [judgment for judged in by_study.values() for judgment in judged]
     shown = [(path, saved) for runs in studies.values() for path, saved in runs.items()]
     title = f"Batch norm: {next(iter(studies))}" if len(studies) == 1 else "Batch norm: the studies and their claims"
+    sections = [_study(path, saved, len(studies[saved.study]) > 1, missing) for path, saved in shown]
     page = _template().render(
         title=title,
         counts=Ledger(judgments, {}).counts(),
         marks=_MARKS,
         claims=[judgment.to_json() for judgment in judgments],
-        studies=[_study(path, saved, len(studies[saved.study]) > 1) for path, saved in shown],
+        studies=sections,
+        missing=missing,
         made_by="bnjax report",
     )
     with atomic_file(out) as file:
         file.write(page.encode())
-    return len(shown)
+    return len(shown), missing
 
 
 def _template() -> jinja2.Template:
@@ -54,21 +64,28 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html")
 
 
-def _study(path: Path, saved: Results, is_one_of_several: bool) -> dict[str, Any]:
-    """Returns what the page shows of a run."""
+def _study(path: Path, saved: Results, is_one_of_several: bool, missing: list[str]) -> dict[str, Any]:
+    """Returns what the page shows of a run, and adds to what is missing."""
     study, document = STUDIES[saved.study], saved.document
     header, rows = metric_rows(saved)
     tables = [{"title": f"Measured, {seeds_in_words(len(saved.seeds))}", "header": header, "rows": rows}]
     if sizes := _sizes(document):
         tables.append({"title": "Parameters", "header": ["variant", "trainable", "batch statistics"], "rows": sizes})
-    figures = {path / file: text for file, text in document.get("figures", {}).items()}
+    figures = []
+    for file, text in document["figures"].items():
+        try:
+            figures.append(_figure(path / file, text))
+        except (OSError, ValueError) as error:
+            missing.append(
+                f"figure {error}" if isinstance(error, ValueError) else f"figure {path / file}: {error.strerror}."
+            )
     return {
         "name": path.resolve().name if is_one_of_several else study.name,
         "summary": study.summary[0].upper() + study.summary[1:],
         "source": study.source,
         "command": saved.command,
         "tables": tables,
-        "figures": [_figure(file, text) for file, text in figures.items() if file.exists()],
+        "figures": figures,
         "settings": _settings(document),
     }
 
@@ -86,7 +103,7 @@ def _sizes(document: Mapping[str, Any]) -> list[list[str]]:
 def _settings(document: Mapping[str, Any]) -> dict[str, str]:
     machine = document["machine"]
     devices = f"{len(machine['devices'])} × {machine['devices'][0]} ({machine['backend']})"
-    processor = f"{machine['processor']}, {machine['cores']} cores" if "processor" in machine else machine["system"]
+    processor = f"{machine['processor']}, {machine['cores']} cores" if machine["processor"] else machine["system"]
     return {
         **{key.replace("_", " "): _text(value) for key, value in document["settings"].items()},
         "seeds": _text(len(document["seeds"])),
@@ -106,7 +123,11 @@ def _text(value: Any) -> str:
 
 
 def _figure(path: Path, text: str) -> dict[str, Any]:
-    content = path.read_bytes()
+    if path.is_symlink():
+        raise record.RecordError(f"{path} is a link to another file.")
+    content = record.regular_file(path, _LARGEST)
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or content[12:16] != b"IHDR" or len(content) < 24:
+        raise record.RecordError(f"{path} is no PNG.")
     width, height = struct.unpack(">II", content[16:24])  # PNG's first chunk
     data, title = base64.b64encode(content).decode(), text.split(". ")[0]
     return {"data": data, "text": text, "title": title, "width": width, "height": height}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
 import importlib.util
@@ -10,6 +11,7 @@ import os
 import socket
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from jaxtyping import Float, Int, UInt8
 
 from bnjax._extras import needs
 
+_ABANDONED = 3600  # seconds after which an unfinished file is one of a process that was killed
 _READ_CHUNK = 2000  # records per read: 0.1 to 1 s
 
 
@@ -173,6 +176,7 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
         raise DataError(
             f"the data set {name} in {where} can't be read ({_first_line(error)}); {_again(name, where)}"
         ) from error
+    _check_metadata(builder, name)
     if not builder.data_path.exists():
         _download(builder, name, where or os.fspath(builder.data_path.parents[1]))
     elif (stored := getattr(builder.info.file_format, "value", None)) != "array_record":
@@ -181,6 +185,26 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
             f"prepare it as array_record in another directory: {_command(name, 'OTHER_DIRECTORY')}"
         )
     return builder
+
+
+def _check_metadata(builder, name: str) -> None:
+    """Raises DataError for a set whose files are there, but not what says what they hold."""
+    path = Path(builder.data_path)
+    if path.exists() and not (path / "dataset_info.json").exists():
+        raise DataError(f"{name} in {path} has no dataset_info.json: {_delete(builder)}")
+    for split, about in builder.info.splits.items() if path.exists() else ():
+        lengths = about.shard_lengths
+        sizes = sum(file.stat().st_size for file in path.glob(f"{glob.escape(builder.name)}-{split}*"))
+        if min(lengths, default=0) < 0 or sum(lengths) > sizes:  # a record takes a byte at the very least
+            raise DataError(
+                f"dataset_info.json of {name} in {path} counts {sum(lengths):,} records of split {split} in {sizes:,} "
+                f"bytes: {_delete(builder)}"
+            )
+
+
+def _delete(builder) -> str:
+    where = os.fspath(builder.data_path.parent.parent)
+    return f"delete that directory and {_again(builder.name, where)}"
 
 
 def _download(builder, name: str, where: str) -> None:
@@ -278,27 +302,30 @@ def _feature_names(builder) -> tuple[str, str]:
 def _split(builder, split: str, image: str, label: str, progress: Callable[[str, float], Any]) -> Split:
     """Reads one split as arrays, from the cache where it is there."""
     count, shape = builder.info.splits[split].num_examples, builder.info.features[image].shape
+    classes = builder.info.features[label].num_classes
     cached = _cache_path(builder, split)
     if cached.exists():
         with contextlib.suppress(Exception), cached.open("rb") as file, np.load(file) as arrays:  # else made anew
             x, y = arrays["x"], arrays["y"]
-            if x.shape == (count, *shape) and y.shape == (count,):
+            fits = x.shape == (count, *shape) and y.shape == (count,) and x.dtype == np.uint8 and y.dtype == np.int32
+            if fits and np.all((y >= 0) & (y < classes)):
                 return Split(x, y)
     with needs("data"):
         from PIL import Image
-    x, y = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
     try:
+        x, y = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
         for start, records in _records(builder, split, image):
             for i, record in enumerate(records, start):
                 with Image.open(io.BytesIO(record[image])) as picture:
                     x[i] = _pixels(picture, shape)
                 y[i] = record[label]
+                if not 0 <= y[i] < classes:
+                    raise ValueError(f"record {i} has label {y[i]}, and there are {classes} classes")
             progress(f"reading {builder.name} {split}", min(1.0, (start + _READ_CHUNK) / count))
     except Exception as error:
-        where = builder.data_path
         raise DataError(
-            f"the {split} records of {builder.name} in {where} are corrupt ({_first_line(error)}); "
-            f"delete that directory and {_again(builder.name, os.fspath(where.parent.parent))}"
+            f"the {split} records of {builder.name} in {builder.data_path} are corrupt ({_first_line(error)}); "
+            f"{_delete(builder)}"
         ) from error
     with contextlib.suppress(OSError), atomic_file(cached) as file:  # a read-only cache directory only costs time
         np.savez(file, x=x, y=y)
@@ -317,10 +344,12 @@ def _records(builder, split: str, image: str) -> Iterator[tuple[int, list[dict]]
 
 
 def _pixels(picture, shape: tuple[int, int, int]) -> np.ndarray:
-    pixels = np.asarray(picture, np.uint8)
-    if pixels.size != np.prod(shape):
-        raise ValueError(f"an image of shape {pixels.shape} instead of {shape}")
-    return pixels.reshape(shape)
+    pixels = np.asarray(picture)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.shape != shape or pixels.dtype != np.uint8:
+        raise ValueError(f"an image of shape {pixels.shape} and {pixels.dtype} instead of {shape} and uint8")
+    return pixels
 
 
 def _cache_path(builder, split: str) -> Path:
@@ -336,15 +365,20 @@ def _cache_path(builder, split: str) -> Path:
 def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
     """Opens a binary file for writing that appears under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for partial in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        if time.time() - partial.stat().st_mtime > _ABANDONED:
+            partial.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # as of a full disk, which knows no path
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 

@@ -1,13 +1,52 @@
-"""Checkpoints of a study's trainings: none for short runs, and none of Orbax's imports either."""
+"""Checkpoints of a study's trainings: none for short runs, and none of Orbax's imports either.
 
+A signal that ends a run (SIGINT, SIGTERM) does so after the compiled call that its trainings are in, with a checkpoint.
+"""
+
+import contextlib
 import dataclasses
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+
+_training: set[int] = set()  # the trainings that stop by themselves once they are asked to
+_asked: list[int] = []  # signals that ask them to
+
+
+class Stopped(KeyboardInterrupt):
+    """The end of a run by a signal, whose number is `signal`."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM raise `Stopped`, once trainings have saved their state; a second one, at once.
+
+    Of several processes each raises it at once, as they only save together.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        _asked.append(number)
+        if not _training or len(_asked) > 1:
+            raise Stopped(number)
+        print("bnjax: saving a checkpoint, then stopping; once more to stop at once", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _asked.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +64,8 @@ class Saving:
     report: Callable[[str], Any] = print
 
 
-class Saved:
-    """The checkpoints of one training, opened when the first is due; none without a `Saving`."""
+class Saved(contextlib.AbstractContextManager):
+    """The checkpoints of one training, for a `with` statement; the first due one opens them, if there is a `Saving`."""
 
     def __init__(self, saving: Saving | None, name: str, configuration: Mapping[str, Any]):
         self._saving, self._started, self._checkpoints = saving, time.monotonic(), None
@@ -36,6 +75,16 @@ class Saved:
             if not saving.resume and jax.process_index() == 0:
                 shutil.rmtree(self._directory, ignore_errors=True)
 
+    def __enter__(self) -> "Saved":
+        if self._saving and jax.process_count() == 1:
+            _training.add(id(self))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        _training.discard(id(self))
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
     def restore(self, like: Callable[[], Any]) -> tuple[int, Any] | None:
         """Reads step and state of the newest checkpoint; None to start afresh."""
         if not (self._saving and self._saving.resume and self._directory.is_dir()):
@@ -43,17 +92,15 @@ class Saved:
         return self._open(self._saving).restore(like())
 
     def save(self, step: int, state: Callable[[], Any]) -> None:
-        """Saves a state where a checkpoint is due."""
+        """Saves a state where a checkpoint is due, or where the run is asked to stop, and then raises `Stopped`."""
         if not self._saving:
             return
+        stops = bool(_asked) and id(self) in _training
         is_due = time.monotonic() - self._started >= self._saving.every
-        if self._checkpoints is not None or is_due or jax.process_count() > 1:
-            self._open(self._saving).save(step, state())
-
-    def close(self) -> None:
-        """Waits for the last checkpoint to be written."""
-        if self._checkpoints is not None:
-            self._checkpoints.close()
+        if self._checkpoints is not None or is_due or stops or jax.process_count() > 1:
+            self._open(self._saving).save(step, state(), force=stops)
+        if stops:
+            raise Stopped(_asked[0])
 
     def _open(self, saving: Saving):
         if self._checkpoints is None:

@@ -1,6 +1,5 @@
 """Carries out plans: one loop for all trainings, over seeds at once by vmap, one by one, or on a mesh of devices."""
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -19,6 +18,7 @@ from bnjax import training
 from bnjax.studies import Options
 from bnjax.studies.engine.histograms import count_values
 from bnjax.studies.engine.mappings import Compiled, OnMesh
+from bnjax.studies.engine.memory import settings_at_once
 from bnjax.studies.engine.plan import Plan, Setting, Trained
 from bnjax.studies.engine.saving import Saved
 
@@ -60,8 +60,9 @@ def train(
       settings: dict of pytrees of arrays with a leading axis of S settings: 'key' (those of seeds, from `seed_keys`),
         numbers, and 'examples' where each has its own.
       examples: what the plan's functions take their batches from, the same for all settings.
-      mapped: 'together' for all settings at once by vmap; 'one by one'; or the mesh over whose devices the plan's step,
-        a `bnjax.training.ParallelStep`, splits each batch, one setting after the other.
+      mapped: 'together' for all settings at once by vmap, or for as many as `bnjax.studies.engine.memory` allows;
+        'one by one'; or the mesh over whose devices the plan's step, a `bnjax.training.ParallelStep`, splits each
+        batch, one setting after the other.
       report: is told the progress.
       options: options of the study: where checkpoints are, and whether to count weights and gradients of the first
         setting after each part, beside the training, whose numbers that leaves as they are.
@@ -75,7 +76,9 @@ def train(
     else:
         way = Compiled(plan, examples, is_split, histograms, is_beside)
     count = len(settings["key"])
-    groups = [jax.tree.map(lambda v, i=i: v[i], settings) for i in range(count)] if is_split else [settings]
+    size = 1 if is_split else settings_at_once(plan, settings, examples)
+    parts = range(count) if is_split else [slice(first, first + size) for first in range(0, count, size)]
+    groups = [jax.tree.map(lambda v, part=part: v[part], settings) for part in parts]
     configuration = {"settings": _digest(settings), "steps": plan.steps, "every": plan.every, "part": plan.part}
     configuration |= {**plan.configuration, **way.configuration}
 
@@ -83,7 +86,7 @@ def train(
         state, done = way.create(setting), 0
         series, counted = way.empty(state, setting)
         saved = Saved(options and options.saving, f"{plan.name}-{number}", configuration)
-        with contextlib.closing(saved):
+        with saved:
             if restored := saved.restore(lambda: (way.whole(state), series, counted)):
                 done, (state, series, counted) = restored
                 state = way.placed(state)
@@ -97,17 +100,18 @@ def train(
                     leaves = jax.device_get(leaves)
                     for i in range(len(jax.tree.leaves(leaves)[0])):
                         count_values(counted, first // plan.part + i, jax.tree.map(lambda v, i=i: v[i], leaves))
+                saved.save(end, lambda state=state: (way.whole(state), series, counted))
                 so_far = (number * plan.steps + end) / (plan.unit * len(groups))
                 update(int(so_far) if plan.unit == 1 else so_far, _means(plan, series[0], end, values[2]))
-                saved.save(end, lambda state=state: (way.whole(state), series, counted))
         return series, way.kept(state), counted
 
     results = [of_group(number, setting) for number, setting in enumerate(groups)]
-    series, states, counted = results[0]
-    if is_split:
-        series, states = jax.tree.map(lambda *v: np.stack(v), *(of[:2] for of in results))
-    else:
-        series = jax.tree.map(lambda v: np.ascontiguousarray(v.swapaxes(0, 1)), series)
+    if not is_split:
+        by_setting = [jax.tree.map(lambda v: v.swapaxes(0, 1), series) for series, _, _ in results]
+        results = [(series, *of[1:]) for series, of in zip(by_setting, results, strict=True)]
+    join = np.stack if is_split else np.concatenate
+    series, states = jax.tree.map(lambda *v: np.ascontiguousarray(join(v)), *(of[:2] for of in results))
+    counted = results[0][2]
     metrics, measurements, looked = series
     return Trained(plan, metrics, measurements, looked, states, way.parameters, counted)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from bnjax.studies import STUDIES, Options, Study
 from bnjax.studies.data import atomic_file
+from bnjax.studies.evidence import record
 from bnjax.studies.evidence.claims import VERDICTS, Judgment
-from bnjax.studies.evidence.results import Results, claim_rows, json_text, markdown_table
+from bnjax.studies.evidence.results import Results, claim_rows, markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +48,27 @@ class Ledger:
     def save(self, out: Path) -> None:
         """Writes `ledger.json` and `ledger.md`."""
         document = {"schema": 1, "seeds": dict(self.seeds), "claims": [j.to_json() for j in self.judgments]}
-        for name, content in (("ledger.json", json_text(document)), ("ledger.md", self.markdown())):
+        for name, content in (("ledger.json", record.write(document)), ("ledger.md", f"{self.markdown()}\n".encode())):
             with atomic_file(out / name) as file:
-                file.write(content.encode() + b"\n")
+                file.write(content)
 
 
-def saved_runs(directory: Path) -> dict[str, dict[Path, Results]]:
+def saved_runs(directory: Path) -> tuple[dict[str, dict[Path, Results]], list[record.RecordError]]:
     """Loads the results in a directory and in those in it, by study, in the order of the studies.
 
-    Of several runs of a study the one in the directory of its name comes first.
+    Of several runs of a study the one in the directory of its name comes first. What can't be read is left out, and
+    returned beside the others as the errors that say why.
     """
-    paths = (directory, *sorted(directory.glob("*/")))
-    saved = {path: results for path in paths if (results := Results.load(path))}
+    saved, unreadable = {}, []
+    for path in (directory, *sorted(path for path in directory.iterdir() if path.is_dir())):
+        try:
+            if results := Results.load(path):
+                saved[path] = results
+        except record.RecordError as error:
+            unreadable.append(error)
     runs = {name: {path: results for path, results in saved.items() if results.study == name} for name in STUDIES}
-    return {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
+    named = {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
+    return named, unreadable
 
 
 def judge(study: Study, runs: Sequence[Results]) -> list[Judgment]:

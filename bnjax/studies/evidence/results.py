@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -20,6 +19,7 @@ import numpy as np
 
 from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
+from bnjax.studies.evidence import record
 from bnjax.studies.evidence.claims import Claim, Judgment
 from bnjax.studies.evidence.statistics import Interval, interval
 
@@ -64,19 +64,26 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> "Results | None":
-        """Reads the results in a directory, or in a file; None where there is nothing, or something else."""
+        """Reads the results in a directory, or in a file; None where there is none.
+
+        Raises:
+          RecordError: if they can't be read, or are those of a study that is not installed.
+        """
+        path = path / "results.json" if path.is_dir() else path
         try:
-            document = json.loads((path / "results.json" if path.is_dir() else path).read_text())
-            if document["schema"] != 2 or document["study"] not in STUDIES:
-                return None
-            variants: Any = {
-                name: (of["label"], of["settings"], {k: np.array(v["values"], float) for k, v in of["metrics"].items()})
-                for name, of in document["variants"].items()
-            }
-            common = document["study"], document["settings"], document["seeds"]
-            return cls(*common, variants, options=document["options"], document=document)
-        except (OSError, ValueError, KeyError, TypeError):
+            document = record.read(path)
+        except FileNotFoundError:
             return None
+        if document["study"] not in STUDIES:
+            raise record.RecordError(
+                f"{path}: study must be one of {', '.join(STUDIES)}, got {document['study']!r:.60}."
+            )
+        variants: Any = {
+            name: (of["label"], of["settings"], {k: np.array(v["values"], float) for k, v in of["metrics"].items()})
+            for name, of in document["variants"].items()
+        }
+        common = document["study"], document["settings"], document["seeds"]
+        return cls(*common, variants, options=document["options"], document=document)
 
     @property
     def command(self) -> str:
@@ -120,7 +127,7 @@ class Results:
         import jax
 
         return {
-            "schema": 2,
+            "schema": record.SCHEMA,
             "study": self.study,
             "command": self.command,
             "options": dict(self.options),
@@ -170,7 +177,7 @@ def save(
         "curves.npz": lambda file: np.savez_compressed(file, **arrays),
         **{name: functools.partial(figure.savefig, format="png", dpi=120) for name, figure in figures.items()},
         "summary.md": lambda file: file.write(summary_markdown(results).encode() + b"\n"),
-        "results.json": lambda file: file.write(json_text(results.to_json(seconds, started)).encode() + b"\n"),
+        "results.json": lambda file: file.write(record.write(results.to_json(seconds, started))),
     }
     for name, write in contents.items():
         with atomic_file(out / name) as file:
@@ -205,19 +212,6 @@ def _description(name: str, figure: Any) -> str:
     labels = [text.get_text() for legend in legends for text in legend.get_texts()]
     parts = [", ".join(dict.fromkeys(part)) for part in (drawn, panels, labels) if part]
     return ". ".join([title, *parts])
-
-
-def json_text(document: Any) -> str:
-    """Writes JSON, with null for a number that is not finite."""
-    return json.dumps(_without_nan(document), indent=1, ensure_ascii=False)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,92 @@
+"""The directory that a run saves to: looked at, tried and locked before the first step, so that no work is lost."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bnjax._extras import needs
+from bnjax.studies.evidence.record import RecordError
+from bnjax.studies.evidence.results import Results
+from bnjax.training.host import check_checkpoint_path
+
+with needs("studies"):
+    import filelock
+
+_LOCK = ".lock"
+
+
+class FolderError(Exception):
+    """A directory that can't be saved to, or that holds what would be lost.
+
+    Attributes:
+      ways: what can be done instead, and which arguments to add to the command for that.
+    """
+
+    def __init__(self, problem: str, **ways: tuple[str, ...]):
+        super().__init__(problem)
+        self.ways = {what.replace("_", " "): words for what, words in ways.items()}
+
+
+@contextlib.contextmanager
+def reserved(out: Path, study: str, options: Mapping[str, Any], *, resume: bool, force: bool) -> Iterator[None]:
+    """Makes a directory for a run of a study, and keeps all other runs out of it meanwhile.
+
+    Args:
+      out: the directory.
+      study: name of the study.
+      options: options of the run, as `bnjax.studies.Options.to_json` gives them.
+      resume: whether the run continues one that was interrupted, which it may do in the directory of that.
+      force: whether what the directory holds is to be replaced.
+
+    Raises:
+      FolderError: if it can't be written to, is in use, or holds another study's or finished results, an unfinished run
+        or a record that can't be read, and these are not to be replaced.
+    """
+    instead = ("--out", _free(out))
+    try:
+        check_checkpoint_path(out)
+        if out.exists() and not out.is_dir():
+            raise FolderError(f"--out must be a directory, but {out} is a file", give_another=instead)
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        lock = filelock.FileLock(out / _LOCK)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise FolderError(f"another run is saving to {out}", give_another=instead) from None
+    except OSError as error:
+        problem = f"{out} can't be written to ({error.strerror or error})"
+        raise FolderError(problem, give_another=("--out", "DIRECTORY")) from error
+    except ValueError as error:
+        raise FolderError(str(error).rstrip("."), give_another=("--out", _free(Path("runs") / study))) from None
+    try:
+        if not force and (problem := _lost(out, study, options, resume)):
+            raise FolderError(f"{out} holds {problem}", replace_it=("--force",), keep_it=instead)
+        if not (force or resume) and any((out / "checkpoints").glob("*/*/")):
+            raise FolderError(f"{out} holds an unfinished run", continue_it=("--resume",), begin_anew=("--force",))
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (out / _LOCK).unlink()  # whoever waits for the lock then makes it anew
+        lock.release()
+
+
+def _lost(out: Path, study: str, options: Mapping[str, Any], resume: bool) -> str:
+    """Says what a run would replace that can't be made again at once; nothing where there is nothing."""
+    try:
+        saved = Results.load(out)
+    except RecordError as error:
+        return f"a record that can't be read ({str(error).rstrip('.')})"
+    if saved and saved.study != study:
+        return f"results of another study, {saved.study}"
+    if saved and not (resume and dict(saved.options) == dict(options)):
+        return f"finished results of `{saved.command}`"
+    return ""
+
+
+def _free(out: Path) -> str:
+    """Returns the name of a directory that is not there yet."""
+    return next(name for i in range(2, 1000) if not os.path.lexists(name := f"{os.fspath(out)}-{i}"))

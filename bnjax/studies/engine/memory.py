@@ -1,0 +1,88 @@
+"""The memory that trainings of many seeds need: what fits runs at once, and what never will is refused at the start."""
+
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax import _calls
+from bnjax.studies.engine.plan import Plan, Setting
+
+FEW = 64
+"""Settings that are trained at once in any case."""
+AT_ONCE = 2**31
+"""Bytes that the settings of one program may need, by `needed`. It is the same on every machine, and so are the parts
+into which settings are cut, as rounding depends on how many are computed together."""
+
+
+def settings_at_once(plan: Plan, settings: Setting, examples: Any) -> int:
+    """Returns how many settings one program trains.
+
+    Raises:
+      ValueError: if the results of all settings do not fit into the memory that is free.
+    """
+    if (count := len(settings["key"])) <= FEW:
+        return count
+    training, results = needed(plan, jax.tree.map(lambda v: v[0], settings), examples)
+    free = free_memory()
+    if 3 * count * results > free:  # as they come, by seed, and as they are saved
+        most = f"at most {int(free / (3 * results)):,} fit" if free > 3 * results else "fewer steps need less"
+        raise ValueError(
+            f"the results of {count:,} trainings of {plan.label} need {3 * count * results / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB of memory are free: {most}."
+        )
+    return min(count, max(1, AT_ONCE // training))
+
+
+def needed(plan: Plan, setting: Setting, examples: Any) -> tuple[int, int]:
+    """Estimates the bytes that one setting needs while it is trained, and those of its results, without running it.
+
+    The first is an upper bound, as compilers fuse operations, whose arrays then take no memory.
+    """
+
+    def step(state, setting, examples):
+        inputs = plan.draw(setting.get("examples", examples), setting, 0)
+        looked = plan.look(state, setting.get("examples", examples))
+        return plan.step(state, *inputs), looked, () if plan.measure is None else plan.measure(state, *inputs)
+
+    state = jax.eval_shape(plan.create, setting)
+    program = jax.make_jaxpr(step)(state, setting, examples)
+    (_, metrics), looked, measured = jax.eval_shape(step, state, setting, examples)
+    own = _total((state, setting))
+    series = plan.steps * _total(metrics) + plan.parts * _total(looked) + plan.steps // plan.every * _total(measured)
+    return own + _peak(program.jaxpr) + series, _total(state) + series
+
+
+def _peak(jaxpr: Any) -> int:
+    """Returns the most bytes that a program's arrays, beside its inputs, take at a time."""
+    last = {id(variable): i for i, eqn in enumerate(jaxpr.eqns) for variable in eqn.invars}
+    last |= {id(variable): len(jaxpr.eqns) for variable in jaxpr.outvars}
+    held, now, peak = {}, 0, 0
+    for i, eqn in enumerate(jaxpr.eqns):
+        now += sum(_bytes(variable.aval) for variable in eqn.outvars)
+        peak = max(peak, now + max(map(_peak, _calls.inner_programs(eqn)), default=0))
+        for variable in eqn.outvars:
+            held.setdefault(last.get(id(variable), i), []).append(_bytes(variable.aval))
+        now -= sum(held.pop(i, ()))
+    return peak
+
+
+def _total(tree: Any) -> int:
+    return sum(map(_bytes, jax.tree.leaves(tree)))
+
+
+def _bytes(array: Any) -> int:
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return math.prod(array.shape) * (8 if is_key else array.dtype.itemsize)
+
+
+def free_memory() -> float:
+    """Returns the bytes of memory that are free, as far as the system says."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else np.inf
