@@ -28,14 +28,14 @@ FLOORS = """
     models: layers networks .
     convert: state arrays _framework nnx torch keras haiku equinox .
     inference: folding fold_model reestimate description .
-    training: _hlo host mesh parameters state step loop . checkpoint ahead_of_time
+    training: _hlo _roll_call host mesh parameters state step loop . checkpoint ahead_of_time
     studies: . data.sets data data.augmentation
     studies: evidence.statistics evidence.claims evidence.record evidence.results evidence
     studies: engine.saving engine.histograms engine.plan engine.memory engine.mappings engine.training engine.steps
     studies: engine
     studies: evidence.plots evidence.ledger landscape deep_linear perceptrons vgg
     studies: circles blobs mnist sensitivity recurrent cifar accelerating activations smoothness
-    studies: cli.arguments cli.output cli.folder cli.logs cli.report cli.notebook cli.console cli.main cli
+    studies: cli.arguments cli.output cli.processes cli.folder cli.logs cli.report cli.notebook cli.console cli.main cli
     __main__
 """
 # What wings that stand by themselves may use, whatever the order.

@@ -66,6 +66,9 @@ def test_an_interrupted_training_continues(tmp_path):
         pass
 
     class Stopping(small_studies.Silent):
+        def expect(self, count):
+            pass
+
         def task(self, plan):
             def update(steps, means):
                 if steps >= 6:

@@ -110,6 +110,9 @@ def test_a_failure_stops_all_trainings():
     d = data.circles()
 
     class Failing(small_studies.Silent):
+        def expect(self, count):
+            pass
+
         def task(self, plan):
             if plan.name == "bad":
                 raise RuntimeError("this one fails")

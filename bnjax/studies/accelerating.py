@@ -69,7 +69,9 @@ def run(options: Options, report: Report):
     settings |= {"batch_size": BATCH_SIZE, "distortions": STRENGTH, "dataset": dataset, "steps": steps, "width": width}
     results = Results(STUDY.name, settings, range(options.seeds))
     keys, curves = {"key": seed_keys(results.seeds)}, {}
-    for name, network in networks(options, images).items():
+    trainings = networks(options, images)
+    report.expect(len(trainings))
+    for name, network in trainings.items():
         step = _distorted_step(network) if VARIANTS[name][3] else network.step
         plan = network.plan(steps, step=step, part=every)
         trained = train(plan, keys, tuple(images.train), mapped=ONE_BY_ONE, report=report, options=options)

@@ -84,7 +84,9 @@ def run(options: Options, report: Report):
     results, full = Results(STUDY.name, settings, range(options.seeds)), jnp.ones(options.seeds)
     of_seeds = {"key": seed_keys(results.seeds), "learning_rate": LEARNING_RATE * full, "init_scale": DEVIATION * full}
     all_trained, ranges = {}, {}
-    for name, variant in networks(options, images).items():
+    variants = networks(options, images)
+    report.expect(len(variants) + 1)
+    for name, variant in variants.items():
         plan = variant.plan(steps, measure=functools.partial(_measure, variant, test), every=every)
         all_trained[name] = train(plan, of_seeds, train_set, report=report, options=options)
         _add(results, all_trained[name])

@@ -103,7 +103,9 @@ def run(options: Options, report: Report):
     values, late = np.random.default_rng(0).normal(0, DEVIATION, 100_000), epochs // 4
     in_the_article = (values - values.mean()) / (values.var() + SETTINGS["epsilon"])  # by the variance, not its root
     all_trained = []
-    for name, network in networks(options, images).items():
+    trainings = networks(options, images)
+    report.expect(len(trainings))
+    for name, network in trainings.items():
         step = training.make_train_step(network.objective, mesh, preprocess=network.preprocess, **how)
         plan, examples = network.parallel_epochs(epochs, steps, step), (images.train, {"test": images.test})
         trained = train(plan, of_seeds, examples, mapped=mesh, report=report, options=options)

@@ -68,7 +68,9 @@ def run(options: Options, report: Report):
     settings = {"hidden": HIDDEN, "optimizer": "Adam", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
     results = Results(STUDY.name, {**settings, "dataset": dataset, "steps": steps}, range(options.seeds))
     keys, curves = {"key": seed_keys(results.seeds)}, {}
-    for name, network in networks(options, images).items():
+    trainings = networks(options, images)
+    report.expect(len(trainings))
+    for name, network in trainings.items():
         how = {"measure": lambda state, *_, network=network: network.accuracy(state, *held_out), "every": every}
         plan = network.plan(steps, compiler_options=compiler_options(steps), **how)
         trained = train(plan, keys, tuple(train_set), report=report, options=options)

@@ -91,7 +91,9 @@ def run(options: Options, report: Report):
         plan = deep_linear.plan_of(name, f"deep linear, {LABELS[name]}", linear_steps, linear_every)
         linear[LABELS[name]] = trained = train(plan, of_seeds, report=report, options=options)
         _add(results, trained, {})
-    for name, variant in networks(options, images).items():
+    variants = networks(options, images)
+    report.expect(len(variants))
+    for name, variant in variants.items():
         plan = vgg.plan_of(variant, steps, every, augmented=options.augment)
         trained = train(plan, of_seeds, examples, mapped=ONE_BY_ONE, report=report, options=options)
         progress = functools.partial(report.reading, f"{variant.label}, at the end")

@@ -2,7 +2,8 @@
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +12,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bnjax.training._roll_call import roll_call
+
 SYNC_AXIS = "batch"
 """The mesh axis over which batch norms synchronize, which a model's batch norms take as `axis_name`."""
 GROUP_AXIS = "group"
 """The mesh axis over groups of devices with statistics of their own."""
+WAIT_SECONDS = 300
+"""The time for which the processes of a run wait for each other at its start."""
 HEARTBEAT_SECONDS = 30
 """The time without a sign of life of one process after which the others end with an error."""
 
@@ -25,21 +30,27 @@ def initialize(
     process_id: int | None = None,
     *,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    wait_seconds: float = WAIT_SECONDS,
+    report: Callable[[str], Any] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> None:
     """Starts JAX's distributed runtime; every process must call it before anything else uses a device.
 
     Without arguments JAX reads the environment: on TPU pods, under Slurm and under Open MPI. On CPU the collectives
-    between processes are Gloo's.
+    between processes are Gloo's. With arguments there is a roll call first, so that a process that is missing, started
+    twice or told of another number is an error in the others; JAX's runtime would end them without a word of which.
 
     Args:
       coordinator: 'host:port' of process 0, the same for all.
       num_processes: number of processes.
       process_id: index of this process, from 0.
-      heartbeat_seconds: how long a process may give no sign of life before the others end with an error.
+      heartbeat_seconds: how long a process may give no sign of life before JAX aborts the others.
+      wait_seconds: how long to wait for the other processes.
+      report: is told what is waited for; by default it prints to stderr.
 
     Raises:
       ValueError: if only some of the first three arguments are given, or one is out of range.
-      RuntimeError: if the runtime can't be started, or the environment names no cluster.
+      RuntimeError: if the runtime can't be started, the processes are not all there, or the environment names no
+        cluster.
     """
     arguments = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in arguments.items() if value is None]
@@ -52,6 +63,8 @@ def initialize(
         raise ValueError(f"coordinator must be 'host:port', got {coordinator!r}. Say 127.0.0.1:9876 on one machine.")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id must be from 0 to {num_processes - 1}, got {process_id}.")
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        roll_call(coordinator, num_processes, process_id, seconds=wait_seconds, report=report)
     with contextlib.suppress(AttributeError):  # a later version may lack this option
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

@@ -33,18 +33,27 @@ with needs("studies"):
     from rich.table import Table
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
+_PERIOD = 60  # seconds between two lines where there is no terminal
 _COLUMNS = 5  # columns of numbers in a table
 _WIDTH = 160  # width of the ledger in a file
 
 
 class _Report:
-    """Shows a bar for each variant, and logs."""
+    """Shows a bar for each training and the time left for all, or a line a minute where there is no terminal; logs."""
 
     def __init__(self, progress: Progress, logs: Logs):
-        self.progress, self.logs = progress, logs
+        self.progress, self.logs, self.expected = progress, logs, 0
         self.read: dict[str, TaskID] = {}
+        self.done: dict[int, float] = {}  # the fraction of each training
+        self.all: TaskID | None = None
+        self.started = self.spoken = time.monotonic()
+
+    def expect(self, count: int) -> None:
+        self.expected += count
 
     def task(self, plan):
+        number = len(self.done)
+        self.done[number] = 0.0
         task = self.progress.add_task(plan.label, total=plan.length, now="compiling")
         self.logs.begin(plan.name, plan.length)
 
@@ -53,6 +62,8 @@ class _Report:
             now = f"{shown.replace('_', ' ')} {means[shown]:.4f}" if shown else ""
             self.progress.update(task, completed=done, now=now)
             self.logs.scalars(plan.name, done, {k: v for k, v in means.items() if np.isfinite(v)})
+            self.done[number] = done / plan.length
+            self.tell(f"{plan.label}: {done:g} of {plan.length}, {now}")
 
         return update
 
@@ -60,6 +71,19 @@ class _Report:
         if text not in self.read:
             self.read[text] = self.progress.add_task(text, total=1, now="")
         self.progress.update(self.read[text], completed=fraction)
+
+    def tell(self, text: str) -> None:
+        total, now = max(self.expected, len(self.done)), time.monotonic()
+        fraction = sum(self.done.values()) / total
+        seconds = datetime.timedelta(seconds=round((now - self.started) * (1 - fraction) / fraction))
+        left = f"about {seconds} left" if fraction < 1 else ""
+        if total > 1:
+            if self.all is None:
+                self.all = self.progress.add_task("all trainings", total=total, now="")
+            self.progress.update(self.all, completed=round(sum(self.done.values()), 1), now=left)
+        if self.progress.disable and now - self.spoken >= _PERIOD:
+            self.spoken = now
+            self.progress.console.print(f"{text} ({100 * fraction:.0f} % of all, {left})", markup=False)
 
 
 def run_study(
@@ -100,7 +124,9 @@ def _run_study(
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[now]}")
-    with Progress(*columns, console=console, disable=quiet) as progress:
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} ({jax.default_backend()})"
+    console.print(f"{study.name}: {seeds_in_words(options.seeds)} on {devices}, saving to {out}", markup=False)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         results, figures = study.load().run(options, _Report(progress, logs))
     results.options = options.to_json()
     if jax.process_index() > 0:

@@ -82,18 +82,27 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from bnjax.studies.cli import console
+    import jax
+
+    from bnjax.studies.cli import console, processes
     from bnjax.studies.cli.folder import FolderError
     from bnjax.studies.data import DataError
     from bnjax.studies.engine.saving import stopping_on_signals
     from bnjax.training.checkpoint import CheckpointError
 
+    if _several_processes(options) and processes.WORKER not in os.environ:
+        return processes.watch(options.arguments)
     saving = {name: getattr(options, name) for name in ("resume", "force", "checkpoint_every", "log")}
     study = STUDIES[options.study]
     try:
         values = study.load().Options(**{name: getattr(options, name) for name in study.fields})
         if isinstance(values, ParallelOptions):
             _start_devices(values)
+        if _several_processes(options):
+            common = {
+                n: v for n, v in vars(options).items() if n not in ("process_id", "devices", "quiet", "arguments")
+            }
+            processes.check_equal(common)
         _check_backend()
         with stopping_on_signals():
             console.run_study(study, values, options.out, options.quiet, **saving)
@@ -104,8 +113,10 @@ def _run(options: argparse.Namespace) -> int:
     except (CheckpointError, DataError, RuntimeError, ValueError, OSError) as error:
         if not _several_processes(options) and isinstance(error, RuntimeError):
             raise
-        text = str(error).strip().splitlines()[0] if isinstance(error, RuntimeError) else error
-        print(f"bnjax: error: {text}", file=sys.stderr)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            reason = str(error).strip().splitlines()[0]
+            error = f"the other processes of this run are lost ({reason}); to go on: {_again(options, '--resume')}"
+        print(f"bnjax: error: {error}", file=sys.stderr)
         return _end(options, 2)
     return 0
 
@@ -183,7 +194,8 @@ def _start_devices(options: ParallelOptions) -> None:
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
     if _several_processes(options):
-        training.initialize(options.coordinator, options.processes, options.process_id)
+        report = lambda text: print(f"bnjax: {text}", file=sys.stderr, flush=True)  # noqa: E731
+        training.initialize(options.coordinator, options.processes, options.process_id, report=report)
     count = jax.local_device_count()
     if options.devices and count != options.devices:
         raise ValueError(

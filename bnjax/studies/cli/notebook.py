@@ -20,6 +20,9 @@ class Progress:
     def __init__(self):
         self._line = display.display(display.Pretty("starting"), display_id=True)
 
+    def expect(self, count: int) -> None:
+        """Hears of trainings to come."""
+
     def task(self, plan: Plan):
         """Begins a training."""
 

@@ -5,6 +5,7 @@ A signal that ends a run (SIGINT, SIGTERM) does so after the compiled call that 
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
 import signal
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 _training: set[int] = set()  # the trainings that stop by themselves once they are asked to
 _asked: list[int] = []  # signals that ask them to
+_calls = itertools.count()
 
 
 class Stopped(KeyboardInterrupt):
@@ -31,16 +34,17 @@ class Stopped(KeyboardInterrupt):
 def stopping_on_signals() -> Iterator[None]:
     """Makes SIGINT and SIGTERM raise `Stopped`, once trainings have saved their state; a second one, at once.
 
-    Of several processes each raises it at once, as they only save together.
+    Of several processes, which only save together, SIGTERM to one stops all, as JAX tells them; SIGINT one, at once.
     """
 
     def stop(number: int, frame: Any) -> None:
         _asked.append(number)
-        if not _training or len(_asked) > 1:
+        if not _training or len(_asked) > 1 or jax.process_count() > 1:
             raise Stopped(number)
         print("bnjax: saving a checkpoint, then stopping; once more to stop at once", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    taken = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+    before = {number: signal.signal(number, stop) for number in taken}
     try:
         yield
     finally:
@@ -76,7 +80,7 @@ class Saved(contextlib.AbstractContextManager):
                 shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> "Saved":
-        if self._saving and jax.process_count() == 1:
+        if self._saving:
             _training.add(id(self))
         return self
 
@@ -95,6 +99,8 @@ class Saved(contextlib.AbstractContextManager):
         """Saves a state where a checkpoint is due, or where the run is asked to stop, and then raises `Stopped`."""
         if not self._saving:
             return
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_calls)):
+            _asked.append(signal.SIGTERM)
         stops = bool(_asked) and id(self) in _training
         is_due = time.monotonic() - self._started >= self._saving.every
         if self._checkpoints is not None or is_due or stops or jax.process_count() > 1:

@@ -32,6 +32,10 @@ Update = Callable[[float, dict[str, float]], Any]
 class Report(Protocol):
     """A listener that a study tells its progress."""
 
+    def expect(self, count: int) -> Any:
+        """Hears of so many trainings to come."""
+        ...
+
     def task(self, plan: Plan) -> Update:
         """Begins a training; the returned function is told what is done, up to the plan's length."""
         ...
@@ -164,7 +168,8 @@ def in_threads(work: Callable[[Any, Report], Any], jobs: Sequence[Any], report: 
 
         return stoppable
 
-    watched: Any = types.SimpleNamespace(task=task, reading=report.reading)
+    report.expect(len(jobs))
+    watched: Any = types.SimpleNamespace(expect=report.expect, task=task, reading=report.reading)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(min(len(jobs), cores)) as pool:
         try:

@@ -1,0 +1,74 @@
+"""One of several processes of a run: what it has in common with the others, and how it ends when one of them does."""
+
+import ctypes
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+WORKER = "BNJAX_WORKER"
+"""The environment variable that tells the process that trains from the one that watches it."""
+_OF_JAX = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d.*(coordination|distributed|preemption|heartbeat|gloo)|\[Gloo\]", re.I)
+_FATAL = re.compile(r"F\d{4} \d\d:\d\d:\d\d|\*\*\* Check failure stack trace|Fatal Python error")
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def watch(arguments: Sequence[str]) -> int:
+    """Runs the command in a process of its own, and returns its exit status.
+
+    Where JAX aborts that process, since another of the run has died or gives no sign of life, one line says so in place
+    of a stack, and the status is 2.
+    """
+    command = [sys.executable, "-m", "bnjax", *arguments]
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        env={**os.environ, WORKER: "1"},
+        start_new_session=True,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        text=True,
+        errors="replace",
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: child.send_signal(number))
+    is_fatal, reason = False, ""
+    for line in child.stderr or ():
+        is_fatal |= bool(_FATAL.match(line))
+        if is_fatal or _OF_JAX.match(line):
+            reason = reason or line
+        else:
+            print(line, end="", file=sys.stderr, flush=True)
+    status = child.wait()
+    if status >= 0:
+        return status
+    if -status in (signal.SIGABRT, signal.SIGSEGV):
+        print(
+            "bnjax: error: another process of this run has died, or gives no sign of life", file=sys.stderr, flush=True
+        )
+        return 2
+    return 128 - status
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def check_equal(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, in all processes, where they were started with different settings, of the same names."""
+    digests = np.stack(
+        [np.frombuffer(hashlib.sha256(repr(item).encode()).digest()[:4], np.uint32) for item in settings.items()]
+    )
+    of_all = np.zeros((64, 1), np.uint32)
+    of_all[: len(digests)] = digests
+    everywhere = np.asarray(multihost_utils.process_allgather(of_all))
+    differ = (everywhere != everywhere[:1]).any((0, 2))[: len(digests)]
+    if differ.any():
+        names = ", ".join(name for name, different in zip(settings, differ, strict=True) if different)
+        raise ValueError(f"all processes of a run must be started alike, but they differ in {names}.")
