@@ -15,6 +15,9 @@ Names = Mapping[str, str] | Callable[[str], str | None] | None
 """The framework's name of a module by our path of it, such as 'block/Conv_0'; None for our path with its separator."""
 
 
+_MOST = 50  # names in a message
+
+
 class Framework(NamedTuple):
     """The names and layouts of a framework. Ours are Flax's, with kernels [*window, in, out].
 
@@ -82,7 +85,7 @@ class _Problems(dict[str, list[str]]):
         self.setdefault(kind, []).extend(names)
 
     def check(self, framework: Framework) -> None:
-        lines = [f"  {kind}: {', '.join(names)}" for kind, names in self.items() if names]
+        lines = [f"  {kind}: {_listed(names)}" for kind, names in self.items() if names]
         if lines:
             raise ValueError(
                 f"{framework.title}'s arrays and ours must agree in names and shapes, got\n" + "\n".join(lines) + "\n"
@@ -136,7 +139,13 @@ def batch_norm_from(framework: Framework, theirs: Arrays, name: str = "") -> tup
             f"{framework.title}'s batch norm {name!r} must have {' and '.join(missing)}, got the arrays "
             f"{', '.join(near[:20]) or 'of none'}. Pass the name of a batch norm that keeps running statistics."
         )
-    arrays = {leaf: jnp.array(_stripped(as_numpy(theirs[key]))) for leaf, key in keys.items() if key in theirs}
+    found = {leaf: _stripped(as_numpy(theirs[key])) for leaf, key in keys.items() if key in theirs}
+    for leaf, value in found.items():
+        if not jnp.issubdtype(value.dtype, jnp.inexact) or (leaf == "var" and not np.isrealobj(value)):
+            raise ValueError(f"{framework.title}'s {keys[leaf]} must be of floating-point numbers, got {value.dtype}.")
+    if (found["var"] < 0).any():
+        raise ValueError(f"{framework.title}'s {keys['var']} must be at least 0, got {found['var'].min()}.")
+    arrays = {leaf: jnp.array(value) for leaf, value in found.items()}
     shapes = {keys[leaf]: value.shape for leaf, value in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"{framework.title}'s batch norm {name!r} must have arrays of one shape, got {shapes}.")
@@ -190,7 +199,13 @@ def _matched(
     matched = {}
     for key in expected.keys() & arrays.keys():
         value, shape = as_numpy(arrays[key]), np.shape(expected[key])
-        if framework.fits(value.shape, shape, leaves[key].is_kernel):
+        if not jnp.issubdtype(value.dtype, jnp.number):
+            problems.add("arrays that are none of numbers", [f"{key} is of {value.dtype}"])
+        elif np.iscomplexobj(value) and not jnp.issubdtype(leaves[key].value.dtype, jnp.complexfloating):
+            problems.add("complex arrays where ours are real", [key])
+        elif _is_negative(leaves[key], value):
+            problems.add("negative variances", [key])
+        elif framework.fits(value.shape, shape, leaves[key].is_kernel):
             matched[key] = value.reshape(shape)
         else:
             problems.add("wrong shapes", [f"{key} is {value.shape}, expected {shape} ({leaves[key].path})"])
@@ -202,6 +217,15 @@ def _name(framework: Framework, names: Names, module: str) -> str | None:
     if names is None:
         return module.replace("/", framework.separator)
     return names.get(module) if isinstance(names, Mapping) else names(module)
+
+
+def _is_negative(leaf: _Leaf, value: np.ndarray) -> bool:
+    is_variance = leaf.path.startswith("batch_stats/") and leaf.path.endswith("var")
+    return is_variance and np.isrealobj(value) and bool((value < 0).any())
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_MOST]) + (f", and {len(names) - _MOST:,} more" if len(names) > _MOST else "")
 
 
 def _sizes(shape: tuple[int, ...]) -> list[int]:

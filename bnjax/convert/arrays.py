@@ -99,8 +99,13 @@ def _stored(entry: Mapping[str, Any]) -> np.ndarray:
         "c64": "complex64",
     }
     kinds = {"f": "float", "i": "int", "u": "uint"}
-    dtype = special.get(name) or kinds.get(name[0], name[0]) + name[1:]
-    return np.frombuffer(entry["data"], jnp.dtype(dtype)).reshape(entry["shape"])
+    try:
+        dtype = jnp.dtype(special.get(name) or kinds.get(name[0], name[0]) + name[1:])
+    except TypeError:
+        raise ValueError(
+            f"source must hold arrays of dtypes that NumPy or ml_dtypes have, got {name.upper()}."
+        ) from None
+    return np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
 
 
 def _checked_path(argument: str, path: str | os.PathLike) -> Path:

@@ -18,7 +18,6 @@ from bnjax.studies.engine import Plan, step_keys
 DEPTH, SIZE, EXAMPLES = 25, 10, 1000
 LEARNING_RATE = 1e-6
 PROBED = np.geomspace(0.01, 30, 8)  # step sizes of the probe, in learning rates
-_FRESH = bnjax.init_batch_norm(SIZE)
 NORMALIZERS: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
     "bn": bnjax.batch_norm,
@@ -42,7 +41,7 @@ def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
       steps: number of steps.
       every: steps between measurements: a gradient probe, and the internal covariate shift of the 25 layers.
     """
-    normalize = NORMALIZERS[name]
+    normalize, fresh = NORMALIZERS[name], bnjax.init_batch_norm(SIZE)
 
     def create(setting):
         of_data, of_weights = jax.random.split(jax.random.fold_in(setting["key"], 0))
@@ -51,7 +50,7 @@ def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
         init = nn.initializers.glorot_normal()
         layers: list[Any] = [{"kernel": init(key, (SIZE, SIZE))} for key in jax.random.split(of_weights, DEPTH)]
         if normalize is not None:
-            layers[:-1] = [{**layer, "norm": _FRESH[0]} for layer in layers[:-1]]
+            layers[:-1] = [{**layer, "norm": fresh[0]} for layer in layers[:-1]]
         return layers, (x, x @ target)
 
     def loss_fn(layers, x, target, key):
@@ -60,7 +59,7 @@ def plan_of(name: str, label: str, steps: int, every: int) -> Plan:
             x = x @ layer["kernel"]
             if normalize is not None:
                 noise = {"key": jax.random.fold_in(key, number)} if name == "noisy" else {}
-                x = normalize(x, layer["norm"], _FRESH[1], training=True, **noise)[0]
+                x = normalize(x, layer["norm"], fresh[1], training=True, **noise)[0]
             return x, None
 
         stacked = jax.tree.map(lambda *values: jnp.stack(values), *layers[:-1])

@@ -31,6 +31,7 @@ class _Parser(argparse.ArgumentParser):
         known = self._option_string_actions if words and words[1] else choices
         meant = difflib.get_close_matches((words[1] or words[2]) if words else "", known, 1)
         hint = f"; did you mean {meant[0]}?" if meant else ""
+        message = " ".join(message.splitlines())
         self.exit(2, f"{self.prog}: error: {message}{hint} (see {self.prog} --help)\n")
 
 

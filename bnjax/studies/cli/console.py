@@ -116,7 +116,7 @@ def _run_study(
     study: Study, options: Options, out: Path, quiet: bool, resume: bool, checkpoint_every: float, log: Sequence[str]
 ) -> Results:
     logs = Logs(log, out, study.name, options.to_json())
-    console = Console(quiet=quiet, highlight=False)
+    console = _console(quiet)
     configuration = {"study": study.name, "dataset": getattr(options, "dataset", None)}
     saving = Saving(
         out / "checkpoints", configuration, checkpoint_every, resume, functools.partial(console.print, markup=False)
@@ -124,8 +124,11 @@ def _run_study(
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[now]}")
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} ({jax.default_backend()})"
-    console.print(f"{study.name}: {seeds_in_words(options.seeds)} on {devices}, saving to {out}", markup=False)
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform == device.device_kind else f"{device.device_kind} ({device.platform})"
+    console.print(
+        f"{study.name}: {seeds_in_words(options.seeds)} on {jax.device_count()} × {kind}, saving to {out}", markup=False
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         results, figures = study.load().run(options, _Report(progress, logs))
     results.options = options.to_json()
@@ -151,8 +154,7 @@ def print_ledger(
     and of the study's data sets the first that can be had. The claims of a study that is left out, or whose data can't
     be had, are undecided, with the reason. Quietly, only the ledger is printed.
     """
-    width = None if sys.stdout.isatty() else _WIDTH
-    console, progress = Console(highlight=False, width=width), Console(highlight=False, width=width, quiet=quiet)
+    console, progress = _console(False), _console(quiet)
     judgments, counts = [], {}
     for name in names:
         study, saved, reason, choices = STUDIES[name], None, "left out by --fast", []
@@ -199,6 +201,11 @@ def _resume_or_begin(study: Study, options: Options, out: Path, quiet: bool, con
     except CheckpointError as error:
         console.print(f"{study.name}: {error} Starting afresh.", markup=False)
         run_study(study, options, out, quiet, force=True)
+
+
+def _console(quiet: bool) -> Console:
+    """Makes a console, wide where there is no terminal."""
+    return Console(highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:

@@ -47,6 +47,11 @@ def _again(options: argparse.Namespace, *more: str) -> str:
     return shlex.join(["bnjax", *kept, *more])
 
 
+def _say(error: Any) -> None:
+    """Prints what is wrong, on one line."""
+    print("bnjax: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+
+
 def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
@@ -71,7 +76,7 @@ def _main(arguments: Sequence[str]) -> int:
     try:
         return {"compile": _compile, "run": _run, "claims": _claims, "report": _report}[options.command](options)
     except MissingExtraError as error:
-        print(f"bnjax: error: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except KeyboardInterrupt as error:
         is_saved = options.command == "run" and any((options.out / "checkpoints").glob("*/*/"))
@@ -90,8 +95,10 @@ def _run(options: argparse.Namespace) -> int:
     from bnjax.studies.engine.saving import stopping_on_signals
     from bnjax.training.checkpoint import CheckpointError
 
-    if _several_processes(options) and processes.WORKER not in os.environ:
-        return processes.watch(options.arguments)
+    if _several_processes(options):
+        if processes.WORKER not in os.environ:
+            return processes.watch(options.arguments)
+        processes.end_with_watcher()
     saving = {name: getattr(options, name) for name in ("resume", "force", "checkpoint_every", "log")}
     study = STUDIES[options.study]
     try:
@@ -108,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
             console.run_study(study, values, options.out, options.quiet, **saving)
     except FolderError as error:
         ways = [f"to {what}: {_again(options, *words)}" for what, words in error.ways.items()]
-        print("; ".join([f"bnjax: error: {error}", *ways]), file=sys.stderr)
+        _say("; ".join([str(error), *ways]))
         return _end(options, 2)
     except (CheckpointError, DataError, RuntimeError, ValueError, OSError) as error:
         if not _several_processes(options) and isinstance(error, RuntimeError):
@@ -116,7 +123,7 @@ def _run(options: argparse.Namespace) -> int:
         if isinstance(error, jax.errors.JaxRuntimeError):
             reason = str(error).strip().splitlines()[0]
             error = f"the other processes of this run are lost ({reason}); to go on: {_again(options, '--resume')}"
-        print(f"bnjax: error: {error}", file=sys.stderr)
+        _say(error)
         return _end(options, 2)
     return 0
 
@@ -143,7 +150,7 @@ def _claims(options: argparse.Namespace) -> int:
         with stopping_on_signals():
             console.print_ledger(names, options.seeds, options.fast, options.out, options.data_dir, options.quiet)
     except (CheckpointError, ValueError, OSError) as error:
-        print(f"bnjax: error: {error}", file=sys.stderr)
+        _say(error)
         return 2
     return 0
 
@@ -157,7 +164,7 @@ def _report(options: argparse.Namespace) -> int:
             raise ValueError(f"RUN_DIR {options.run_dir} is no directory")
         count, missing = write_report(options.run_dir, out)
     except (ValueError, OSError) as error:
-        print(f"bnjax: error: {error}", file=sys.stderr)
+        _say(error)
         return 2
     for text in missing:
         print(f"bnjax: not shown: {text}", file=sys.stderr)
@@ -174,7 +181,7 @@ def _compile(options: argparse.Namespace) -> int:
     try:
         fits = console.compile_step(options.step, options.topology, options.parallel, options.batch, options.json)
     except (ImportError, ValueError, OSError) as error:
-        print(f"bnjax: error: {error}", file=sys.stderr)
+        _say(error)
         return 2
     return 0 if fits else 1
 

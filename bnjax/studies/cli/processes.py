@@ -32,19 +32,17 @@ def watch(arguments: Sequence[str]) -> int:
         stderr=subprocess.PIPE,
         env={**os.environ, WORKER: "1"},
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         text=True,
         errors="replace",
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: child.send_signal(number))
-    is_fatal, reason = False, ""
-    for line in child.stderr or ():
-        is_fatal |= bool(_FATAL.match(line))
-        if is_fatal or _OF_JAX.match(line):
-            reason = reason or line
-        else:
-            print(line, end="", file=sys.stderr, flush=True)
+    is_fatal = False
+    with child:
+        for line in child.stderr or ():
+            is_fatal |= bool(_FATAL.match(line))
+            if not is_fatal and not _OF_JAX.match(line):
+                print(line, end="", file=sys.stderr, flush=True)
     status = child.wait()
     if status >= 0:
         return status
@@ -56,8 +54,10 @@ def watch(arguments: Sequence[str]) -> int:
     return 128 - status
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_watcher() -> None:
+    """Makes this process end when the one that watches it is killed, where the system can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check_equal(settings: Mapping[str, Any]) -> None:

@@ -89,11 +89,18 @@ class Saved(contextlib.AbstractContextManager):
         if self._checkpoints is not None:
             self._checkpoints.close()
 
-    def restore(self, like: Callable[[], Any]) -> tuple[int, Any] | None:
-        """Reads step and state of the newest checkpoint; None to start afresh."""
+    def restore(self, like: Callable[[], Any], steps: int) -> tuple[int, Any] | None:
+        """Reads step and state of the newest checkpoint of a training of so many steps; None to start afresh."""
         if not (self._saving and self._saving.resume and self._directory.is_dir()):
             return None
-        return self._open(self._saving).restore(like())
+        restored = self._open(self._saving).restore(like())
+        if restored and not 0 < restored[0] <= steps:
+            from bnjax.training.checkpoint import CheckpointError
+
+            raise CheckpointError(
+                f"the checkpoint of step {restored[0]} in {self._directory} can't be one of {steps} steps; remove it."
+            )
+        return restored
 
     def save(self, step: int, state: Callable[[], Any]) -> None:
         """Saves a state where a checkpoint is due, or where the run is asked to stop, and then raises `Stopped`."""

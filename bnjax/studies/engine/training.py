@@ -91,7 +91,7 @@ def train(
         series, counted = way.empty(state, setting)
         saved = Saved(options and options.saving, f"{plan.name}-{number}", configuration)
         with saved:
-            if restored := saved.restore(lambda: (way.whole(state), series, counted)):
+            if restored := saved.restore(lambda: (way.whole(state), series, counted), plan.steps):
                 done, (state, series, counted) = restored
                 state = way.placed(state)
             for first, end in way.calls:

@@ -134,8 +134,10 @@ def read(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise RecordError(f"{path}: its values are nested too deeply.") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        problem, _, place = str(error).partition(" - at `$")
-        raise RecordError(f"{path}: {place.strip('`.') or 'the file'}: {problem[:1].lower()}{problem[1:]}.") from None
+        problem, _, place = str(error).partition(" - at ")
+        field = place.removeprefix("`key` in ").strip("`$.") or "the file"
+        problem = problem if problem.startswith("JSON") else problem[:1].lower() + problem[1:]
+        raise RecordError(f"{path}: {field}: {problem}.") from None
     if record.options.get("seeds") != len(record.seeds):
         raise RecordError(f"{path}: options.seeds must be the number of seeds, {len(record.seeds)}.")
     for name, variant in record.variants.items():
