@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -149,6 +150,52 @@ def test_a_dead_process_ends_the_others_with_an_error_in_time():
     assert processes[0].returncode not in (0, 9)
     assert time.monotonic() - died < training.HEARTBEAT_SECONDS
     assert "error" in error.lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "statuses"), [(signal.SIGKILL, (2, 137)), (signal.SIGSTOP, (2, None)), (signal.SIGTERM, (143, 143))]
+)
+def test_a_process_that_dies_stops_or_is_told_to_end_the_command_on_the_others(tmp_path, number, statuses):
+    tiny_sets.prepare("cifar10", tmp_path / "data")
+    environment = {**os.environ, "BNJAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    command = [
+        sys.executable,
+        "-m",
+        "bnjax",
+        "run",
+        "cifar",
+        "--dataset",
+        "cifar10",
+        "--variants",
+        "relu_bn",
+        "--quiet",
+    ]
+    command += ["--steps-per-epoch", "2", "--batch-size", "10", "--epochs", "100000", "--checkpoint-every", "0"]
+    command += ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--devices", "1"]
+    command += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process-id"]
+    pipes = {"stderr": subprocess.PIPE, "text": True, "env": environment}
+    processes = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    while not any((tmp_path / "out" / "checkpoints").glob("*/[0-9]*")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.5)
+    watched = [
+        int(child) for child in Path(f"/proc/{processes[1].pid}/task/{processes[1].pid}/children").read_text().split()
+    ]
+    os.kill(processes[1].pid if number == signal.SIGTERM else watched[0], number)
+    told = time.monotonic()
+    _, error = processes[0].communicate(timeout=2 * training.HEARTBEAT_SECONDS)
+    assert time.monotonic() - told < training.HEARTBEAT_SECONDS + 20
+    assert processes[0].returncode == statuses[0]
+    if statuses[1] is None:
+        os.kill(watched[0], signal.SIGKILL)
+    else:
+        assert processes[1].wait() in statuses  # of the killed one
+    processes[1].communicate()
+    lines = [line for line in error.splitlines() if line.startswith("bnjax: ")]
+    assert len(lines) == 1 and "Traceback" not in error and "@ 0x" not in error
+    if number == signal.SIGTERM:
+        assert lines[0].startswith("bnjax: stopped by SIGTERM; to go on: ") and lines[0].endswith(" --resume")
 
 
 @pytest.mark.slow

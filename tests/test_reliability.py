@@ -570,7 +570,8 @@ def test_settings_are_compared_by_digest(monkeypatch):
         ("echo bnjax: error: bad >&2; exit 2", 2, "bnjax: error: bad\n"),
         ("kill -TERM $$", 143, ""),
         (
-            "echo 'E1130 17:59:28.9 1 coordination_service_agent.cc:1] lost' >&2; echo seen >&2; "
+            "echo seen >&2; echo 'I1130 17:59:28.9 1 coordination_service_agent.cc:1] joins' >&2; "
+            "echo 'E1130 17:59:28.9 1 coordination_service_agent.cc:1] lost' >&2; echo more of it >&2; "
             "echo 'F1130 17:59:28.9 1 client.h:80] Terminating' >&2; echo '    @ 0x7f stack' >&2; kill -ABRT $$",
             2,
             "seen\nbnjax: error: another process of this run has died, or gives no sign of life\n",

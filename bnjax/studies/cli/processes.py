@@ -15,8 +15,9 @@ from jax.experimental import multihost_utils
 
 WORKER = "BNJAX_WORKER"
 """The environment variable that tells the process that trains from the one that watches it."""
-_OF_JAX = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d.*(coordination|distributed|preemption|heartbeat|gloo)|\[Gloo\]", re.I)
-_FATAL = re.compile(r"F\d{4} \d\d:\d\d:\d\d|\*\*\* Check failure stack trace|Fatal Python error")
+_OF_JAX = re.compile(r"[IW]\d{4} \d\d:\d\d:\d\d.*(coordination|distributed|preemption|gloo)", re.IGNORECASE)
+# What follows such a line is more of the same, and a stack.
+_FATAL = re.compile(r"F\d{4} \d\d:|E\d{4} \d\d:.*(coordination|distributed|heartbeat)|Fatal Python error", re.I)
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
