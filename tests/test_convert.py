@@ -617,6 +617,46 @@ def test_safetensors_not_installed(tmp_path, monkeypatch):
 # What is wrong is listed at once
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("running_var", -np.ones(3), "negative variances: bn.running_var"),
+        ("weight", np.array([object()] * 3), "none of numbers: bn.weight is of object"),
+        ("weight", [None] * 3, "none of numbers: bn.weight is of object"),
+        ("bias", np.array(["a"] * 3), "none of numbers: bn.bias is of <U1"),
+        ("running_mean", np.ones(3, complex), "complex arrays where ours are real: bn.running_mean"),
+    ],
+)
+def test_arrays_that_can_be_no_batch_norms(name, value, message):
+    arrays = {f"bn.{n}": np.ones(3, np.float32) for n in ("weight", "bias", "running_mean", "running_var")}
+    arrays[f"bn.{name}"] = value
+    ones = np.ones(3, np.float32)
+    like = {"params": {"bn": {"scale": ones, "bias": ones}}, "batch_stats": {"bn": {"mean": ones, "var": ones}}}
+    with pytest.raises(ValueError, match=message):
+        convert.variables_from_torch(arrays, like)
+    if name != "running_mean":  # a batch norm alone may be one of complex numbers
+        with pytest.raises(
+            ValueError, match=f"PyTorch's bn.{name} must be (at least 0|of floating-point numbers), got "
+        ):
+            convert.batch_norm_from_torch(arrays, "bn")
+
+
+@pytest.mark.parametrize("name", ["F4", "F6_E2M3", "F8_E8M0X", "X9"])
+def test_safetensors_of_a_dtype_that_numpy_lacks(tmp_path, name):
+    path = tmp_path / "model.safetensors"
+    convert.save_safetensors({"weight": np.ones(8, np.float32)}, path)
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"%s"' % name.encode()))
+    with pytest.raises(ValueError, match="source must "):
+        convert.read_arrays(path)
+
+
+def test_a_message_on_very_many_arrays_is_short():
+    arrays = {f"layer{i}.weight": np.ones(1, np.float32) for i in range(20_000)}
+    with pytest.raises(ValueError, match="and 19,950 more") as raised:
+        convert.variables_from_torch(arrays, {"params": {"kernel": np.ones((1, 1))}})
+    assert len(str(raised.value)) < 3000
+
+
 def test_all_problems_in_one_message():
     arrays = convert.variables_to_torch(VARIABLES, TORCH_NAMES)
     del arrays["6.running_var"], arrays["0.bias"]

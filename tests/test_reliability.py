@@ -330,7 +330,14 @@ def test_one_bad_run_breaks_neither_page_nor_ledger(tmp_path, capsys):
     runs, unreadable = saved_runs(tmp_path)
     assert list(runs["circles"]) == [tmp_path / "circles"] and len(unreadable) == 1
     assert main(["report", str(tmp_path)]) == 0
-    assert f"not shown: {tmp_path / 'other' / 'results.json'}: " in capsys.readouterr().err
+    bad = tmp_path / "other" / "results.json"
+    assert f"not shown: {bad}: " in capsys.readouterr().err
+    ledger = console.print_ledger(["circles"], 2, False, tmp_path, None, False)
+    printed = capsys.readouterr().out
+    assert f"left out: {bad}: " in printed.replace("\n", "") and f"found in {tmp_path / 'circles'}" in printed.replace(
+        "\n", ""
+    )
+    assert ledger.seeds == {"circles": 2}
 
 
 # --- checkpoints and signals ------------------------------------------------------------------------------------------
@@ -676,3 +683,9 @@ def test_a_directory_that_is_not_there_is_an_error(arguments, tmp_path, monkeypa
 
 def test_the_wait_of_processes_is_stated():
     assert training.WAIT_SECONDS == 300 and training.HEARTBEAT_SECONDS == 30
+
+
+def test_importing_the_studies_starts_no_backend():
+    code = "import jax; from jax._src import xla_bridge; from bnjax.studies import STUDIES\n"
+    code += "for study in STUDIES.values(): study.load()\nprint(len(xla_bridge._backends))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0\n"

@@ -156,6 +156,8 @@ def print_ledger(
     """
     console, progress = _console(False), _console(quiet)
     judgments, counts = [], {}
+    for error in ledger.saved_runs(out)[1]:
+        progress.print(f"left out: {error}", markup=False)
     for name in names:
         study, saved, reason, choices = STUDIES[name], None, "left out by --fast", []
         if study.fast is not None or not fast:

@@ -67,13 +67,13 @@ class Condition(Struct):
     minus: str | None
     low: float | None
     high: float | None
-    one_run: bool
-    every_seed: bool
     mean: float | None
     ci95: float | None
     n: Count
     effect: float | None
     met: bool | None
+    one_run: bool = False
+    every_seed: bool = False
 
 
 class Claim(Struct):
@@ -84,11 +84,11 @@ class Claim(Struct):
     statement: str
     published: str
     rule: str
-    amended: str
-    needs: dict[str, str]
-    conditions: list[Condition]
     measured: str
     verdict: str
+    amended: str = ""
+    needs: dict[str, str] = field(default_factory=dict)
+    conditions: list[Condition] = field(default_factory=list)
 
 
 class Record(Struct):
