@@ -103,7 +103,7 @@ def _sizes(document: Mapping[str, Any]) -> list[list[str]]:
 def _settings(document: Mapping[str, Any]) -> dict[str, str]:
     machine = document["machine"]
     devices = f"{len(machine['devices'])} × {machine['devices'][0]} ({machine['backend']})"
-    processor = f"{machine['processor']}, {machine['cores']} cores" if machine["processor"] else machine["system"]
+    processor = f"{machine['processor']}, {machine['cores']} cores" if "processor" in machine else machine["system"]
     return {
         **{key.replace("_", " "): _text(value) for key, value in document["settings"].items()},
         "seeds": _text(len(document["seeds"])),

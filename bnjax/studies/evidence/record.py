@@ -29,7 +29,7 @@ class _Version(Struct):
     schema: Any = None
 
 
-class Machine(Struct):
+class Machine(Struct, omit_defaults=True):
     """Where the numbers were measured."""
 
     system: str
