@@ -275,22 +275,21 @@ def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path, monkeypatch):
     assert by_id["S1.5"].measured == "needs epochs 100"  # neither decides it; the first says why
 
 
-def test_checkpoints_of_other_options_do_not_stop_the_ledger(tmp_path, monkeypatch, capsys):
+def test_an_unfinished_run_of_other_options_is_kept_and_left_out(tmp_path, monkeypatch, capsys):
     from bnjax.training.checkpoint import CheckpointError
 
-    resumed = []
+    begun = []
 
     def run_study(study, options, out, quiet, *, resume=False, force=False):
-        resumed.append(resume)
-        if resume:
-            raise CheckpointError("of another configuration.")
-        save_run(out, study.name, options)
+        begun.append((resume, force))
+        raise CheckpointError("of another configuration.")
 
     monkeypatch.setattr(console, "run_study", run_study)
-    console.print_ledger(["circles"], 2, False, tmp_path, None, False)
-    assert resumed == [True, False]
+    judged = console.print_ledger(["circles"], 2, False, tmp_path, None, False)
+    assert begun == [(True, False)]
+    assert {judgment.reason for judgment in judged.judgments} == {"not run: of another configuration."}
     printed = capsys.readouterr().out
-    assert "of another configuration. Starting afresh." in printed
+    assert "circles: of another configuration." in printed
     assert "- * S1.11: added after" in printed
 
 

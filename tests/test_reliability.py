@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from bnjax.studies.cli.main import main
 from bnjax.studies.cli.output import safe_output
 from bnjax.studies.cli.report import write_report
 from bnjax.studies.engine import Examples, memory, seed_keys, train
-from bnjax.studies.engine.saving import Saving, Stopped, stopping_on_signals
+from bnjax.studies.engine.saving import Saving, Stopped, completing, stopping_on_signals
 from bnjax.studies.evidence import record
 from bnjax.studies.evidence.ledger import saved_runs
 from bnjax.studies.evidence.results import Results, save
@@ -178,10 +180,15 @@ def test_finished_results_are_replaced_by_force_only(quick, capsys):
     )
     refused(capsys, [*quick, "out"], "to keep it: bnjax run circles --seeds 2 --out out-2\n")
     refused(capsys, [*quick, "out", "--epochs", "7", "--resume"], words)  # it would begin anew
+    refused(capsys, [*quick, "out", "--epochs", "7", "--resume"], "--out out --epochs 7 --force; to keep it")
     refused(capsys, ["run", "blobs", "--epochs", "3", "--out", "out"], "out holds results of another study, circles")
     assert Path("out/results.json").read_bytes() == before
     assert main([*quick, "out", "--resume"]) == 0
+    assert "out holds the finished results of this run; there is nothing left to do" in capsys.readouterr().out
+    assert Path("out/results.json").read_bytes() == before
+    Path("out/checkpoints/after-0/7").mkdir(parents=True)
     assert main([*quick, "out", "--force"]) == 0
+    assert not Path("out/checkpoints").exists()  # else it might continue what it replaces
 
 
 def test_a_record_that_cannot_be_read_is_replaced_by_force_only(quick, capsys):
@@ -227,6 +234,59 @@ def test_the_ledger_leaves_out_a_study_whose_directory_is_in_use(tmp_path, monke
     assert {judgment.reason for judgment in ledger.judgments} == {"not run: another run is saving to it"}
 
 
+def test_what_stands_in_the_way_of_files_is_seen_first(quick, capsys):
+    Path("a/histograms.png").mkdir(parents=True)
+    refused(capsys, [*quick, "a", "--force"], "a holds a directory called histograms.png", "--out a-2")
+    Path("b").mkdir()
+    Path("b/checkpoints").touch()
+    refused(capsys, [*quick, "b", "--force"], "b holds a file called checkpoints, where checkpoints have to be")
+    Path("c/.curves.npz-old").mkdir(parents=True)
+    os.utime("c/.curves.npz-old", (0, 0))
+    assert main([*quick, "c"]) == 0
+
+
+def test_a_working_directory_with_brackets(quick, monkeypatch, capsys):
+    Path("a[1]").mkdir()
+    monkeypatch.chdir("a[1]")
+    monkeypatch.setenv("HOME", "/home/me")
+    refused(capsys, [*quick, "out"], "Orbax loses those in a path with [ or ]", "--out /home/me/runs/circles-2")
+
+
+def test_a_path_that_is_not_utf8_is_refused(quick, capsys):
+    refused(capsys, [*quick, "n\udcff"], "Orbax loses checkpoints in a path that is not UTF-8")
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_numbers(quick, monkeypatch, capsys):
+    class Figure:
+        axes = legends = ()
+
+        def get_suptitle(self):
+            return ""
+
+        def savefig(self, *arguments, **options):
+            raise RuntimeError("no latex\nmore of it")
+
+    train_ = Quick.run
+    monkeypatch.setattr(Quick, "run", lambda *arguments: (train_(*arguments)[0], {"a.png": Figure()}))
+    assert main([*quick, "out"]) == 0
+    assert capsys.readouterr().err == f"bnjax: {Path('out/a.png')} can't be saved: no latex\n"
+    assert record.read(Path("out/results.json"))["figures"] == {}
+
+
+def test_the_ledger_is_saved_before_it_is_printed(tmp_path, monkeypatch):
+    make_run(tmp_path / "circles")
+    monkeypatch.setattr(console, "_print_table", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        console.print_ledger(["circles"], 2, False, tmp_path, None, True)
+    assert (tmp_path / "ledger.json").exists() and (tmp_path / "ledger.md").exists()
+
+
+def test_a_page_replaces_no_record(tmp_path, capsys):
+    path = make_run(tmp_path)
+    refused(capsys, ["report", str(tmp_path), "--out", str(path)], "--out must end with .html")
+    assert Results.load(tmp_path)
+
+
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +327,29 @@ def test_what_is_no_file_is_no_record(tmp_path):
         Results.load(tmp_path)
 
 
+def test_a_record_cannot_hang_or_break_the_page(tmp_path, capsys):
+    make_run(tmp_path / "intact")
+    document = json.loads((tmp_path / "intact" / "results.json").read_text())
+    large, bare, odd = (json.loads(json.dumps(document)) for _ in range(3))
+    large["variants"]["after"]["parameters"] = {"params": {"a": [2**53] * 300_000}}
+    del bare["machine"]["cores"]
+    odd["variants"] = {"a\n\x1b[31m": {**odd["variants"]["after"], "label": 3}}
+    for name, changed in (("large", large), ("bare", bare), ("odd", odd), ("name\udcff", odd)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(changed))
+    assert main(["report", str(tmp_path)]) == 0
+    out, error = capsys.readouterr()
+    assert "2 studies" in out or "2 stud" in out
+    lines = error.splitlines()
+    assert len(lines) == 3 and all(line.startswith("bnjax: not shown: ") and line.isprintable() for line in lines)
+    assert "parameters" in lines[0] and "label" in lines[2]
+
+
+def test_a_command_of_a_record_moves_no_cursor():
+    results = Results("circles", {}, range(2), options={"seeds": 2, "dataset": "x\x1b]0;owned\x07 y"})
+    assert results.command == r"bnjax run circles --seeds 2 --dataset 'x\x1b]0;owned\x07 y'"
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -286,7 +369,7 @@ def test_any_json_is_read_or_refused(tmp_path_factory, value, name):
 @pytest.mark.parametrize(
     ("part", "count"),
     [
-        *(("commands", 60), ("records", 120), ("weights", 60)),
+        *(("commands", 60), ("records", 300), ("weights", 60)),
         *(pytest.param(part, 500, marks=pytest.mark.exhaustive) for part in ("commands", "records", "weights")),
     ],
 )
@@ -403,6 +486,45 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path, small
     jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
 
 
+def test_a_signal_is_heard_where_standard_error_is_broken(tmp_path, small, monkeypatch):
+    _, carry_out = small
+    saving = Saving(tmp_path, {}, every=1000.0)
+    monkeypatch.setattr(sys, "stderr", Broken(BrokenPipeError(32, "Broken pipe")))
+    stop = Told(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with safe_output(), pytest.raises(Stopped), stopping_on_signals():
+        carry_out(range(2), report=stop, options=circles.Options(saving=saving))
+    assert [path.name for path in tmp_path.glob("*/*/")] == ["2"]
+
+
+def test_a_second_signal_ends_the_process(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with completing(), stopping_on_signals():
+        signal.raise_signal(signal.SIGTERM)
+        assert not ended
+        signal.raise_signal(signal.SIGTERM)
+    assert ended == [143]
+
+
+def test_a_signal_waits_for_results_that_are_being_written(quick, monkeypatch):
+    write = record.write
+    monkeypatch.setattr(record, "write", lambda document: signal.raise_signal(signal.SIGTERM) or write(document))
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    assert main([*quick, "out"]) == 0
+    assert Results.load(Path("out"))
+
+
+def test_a_finished_training_of_a_long_run_is_kept(tmp_path, small):
+    _, carry_out = small
+    saving = Saving(tmp_path, {}, every=1000.0, started=time.monotonic() - 2000)
+    carry_out(range(2), options=circles.Options(saving=saving))
+    assert {path.name for path in tmp_path.glob("*/*/")} >= {"4"}
+    begun = []
+    resumed = dataclasses.replace(saving, resume=True)
+    carry_out(range(2), report=Told(lambda: begun.append(1)), options=circles.Options(saving=resumed))
+    assert not begun
+
+
 def test_a_signal_between_trainings_stops_at_once():
     with pytest.raises(Stopped, match="stopped by SIGTERM"), stopping_on_signals():
         signal.raise_signal(signal.SIGTERM)
@@ -472,11 +594,22 @@ def test_more_seeds_than_fit_are_refused_at_the_start(small, monkeypatch, capsys
     monkeypatch.setattr(memory, "FEW", 1)
     monkeypatch.setattr(memory, "free_memory", lambda: 1e6)
     with pytest.raises(
-        ValueError, match=r"the results of 2,000 trainings .* need .* GiB, and 0.0 GiB .*: at most [0-9]+ fit"
+        ValueError, match=r"the results of 2,000 seeds .* need .* GiB, and 0.0 GiB .*: at most [0-9]+ fit"
     ):
         carry_out(range(2000))
     assert main(["run", "circles", "--seeds", str(2**32)]) == 2
     assert capsys.readouterr().err == "bnjax: error: --seeds must be from 1 to 1,048,576, got 4,294,967,296.\n"
+
+
+def test_the_results_of_all_trainings_of_a_run_are_counted(small, monkeypatch):
+    plan, _ = small
+    circle = data.circles()
+    examples, settings = Examples.of(circle.train, {"test": circle.test}), {"key": seed_keys(range(100))}
+    each = memory.needed(plan, {"key": seed_keys([0])[0]}, examples)[1]
+    monkeypatch.setattr(memory, "free_memory", lambda: 100 * 5.5 * each)
+    assert memory.settings_at_once(plan, settings, examples, 3) > 0
+    with pytest.raises(ValueError, match="of 4 trainings"):
+        memory.settings_at_once(plan, settings, examples, 4)
 
 
 def test_free_memory_is_what_the_system_says():
@@ -557,6 +690,45 @@ def test_a_roll_call_passes_over_strangers():
     assert found == [([""], [])]
 
 
+def test_a_roll_call_ends_in_time_whatever_a_stranger_sends(monkeypatch):
+    port, found = free_port(), []
+    waiting = threading.Thread(
+        target=lambda: found.append(call((0, 2), coordinator=f"127.0.0.1:{port}", seconds=1.0)), daemon=True
+    )
+    began = time.monotonic()
+    waiting.start()
+    while True:
+        try:
+            stranger = socket.create_connection(("127.0.0.1", port), timeout=5)
+            break
+        except ConnectionRefusedError:
+            pass
+    with stranger, contextlib.suppress(OSError):
+        while waiting.is_alive() and time.monotonic() - began < 30:
+            stranger.sendall(b"x")
+            time.sleep(0.3)
+    waiting.join(1)
+    assert "process 1 of 2 did not come" in found[0][0][0]
+    assert time.monotonic() - began < 12
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "message"),
+    [
+        ("127.0.0.1:99999", "port must be from 1 to 65535, got 99999"),
+        ("a" * 70 + ":99", "can't be resolved (it is no name of a host)"),
+    ],
+)
+def test_addresses_that_are_none(coordinator, message):
+    for index in (0, 1):
+        assert message in call((index, 2), coordinator=coordinator)[0][0]
+
+
+def test_a_coordinator_elsewhere_is_said():
+    _, said = call((0, 10**9), coordinator=f"10.255.255.1:{free_port()}", seconds=0.1)
+    assert said[0].startswith("10.255.255.1 is no address of this machine")
+
+
 def test_settings_are_compared_by_digest(monkeypatch):
     processes.check_equal({"seeds": 3, "out": Path("a")})
 
@@ -576,6 +748,11 @@ def test_settings_are_compared_by_digest(monkeypatch):
         ("exit 0", 0, ""),
         ("echo bnjax: error: bad >&2; exit 2", 2, "bnjax: error: bad\n"),
         ("kill -TERM $$", 143, ""),
+        (
+            "echo 'F1130 17:59:28.9 1 parse_flags.cc:80] Unknown flag in XLA_FLAGS: --nonsense' >&2; exit 1",
+            2,
+            "bnjax: error: JAX ended: F1130 17:59:28.9 1 parse_flags.cc:80] Unknown flag in XLA_FLAGS: --nonsense\n",
+        ),
         (
             "echo seen >&2; echo 'I1130 17:59:28.9 1 coordination_service_agent.cc:1] joins' >&2; "
             "echo 'E1130 17:59:28.9 1 coordination_service_agent.cc:1] lost' >&2; echo more of it >&2; "
@@ -636,25 +813,28 @@ def test_the_first_line_says_what_runs_where(quick, capsys):
 
 
 def test_a_line_a_minute_where_there_is_no_terminal(quick, monkeypatch, capsys):
-    monkeypatch.setattr(console, "_PERIOD", -1)
-    monkeypatch.setattr(Quick, "run", progress)
+    monkeypatch.setattr(console, "_PERIOD", 0.1)
+
+    def run(self, options, report):
+        report.expect(2)
+        plan = dataclasses.make_dataclass("P", ["name", "label", "length"])
+        first = report.task(plan("a", "a", 10))
+        time.sleep(0.25)
+        first(0, {})  # the host was told before anything was done
+        first(5, {"test_accuracy": 0.25})
+        time.sleep(0.25)
+        report.task(plan("b", "b", 10))(10, {})
+        first(10, {"test_accuracy": 0.5})
+        time.sleep(0.25)
+        return Results("circles", {}, range(options.seeds)), {}
+
+    monkeypatch.setattr(Quick, "run", run)
     assert main([*quick, "out"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:4]
-    assert [line.partition(", about")[0] for line in lines[:2]] == [
-        "a: 5 of 10, test accuracy 0.2500 (25 % of all",
-        "a: 10 of 10, test accuracy 0.5000 (50 % of all",
-    ]
-    assert lines[2].startswith("b: 10 of 10") and "100 % of all" in lines[2]
-
-
-def progress(self, options, report):
-    report.expect(2)
-    plan = dataclasses.make_dataclass("P", ["name", "label", "length"])
-    first = report.task(plan("a", "a", 10))
-    first(5, {"test_accuracy": 0.25})
-    first(10, {"test_accuracy": 0.5})
-    report.task(plan("b", "b", 10))(10, {})
-    return Results("circles", {}, range(options.seeds)), {}
+    lines = [re.sub(r"about [0-9:]+ left", "about T left", line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines.index("a: compiling (0 % of all)") < lines.index(
+        "a: 5 of 10, test accuracy 0.2500 (25 % of all, about T left)"
+    )
+    assert "a: 10 of 10, test accuracy 0.5000 (100 % of all)" in lines
 
 
 def test_a_platform_that_is_not_there_is_one_line(quick, monkeypatch, capsys):
@@ -689,3 +869,12 @@ def test_importing_the_studies_starts_no_backend():
     code = "import jax; from jax._src import xla_bridge; from bnjax.studies import STUDIES\n"
     code += "for study in STUDIES.values(): study.load()\nprint(len(xla_bridge._backends))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0\n"
+
+
+@pytest.mark.parametrize("redirections", [">&-", ">&- 2>&-", ">&- 2>&- <&-"])
+def test_closed_streams(redirections, tmp_path):
+    command = f"{sys.executable} -m bnjax list {redirections}"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+    if "2>&-" in redirections:
+        run = subprocess.run(["bash", "-c", f"{sys.executable} -m bnjax report nowhere 2>&-"], stdout=subprocess.PIPE)
+        assert run.returncode == 2 and not run.stdout

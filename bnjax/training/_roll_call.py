@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 _LONGEST = 10_000  # bytes of a message
@@ -32,10 +33,15 @@ def roll_call(
     """
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + seconds
+    if not 0 < int(port) < 2**16:
+        raise RuntimeError(f"the coordinator's port must be from 1 to 65535, got {port}.")
     try:
-        socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise RuntimeError(f"the coordinator's host {host!r} can't be resolved ({error.strerror or error}).") from error
+        addresses = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no name of a host"
+        raise RuntimeError(f"the coordinator's host {host!r} can't be resolved ({reason}).") from error
+    if process_id == 0 and not any(_is_here(family, address[0]) for family, _, _, _, address in addresses):
+        report(f"{host} is no address of this machine, which process 0 has to be on unless it is forwarded here")
     if process_id == 0:
         _listen(coordinator, int(port), num_processes, end, seconds, report)
     else:
@@ -48,7 +54,7 @@ def _listen(coordinator: str, port: int, count: int, end: float, seconds: float,
     with contextlib.ExitStack() as stack:
         with _server(port) as server:
             while not problem and len(there) < count:
-                missing, now = _numbers([i for i in range(count) if i not in there]), time.monotonic()
+                missing, now = _missing(there, count), time.monotonic()
                 if now >= end:
                     problem = f"{missing} of {count} did not come to {coordinator} within {seconds:g} s."
                     break
@@ -73,6 +79,15 @@ def _listen(coordinator: str, port: int, count: int, end: float, seconds: float,
                 connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
     if problem:
         raise RuntimeError(problem)
+
+
+def _is_here(family: int, address: Any) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.bind((address, 0))
+    except OSError:
+        return False
+    return True
 
 
 def _server(port: int) -> socket.socket:
@@ -109,16 +124,23 @@ def _come(
 
 
 def _received(connection: socket.socket, seconds: float) -> dict[str, Any]:
-    """Returns the message of a connection; an empty one where none comes, or something else."""
-    connection.settimeout(seconds)
+    """Returns the message of a connection; an empty one where none comes in time, or something else."""
+    end, text = time.monotonic() + seconds, b""
     try:
-        with connection.makefile("rb") as file:
-            message = json.loads(file.readline(_LONGEST) or b"{}")
+        while not text.endswith(b"\n") and len(text) < _LONGEST and (left := end - time.monotonic()) > 0:
+            connection.settimeout(left)
+            if not (part := connection.recv(_LONGEST)):
+                break
+            text += part
+        message = json.loads(text or b"{}")
     except (OSError, ValueError, RecursionError):
         return {}
     return message if isinstance(message, dict) else {}
 
 
-def _numbers(missing: Sequence[int]) -> str:
-    shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-    return f"process{'es' * (len(missing) > 1)} {shown}"
+def _missing(there: set[int], count: int) -> str:
+    """Names the processes that are not there, the first of them."""
+    first = itertools.islice((i for i in range(count) if i not in there), 9)
+    shown = [str(i) for i in first]
+    several = "es" * (count - len(there) > 1)
+    return f"process{several} {', '.join(shown[:8])}{', …' * (len(shown) > 8)}"

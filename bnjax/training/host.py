@@ -44,6 +44,10 @@ def keep_freed_memory(pad: int = 2**28) -> bool:
 
 def check_checkpoint_path(path: str | os.PathLike) -> None:
     """Raises ValueError for a path with characters under which Orbax loses what it saves, without a word."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("Orbax loses checkpoints in a path that is not UTF-8.") from None
     unfit = "[]" if os.sep == "\\" else "[]\\"
     if found := sorted(set(unfit) & set(os.path.abspath(path))):
         raise ValueError(

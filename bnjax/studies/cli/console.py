@@ -1,26 +1,27 @@
 """A study on the terminal: progress while it runs, tables at the end, and its files."""
 
+import contextlib
 import dataclasses
 import datetime
-import functools
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from bnjax._extras import needs
 from bnjax.studies import STUDIES, Options, Study
-from bnjax.studies.cli.folder import FolderError, reserved
+from bnjax.studies.cli.folder import FolderError, is_finished, reserved
 from bnjax.studies.cli.logs import Logs
 from bnjax.studies.data import DataError, atomic_file
-from bnjax.studies.engine.saving import Saving
-from bnjax.studies.evidence import ledger
+from bnjax.studies.engine.saving import Saving, completing
+from bnjax.studies.evidence import ledger, record
 from bnjax.studies.evidence.claims import Judgment
 from bnjax.studies.evidence.record import RecordError
 from bnjax.studies.evidence.results import Results, claim_rows, metric_tables, save
@@ -46,7 +47,16 @@ class _Report:
         self.read: dict[str, TaskID] = {}
         self.done: dict[int, float] = {}  # the fraction of each training
         self.all: TaskID | None = None
-        self.started = self.spoken = time.monotonic()
+        self.started, self.latest, self.ended = time.monotonic(), "starting", threading.Event()
+        if progress.disable:
+            threading.Thread(target=self._speak, daemon=True).start()
+
+    def close(self) -> None:
+        self.ended.set()
+
+    def _speak(self) -> None:
+        while not self.ended.wait(_PERIOD):
+            self.progress.console.print(self.latest, markup=False)
 
     def expect(self, count: int) -> None:
         self.expected += count
@@ -56,6 +66,7 @@ class _Report:
         self.done[number] = 0.0
         task = self.progress.add_task(plan.label, total=plan.length, now="compiling")
         self.logs.begin(plan.name, plan.length)
+        self.tell(f"{plan.label}: compiling")
 
         def update(done: float, means: dict[str, float]) -> None:
             shown = next((k for k in _SHOWN if np.isfinite(means.get(k, np.nan))), None)
@@ -73,17 +84,16 @@ class _Report:
         self.progress.update(self.read[text], completed=fraction)
 
     def tell(self, text: str) -> None:
-        total, now = max(self.expected, len(self.done)), time.monotonic()
-        fraction = sum(self.done.values()) / total
-        seconds = datetime.timedelta(seconds=round((now - self.started) * (1 - fraction) / fraction))
-        left = f"about {seconds} left" if fraction < 1 else ""
+        total = max(self.expected, len(self.done))
+        fraction, left = sum(self.done.values()) / total, ""
+        if 0 < fraction < 1:
+            seconds = round((time.monotonic() - self.started) * (1 - fraction) / fraction)
+            left = f"about {datetime.timedelta(seconds=seconds)} left"
         if total > 1:
             if self.all is None:
                 self.all = self.progress.add_task("all trainings", total=total, now="")
             self.progress.update(self.all, completed=round(sum(self.done.values()), 1), now=left)
-        if self.progress.disable and now - self.spoken >= _PERIOD:
-            self.spoken = now
-            self.progress.console.print(f"{text} ({100 * fraction:.0f} % of all, {left})", markup=False)
+        self.latest = f"{text} ({', '.join(filter(None, (f'{100 * fraction:.0f} % of all', left)))})"
 
 
 def run_study(
@@ -108,19 +118,35 @@ def run_study(
       FolderError: if `out` can't be saved to, or holds what would be lost.
     """
     is_first = jax.process_index() == 0  # one of several processes speaks and saves
-    with reserved(out, study.name, options.to_json(), resume=resume, force=force) if is_first else nullcontext():
-        return _run_study(study, options, out, quiet or not is_first, resume, checkpoint_every, log if is_first else ())
+    given, problem, console = options.to_json(), None, _console(quiet or not is_first)
+    with contextlib.ExitStack() as held:
+        try:
+            if is_first:
+                held.enter_context(reserved(out, study.name, given, resume=resume, force=force))
+        except FolderError as error:
+            problem = error
+        done = is_first and resume and not force and problem is None and is_finished(out, study.name, given)
+        is_bad, is_done = _of_any(problem is not None), _of_any(done)
+        if is_bad:
+            raise problem or FolderError(f"process 0 can't save to {out}, and says why")
+        if is_done:
+            console.print(f"{out} holds the finished results of this run; there is nothing left to do", markup=False)
+            return Results.load(out) or Results(study.name, {}, ())
+        return _run_study(study, options, out, console, resume, checkpoint_every, log if is_first else ())
+
+
+def _of_any(value: bool) -> bool:
+    """Returns whether a value is true in any process."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(value)).any())
 
 
 def _run_study(
-    study: Study, options: Options, out: Path, quiet: bool, resume: bool, checkpoint_every: float, log: Sequence[str]
+    study: Study, options: Options, out: Path, console: Console, resume: bool, every: float, log: Sequence[str]
 ) -> Results:
     logs = Logs(log, out, study.name, options.to_json())
-    console = _console(quiet)
     configuration = {"study": study.name, "dataset": getattr(options, "dataset", None)}
-    saving = Saving(
-        out / "checkpoints", configuration, checkpoint_every, resume, functools.partial(console.print, markup=False)
-    )
+    say = lambda text: print(f"bnjax: {text}", file=sys.stderr)  # noqa: E731
+    saving = Saving(out / "checkpoints", configuration, every, resume, say)
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[now]}")
@@ -129,13 +155,19 @@ def _run_study(
     console.print(
         f"{study.name}: {seeds_in_words(options.seeds)} on {jax.device_count()} × {kind}, saving to {out}", markup=False
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        results, figures = study.load().run(options, _Report(progress, logs))
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        contextlib.closing(_Report(progress, logs)) as report,
+    ):
+        results, figures = study.load().run(options, report)
     results.options = options.to_json()
     if jax.process_index() > 0:
         return results
     seconds = time.perf_counter() - clock
-    paths = save(results, figures, out, seconds, started)
+    with completing():
+        paths, missing = save(results, figures, out, seconds, started)
+    for problem in missing:
+        print(f"bnjax: {record.plain(problem)}", file=sys.stderr)
     logs.results(results, out)
     logs.close()
     print_tables(results, console)
@@ -154,6 +186,8 @@ def print_ledger(
     and of the study's data sets the first that can be had. The claims of a study that is left out, or whose data can't
     be had, are undecided, with the reason. Quietly, only the ledger is printed.
     """
+    from bnjax.training.checkpoint import CheckpointError
+
     console, progress = _console(False), _console(quiet)
     judgments, counts = [], {}
     for error in ledger.saved_runs(out)[1]:
@@ -173,10 +207,10 @@ def print_ledger(
             progress.print(f"{name}: results of `{saved.command}` found in {out / name}", markup=False)
             choices = []
         for options in choices:
-            try:
-                _resume_or_begin(study, options, out / name, quiet, progress)
+            try:  # an interrupted run is continued, and a finished one that is too short begun anew
+                run_study(study, options, out / name, quiet, resume=not saved, force=bool(saved))
                 break
-            except (DataError, FolderError) as error:
+            except (CheckpointError, DataError, FolderError) as error:
                 reason = reason or f"not run: {error}"
                 progress.print(f"{name}: {error}", markup=False)
         if runs := ledger.saved_runs(out)[0].get(name):
@@ -185,24 +219,12 @@ def print_ledger(
         else:
             judgments += [Judgment(claim, (), reason) for claim in study.load().CLAIMS]
     judged = ledger.Ledger(judgments, counts)
+    judged.save(out)
     _print_table(console, "claims", *judged.rows())
     if notes := judged.footnotes():
         console.print(f"Changed after results had been seen:{notes}", markup=False)
     console.print(judged.summary())
-    judged.save(out)
     return judged
-
-
-def _resume_or_begin(study: Study, options: Options, out: Path, quiet: bool, console: Console) -> None:
-    """Runs a study, continuing an interrupted run unless that had other options."""
-    from bnjax.training.checkpoint import CheckpointError
-
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        run_study(study, options, out, quiet, resume=True, force=True)
-    except CheckpointError as error:
-        console.print(f"{study.name}: {error} Starting afresh.", markup=False)
-        run_study(study, options, out, quiet, force=True)
 
 
 def _console(quiet: bool) -> Console:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from bnjax.training.host import check_checkpoint_path
 with needs("studies"):
     import filelock
 
-_LOCK = ".lock"
+_LOCK, _CHECKPOINTS = ".lock", "checkpoints"
 
 
 class FolderError(Exception):
@@ -61,17 +62,35 @@ def reserved(out: Path, study: str, options: Mapping[str, Any], *, resume: bool,
         problem = f"{out} can't be written to ({error.strerror or error})"
         raise FolderError(problem, give_another=("--out", "DIRECTORY")) from error
     except ValueError as error:
-        raise FolderError(str(error).rstrip("."), give_another=("--out", _free(Path("runs") / study))) from None
+        another = Path("runs") / study
+        try:
+            check_checkpoint_path(another)
+        except ValueError:  # the working directory is what does not fit
+            another = Path.home() / another
+        raise FolderError(str(error).rstrip("."), give_another=("--out", _free(another))) from None
     try:
+        if problem := _in_the_way(out):
+            raise FolderError(f"{out} holds {problem}", give_another=instead)
         if not force and (problem := _lost(out, study, options, resume)):
             raise FolderError(f"{out} holds {problem}", replace_it=("--force",), keep_it=instead)
-        if not (force or resume) and any((out / "checkpoints").glob("*/*/")):
+        if not (force or resume) and any((out / _CHECKPOINTS).glob("*/*/")):
             raise FolderError(f"{out} holds an unfinished run", continue_it=("--resume",), begin_anew=("--force",))
+        if force and not resume:
+            shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
         yield
     finally:
         with contextlib.suppress(OSError):
             (out / _LOCK).unlink()  # whoever waits for the lock then makes it anew
         lock.release()
+
+
+def _in_the_way(out: Path) -> str:
+    """Says what stands where files of a run have to be; nothing where nothing does."""
+    if os.path.lexists(out / _CHECKPOINTS) and not (out / _CHECKPOINTS).is_dir():
+        return f"a file called {_CHECKPOINTS}, where checkpoints have to be"
+    endings = (".json", ".npz", ".md", ".png")
+    folders = (entry.name for entry in os.scandir(out) if entry.is_dir() and entry.name.endswith(endings))
+    return next((f"a directory called {name}, where a file may have to be" for name in sorted(folders)), "")
 
 
 def _lost(out: Path, study: str, options: Mapping[str, Any], resume: bool) -> str:
@@ -85,6 +104,14 @@ def _lost(out: Path, study: str, options: Mapping[str, Any], resume: bool) -> st
     if saved and not (resume and dict(saved.options) == dict(options)):
         return f"finished results of `{saved.command}`"
     return ""
+
+
+def is_finished(out: Path, study: str, options: Mapping[str, Any]) -> bool:
+    """Returns whether a directory holds the results of a run of these options."""
+    with contextlib.suppress(RecordError):
+        saved = Results.load(out)
+        return bool(saved and saved.study == study and dict(saved.options) == dict(options))
+    return False
 
 
 def _free(out: Path) -> str:

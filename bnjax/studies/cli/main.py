@@ -1,12 +1,12 @@
 """The command line: `bnjax list`, `bnjax run STUDY`, `bnjax claims`, `bnjax report` and `bnjax compile STEP`."""
 
 import argparse
-import contextlib
 import errno
 import os
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,33 +27,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
       line on standard error); 130 after Ctrl-C, and 143 after SIGTERM.
     """
     with safe_output() as output:
-        status = _main(sys.argv[1:] if arguments is None else list(arguments))
-    if output.error is None or getattr(output.error, "errno", None) == errno.EPIPE:  # as of `| head`
-        return status
-    with contextlib.suppress(OSError):
-        text = f"bnjax: output is lost ({_reason(output.error)}); files are written all the same"
-        print(text, file=sys.stderr, flush=True)
-    return status or 1
+        try:
+            status: Any = _main(sys.argv[1:] if arguments is None else list(arguments))
+        except SystemExit as end:  # of the parser, as after --help
+            status = end
+        output.flush()
+        if (
+            output.error is not None and getattr(output.error, "errno", None) != errno.EPIPE
+        ):  # which is that of `| head`
+            reason = getattr(output.error, "strerror", None) or output.error
+            print(f"bnjax: output is lost ({reason}); files are written all the same", file=sys.stderr, flush=True)
+            status = 1 if isinstance(status, SystemExit) else status or 1
+    if isinstance(status, SystemExit):
+        raise status
+    return status
 
 
 def _again(options: argparse.Namespace, *more: str) -> str:
-    """Returns the command once more, with further arguments in place of those of their kind."""
+    """Returns the command once more, with further arguments in place of those that they exclude."""
     kept, words = [], iter(options.arguments)
     for word in words:
         if "--out" in more and word.startswith("--out"):
             next(words) if word == "--out" else None
-        elif word not in more:
+        elif word not in more and not (more[:1] in (("--force",), ("--resume",)) and word in ("--force", "--resume")):
             kept.append(word)
     return shlex.join(["bnjax", *kept, *more])
 
 
 def _say(error: Any) -> None:
     """Prints what is wrong, on one line."""
-    print("bnjax: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    from bnjax.studies.evidence.record import plain
 
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    print("bnjax: error:", plain(" ".join(str(error).splitlines())), file=sys.stderr)
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -147,6 +152,8 @@ def _claims(options: argparse.Namespace) -> int:
             raise ValueError(f"--data-dir {options.data_dir} is no directory")
         _check_backend()
         options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
         with stopping_on_signals():
             console.print_ledger(names, options.seeds, options.fast, options.out, options.data_dir, options.quiet)
     except (CheckpointError, ValueError, OSError) as error:
@@ -157,17 +164,20 @@ def _claims(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from bnjax.studies.cli.report import write_report
+    from bnjax.studies.evidence.record import plain
 
     out = options.out or options.run_dir / "report.html"
     try:
         if not options.run_dir.is_dir():
             raise ValueError(f"RUN_DIR {options.run_dir} is no directory")
+        if out.suffix not in (".html", ".htm"):
+            raise ValueError(f"--out must end with .html, got {out}")
         count, missing = write_report(options.run_dir, out)
     except (ValueError, OSError) as error:
         _say(error)
         return 2
     for text in missing:
-        print(f"bnjax: not shown: {text}", file=sys.stderr)
+        print(f"bnjax: not shown: {plain(text)}", file=sys.stderr)
     print(f"{out}: {count} {'study' if count == 1 else 'studies'}, {out.stat().st_size / 2**20:.1f} MiB")
     return 0
 
@@ -179,6 +189,8 @@ def _compile(options: argparse.Namespace) -> int:
     from bnjax.studies.cli import console
 
     try:
+        if options.json and options.json.suffix != ".json":
+            raise ValueError(f"--json must end with .json, got {options.json}")
         fits = console.compile_step(options.step, options.topology, options.parallel, options.batch, options.json)
     except (ImportError, ValueError, OSError) as error:
         _say(error)

@@ -40,11 +40,14 @@ class Output:
 
 @contextlib.contextmanager
 def safe_output() -> Iterator[Output]:
-    """Makes standard output safe, and shows what its encoding lacks as question marks."""
+    """Makes standard output and standard error safe, and shows what their encoding lacks as question marks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     output = Output(sys.stdout)
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(Output(sys.stderr)):
         yield output
         output.flush()

@@ -18,6 +18,7 @@ WORKER = "BNJAX_WORKER"
 _OF_JAX = re.compile(r"[IW]\d{4} \d\d:\d\d:\d\d.*(coordination|distributed|preemption|gloo)", re.IGNORECASE)
 # What follows such a line is more of the same, and a stack.
 _FATAL = re.compile(r"F\d{4} \d\d:|E\d{4} \d\d:.*(coordination|distributed|heartbeat)|Fatal Python error", re.I)
+_OF_ANOTHER = re.compile("coordination|distributed|heartbeat", re.IGNORECASE)
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -38,21 +39,24 @@ def watch(arguments: Sequence[str]) -> int:
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: child.send_signal(number))
-    is_fatal = False
+    said, kept = False, []  # whether the process has said what is wrong, and what it said of JAX's own
     with child:
         for line in child.stderr or ():
-            is_fatal |= bool(_FATAL.match(line))
-            if not is_fatal and not _OF_JAX.match(line):
+            if _FATAL.match(line) or kept:
+                kept.append(line)
+            elif not _OF_JAX.match(line):
+                said |= line.startswith("bnjax: ")
                 print(line, end="", file=sys.stderr, flush=True)
     status = child.wait()
-    if status >= 0:
-        return status
-    if -status in (signal.SIGABRT, signal.SIGSEGV):
-        print(
-            "bnjax: error: another process of this run has died, or gives no sign of life", file=sys.stderr, flush=True
-        )
-        return 2
-    return 128 - status
+    if status == 0 or said or -status in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        return status if status >= 0 else 128 - status
+    is_of_another = any(_OF_ANOTHER.search(line) for line in kept)
+    first = " ".join(kept[0].split()) if kept else f"status {status}"
+    problem = (
+        "another process of this run has died, or gives no sign of life" if is_of_another else f"JAX ended: {first}"
+    )
+    print(f"bnjax: error: {problem}", file=sys.stderr, flush=True)
+    return 2
 
 
 def end_with_watcher() -> None:

@@ -51,7 +51,7 @@ def write_report(run_dir: Path, out: Path) -> tuple[int, list[str]]:
         made_by="bnjax report",
     )
     with atomic_file(out) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="replace"))
     return len(shown), missing
 
 
@@ -80,7 +80,7 @@ def _study(path: Path, saved: Results, is_one_of_several: bool, missing: list[st
                 f"figure {error}" if isinstance(error, ValueError) else f"figure {path / file}: {error.strerror}."
             )
     return {
-        "name": path.resolve().name if is_one_of_several else study.name,
+        "name": record.plain(path.resolve().name) if is_one_of_several else study.name,
         "summary": study.summary[0].upper() + study.summary[1:],
         "source": study.source,
         "command": saved.command,
@@ -103,7 +103,9 @@ def _sizes(document: Mapping[str, Any]) -> list[list[str]]:
 def _settings(document: Mapping[str, Any]) -> dict[str, str]:
     machine = document["machine"]
     devices = f"{len(machine['devices'])} × {machine['devices'][0]} ({machine['backend']})"
-    processor = f"{machine['processor']}, {machine['cores']} cores" if "processor" in machine else machine["system"]
+    processor = machine["system"]
+    if {"processor", "cores"} <= set(machine):
+        processor = f"{machine['processor']}, {machine['cores']} cores"
     return {
         **{key.replace("_", " "): _text(value) for key, value in document["settings"].items()},
         "seeds": _text(len(document["seeds"])),

@@ -366,8 +366,9 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
     """Opens a binary file for writing that appears under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for partial in path.parent.glob(f".{glob.escape(path.name)}-*"):
-        if time.time() - partial.stat().st_mtime > _ABANDONED:
-            partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another user's, or a directory
+            if time.time() - partial.stat().st_mtime > _ABANDONED:
+                partial.unlink()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:

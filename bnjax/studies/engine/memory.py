@@ -1,12 +1,12 @@
 """The memory that trainings of many seeds need: what fits runs at once, and what never will is refused at the start."""
 
+import contextlib
 import math
-import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bnjax import _calls
 from bnjax.studies.engine.plan import Plan, Setting
@@ -18,8 +18,8 @@ AT_ONCE = 2**31
 into which settings are cut, as rounding depends on how many are computed together."""
 
 
-def settings_at_once(plan: Plan, settings: Setting, examples: Any) -> int:
-    """Returns how many settings one program trains.
+def settings_at_once(plan: Plan, settings: Setting, examples: Any, trainings: int = 1) -> int:
+    """Returns how many settings one program trains, in a run of so many trainings whose results are held to its end.
 
     Raises:
       ValueError: if the results of all settings do not fit into the memory that is free.
@@ -28,11 +28,12 @@ def settings_at_once(plan: Plan, settings: Setting, examples: Any) -> int:
         return count
     training, results = needed(plan, jax.tree.map(lambda v: v[0], settings), examples)
     free = free_memory()
-    if 3 * count * results > free:  # as they come, by seed, and as they are saved
-        most = f"at most {int(free / (3 * results)):,} fit" if free > 3 * results else "fewer steps need less"
+    each = (trainings + 2) * results  # those of the training that ends are held thrice: as they come, and by seed
+    if count * each > free:
+        most = f"at most {int(free / each):,} fit" if free > each else "fewer steps need less"
         raise ValueError(
-            f"the results of {count:,} trainings of {plan.label} need {3 * count * results / 2**30:,.1f} GiB, and "
-            f"{free / 2**30:,.1f} GiB of memory are free: {most}."
+            f"the results of {count:,} seeds of {trainings} trainings such as {plan.label} need "
+            f"{count * each / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are free: {most}."
         )
     return min(count, max(1, AT_ONCE // training))
 
@@ -80,9 +81,13 @@ def _bytes(array: Any) -> int:
 
 
 def free_memory() -> float:
-    """Returns the bytes of memory that are free, as far as the system says."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else np.inf
+    """Returns the bytes of memory that are free, as far as the system says, also to a group of processes."""
+    free = [math.inf]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        group = Path("/sys/fs/cgroup") / own.removeprefix("0::/")
+        free.append(float(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())))
+    return min(free)

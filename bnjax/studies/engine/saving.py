@@ -6,6 +6,7 @@ A signal that ends a run (SIGINT, SIGTERM) does so after the compiled call that 
 import contextlib
 import dataclasses
 import itertools
+import os
 import shutil
 import signal
 import sys
@@ -32,14 +33,16 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Makes SIGINT and SIGTERM raise `Stopped`, once trainings have saved their state; a second one, at once.
+    """Makes SIGINT and SIGTERM raise `Stopped`, once trainings have saved their state; a second one ends the process.
 
     Of several processes, which only save together, SIGTERM to one stops all, as JAX tells them; SIGINT one, at once.
     """
 
     def stop(number: int, frame: Any) -> None:
         _asked.append(number)
-        if not _training or len(_asked) > 1 or jax.process_count() > 1:
+        if len(_asked) > 1:
+            os._exit(128 + number)  # an exception would wait for the threads that train
+        if not _training or jax.process_count() > 1:
             raise Stopped(number)
         print("bnjax: saving a checkpoint, then stopping; once more to stop at once", file=sys.stderr, flush=True)
 
@@ -51,6 +54,16 @@ def stopping_on_signals() -> Iterator[None]:
         _asked.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def completing() -> Iterator[None]:
+    """Makes a first signal wait for what is done within, such as the writing of results, which then end the run."""
+    _training.add(0)
+    try:
+        yield
+    finally:
+        _training.discard(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +79,14 @@ class Saving:
     every: float = 60.0
     resume: bool = False
     report: Callable[[str], Any] = print
+    started: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class Saved(contextlib.AbstractContextManager):
     """The checkpoints of one training, for a `with` statement; the first due one opens them, if there is a `Saving`."""
 
     def __init__(self, saving: Saving | None, name: str, configuration: Mapping[str, Any]):
-        self._saving, self._started, self._checkpoints = saving, time.monotonic(), None
+        self._saving, self._checkpoints = saving, None
         if saving:
             self._directory = saving.directory / name
             self._configuration = {**saving.configuration, "training": name, **configuration}
@@ -102,16 +116,19 @@ class Saved(contextlib.AbstractContextManager):
             )
         return restored
 
-    def save(self, step: int, state: Callable[[], Any]) -> None:
-        """Saves a state where a checkpoint is due, or where the run is asked to stop, and then raises `Stopped`."""
+    def save(self, step: int, state: Callable[[], Any], is_last: bool) -> None:
+        """Saves a state where a checkpoint is due, or where the run is asked to stop, and then raises `Stopped`.
+
+        The first of a training is due once the run has lasted for the time between two, and then its last state too.
+        """
         if not self._saving:
             return
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_calls)):
             _asked.append(signal.SIGTERM)
         stops = bool(_asked) and id(self) in _training
-        is_due = time.monotonic() - self._started >= self._saving.every
+        is_due = time.monotonic() - self._saving.started >= self._saving.every
         if self._checkpoints is not None or is_due or stops or jax.process_count() > 1:
-            self._open(self._saving).save(step, state(), force=stops)
+            self._open(self._saving).save(step, state(), force=stops or is_last)
         if stops:
             raise Stopped(_asked[0])
 

@@ -80,7 +80,7 @@ def train(
     else:
         way = Compiled(plan, examples, is_split, histograms, is_beside)
     count = len(settings["key"])
-    size = 1 if is_split else settings_at_once(plan, settings, examples)
+    size = 1 if is_split else settings_at_once(plan, settings, examples, getattr(report, "expected", 1))
     parts = range(count) if is_split else [slice(first, first + size) for first in range(0, count, size)]
     groups = [jax.tree.map(lambda v, part=part: v[part], settings) for part in parts]
     configuration = {"settings": _digest(settings), "steps": plan.steps, "every": plan.every, "part": plan.part}
@@ -104,7 +104,7 @@ def train(
                     leaves = jax.device_get(leaves)
                     for i in range(len(jax.tree.leaves(leaves)[0])):
                         count_values(counted, first // plan.part + i, jax.tree.map(lambda v, i=i: v[i], leaves))
-                saved.save(end, lambda state=state: (way.whole(state), series, counted))
+                saved.save(end, lambda state=state: (way.whole(state), series, counted), end == plan.steps)
                 so_far = (number * plan.steps + end) / (plan.unit * len(groups))
                 update(int(so_far) if plan.unit == 1 else so_far, _means(plan, series[0], end, values[2]))
         return series, way.kept(state), counted
@@ -169,7 +169,8 @@ def in_threads(work: Callable[[Any, Report], Any], jobs: Sequence[Any], report: 
         return stoppable
 
     report.expect(len(jobs))
-    watched: Any = types.SimpleNamespace(expect=report.expect, task=task, reading=report.reading)
+    expected = getattr(report, "expected", len(jobs))
+    watched: Any = types.SimpleNamespace(expect=report.expect, task=task, reading=report.reading, expected=expected)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(min(len(jobs), cores)) as pool:
         try:

@@ -48,7 +48,8 @@ class Ledger:
     def save(self, out: Path) -> None:
         """Writes `ledger.json` and `ledger.md`."""
         document = {"schema": 1, "seeds": dict(self.seeds), "claims": [j.to_json() for j in self.judgments]}
-        for name, content in (("ledger.json", record.write(document)), ("ledger.md", f"{self.markdown()}\n".encode())):
+        page = f"{self.markdown()}\n".encode(errors="replace")
+        for name, content in (("ledger.json", record.write(document)), ("ledger.md", page)):
             with atomic_file(out / name) as file:
                 file.write(content)
 

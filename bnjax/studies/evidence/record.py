@@ -17,12 +17,20 @@ _LARGEST = 2**26  # bytes: a hundred times the largest record of a study
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Plain = None | bool | int | float | str
 Setting = Plain | list[Plain | list[Plain]] | dict[str, Plain | list[Plain] | dict[str, Plain]]
-PictureName = Annotated[str, Meta(pattern=r"^\w[\w .-]*\.png$", max_length=200)]
+PictureName = Annotated[str, Meta(pattern=r"^\w[\w .-]*\.png\Z", max_length=200)]
 """The name of a figure, which is a file beside the record and can't lead to another place."""
 
 
 class RecordError(ValueError):
-    """A record that can't be read; the message names the file, the field and what is wrong."""
+    """A record that can't be read; the message names the file, the field and what is wrong, on one line."""
+
+    def __init__(self, message: str):
+        super().__init__(plain(message))
+
+
+def plain(text: str) -> str:
+    """Returns a text on one line, with escapes for what would move a terminal's cursor, or is no letter at all."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class _Version(Struct):
@@ -55,7 +63,7 @@ class Variant(Struct):
     label: str
     metrics: dict[str, Metric]
     settings: dict[str, Setting] = {}
-    parameters: dict[str, dict[str, list[Count]]] = {}
+    parameters: dict[str, dict[str, Annotated[list[Count], Meta(max_length=32)]]] = {}
 
 
 class Condition(Struct):

@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class Results:
                 words.append(f"--{key.replace('_', '-')}")
                 if value is not True:
                     words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
-        return " ".join(words)
+        return record.plain(shlex.join(words))
 
     def add(self, trained: Any, settings: Mapping[str, Any], metrics: Arrays, curves: Arrays | None = None) -> None:
         """Adds a `bnjax.studies.engine.plan.Trained` with its histograms, metrics and curves (its own by default)."""
@@ -165,24 +166,35 @@ class Results:
 
 def save(
     results: Results, figures: Mapping[str, Any], out: Path, seconds: float, started: datetime.datetime
-) -> list[Path]:
-    """Writes `results.json`, `curves.npz`, `summary.md` and the figures, each complete or not at all.
+) -> tuple[list[Path], list[str]]:
+    """Writes `results.json`, `summary.md`, `curves.npz` and the figures, each complete or not at all, numbers first.
 
     `figures` are by file name, `out` is made where it is missing, and the run of some seconds began at `started`. The
-    paths written are returned.
+    paths written are returned, and what is wrong with figures that could not be.
     """
-    results.figures = {name: _description(name, figure) for name, figure in figures.items()}
     arrays: dict[str, Any] = results.arrays
     contents: dict[str, Callable[[Any], Any]] = {
+        "results.json": lambda file: file.write(record.write(results.to_json(seconds, started))),
+        "summary.md": lambda file: file.write(summary_markdown(results).encode() + b"\n"),
         "curves.npz": lambda file: np.savez_compressed(file, **arrays),
         **{name: functools.partial(figure.savefig, format="png", dpi=120) for name, figure in figures.items()},
-        "summary.md": lambda file: file.write(summary_markdown(results).encode() + b"\n"),
-        "results.json": lambda file: file.write(record.write(results.to_json(seconds, started))),
     }
+    problems = {}
     for name, write in contents.items():
-        with atomic_file(out / name) as file:
-            write(file)
-    return [out / name for name in contents]
+        try:
+            with atomic_file(out / name) as file:
+                write(file)
+        except Exception as error:  # the numbers are there, or the next file may be
+            problems[name] = error
+    drawn = {name: figure for name, figure in figures.items() if name not in problems}
+    results.figures = {name: _description(name, figure) for name, figure in drawn.items()}
+    with atomic_file(out / "results.json") as file:  # once more, with the figures that are there
+        contents["results.json"](file)
+    for name, error in problems.items():
+        if name not in figures:
+            raise error
+    missing = [f"{out / name} can't be saved: {str(error).strip().splitlines()[0]}" for name, error in problems.items()]
+    return [out / name for name in contents if name not in problems], missing
 
 
 def _installed_versions() -> dict[str, str]:

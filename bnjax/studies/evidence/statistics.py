@@ -66,8 +66,9 @@ def interval(values: np.ndarray) -> Interval:
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     n = len(values)
-    half = float(half_width(values.std(ddof=1), n)) if n > 1 else math.nan
-    return Interval(float(values.mean()) if n else math.nan, half, n)
+    with np.errstate(over="ignore", invalid="ignore"):  # of values near the largest number
+        half = float(half_width(values.std(ddof=1), n)) if n > 1 else math.nan
+        return Interval(float(values.mean()) if n else math.nan, half, n)
 
 
 def half_width(deviation: Any, n: int) -> Any:
