@@ -1,6 +1,7 @@
 import datetime
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -275,22 +276,42 @@ def test_a_claim_is_judged_by_the_run_that_decides_it(tmp_path, monkeypatch):
     assert by_id["S1.5"].measured == "needs epochs 100"  # neither decides it; the first says why
 
 
-def test_an_unfinished_run_of_other_options_is_kept_and_left_out(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("has_results", "is_older", "expected"),
+    [
+        (False, False, [(True, False)]),
+        (True, False, [(True, True)]),
+        (True, True, [(True, True), (False, True)]),  # the checkpoints are those of the finished run
+    ],
+)
+def test_an_unfinished_run_of_other_options_is_kept_and_left_out(
+    tmp_path, monkeypatch, capsys, has_results, is_older, expected
+):
     from bnjax.training.checkpoint import CheckpointError
 
+    folder = tmp_path / "circles"
+    (folder / "checkpoints" / "after-0" / "7").mkdir(parents=True)
+    if has_results:
+        save_run(folder, "circles", STUDIES["circles"].options(seeds=2))
+        offset = -10 if is_older else 10
+        now = (folder / "results.json").stat().st_mtime + offset
+        os.utime(folder / "checkpoints" / "after-0" / "7", (now, now))
     begun = []
 
     def run_study(study, options, out, quiet, *, resume=False, force=False):
         begun.append((resume, force))
-        raise CheckpointError("of another configuration.")
+        if resume:
+            raise CheckpointError("of another configuration.")
+        save_run(out, study.name, options, (0.84, 0.841, 0.842))
 
     monkeypatch.setattr(console, "run_study", run_study)
-    judged = console.print_ledger(["circles"], 2, False, tmp_path, None, False)
-    assert begun == [(True, False)]
-    assert {judgment.reason for judgment in judged.judgments} == {"not run: of another configuration."}
+    judged = console.print_ledger(["circles"], 3, False, tmp_path, None, False)
+    assert begun == expected
     printed = capsys.readouterr().out
-    assert "circles: of another configuration." in printed
+    assert ("circles: of another configuration." in printed) == (len(expected) == 1)
     assert "- * S1.11: added after" in printed
+    if not has_results:
+        assert {judgment.reason for judgment in judged.judgments} == {"not run: of another configuration."}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from bnjax._extras import needs
 from bnjax.studies import STUDIES, Options, Study
-from bnjax.studies.cli.folder import FolderError, is_finished, reserved
+from bnjax.studies.cli.folder import FolderError, is_finished, is_unfinished, reserved
 from bnjax.studies.cli.logs import Logs
 from bnjax.studies.data import DataError, atomic_file
 from bnjax.studies.engine.saving import Saving, completing
@@ -207,8 +207,13 @@ def print_ledger(
             progress.print(f"{name}: results of `{saved.command}` found in {out / name}", markup=False)
             choices = []
         for options in choices:
-            try:  # an interrupted run is continued, and a finished one that is too short begun anew
-                run_study(study, options, out / name, quiet, resume=not saved, force=bool(saved))
+            try:
+                try:
+                    run_study(study, options, out / name, quiet, resume=True, force=bool(saved))
+                except CheckpointError:
+                    if not saved or is_unfinished(out / name):
+                        raise
+                    run_study(study, options, out / name, quiet, force=True)  # in place of the finished, shorter run
                 break
             except (CheckpointError, DataError, FolderError) as error:
                 reason = reason or f"not run: {error}"

@@ -73,7 +73,7 @@ def reserved(out: Path, study: str, options: Mapping[str, Any], *, resume: bool,
             raise FolderError(f"{out} holds {problem}", give_another=instead)
         if not force and (problem := _lost(out, study, options, resume)):
             raise FolderError(f"{out} holds {problem}", replace_it=("--force",), keep_it=instead)
-        if not (force or resume) and any((out / _CHECKPOINTS).glob("*/*/")):
+        if not (force or resume) and is_unfinished(out):
             raise FolderError(f"{out} holds an unfinished run", continue_it=("--resume",), begin_anew=("--force",))
         if force and not resume:
             shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
@@ -104,6 +104,12 @@ def _lost(out: Path, study: str, options: Mapping[str, Any], resume: bool) -> st
     if saved and not (resume and dict(saved.options) == dict(options)):
         return f"finished results of `{saved.command}`"
     return ""
+
+
+def is_unfinished(out: Path) -> bool:
+    """Returns whether a directory holds checkpoints that are newer than its results, or has no results beside them."""
+    finished = max((path.stat().st_mtime for path in out.glob("results.json")), default=0.0)
+    return any(path.stat().st_mtime > finished for path in (out / _CHECKPOINTS).glob("*/*/"))
 
 
 def is_finished(out: Path, study: str, options: Mapping[str, Any]) -> bool:
