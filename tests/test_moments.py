@@ -269,3 +269,14 @@ def test_the_variance_of_a_spike_between_the_sampled_elements():
     x = np.zeros((5000, 1), np.float32)
     x[3] = 2.5e19
     np.testing.assert_allclose(moments(x).var, np.var(x.astype(float)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "size", [5, 2**24, 2**24 + 1, 2**31 - 1001, 2**31 - 300, 2**31 - 256, 2**31 - 100, 2**31 + 100, 2**31 + 1001]
+)
+def test_counts_are_exact_as_far_as_32_bits_count(size):
+    count = jnp.float32(size)
+    found, remainder = bnjax._moments._exact_count(count, None, (size, 3), (1,), None, None)
+    assert found == count
+    is_exact = 2**24 < size < 2**31 - 2**8
+    assert remainder == (size - int(np.float32(size)) if is_exact else 0)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from versions import needs_jax_0_8
 
+import bnjax
 from bnjax import Moments, batch_norm, init_batch_norm, merge_moments, moments, update_batch_stats
 
 pytestmark = pytest.mark.core
@@ -204,6 +205,14 @@ def test_narrow_formats_are_normalized_by_float32_statistics(dtype):
     np.testing.assert_array_equal(np.float32(y), np.float32(exact.astype(dtype)))
     wide, _ = batch_norm(x, {}, init_batch_norm(2)[1], training=True, dtype=jnp.float32)
     np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_complex_input_with_two_feature_axes(x64):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(2 * (rng.normal(size=(6, 4, 3)) + 1j * rng.normal(size=(6, 4, 3))) + 3 - 1j)
+    m = bnjax.moments(x, axis=(1, 2))
+    np.testing.assert_allclose(m.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(m.var, (jnp.abs(x - x.mean(0)[None]) ** 2).mean(0), rtol=1e-12)
 
 
 @pytest.mark.parametrize("masked", [False, True])

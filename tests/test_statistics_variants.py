@@ -194,6 +194,17 @@ def test_a_kind_for_each_example_is_right_against_separate_batches(masked, mappe
     chex.assert_trees_all_equal(same, stats)
 
 
+def test_a_kind_for_each_example_under_a_boolean_mask(x64):
+    x, params, _ = example((8, 5, 3))
+    _, stats = init_split_batch_norm(3, 3, dtype=jnp.float64)
+    mask = np.random.default_rng(1).random((8, 5, 1)) > 0.4
+    found = split_batch_norm(x, params, stats, training=True, split=KINDS, mask=mask)
+    expected = split_batch_norm(x, params, stats, training=True, split=KINDS, mask=mask.astype(np.float32))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+    kept = np.asarray(x)[KINDS == 0][np.broadcast_to(mask, x.shape)[KINDS == 0]].reshape((-1, 3))
+    np.testing.assert_allclose(found[1]["mean"][0], 0.01 * kept.mean(0), rtol=1e-4, atol=1e-6)
+
+
 def test_a_kind_for_each_example_on_an_explicit_mesh():
     x, params, _ = example((8, 3), jnp.float32)
     _, stats = init_split_batch_norm(3, 3)

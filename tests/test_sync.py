@@ -11,6 +11,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import bnjax
+import bnjax.variants
 from bnjax import Moments, _sync, moments
 
 pytestmark = pytest.mark.core
@@ -89,10 +91,10 @@ GRID = [(width, weights, axis) for width in (12, 16) for weights in WEIGHTS for 
 
 
 @pytest.mark.parametrize(
-    ("width", "weights", "axis"),
-    [pytest.param(*case, marks=[] if case in COMMON else pytest.mark.exhaustive) for case in GRID],
+    "case", [pytest.param(case, marks=[] if case in COMMON else pytest.mark.exhaustive) for case in GRID]
 )
-def test_parts_of_the_last_reduced_axis(width, weights, axis):
+def test_parts_of_the_last_reduced_axis(case):
+    width, weights, axis = case
     keys, mesh = jax.random.split(jax.random.key(0)), jax.make_mesh((2,), ("a",), axis_types=(AUTO,))
     noise = np.asarray(jax.random.normal(keys[0], (8, 4, width, 3)))
     x = jnp.asarray(
@@ -140,3 +142,17 @@ def test_groups_of_a_vmapped_axis(groups):
         expected = moments(x[np.array(group)].reshape(-1, 3))
         for member in group:
             chex.assert_trees_all_close(jax.tree.map(lambda v: v[member], found), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [bnjax.batch_norm, bnjax.variants.moving_batch_norm])
+def test_cotangents_of_mean_and_variance_meet_in_one_sum(normalize):
+    """One sum forward, one for what the moments pass back, and one for what mean and variance get: none for each."""
+    (params, stats), mesh = bnjax.init_batch_norm(3), jax.make_mesh((2,), ("a",), axis_types=(AUTO,))
+    over_devices = jax.shard_map(
+        lambda x: normalize(x, params, stats, training=True, axis_name="a")[0],
+        mesh=mesh,
+        in_specs=P("a"),
+        out_specs=P("a"),
+    )
+    text = str(jax.make_jaxpr(jax.grad(lambda x: (over_devices(x) ** 3).sum()))(jnp.ones((8, 3))))
+    assert 2 <= len(re.findall(r"= psum\w*\[", text)) <= 3
