@@ -333,8 +333,7 @@ def _call_of(kind: Any) -> Any:
 
 def split_arguments(call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Splits the arguments of a layer's call into its input, which is the first, and its options by name."""
-    named = inspect.signature(call).bind(*arguments, **options).arguments
-    more = named.pop(
-        next((n for n, p in inspect.signature(call).parameters.items() if p.kind is p.VAR_KEYWORD), ""), {}
-    )
+    signature = inspect.signature(call)
+    named = signature.bind(*arguments, **options).arguments
+    more = named.pop(next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), ""), {})
     return named.pop(next(iter(named))), {**named, **more}

@@ -152,13 +152,10 @@ def test_a_dead_process_ends_the_others_with_an_error_in_time():
     assert "error" in error.lower()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "statuses"), [(signal.SIGKILL, (2, 137)), (signal.SIGSTOP, (2, None)), (signal.SIGTERM, (143, 143))]
-)
-def test_a_process_that_dies_stops_or_is_told_to_end_the_command_on_the_others(tmp_path, number, statuses):
-    tiny_sets.prepare("cifar10", tmp_path / "data")
-    environment = {**os.environ, "BNJAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+def train_cifar(tmp_path, *arguments, **pipes):
+    """Starts the command on two small steps an epoch of a tiny set."""
+    if not (tmp_path / "data").exists():
+        tiny_sets.prepare("cifar10", tmp_path / "data")
     command = [
         sys.executable,
         "-m",
@@ -171,11 +168,19 @@ def test_a_process_that_dies_stops_or_is_told_to_end_the_command_on_the_others(t
         "relu_bn",
         "--quiet",
     ]
-    command += ["--steps-per-epoch", "2", "--batch-size", "10", "--epochs", "100000", "--checkpoint-every", "0"]
-    command += ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--devices", "1"]
-    command += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process-id"]
-    pipes = {"stderr": subprocess.PIPE, "text": True, "env": environment}
-    processes = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    command += ["--steps-per-epoch", "2", "--batch-size", "10", "--data-dir", tmp_path / "data", *arguments]
+    environment = {**os.environ, "BNJAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(list(map(str, command)), env=environment, text=True, **pipes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "statuses"), [(signal.SIGKILL, (2, 137)), (signal.SIGSTOP, (2, None)), (signal.SIGTERM, (143, 143))]
+)
+def test_a_process_that_dies_stops_or_is_told_to_end_the_command_on_the_others(tmp_path, number, statuses):
+    command = ["--epochs", 100000, "--checkpoint-every", 0, "--out", tmp_path / "out", "--devices", 1]
+    command += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process-id"]
+    processes = [train_cifar(tmp_path, *command, i, stderr=subprocess.PIPE) for i in range(2)]
     while not any((tmp_path / "out" / "checkpoints").glob("*/[0-9]*")):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.5)
@@ -200,25 +205,8 @@ def test_a_process_that_dies_stops_or_is_told_to_end_the_command_on_the_others(t
 
 @pytest.mark.slow
 def test_the_command_trains_cifar_on_two_processes_and_resumes_on_other_devices(tmp_path):
-    tiny_sets.prepare("cifar10", tmp_path / "data")
-    environment = {**os.environ, "BNJAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-
     def run(out, epochs, *arguments):
-        command = [
-            "run",
-            "cifar",
-            "--dataset",
-            "cifar10",
-            "--variants",
-            "relu_bn",
-            "--steps-per-epoch",
-            "2",
-            "--batch-size",
-            "10",
-            "--quiet",
-        ]
-        command += ["--data-dir", tmp_path / "data", "--out", tmp_path / out, "--epochs", epochs, *arguments]
-        return subprocess.Popen([sys.executable, "-m", "bnjax", *map(str, command)], env=environment)
+        return train_cifar(tmp_path, "--out", tmp_path / out, "--epochs", epochs, *arguments)
 
     def results(out):
         document = json.loads((tmp_path / out / "results.json").read_text())

@@ -672,18 +672,19 @@ def test_a_roll_call_checks_host_and_port_first():
         assert f"port {port} is in use on this machine" in call((0, 2), coordinator=f"127.0.0.1:{port}")[0][0]
 
 
+def stranger_at(port):
+    """A connection to a port, once somebody listens there."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
 def test_a_roll_call_passes_over_strangers():
     port, found = free_port(), []
     waiting = threading.Thread(target=lambda: found.append(call((0, 2), coordinator=f"127.0.0.1:{port}")))
     waiting.start()
     for text in (b"GET / HTTP/1.1\r\n", b"[" * 9000 + b"\n", b'{"id": "x"}\n', b""):
-        while True:
-            try:
-                stranger = socket.create_connection(("127.0.0.1", port), timeout=5)
-                break
-            except ConnectionRefusedError:
-                pass
-        with stranger:
+        with stranger_at(port) as stranger:
             stranger.sendall(text)
     assert call((1, 2), coordinator=f"127.0.0.1:{port}")[0] == [""]
     waiting.join()
@@ -697,13 +698,7 @@ def test_a_roll_call_ends_in_time_whatever_a_stranger_sends(monkeypatch):
     )
     began = time.monotonic()
     waiting.start()
-    while True:
-        try:
-            stranger = socket.create_connection(("127.0.0.1", port), timeout=5)
-            break
-        except ConnectionRefusedError:
-            pass
-    with stranger, contextlib.suppress(OSError):
+    with stranger_at(port) as stranger, contextlib.suppress(OSError):
         while waiting.is_alive() and time.monotonic() - began < 30:
             stranger.sendall(b"x")
             time.sleep(0.3)

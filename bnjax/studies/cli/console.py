@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from bnjax._extras import needs
 from bnjax.studies import STUDIES, Options, Study
-from bnjax.studies.cli.folder import FolderError, is_finished, is_unfinished, reserved
+from bnjax.studies.cli.folder import FolderError, is_unfinished, reserved
 from bnjax.studies.cli.logs import Logs
 from bnjax.studies.data import DataError, atomic_file
 from bnjax.studies.engine.saving import Saving, completing
@@ -118,20 +118,19 @@ def run_study(
       FolderError: if `out` can't be saved to, or holds what would be lost.
     """
     is_first = jax.process_index() == 0  # one of several processes speaks and saves
-    given, problem, console = options.to_json(), None, _console(quiet or not is_first)
+    done, problem, console = None, None, _console(quiet or not is_first)
     with contextlib.ExitStack() as held:
         try:
             if is_first:
-                held.enter_context(reserved(out, study.name, given, resume=resume, force=force))
+                done = held.enter_context(reserved(out, study.name, options.to_json(), resume=resume, force=force))
         except FolderError as error:
             problem = error
-        done = is_first and resume and not force and problem is None and is_finished(out, study.name, given)
-        is_bad, is_done = _of_any(problem is not None), _of_any(done)
+        is_bad, is_done = _of_any(problem is not None), _of_any(done is not None)
         if is_bad:
             raise problem or FolderError(f"process 0 can't save to {out}, and says why")
         if is_done:
             console.print(f"{out} holds the finished results of this run; there is nothing left to do", markup=False)
-            return Results.load(out) or Results(study.name, {}, ())
+            return done or Results(study.name, {}, ())
         return _run_study(study, options, out, console, resume, checkpoint_every, log if is_first else ())
 
 

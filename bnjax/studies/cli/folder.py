@@ -32,7 +32,9 @@ class FolderError(Exception):
 
 
 @contextlib.contextmanager
-def reserved(out: Path, study: str, options: Mapping[str, Any], *, resume: bool, force: bool) -> Iterator[None]:
+def reserved(
+    out: Path, study: str, options: Mapping[str, Any], *, resume: bool, force: bool
+) -> Iterator[Results | None]:
     """Makes a directory for a run of a study, and keeps all other runs out of it meanwhile.
 
     Args:
@@ -41,6 +43,9 @@ def reserved(out: Path, study: str, options: Mapping[str, Any], *, resume: bool,
       options: options of the run, as `bnjax.studies.Options.to_json` gives them.
       resume: whether the run continues one that was interrupted, which it may do in the directory of that.
       force: whether what the directory holds is to be replaced.
+
+    Yields:
+      The results that a run to be continued has already ended with; None where there is something to do.
 
     Raises:
       FolderError: if it can't be written to, is in use, or holds another study's or finished results, an unfinished run
@@ -71,13 +76,14 @@ def reserved(out: Path, study: str, options: Mapping[str, Any], *, resume: bool,
     try:
         if problem := _in_the_way(out):
             raise FolderError(f"{out} holds {problem}", give_another=instead)
-        if not force and (problem := _lost(out, study, options, resume)):
-            raise FolderError(f"{out} holds {problem}", replace_it=("--force",), keep_it=instead)
+        finished, lost = _found(out, study, options)
+        if lost and not force and not (resume and finished):
+            raise FolderError(f"{out} holds {lost}", replace_it=("--force",), keep_it=instead)
         if not (force or resume) and is_unfinished(out):
             raise FolderError(f"{out} holds an unfinished run", continue_it=("--resume",), begin_anew=("--force",))
         if force and not resume:
             shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
-        yield
+        yield None if force else finished
     finally:
         with contextlib.suppress(OSError):
             (out / _LOCK).unlink()  # whoever waits for the lock then makes it anew
@@ -93,31 +99,23 @@ def _in_the_way(out: Path) -> str:
     return next((f"a directory called {name}, where a file may have to be" for name in sorted(folders)), "")
 
 
-def _lost(out: Path, study: str, options: Mapping[str, Any], resume: bool) -> str:
-    """Says what a run would replace that can't be made again at once; nothing where there is nothing."""
+def _found(out: Path, study: str, options: Mapping[str, Any]) -> tuple[Results | None, str]:
+    """Returns results of these options, and says what a run would replace; nothing where there is nothing."""
     try:
         saved = Results.load(out)
     except RecordError as error:
-        return f"a record that can't be read ({str(error).rstrip('.')})"
-    if saved and saved.study != study:
-        return f"results of another study, {saved.study}"
-    if saved and not (resume and dict(saved.options) == dict(options)):
-        return f"finished results of `{saved.command}`"
-    return ""
+        return None, f"a record that can't be read ({str(error).rstrip('.')})"
+    if saved is None:
+        return None, ""
+    if saved.study != study:
+        return None, f"results of another study, {saved.study}"
+    return saved if dict(saved.options) == dict(options) else None, f"finished results of `{saved.command}`"
 
 
 def is_unfinished(out: Path) -> bool:
     """Returns whether a directory holds checkpoints that are newer than its results, or has no results beside them."""
     finished = max((path.stat().st_mtime for path in out.glob("results.json")), default=0.0)
     return any(path.stat().st_mtime > finished for path in (out / _CHECKPOINTS).glob("*/*/"))
-
-
-def is_finished(out: Path, study: str, options: Mapping[str, Any]) -> bool:
-    """Returns whether a directory holds the results of a run of these options."""
-    with contextlib.suppress(RecordError):
-        saved = Results.load(out)
-        return bool(saved and saved.study == study and dict(saved.options) == dict(options))
-    return False
 
 
 def _free(out: Path) -> str:

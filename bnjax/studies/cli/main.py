@@ -32,9 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as end:  # of the parser, as after --help
             status = end
         output.flush()
-        if (
-            output.error is not None and getattr(output.error, "errno", None) != errno.EPIPE
-        ):  # which is that of `| head`
+        is_closed = getattr(output.error, "errno", None) == errno.EPIPE  # as of `| head`
+        if output.error is not None and not is_closed:
             reason = getattr(output.error, "strerror", None) or output.error
             print(f"bnjax: output is lost ({reason}); files are written all the same", file=sys.stderr, flush=True)
             status = 1 if isinstance(status, SystemExit) else status or 1
@@ -97,6 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     from bnjax.studies.cli import console, processes
     from bnjax.studies.cli.folder import FolderError
     from bnjax.studies.data import DataError
+    from bnjax.studies.data.sets import first_line
     from bnjax.studies.engine.saving import stopping_on_signals
     from bnjax.training.checkpoint import CheckpointError
 
@@ -126,8 +126,8 @@ def _run(options: argparse.Namespace) -> int:
         if not _several_processes(options) and isinstance(error, RuntimeError):
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
-            reason = str(error).strip().splitlines()[0]
-            error = f"the other processes of this run are lost ({reason}); to go on: {_again(options, '--resume')}"
+            lost = f"the other processes of this run are lost ({first_line(error)})"
+            error = f"{lost}; to go on: {_again(options, '--resume')}"
         _say(error)
         return _end(options, 2)
     return 0

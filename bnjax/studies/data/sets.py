@@ -174,7 +174,7 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
         ) from None
     except Exception as error:  # TFDS raises many kinds for unreadable metadata
         raise DataError(
-            f"the data set {name} in {where} can't be read ({_first_line(error)}); {_again(name, where)}"
+            f"the data set {name} in {where} can't be read ({first_line(error)}); {_again(name, where)}"
         ) from error
     _check_metadata(builder, name)
     if not builder.data_path.exists():
@@ -227,7 +227,7 @@ def _download(builder, name: str, where: str) -> None:
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
-        raise DataError(f"{message} ({_first_line(error)}); try again: {_command(name, where)}") from error
+        raise DataError(f"{message} ({first_line(error)}); try again: {_command(name, where)}") from error
 
 
 def _encode_with_pillow(feature) -> None:
@@ -324,7 +324,7 @@ def _split(builder, split: str, image: str, label: str, progress: Callable[[str,
             progress(f"reading {builder.name} {split}", min(1.0, (start + _READ_CHUNK) / count))
     except Exception as error:
         raise DataError(
-            f"the {split} records of {builder.name} in {builder.data_path} are corrupt ({_first_line(error)}); "
+            f"the {split} records of {builder.name} in {builder.data_path} are corrupt ({first_line(error)}); "
             f"{_delete(builder)}"
         ) from error
     with contextlib.suppress(OSError), atomic_file(cached) as file:  # a read-only cache directory only costs time
@@ -391,5 +391,6 @@ def _again(name: str, where: str | None) -> str:
     return f"download it again: {_command(name, where)}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

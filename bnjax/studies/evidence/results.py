@@ -20,6 +20,7 @@ import numpy as np
 
 from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
+from bnjax.studies.data.sets import first_line
 from bnjax.studies.evidence import record
 from bnjax.studies.evidence.claims import Claim, Judgment
 from bnjax.studies.evidence.statistics import Interval, interval
@@ -193,7 +194,7 @@ def save(
     for name, error in problems.items():
         if name not in figures:
             raise error
-    missing = [f"{out / name} can't be saved: {str(error).strip().splitlines()[0]}" for name, error in problems.items()]
+    missing = [f"{out / name} can't be saved: {first_line(error)}" for name, error in problems.items()]
     return [out / name for name in contents if name not in problems], missing
 
 
