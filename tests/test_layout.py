@@ -30,11 +30,11 @@ FLOORS = """
     inference: folding fold_model reestimate description .
     training: _hlo _roll_call host mesh parameters state step loop . checkpoint ahead_of_time
     studies: . data.sets data data.augmentation
-    studies: evidence.statistics evidence.claims evidence.record evidence.results evidence
-    studies: engine.saving engine.histograms engine.plan engine.memory engine.mappings engine.training engine.steps
+    studies: evidence.statistics evidence.conditions evidence.claims evidence.record evidence.results evidence
+    studies: engine.saving engine.histograms engine.plan engine.inference engine.memory engine.mappings engine.training engine.steps
     studies: engine
-    studies: evidence.plots evidence.ledger landscape deep_linear perceptrons vgg
-    studies: circles blobs mnist sensitivity recurrent cifar accelerating activations smoothness
+    studies: evidence.plots evidence.ledger landscape perceptrons vgg
+    studies: circles blobs mnist sensitivity recurrent cifar accelerating activations smoothness deep_linear papers
     studies: cli.arguments cli.output cli.processes cli.folder cli.logs cli.report cli.notebook cli.console cli.main cli
     __main__
 """

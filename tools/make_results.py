@@ -16,7 +16,8 @@ from typing import Any
 from PIL import Image
 
 from bnjax.studies import STUDIES
-from bnjax.studies.evidence.ledger import Ledger, judge
+from bnjax.studies.evidence.claims import judge
+from bnjax.studies.evidence.ledger import Ledger
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -66,7 +67,7 @@ def published(name: str) -> Results | None:
 
 def ledger_page(studies: dict[str, Results]) -> str:
     """Returns the page of all claims with their verdicts, and of the runs that they come from."""
-    judgments = [judgment for name, saved in studies.items() for judgment in judge(STUDIES[name], [saved])]
+    judgments = [judgment for name, saved in studies.items() for judgment in judge(STUDIES[name].load().CLAIMS, [saved])]
     ledger = Ledger(judgments, {name: len(saved.seeds) for name, saved in studies.items()})
     runs, machines = [], []
     for name, saved in studies.items():
@@ -146,7 +147,7 @@ def results_page(text: str, studies: dict[str, Results]) -> str:
             return match[0]
         saved = studies[name]
         tables = [markdown_table(*table) for table in metric_tables(saved, COLUMNS)]
-        tables.append(markdown_table(*claim_rows(judge(STUDIES[name], [saved]))))
+        tables.append(markdown_table(*claim_rows(judge(STUDIES[name].load().CLAIMS, [saved]))))
         figures = [f"![{text}](figures/{name}_{file})" for file, text in saved.document["figures"].items()]
         return match[1] + "\n" + "\n\n".join([*tables, *figures]) + "\n\n" + match[3]
 

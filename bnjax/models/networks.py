@@ -181,6 +181,7 @@ class CifarNetwork(nn.Module):
       last_filters: number of filters of the convolutions in the last block.
       dropout_rate: rate of the four dropouts.
       dtype: dtype of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+      weight_norm: whether the kernels of the convolutions are normalized (Salimans & Kingma 2016), by Flax's layer.
 
     References:
       The CIFAR-100 article of study S5; Chollet et al. 2015, Keras, for the initializers.
@@ -199,6 +200,7 @@ class CifarNetwork(nn.Module):
     last_filters: int = 100
     dropout_rate: float = 0.15
     dtype: Any = None
+    weight_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Images, *, training: bool, mask: Mask = None, keys: Keys = None) -> Logits:
@@ -213,7 +215,8 @@ class CifarNetwork(nn.Module):
         for block in range(5):
             for _ in range(2):
                 features = self.last_filters if block == 4 else self.filters
-                x = Conv(features, (3, 3), kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype)(x)
+                conv = Conv(features, (3, 3), kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype)
+                x = nn.WeightNorm(conv)(x) if self.weight_norm else conv(x)
                 x = self.activation(_normalize(self.norm, x, training, mask))
             if block < 4:
                 x = Dropout(self.dropout_rate)(max_pool(x, 2, 2), keys if training else None)

@@ -19,8 +19,8 @@ from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
 class Options(studies.ImageOptions):
     """The options of a run of the narrow VGGs."""
 
-    seeds: int = option(3, "number of seeds")
-    steps: int = option(500, "steps of training")
+    seeds: int = option(5, "number of seeds")
+    steps: int = option(1000, "steps of training")
     dataset: str = option("cifar10", "image set", choices=("cifar10", "cifar100"))
     width: int = option(8, "filters of VGG's first stage")
 
@@ -68,6 +68,7 @@ def run(options: Options, report: Report):
     settings = {"network": f"VGG-11 of width {width}", "optimizer": "SGD", "learning_rate": LEARNING_RATE}
     settings |= {"batch_size": BATCH_SIZE, "distortions": STRENGTH, "dataset": dataset, "steps": steps, "width": width}
     results = Results(STUDY.name, settings, range(options.seeds))
+    results.examples = {"test_accuracy": len(images.test.y)}
     keys, curves = {"key": seed_keys(results.seeds)}, {}
     trainings = networks(options, images)
     report.expect(len(trainings))

@@ -1,13 +1,14 @@
 """S4: two blobs. (a) a shallow network, (b) eleven hidden layers with and without batch norm, (c) inside the layer.
 
-The source draws its blobs once, from an unknown seed: here each seed has blobs of its own. Its part (a) starts the
-running variance at 0, with a layer of its own; here it starts at 1, as in Keras.
+The source draws its blobs once, from an unknown seed: here each seed has blobs of its own. Its part (a) starts running
+mean and variance both at 0, with a layer of its own, and so does 'shallow_zero' here.
 """
 
 import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -15,7 +16,7 @@ from bnjax import studies, training
 from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine import Examples, Job, Report, Trained, Variant, seed_keys, train_all
+from bnjax.studies.engine import Examples, Job, Report, Trained, Variant, at_inference, seed_keys, train_all
 from bnjax.studies.evidence import Results, plots, read_claims
 
 
@@ -43,9 +44,20 @@ _NORM = functools.partial(BatchNorm, momentum=SETTINGS["momentum"], epsilon=SETT
 
 # name: (label, hidden layers, place, epochs, epsilon of the source's part)
 VARIANTS = {
-    "shallow_before": ("(a) one, batch norm", 1, "before", 50, 1e-5),
+    "shallow_zero": ("(a) one, batch norm from 0", 1, "before", 50, 1e-5),
+    "shallow_before": ("(a) one, batch norm from 1", 1, "before", 50, 1e-5),
+    "shallow_bias": ("(a) one, with a bias too", 1, "before", 50, 1e-5),
     "deep_none": ("(b) eleven, no batch norm", 11, "none", 100, 1e-3),
     "deep_before": ("(b) eleven, batch norm", 11, "before", 100, 1e-3),
+}
+# What the source prints of part (c), whose training it does not seed, to three decimals.
+PRINTED = {
+    "h": ((2.231, 0.996, 0.742, 1.156), (0.094, -3.605, -2.613, 2.943), (1.894, -1.353, -1.513, 3.84)),
+    "r": ((2.326, 0.897, 0.655, 0.723), (0.302, -2.276, -2.051, 1.946), (2.007, -0.723, -1.164, 2.56)),
+    "gamma": (1.049, 1.074, 0.923, 0.938),
+    "beta": (0.053, 0.063, -0.063, -0.06),
+    "mean": (-0.169, -0.214, -0.148, 0.012),
+    "var": (1.225, 2.426, 1.309, 1.878),
 }
 CLAIMS = read_claims(__file__)
 
@@ -55,7 +67,7 @@ def networks(options: Options) -> dict[str, Variant]:
     variants = {}
     for name, (label, layers, place, _, epsilon) in VARIANTS.items():
         norm = None if place == "none" else functools.partial(BatchNorm, epsilon=epsilon)
-        model = Perceptron((SETTINGS["width"],) * layers, 1, norm, place, use_hidden_bias=False)
+        model = Perceptron((SETTINGS["width"],) * layers, 1, norm, place, use_hidden_bias=name == "shallow_bias")
         optimizer = optax.adam(SETTINGS["learning_rate"], eps=1e-7)
         objective = training.binary_cross_entropy
         variants[name] = Variant(name, label, model, optimizer, (2,), SETTINGS["batch_size"], objective)
@@ -63,33 +75,36 @@ def networks(options: Options) -> dict[str, Variant]:
 
 
 def run(options: Options, report: Report):
-    """Trains parts (a), (b) and (c), each seed on blobs of its own, and judges S4.1 to S4.3."""
+    """Trains parts (a), (b) and (c), each seed on blobs of its own, and judges the claims."""
     seeds = range(options.seeds)
     sets = [data.blobs(seed) for seed in seeds]
-    of_seeds = [(of.train, of.test) for of in sets]
-    train, test = jax.tree.map(lambda *parts: np.stack(parts), *of_seeds)  # with a leading axis of seeds
+    own = [(of.train, of.test) for of in sets]
+    train, test = jax.tree.map(lambda *parts: np.stack(parts), *own)  # with a leading axis of seeds
     epochs = {name: options.epochs or epochs for name, (_, _, _, epochs, _) in VARIANTS.items()}
     lengths = {"deep_epochs": epochs["deep_before"], "shallow_epochs": epochs["shallow_before"]}
     results, count = Results(STUDY.name, SETTINGS | lengths, seeds), train.y.shape[1]
     settings = {"key": seed_keys(seeds), "examples": Examples.of(train, {"fitted": train, "test": test}, axis=1)}
-    jobs = [Job(network.epochs(epochs[name], count), settings) for name, network in networks(options).items()]
-    all_trained = train_all(jobs, report, options)
+    results.examples = dict.fromkeys(("test_accuracy", "population_test_accuracy"), test.y.shape[1])
+    of_name = networks(options)
+    plans = {name: network.epochs(epochs[name], count) for name, network in of_name.items()}
+    plans["shallow_zero"] = dataclasses.replace(plans["shallow_zero"], create=_from_zero(of_name["shallow_zero"]))
+    all_trained = train_all([Job(plan, settings) for plan in plans.values()], report, options)
     for trained in all_trained:
-        _, layers, place, _, epsilon = VARIANTS[trained.plan.name]
-        metrics = {
-            "train_accuracy": trained.final("fitted_accuracy"),
-            "test_accuracy": trained.final("test_accuracy"),
-            "train_loss": trained.final("fitted_loss"),
-            "validation_loss": trained.final("test_loss"),
-            "loss_gap": trained.final("test_loss") - trained.final("fitted_loss"),
-        }
+        network, (_, layers, place, _, epsilon) = of_name[trained.plan.name], VARIANTS[trained.plan.name]
+        metrics = at_inference(network, trained.state, train, test, has_own=True)
+        metrics["train_loss_during_epoch"] = trained.final("train_loss")
+        metrics["gain_by_population"] = metrics["population_test_accuracy"] - metrics["test_accuracy"]
         shown = {"layers": layers, "place": place, "epochs": trained.plan.steps, "epsilon": epsilon}
         results.add(trained, shown, metrics)
     results.notes["inside"] = inside(options, report)
     results.texts = inside_texts(results)
     inner = results.notes["inside"].values()
     error = max(part["difference"] for part in inner) / max(part["largest"] for part in inner)
-    results.variants["inside"] = ("(c) inside", {}, {"relative_error": np.full(options.seeds, error)})
+    of_source = printed_difference()
+    exact = {"relative_error": error, "of_printed_numbers": of_source[0], "by_their_rounding": of_source[1]}
+    exact["beyond_their_rounding"] = of_source[0] - of_source[1]
+    of_seeds = {name: np.full(options.seeds, value) for name, value in exact.items()}
+    results.variants["inside"] = ("(c) inside", {}, of_seeds)
     results.judge(CLAIMS)
     shown = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     panels = {curve: plots.PANELS[curve].replace("test", "validation") for curve in shown}
@@ -99,6 +114,29 @@ def run(options: Options, report: Report):
         "learning_curves.png": plots.learning_curves(all_trained, panels, title),
         "decision_boundaries.png": plots.decision_boundaries(all_trained, sets[0].test),
     }
+
+
+def _from_zero(network: Variant):
+    """Makes a network's state at step 0, with running variances of 0 in place of 1."""
+
+    def create(setting):
+        state = network.create(setting)
+        return state.replace(batch_stats=jax.tree.map(jnp.zeros_like, state.batch_stats))
+
+    return create
+
+
+def printed_difference() -> tuple[float, float]:
+    """Compares the outputs that the source prints of part (c) with its formula from its other printed numbers.
+
+    Returns the largest difference, and the largest that the rounding of all these to three decimals can cause, to first
+    order.
+    """
+    h, r, gamma, beta, mean, var = (np.array(values) for values in PRINTED.values())
+    deviation, half = np.sqrt(var + SETTINGS["epsilon"]), 0.0005
+    normalized = (h - mean) / deviation
+    slopes = np.abs(normalized) * (1 + np.abs(gamma) / (2 * deviation**2)) + 2 * np.abs(gamma) / deviation + 2
+    return float(np.abs(gamma * normalized + beta - r).max()), float(half * slopes.max())
 
 
 def inside(options: Options, report: Report) -> dict[str, dict]:

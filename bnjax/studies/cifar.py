@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,12 @@ import optax
 from flax import linen as nn
 
 from bnjax import analysis, studies, training
-from bnjax.linen import BatchNorm
-from bnjax.models import CifarNetwork
-from bnjax.studies import Study, data, option
+from bnjax.analysis import losses
+from bnjax.linen import BatchNorm, BatchRenorm
+from bnjax.models import CifarNetwork, of_example
+from bnjax.studies import Study, data, option, vgg
 from bnjax.studies.data import augmentation
-from bnjax.studies.engine import Report, Variant, seed_keys, train
+from bnjax.studies.engine import Report, Trained, Variant, seed_keys, train
 from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
 
 
@@ -23,9 +26,9 @@ from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
 class Options(studies.ParallelOptions, studies.ImageOptions):
     """The options of a run of the convolutional networks."""
 
-    seeds: int = option(3, "number of seeds")
+    seeds: int = option(5, "number of seeds")
     epochs: int = option(
-        20, "epochs of training", shown="20, of 80 steps with 16 filters on CPU, of 2000 with 60 on GPU and TPU"
+        20, "epochs of training", shown="20, of 400 steps with 16 filters on CPU, of 2000 with 60 on GPU and TPU"
     )
     dataset: str = option("cifar100", "image set", choices=("cifar100", "cifar10"))
     variants: tuple[str, ...] | None = option(None, "which networks to train", shown="all", metavar="A,B,…")
@@ -36,7 +39,7 @@ class Options(studies.ParallelOptions, studies.ImageOptions):
 
 STUDY = Study(
     "cifar",
-    "a ten-layer convolutional network on CIFAR-100 or CIFAR-10: sigmoid and ReLU, with and without batch norm",
+    "a ten-layer convolutional network on CIFAR-100 or CIFAR-10: sigmoid and ReLU, with and without batch norm; others",
     "S5, CIFAR-100 article (Keras)",
     Options,
     compiled="relu_bn",
@@ -46,17 +49,21 @@ STUDY = Study(
 )
 
 FULL = {"steps_per_epoch": 2000, "filters": 60}
-SHORT = {"steps_per_epoch": 80, "filters": 16}
+SHORT = {"steps_per_epoch": 400, "filters": 16}
 CLASSES = 100  # classes of the article's data set
 DEVIATION = 2.0  # deviation of the values that the article's formula is tried on
 ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu}
+OTHERS = ("renorm", "layer", "group", "weight")  # normalizers of the ReLU network, trained for a quarter of the epochs
+LABELS = {"none": "no batch norm", "bn": "batch norm"} | {name: vgg.NORMS[name][0] for name in OTHERS}
+BATCHES = 20  # batches over which the variation of a layer's inputs is measured
+GAUSSIAN = 2000  # images over which the distribution of a layer's outputs is looked at
 SETTINGS = {"dropout": 0.15, "optimizer": "RMSprop", "learning_rate": 1e-3, "decay": 0.9, "epsilon": 1e-3}
 SETTINGS |= {"augmentation": "shear 0.2, zoom 0.2, horizontal flip"}
 CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
-    """Returns the four networks by name: `<activation>_<bn|none>`."""
+    """Returns the networks by name: `<activation>_<normalizer>`."""
     filters = options.width or _scale()["filters"]
     groups = training.index_groups(training.make_mesh(options.group_size)) if options.parallel == "pmap" else None
     sync = {"axis_name": training.SYNC_AXIS, "axis_index_groups": groups}
@@ -67,22 +74,28 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
         "batch_size": options.batch_size,
         "preprocess": functools.partial(prepare, mean=float(images.train.x.mean())),
     }
+    norms = {"none": None, "bn": norm, "renorm": functools.partial(BatchRenorm, epsilon=SETTINGS["epsilon"], **sync)}
+    norms |= {"layer": of_example(nn.LayerNorm), "weight": None}
+    group = functools.partial(nn.GroupNorm, num_groups=math.gcd(filters, _last_filters(filters), 32))
+    norms["group"] = of_example(group)
     variants = {}
-    for activation, function in ACTIVATIONS.items():
-        for place, label, of_place in (("none", "no batch norm", None), ("bn", "batch norm", norm)):
-            model = CifarNetwork(images.num_classes, of_place, function, filters, _last_filters(filters))
+    for activation, of_places in (("sigmoid", ("none", "bn")), ("relu", ("none", "bn", *OTHERS))):
+        for place in of_places:
+            sizes = {"filters": filters, "last_filters": _last_filters(filters), "weight_norm": place == "weight"}
+            model = CifarNetwork(images.num_classes, norms[place], ACTIVATIONS[activation], **sizes)
             name = f"{activation}_{place}"
-            variants[name] = Variant(name, f"{activation}, {label}", model, **how)
+            variants[name] = Variant(name, f"{activation}, {LABELS[place]}", model, **how)
     return options.selected(variants)
 
 
 def run(options: Options, report: Report):
-    """Trains the four networks and judges the claims.
+    """Trains the networks and judges the claims.
 
-    By default 2000 steps an epoch and 60 filters where there is an accelerator, else 80 steps and 16 filters.
+    By default 2000 steps an epoch and 60 filters where there is an accelerator, else 400 steps and 16 filters.
     """
     dataset, epochs, batch_size = options.dataset, options.epochs, options.batch_size
     steps, filters = options.steps_per_epoch or _scale()["steps_per_epoch"], options.width or _scale()["filters"]
+    few = max(1, epochs // 4)
     mesh = training.make_mesh(options.group_size)
     how = {"parallel": options.parallel, "accumulate_steps": options.accumulate_steps}
     images = data.images(dataset, options.data_dir, report.reading)
@@ -91,62 +104,163 @@ def run(options: Options, report: Report):
         "dataset": dataset,
         "filters": [*[filters] * 4, _last_filters(filters)],
         "epochs": epochs,
+        "epochs_of_others": few,
         "steps_per_epoch": steps,
-        "two_passes": epochs * steps * batch_size >= 2 * len(images.train.y),
         "batch_size": batch_size,
         "devices": mesh.size,
         "groups": training.num_groups(mesh),
         **how,
     }
     results = Results(STUDY.name, settings, range(options.seeds))
+    results.examples = dict.fromkeys(("test_accuracy", "best_test_accuracy"), len(images.test.y))
     of_seeds = {"key": seed_keys(results.seeds), "seed": np.arange(options.seeds)}
-    values, late = np.random.default_rng(0).normal(0, DEVIATION, 100_000), epochs // 4
-    in_the_article = (values - values.mean()) / (values.var() + SETTINGS["epsilon"])  # by the variance, not its root
-    all_trained = []
+    all_trained = {}
     trainings = networks(options, images)
     report.expect(len(trainings))
     for name, network in trainings.items():
         step = training.make_train_step(network.objective, mesh, preprocess=network.preprocess, **how)
-        plan, examples = network.parallel_epochs(epochs, steps, step), (images.train, {"test": images.test})
-        trained = train(plan, of_seeds, examples, mapped=mesh, report=report, options=options)
-        all_trained.append(trained)
-        accuracy = trained.curves["test_accuracy"]
-        metrics = {
-            "test_accuracy": trained.final("test_accuracy"),
-            "best_test_accuracy": accuracy.max(1),
-            "test_loss": trained.final("test_loss"),
-            "train_accuracy_during_epoch": trained.final("train_accuracy"),
-            "chance_in_the_article": np.full(options.seeds, 1 / CLASSES),
-            "deviation_in_the_article": np.full(options.seeds, in_the_article.std()),
-            "best_over_chance": accuracy.max(1) * images.num_classes,
-            "late_gain": accuracy.max(1) - accuracy[:, :-late].max(1) if late else np.full(options.seeds, np.nan),
-            "first_to_last_gradient": _gradient_ratios(network, images.train, results.seeds),
-        }
         activation, _, place = name.partition("_")
-        results.add(trained, {"activation": activation, "batch_norm": place == "bn"}, metrics)
+        plan = network.parallel_epochs(few if place in OTHERS else epochs, steps, step)
+        examples = (images.train, {"test": images.test})
+        all_trained[name] = trained = train(plan, of_seeds, examples, mapped=mesh, report=report, options=options)
+        metrics = _metrics(trained, few, images.num_classes) | article(options.seeds)
+        if place not in OTHERS:
+            alone = _alone(network)
+            metrics |= _of_start(alone, images.train, results.seeds) | _of_end(alone, trained.state, images.train)
+        results.add(trained, {"activation": activation, "normalizer": LABELS[place]}, metrics)
+    _compare(results, all_trained)
     results.judge(CLAIMS)
     title = f"{dataset}, batch {batch_size}, {steps} steps an epoch, {seeds_in_words(options.seeds)}"
-    return results, {"learning_curves.png": plots.learning_curves(all_trained, plots.PANELS, title)}
+    main = [trained for name, trained in all_trained.items() if name.rpartition("_")[2] not in OTHERS]
+    others = [trained for name, trained in all_trained.items() if name.startswith("relu")]
+    shown = {"learning_curves.png": main} | ({"normalizers.png": others} if len(others) > 2 else {})
+    return results, {file: plots.learning_curves(of, plots.PANELS, title) for file, of in shown.items() if of}
+
+
+def article(seeds: int) -> dict[str, np.ndarray]:
+    """Returns what the article says of its classes and of its formula, by calculation, for each seed.
+
+    The deviation is that of values of deviation 2 divided by their own plus ε, and by the word, by their variance.
+    """
+    values = np.random.default_rng(0).normal(0, DEVIATION, 100_000)
+    centered, deviation, epsilon = values - values.mean(), values.std(), SETTINGS["epsilon"]
+    found = {
+        "chance_in_the_article": 1 / CLASSES,
+        "deviation_by_formula": (centered / (deviation + epsilon)).std(),
+        "deviation_by_variance": (centered / (deviation**2 + epsilon)).std(),
+    }
+    return {name: np.full(seeds, value) for name, value in found.items()}
+
+
+def _metrics(trained: Trained, few: int, classes: int) -> dict[str, np.ndarray]:
+    """Computes the numbers of learning curves, of which others than batch norm have a few epochs only."""
+    accuracy, loss, late = trained.curves["test_accuracy"], trained.curves["test_loss"], trained.plan.length // 4
+    metrics = {"early_test_loss": loss[:, few - 1], "early_test_accuracy": accuracy[:, few - 1]}
+    if trained.plan.length == few:
+        return metrics
+    return metrics | {
+        "test_accuracy": accuracy[:, -1],
+        "test_loss": loss[:, -1],
+        "best_test_accuracy": accuracy.max(1),
+        "best_test_loss": loss.min(1),
+        "train_accuracy_during_epoch": trained.final("train_accuracy"),
+        "best_over_chance": accuracy.max(1) * classes,
+        "late_gain": accuracy.max(1) - accuracy[:, :-late].max(1) if late else np.full(len(loss), np.nan),
+        "unsteadiness_of_loss": trained.unsteadiness("test_loss"),
+    }
+
+
+def _compare(results: Results, all_trained: dict[str, Trained]) -> None:
+    """Adds when a network is as good as the plain one of its activation at its best, in epochs and in work."""
+    for activation in ACTIVATIONS:
+        plain, normalized = (all_trained.get(f"{activation}_{place}") for place in ("none", "bn"))
+        if plain is None or normalized is None:
+            continue
+        loss, best = plain.curves["test_loss"], plain.curves["test_loss"].min(1)
+        reached = normalized.curves["test_loss"] <= best[:, None]
+        stays = np.logical_and.accumulate(reached[:, ::-1], 1)[:, ::-1]
+        epochs = np.where(stays.any(1), stays.argmax(1) + 1.0, stays.shape[1] + 1.0)
+        share = epochs / (loss.argmin(1) + 1)
+        names, counts = (f"{activation}_bn", f"{activation}_none"), ("step_bytes", "step_operations")
+        work = np.maximum(*(results.metric(names[0], of) / results.metric(names[1], of) for of in counts))
+        results.set_metric(f"{activation}_bn", "share_of_epochs", share)
+        results.set_metric(f"{activation}_bn", "share_of_work", share * work)
 
 
 def _scale() -> dict[str, int]:
     return SHORT if jax.default_backend() == "cpu" else FULL
 
 
-def _gradient_ratios(network: Variant, train: data.Split, seeds: Sequence[int]) -> np.ndarray:
-    """Returns the norm of the first kernel's gradient over the last's, at the start, for each seed."""
-    x, y = (jnp.asarray(part[: network.batch_size]) for part in train)
+def _alone(network: Variant) -> Variant:
+    """Returns a network without an axis to synchronize its batch norms over."""
     norm = None if network.model.norm is None else functools.partial(BatchNorm, epsilon=SETTINGS["epsilon"])
-    alone = dataclasses.replace(network, model=network.model.clone(norm=norm))  # without an axis to synchronize over
+    return dataclasses.replace(network, model=network.model.clone(norm=norm))
+
+
+def _of_start(network: Variant, train: data.Split, seeds: Sequence[int]) -> dict[str, np.ndarray]:
+    """Measures a network at the start, for each seed.
+
+    Returns:
+      'log10_first_to_last_gradient': logarithm of the norm of the first kernel's gradient over the last's;
+      'step_bytes' and 'step_operations': what the compiled training step moves and computes, as XLA counts it;
+      'gaussian_distance': distance of Kolmogorov and Smirnov between a layer's outputs, standardized by feature, and
+        the normal distribution, mean over features and layers.
+    """
+    x, y = (jnp.asarray(part[: network.batch_size]) for part in train)
+    images = jnp.asarray(train.x[:GAUSSIAN])
 
     @jax.jit
-    def ratio(key):
-        state = alone.create({"key": key})
-        at = alone.loss(state.batch_stats), state.params, x, y
+    def of_seed(key):
+        state = network.create({"key": key})
+        at = network.loss(state.batch_stats), state.params, x, y
         first, last = analysis.gradient_norms(*at, layers=["Conv_0", "Dense_0"]).values()
-        return first / last
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        outputs = losses.layer_outputs(network.model, variables, network.prepared(images))
+        hidden = [h.reshape((-1, h.shape[-1])) for name, h in outputs.items() if name != "Dense_0"]
+        distances = jnp.stack([_gaussian_distance(h[:: len(h) // GAUSSIAN]).mean() for h in hidden])
+        return jnp.log10(first / last), distances.mean()
 
-    return np.array([ratio(key) for key in seed_keys(seeds)])
+    found = np.array([of_seed(key) for key in seed_keys(seeds)]).T
+    state = network.create({"key": jax.random.key(0)})
+    compiled = jax.jit(network.step).lower(state, x, y, jax.random.key(0)).compile()
+    cost: Any = compiled.cost_analysis() or {}
+    names = ("log10_first_to_last_gradient", "gaussian_distance")
+    work = {"step_bytes": cost.get("bytes accessed"), "step_operations": cost.get("flops")}
+    of_seeds = {name: np.full(len(seeds), np.nan if count is None else count) for name, count in work.items()}
+    return dict(zip(names, found, strict=True)) | of_seeds
+
+
+def _gaussian_distance(values: Any) -> Any:
+    """Returns the largest distance of the distribution functions of standardized values `[N, features]` and normal."""
+    z = jnp.sort((values - values.mean(0)) / (values.std(0) + 1e-12), 0)
+    levels = (jnp.arange(len(z))[:, None] + 0.5) / len(z)
+    return jnp.abs(jax.scipy.stats.norm.cdf(z) - levels).max(0)
+
+
+def _of_end(network: Variant, states: Any, train: data.Split) -> dict[str, np.ndarray]:
+    """Measures how much the inputs of the layers vary from batch to batch in the trained networks, in training mode.
+
+    'variation_between_batches' is the deviation, over batches, of the mean of a feature that a layer is given, relative
+    to the deviation of the feature itself; the mean over features and layers.
+    """
+    x = jnp.asarray(train.x[: BATCHES * network.batch_size])
+    batches = x.reshape((BATCHES, network.batch_size, *x.shape[1:]))
+
+    @jax.jit
+    def of_state(state):
+        def of_batch(batch):
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            outputs = losses.layer_outputs(network.model, variables, network.prepared(batch))
+            inputs = [network.model.activation(h) for name, h in outputs.items() if name != "Dense_0"]
+            return [(h.mean((0, 1, 2)), h.var((0, 1, 2))) for h in inputs]
+
+        of_layers = jax.lax.map(of_batch, batches)
+        relative = [mean.std(0) / jnp.sqrt(var.mean(0) + mean.var(0) + 1e-12) for mean, var in of_layers]
+        return jnp.stack([layer.mean() for layer in relative]).mean()
+
+    count = len(jax.tree.leaves(states)[0])
+    values = [float(of_state(jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states))) for i in range(count)]
+    return {"variation_between_batches": np.array(values)}
 
 
 def _last_filters(filters: int) -> int:

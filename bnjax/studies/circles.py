@@ -7,10 +7,10 @@ import optax
 from flax import linen as nn
 
 from bnjax import studies, training
-from bnjax.linen import BatchNorm, BatchRenorm
+from bnjax.linen import BatchNorm, BatchRenorm, MovingBatchNorm
 from bnjax.models import Perceptron, of_example
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine import Examples, Job, Report, Variant, seed_keys, train_all
+from bnjax.studies.engine import Examples, Job, Report, Variant, at_inference, evaluations, seed_keys, train_all
 from bnjax.studies.evidence import Results, plots, read_claims
 
 
@@ -34,6 +34,7 @@ STUDY = Study(
 
 THRESHOLD = 0.8
 LAST = 10  # epochs over which accuracies that fluctuate are averaged
+FRESH = 10_000  # further points, from another draw, on which the trained networks are tested
 
 # name: (label, place, arguments of the batch norm)
 VARIANTS = {
@@ -43,6 +44,7 @@ VARIANTS = {
     "no_scale_bias": ("after, no scale/bias", "after", {"use_scale": False, "use_bias": False}),
     "no_momentum": ("after, no momentum", "after", {"momentum": 0.0}),
     "input": ("on the input", "input", {}),
+    "moving": ("after, running average in training", "after", {"norm": "moving batch norm"}),
     "renorm": ("batch renorm", "after", {"norm": "batch renorm"}),
     "layer": ("layer norm", "after", {"norm": "layer norm"}),
     "group": ("group norm", "after", {"norm": "group norm"}),
@@ -51,6 +53,7 @@ VARIANTS = {
 NORMS = {
     "batch norm": BatchNorm,
     "batch renorm": BatchRenorm,
+    "moving batch norm": MovingBatchNorm,
     "layer norm": of_example(nn.LayerNorm),
     "group norm": of_example(functools.partial(nn.GroupNorm, num_groups=10)),
 }
@@ -59,7 +62,7 @@ CLAIMS = read_claims(__file__)
 
 
 def networks(options: Options) -> dict[str, Variant]:
-    """Returns the ten networks by name."""
+    """Returns the networks by name."""
     optimizer = optax.sgd(SETTINGS["learning_rate"], SETTINGS["momentum"])
     how = {"optimizer": optimizer, "input_shape": (2,), "batch_size": SETTINGS["batch_size"]}
     variants = {}
@@ -74,20 +77,25 @@ def networks(options: Options) -> dict[str, Variant]:
 
 def run(options: Options, report: Report):
     """Trains all variants and judges the claims."""
-    circles, epochs = data.circles(), options.epochs
+    circles, fresh, epochs = data.circles(), data.circles(2 * FRESH, seed=2).test, options.epochs
     results = Results(STUDY.name, {**SETTINGS, "epochs": epochs}, range(options.seeds))
+    results.examples = dict.fromkeys(("test_accuracy", "population_test_accuracy"), len(circles.test.y))
+    results.examples |= {"train_accuracy": len(circles.train.y), "fresh_accuracy": FRESH}
     examples = Examples.of(circles.train, {"fitted": circles.train, "test": circles.test})
     keys, count = {"key": seed_keys(results.seeds)}, len(circles.train.y)
-    jobs = [Job(network.epochs(epochs, count), keys, examples) for network in networks(options).values()]
+    of_name = networks(options)
+    jobs = [Job(network.epochs(epochs, count), keys, examples) for network in of_name.values()]
     all_trained = train_all(jobs, report, options)
     for trained in all_trained:
-        _, place, arguments = VARIANTS[trained.plan.name]
+        network, (_, place, arguments) = of_name[trained.plan.name], VARIANTS[trained.plan.name]
+        during = trained.final("train_accuracy", LAST)
         metrics = {
-            "train_accuracy": trained.final("fitted_accuracy"),
-            "test_accuracy": trained.final("test_accuracy"),
-            "train_accuracy_during_epoch": trained.final("train_accuracy", LAST),
+            **at_inference(network, trained.state, circles.train, circles.test),
+            "fresh_accuracy": evaluations(network, trained.state, fresh).accuracy,
+            "train_accuracy_during_epoch": during,
             "epochs_to_80_percent": trained.epochs_to("test_accuracy", THRESHOLD),
-            "during_epoch_minus_test": trained.final("train_accuracy", LAST) - trained.final("test_accuracy"),
+            "during_epoch_minus_test": during - trained.final("test_accuracy"),
+            "unsteadiness_of_loss": trained.unsteadiness("train_loss"),
         }
         results.add(trained, {"place": place, **arguments}, metrics)
     half = results.metric("none", "epochs_to_80_percent") / 2
@@ -97,8 +105,8 @@ def run(options: Options, report: Report):
     marks = {"train_accuracy": THRESHOLD, "test_accuracy": THRESHOLD}
     parts = {
         "learning_curves": ("Two circles", main),
-        "extensions": ("Extensions", [after, *all_trained[3:6]]),
-        "normalizers": ("Normalizers", [after, *all_trained[6:]]),
+        "extensions": ("Extensions", [after, *all_trained[3:7]]),
+        "normalizers": ("Normalizers", [after, *all_trained[7:]]),
     }
     ending = f", {options.seeds} seeds: mean and 95 % interval"
     figures = {"histograms.png": plots.histograms(main)} | {

@@ -1,5 +1,6 @@
-"""The deep linear network of S6: 25 square matrices fitted to one, measured along the gradient while it trains."""
+"""S6's deep linear network: 25 square matrices fitted to one, measured along the gradient while they train."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -12,8 +13,32 @@ from flax import linen as nn
 from jax import lax
 
 import bnjax
-from bnjax import analysis, training, variants
-from bnjax.studies.engine import Plan, step_keys
+from bnjax import analysis, studies, training, variants
+from bnjax.studies import Study, landscape, option, vgg
+from bnjax.studies.engine import Plan, Report, divisor_up_to, seed_keys, step_keys, train
+from bnjax.studies.evidence import Results, read_claims, seeds_in_words
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(studies.Options):
+    """The options of a run of the deep linear network."""
+
+    seeds: int = option(10, "number of seeds")
+    steps: int = option(10_000, "steps of training")
+
+
+STUDY = Study(
+    "deep_linear",
+    "25 square matrices fitted to one, plain, normalized and noisy: smoothness and covariate shift",
+    "S6, Santurkar et al. 2018, appendix",
+    Options,
+    fast={"seeds": 3, "steps": 200},
+    order=10,
+)
+
+MEASURED = 50  # measurements in a training
+LABELS = {name: vgg.NORMS[name][0] for name in ("none", "bn", "noisy", "l1", "l2", "linf")}
+CLAIMS = read_claims(__file__)
 
 DEPTH, SIZE, EXAMPLES = 25, 10, 1000
 LEARNING_RATE = 1e-6
@@ -26,6 +51,29 @@ NORMALIZERS: Mapping[str, Callable[..., Any] | None] = {
     "l2": functools.partial(variants.lp_batch_norm, p=2),
     "linf": functools.partial(variants.lp_batch_norm, p=math.inf),
 }
+
+
+SETTINGS = {"init": "Glorot normal", "optimizer": "gradient descent", "learning_rate": LEARNING_RATE}
+SETTINGS |= {"examples": EXAMPLES, "network": f"{DEPTH} matrices of {SIZE} × {SIZE}"}
+
+
+def run(options: Options, report: Report):
+    """Trains the network in all variants, measures them on the way, and judges the claims."""
+    steps = options.steps
+    every = divisor_up_to(max(1, steps // MEASURED), steps)
+    settings = {**SETTINGS, "steps": steps, "measured_every": every, "probed": (LEARNING_RATE * PROBED).tolist()}
+    results = Results(STUDY.name, settings, range(options.seeds))
+    of_seeds, all_trained = {"key": seed_keys(results.seeds)}, {}
+    report.expect(len(LABELS))
+    for name, label in LABELS.items():
+        plan = plan_of(name, f"deep linear, {label}", steps, every)
+        all_trained[label] = trained = train(plan, of_seeds, report=report, options=options)
+        landscape.add(results, trained, {}, slice(steps - max(1, steps // 20), steps))
+    for name in LABELS:
+        landscape.add_shares(results, f"linear_{name}", "linear_none")
+    results.judge(CLAIMS)
+    title = seeds_in_words(options.seeds)
+    return results, landscape.figures_on_the_way(all_trained, LABELS, "Deep linear network", title, log=True)
 
 
 def plan_of(name: str, label: str, steps: int, every: int) -> Plan:

@@ -1,4 +1,4 @@
-"""The measurements of the smoothness study once training is over, and its figures."""
+"""What is measured of landscapes along the gradient and once training is over, with the figures of it."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import numpy as np
 from bnjax import analysis
 from bnjax.studies.data import Dataset
 from bnjax.studies.engine import Trained, Variant, compiler_options
-from bnjax.studies.evidence import plots
+from bnjax.studies.evidence import Results, plots
 from bnjax.studies.evidence.plots import Figure, drawing
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
@@ -126,37 +126,101 @@ def at_the_end(
     return Ends(metrics, path, rates, density, plane, surfaces)
 
 
-def figures(
-    vgg: dict[str, Trained], linear: dict[str, Trained], ends: dict[str, Ends], labels: Mapping[str, str], title: str
+def add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray], last: slice) -> None:
+    """Adds the numbers of one training: those measured on the way, those at the end, and its loss over the last steps.
+
+    Args:
+      results: the study's.
+      trained: a training measured by a gradient probe and the covariate shift.
+      at_the_end: metrics of each seed's network after training.
+      last: the steps over which the final loss is the mean.
+    """
+    probe: analysis.GradientProbe = trained.measurements["probe"]
+    shift, loss = trained.measurements["shift"], np.asarray(trained.metrics.loss)
+    probed = ("loss_min", "loss_max", "distance_min", "distance_max", "cosine_min", "max_smoothness", "gradient_norm")
+    curves = {"train_loss": loss, "train_accuracy": trained.metrics.accuracy}
+    curves |= {name.removeprefix("max_"): getattr(probe, name) for name in probed}
+    curves |= {"shift_distance": shift.distance, "shift_cosine": shift.cosine}
+    curves |= {"layer_gradient_norm": shift.gradient_norm}
+    relative = shift.distance / shift.gradient_norm
+    metrics = {
+        "final_loss": loss[:, last].mean(1),
+        "loss_range": np.mean(probe.loss_max - probe.loss_min, 1),
+        "gradient_distance": np.mean(probe.distance_max, 1),
+        "smoothness": np.mean(np.asarray(probe.max_smoothness), 1),
+        "shift_cosine": _mean_of_finite(shift.cosine[:, :, 1:]),
+        "shift_defined": np.mean(np.isfinite(shift.cosine[:, :, 1:]), (1, 2)),
+        "relative_shift": _mean_of_finite(relative[:, :, 1:]),
+        **at_the_end,
+    }
+    results.add(trained, {}, metrics, {key: np.asarray(values, np.float32) for key, values in curves.items()})
+    results.arrays[f"{trained.plan.name}/measured_at"] = trained.measured_at
+
+
+def add_shares(results: Results, network: str, plain: str) -> None:
+    """Adds the shares of the measured steps at which a network is smoother than the plain one at the same seed.
+
+    The smaller is the smoother, and what is not finite is larger than all else. Networks that were measured at
+    different steps are compared at those that both have.
+    """
+    at, at_plain = (results.arrays[f"{name}/measured_at"] for name in (network, plain))
+    ours, theirs = (_curves(results, name) for name in (network, plain))
+    _, mine, others = np.intersect1d(at, at_plain, return_indices=True)
+    for key, values in ours.items():
+        of_network, of_plain = values[:, mine], theirs[key][:, others]
+        is_smaller = np.isfinite(of_network) & (~np.isfinite(of_plain) | (of_network < of_plain))
+        results.set_metric(network, f"share_with_smaller_{key}", is_smaller.mean(1))
+
+
+def _curves(results: Results, variant: str) -> dict[str, np.ndarray]:
+    """Returns a variant's curves along the gradient of which the smaller are the smoother."""
+    keys = ("loss_min", "loss_max", "distance_max", "smoothness")
+    low, high, distance, beta = (results.arrays[f"{variant}/{key}"] for key in keys)
+    return {"loss_range": high - low, "gradient_change": distance, "beta": beta}
+
+
+def _mean_of_finite(values: np.ndarray) -> np.ndarray:
+    """Returns for each seed the mean of the numbers; NaN where there is none."""
+    count = np.isfinite(values).sum((1, 2))
+    total = np.where(np.isfinite(values), values, 0).sum((1, 2))
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def figures_on_the_way(
+    all_trained: Mapping[str, Trained], labels: Mapping[str, str], text: str, title: str, *, log: bool = False
 ) -> dict[str, Figure]:
-    """Draws all figures, by file name, of trainings and networks by label; `labels` are those of the names."""
+    """Draws loss, covariate shift and landscapes along the gradient of trainings by label, by file name.
+
+    `labels` are those of the names in `SHOWN`, `text` says which network it is, and `title` ends that of each figure.
+    """
+    drawn = {
+        "training.png": _training(all_trained, f"{text}: loss of each step's batch ({title})", log=log),
+        "shift.png": _shift(all_trained, f"{text}: internal covariate shift ({title})"),
+    }
+    for suffix, names in SHOWN.items():
+        shown = [labels[name] for name in names if labels.get(name) in all_trained]
+        if len(shown) > 1:
+            probes = {label: all_trained[label].measurements["probe"] for label in shown}
+            style = {"quantities": QUANTITIES, "first_style": list(all_trained).index(shown[0])}
+            times = all_trained[shown[0]].measured_at
+            title_ = f"{text}, along the gradient ({title})"
+            drawn[f"landscape{suffix}.png"] = drawing.probe_figure(probes, times, **style, title=title_)
+    return drawn
+
+
+def figures_at_the_end(ends: dict[str, Ends], title: str) -> dict[str, Figure]:
+    """Draws what was measured of networks by label after training, by file name."""
     paths = {label: end.path for label, end in ends.items() if end.path is not None}
     around = {label: end for label, end in ends.items() if end.rates is not None}
     densities = {label: end.density for label, end in around.items()}
     spectra = ("Hessian's eigenvalues, the first seed", lambda axis: drawing.spectral_density(axis, densities))
     between = ("Between two seeds' networks, statistics re-estimated", lambda axis: drawing.linear_path(axis, paths))
     curvature = [part for part, of in ((spectra, densities), (between, paths)) if of]
-    drawn = {
-        "vgg_training.png": _training(vgg, f"VGG: loss of each step's batch ({title})"),
-        "vgg_shift.png": _shift(vgg, f"VGG: internal covariate shift ({title})"),
-        "curvature.png": drawing.panels(f"VGG after training ({title})", curvature, size=(5.5, 4.4)),
-    }
-    if linear:
-        drawn["linear_training.png"] = _training(linear, "Deep linear network: loss", log=True)
-        drawn["linear_shift.png"] = _shift(linear, "Deep linear network: internal covariate shift")
-    texts = {"vgg": f"VGG, along the gradient ({title})", "linear": "Deep linear network, along the gradient"}
-    for net, trained in (("vgg", vgg), ("linear", linear)):
-        for suffix, names in SHOWN.items():
-            shown = [labels[name] for name in names if labels[name] in trained]
-            if len(shown) > 1:
-                probes = {label: trained[label].measurements["probe"] for label in shown}
-                style = {"quantities": QUANTITIES, "first_style": list(trained).index(shown[0]), "title": texts[net]}
-                times = trained[shown[0]].measured_at
-                drawn[f"{net}_landscape{suffix}.png"] = drawing.probe_figure(probes, times, **style)
+    drawn = {"curvature.png": drawing.panels(f"VGG after training ({title})", curvature, size=(5.5, 4.4))}
     if around:
-        text = f"Loss around the trained VGG, filter-normalized random directions ({title})"
+        text = f"Loss around the trained VGG, filter-normalized random directions, the first seed ({title})"
         drawn["surfaces.png"] = _reliefs(around, 0, text)
-        text = f"The path of training in its principal plane, from circle to star ({title})"
+        text = f"The path of training in its principal plane, from circle to star, the first seed ({title})"
         drawn["trajectories.png"] = _reliefs(around, 1, text)
         rates = {label: end.rates for label, end in around.items()}
         text = f"VGG after a short training ({title})"

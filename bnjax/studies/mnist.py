@@ -1,12 +1,26 @@
 """S2: a perceptron 784 → 64 → 64 → 10 on MNIST with and without batch norm, over batch sizes, and other normalizers."""
 
 import dataclasses
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bnjax import studies
 from bnjax.studies import Study, data, option
-from bnjax.studies.engine import Examples, Job, Report, Variant, seed_keys, train_all
+from bnjax.studies.engine import (
+    Examples,
+    Job,
+    Report,
+    Variant,
+    at_inference,
+    evaluations,
+    seed_keys,
+    train_all,
+    with_population_statistics,
+)
 from bnjax.studies.evidence import Results, plots, read_claims
 from bnjax.studies.perceptrons import EPSILON, HIDDEN, NETWORKS
 
@@ -34,6 +48,9 @@ STUDY = Study(
 NORMALIZERS = ("renorm", "layer", "group", "weight")  # before the activation, at one batch size
 PUBLISHED_WITHOUT = {16: 0.9745, 32: 0.9718, 64: 0.9709, 128: 0.9720}
 THRESHOLD = 0.97
+# Other distributions of the test images, of which training knows nothing.
+SHIFTS = {"contrast": lambda x: 0.5 * x, "brightness": lambda x: x + 0.25, "inversion": lambda x: 1 - x}
+SPLIT_TWICE = "none_32_split_twice"  # trained on a fifth less: the source's run splits off its validation set twice
 PANELS = {k.replace("test", "validation"): v.replace("test", "validation") for k, v in plots.PANELS.items()}
 SETTINGS = {"hidden": list(HIDDEN), "optimizer": "Adam", "learning_rate": 1e-3}
 SETTINGS |= {"validation": "last fifth of training", "epsilon": EPSILON}
@@ -47,12 +64,16 @@ def networks(options: Options, images: data.Dataset) -> dict[str, Variant]:
     models = {name: NETWORKS[kind][1] for name, kind in kinds.items()}
     trainings = [(name, size) for size in options.batch_sizes for name in ("none", "before")]
     trainings += [(name, _shown(options)) for name in NORMALIZERS]
-    return {
+    variants = {
         f"{name}_{size}": Variant(
             f"{name}_{size}", f"{NETWORKS[kinds[name]][0]}, batch {size}", models[name], optimizer, shape, size
         )
         for name, size in trainings
     }
+    if "none_32" in variants:
+        named = {"name": SPLIT_TWICE, "label": "no batch norm, batch 32, split twice"}
+        variants[SPLIT_TWICE] = dataclasses.replace(variants["none_32"], **named)
+    return variants
 
 
 def _shown(options: Options) -> int:
@@ -60,7 +81,7 @@ def _shown(options: Options) -> int:
 
 
 def run(options: Options, report: Report):
-    """Trains with and without batch norm at each batch size, and the other normalizers, and judges S2.1 to S2.4."""
+    """Trains with and without batch norm at each batch size, and the other normalizers, and judges the claims."""
     dataset, epochs, batch_sizes, shown = options.dataset, options.epochs, options.batch_sizes, _shown(options)
     images = data.images(dataset, options.data_dir, report.reading).map(data.pixels)
     (x, y), kept = images.train, len(images.train.y) - len(images.train.y) // 5
@@ -68,20 +89,27 @@ def run(options: Options, report: Report):
         raise ValueError(f"--batch-sizes must not exceed the {kept} training examples, got {too_large[0]}.")
     settings = {**SETTINGS, "dataset": dataset, "epochs": epochs, "batch_sizes": list(batch_sizes)}
     results = Results(STUDY.name, settings, range(options.seeds))
-    held_out = {"validation": data.Split(x[kept:], y[kept:]), "test": images.test}
-    examples = Examples.of(data.Split(x[:kept], y[:kept]), held_out)
-    keys = {"key": seed_keys(results.seeds)}
-    jobs = [Job(network.epochs(epochs, kept), keys, examples) for network in networks(options, images).values()]
+    train, validation = data.Split(x[:kept], y[:kept]), data.Split(x[kept:], y[kept:])
+    results.examples = dict.fromkeys(("test_accuracy", "population_test_accuracy"), len(images.test.y))
+    results.examples |= {"validation_accuracy": len(validation.y)}
+    held_out, less = {"validation": validation, "test": images.test}, kept - kept // 5
+    examples, fewer = Examples.of(train, held_out), Examples.of(data.Split(x[:less], y[:less]), held_out)
+    keys, of_name = {"key": seed_keys(results.seeds)}, networks(options, images)
+    of_job = {name: (less, fewer) if name == SPLIT_TWICE else (kept, examples) for name in of_name}
+    jobs = [Job(of_name[name].epochs(epochs, count), keys, on) for name, (count, on) in of_job.items()]
     all_trained = {trained.plan.name: trained for trained in train_all(jobs, report, options)}
     for name, trained in all_trained.items():
+        network, size, *_ = name.split("_")
         metrics = {
-            "test_accuracy": trained.final("test_accuracy"),
+            **at_inference(of_name[name], trained.state, train, images.test),
             "validation_accuracy": trained.final("validation_accuracy"),
             "train_accuracy_during_epoch": trained.final("train_accuracy"),
             "validation_loss": trained.final("validation_loss"),
             "epochs_to_97_percent": trained.epochs_to("validation_accuracy", THRESHOLD),
         }
-        network, size = name.split("_")
+        if int(size) == shown and network in ("none", "before") and name != SPLIT_TWICE:
+            metrics |= _of_shifts(of_name[name], trained.state, images.test)
+            metrics |= _of_order_and_memory(of_name[name], trained.state, train)
         results.add(trained, {"network": network, "batch_size": int(size)}, metrics)
     results.judge(CLAIMS)
     series = {
@@ -98,3 +126,41 @@ def run(options: Options, report: Report):
         "normalizers.png": plots.learning_curves([with_, *others], PANELS, f"{title}: other normalizers"),
         "batch_sizes.png": plots.sweep(batch_sizes, series, "batch size", over_sizes, base=2, published=published),
     }
+
+
+def _of_shifts(network: Variant, states: Any, test: data.Split) -> dict[str, np.ndarray]:
+    """Measures the test accuracy lost on images of other distributions, also once batch norm has adapted to these."""
+    metrics: dict[str, Any] = {}
+    before: Any = evaluations(network, states, test).accuracy
+    for name, shift in SHIFTS.items():
+        shifted = data.Split(shift(test.x).astype(np.float32), test.y)
+        metrics[f"lost_by_{name}"] = before - evaluations(network, states, shifted).accuracy
+        adapted = with_population_statistics(network, states, shifted.x)
+        metrics[f"lost_by_{name}_adapted"] = before - evaluations(network, adapted, shifted).accuracy
+        metrics[f"regained_by_{name}"] = metrics[f"lost_by_{name}"] - metrics[f"lost_by_{name}_adapted"]
+    return metrics
+
+
+def _of_order_and_memory(network: Variant, states: Any, train: data.Split) -> dict[str, np.ndarray]:
+    """Measures what the order of examples within a batch changes, relative to the largest logit, and a step's memory.
+
+    The memory is that of the arrays, in bytes, that the forward pass keeps for the backward pass, whatever the seed.
+    """
+    x, y = (jnp.asarray(values[: network.batch_size]) for values in train)
+    order = jax.random.permutation(jax.random.key(0), network.batch_size)
+
+    @jax.jit
+    def outputs(state: Any, x: Any) -> Any:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return network.model.apply(variables, x, training=True, mutable=["batch_stats"])[0]
+
+    state = jax.tree.map(lambda v: jnp.asarray(v[0]), states)
+    loss = network.loss(state.batch_stats)
+    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(lambda p: loss(p, x, y), params)[1], state.params))
+    count, differences = len(jax.tree.leaves(states)[0]), []
+    for i in range(count):
+        state = jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states)
+        straight, permuted = outputs(state, x), outputs(state, x[order])
+        differences.append(float(jnp.abs(permuted - straight[order]).max() / jnp.abs(straight).max()))
+    memory = sum(array.size * array.dtype.itemsize for array in kept)
+    return {"changed_by_order": np.array(differences), "kept_bytes": np.full(count, float(memory))}

@@ -24,6 +24,13 @@ SWEEPS = {
 OVERFITTING = {"l2": (0.0, 1e-4, 1e-3, 1e-2)}
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 256)
 EPSILON = 1e-3
+SMALLER_NORMS = ("none", "bn", "renorm", "layer", "group", "weight")  # networks that are trained at all batch sizes
+LARGEST = max(BATCH_SIZES)
+# Beside Glorot's uniform kernels, the default: He's, and normal ones of Keras's deviation, whatever the layer's size.
+SCHEMES = {
+    "he": ("He's kernels", nn.initializers.he_normal()),
+    "normal": ("normal kernels", nn.initializers.normal(0.05)),
+}
 
 
 def _perceptron(norm: Any = None, place: str = "before", hidden: Sequence[int] = HIDDEN, **options: Any) -> Perceptron:
@@ -50,6 +57,11 @@ NETWORKS: Mapping[str, tuple[str, Perceptron]] = {
         for name, label, norm in (("none", "no batch norm", None), ("bn", "batch norm", BatchNorm))
         for rate in (0.2, 0.5)
     },
+    **{
+        f"{name}_{scheme}": (f"{label}, {text}", _perceptron(norm, hidden_init=init, output_init=init))
+        for name, label, norm in (("none", "no batch norm", None), ("bn", "batch norm", BatchNorm))
+        for scheme, (text, init) in SCHEMES.items()
+    },
     "deep_none": ("eight sigmoid layers", _perceptron(hidden=DEEP, activation=nn.sigmoid)),
     "deep_bn": ("eight sigmoid layers, batch norm", _perceptron(BatchNorm, hidden=DEEP, activation=nn.sigmoid)),
 }
@@ -65,6 +77,7 @@ class Case(NamedTuple):
       is_small: whether the training set is small enough to overfit.
       is_fixed: whether the same examples form a batch throughout.
       pixel_scale: the largest pixel.
+      has_all_steps: whether it is trained for as many steps as at the default batch size, not for as many examples.
     """
 
     network: str
@@ -73,13 +86,15 @@ class Case(NamedTuple):
     is_small: bool = False
     is_fixed: bool = False
     pixel_scale: float = 1.0
+    has_all_steps: bool = False
 
     @property
     def name(self) -> str:
         """The name of the training at the default settings."""
         batch = "" if self.batch_size == BATCH_SIZE else f", batch {self.batch_size}"
         scale = "" if self.pixel_scale == 1 else f", pixels to {self.pixel_scale:g}"
-        return self.network + batch + ", small set" * self.is_small + ", fixed batches" * self.is_fixed + scale
+        kinds = ", small set" * self.is_small + ", fixed batches" * self.is_fixed + ", all steps" * self.has_all_steps
+        return self.network + batch + kinds + scale
 
     @property
     def settings(self) -> dict[str, dict[str, float]]:
@@ -96,7 +111,8 @@ CASES = (
     Case("none", SWEEPS),
     Case("bn", SWEEPS),
     *(Case(name) for name in NETWORKS if name not in ("none", "bn") and "dropout" not in name),
-    *(Case(name, {}, size) for name in ("none", "bn", "renorm", "layer") for size in BATCH_SIZES if size != BATCH_SIZE),
+    *(Case(name, {}, size) for name in SMALLER_NORMS for size in BATCH_SIZES if size != BATCH_SIZE),
+    *(Case(name, {}, LARGEST, has_all_steps=True) for name in ("none", "bn")),
     Case("none", OVERFITTING, is_small=True),
     Case("bn", OVERFITTING, is_small=True),
     *(Case(name, {}, is_small=True, is_fixed=True) for name in ("none", "bn")),

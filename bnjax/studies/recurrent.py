@@ -67,6 +67,7 @@ def run(options: Options, report: Report):
     train_set, held_out = images.train, jax.tree.map(jnp.asarray, images.test)
     settings = {"hidden": HIDDEN, "optimizer": "Adam", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
     results = Results(STUDY.name, {**settings, "dataset": dataset, "steps": steps}, range(options.seeds))
+    results.examples = dict.fromkeys(("test_accuracy", "population_accuracy"), len(images.test.y))
     keys, curves = {"key": seed_keys(results.seeds)}, {}
     trainings = networks(options, images)
     report.expect(len(trainings))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import analysis, studies
+from bnjax.analysis import losses
 from bnjax.studies import Study, data, engine, option, perceptrons
 from bnjax.studies.engine import Report, Trained, Variant, compiler_options, seed_keys
 from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
@@ -20,7 +21,10 @@ from bnjax.studies.perceptrons import BATCH_SIZE, BATCH_SIZES, CASES, DEFAULTS, 
 class Options(studies.ImageOptions):
     """The options of a run of the perceptrons."""
 
-    steps: int = option(750, "steps of training", shown="750 of 32 examples, as many examples at other batch sizes")
+    seeds: int = option(5, "number of seeds")
+    steps: int = option(
+        15_000, "steps of training", shown="15,000 of 32 examples, as many examples at other batch sizes"
+    )
     variants: tuple[str, ...] | None = option(None, "which networks to train", shown="all", metavar="A,B,…")
 
 
@@ -37,6 +41,7 @@ STUDY = Study(
 
 SMALL_SET = 3000  # examples of the trainings that overfit
 MEASURED = 6  # measurements in a training
+NOISE_BATCHES = 50  # batches over which the noise of a layer's statistics is measured
 CLAIMS = read_claims(__file__)
 
 
@@ -55,6 +60,7 @@ def run(options: Options, report: Report):
     small_set = data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])
     settings = {"optimizer": "Adam", "dataset": dataset, "examples": BATCH_SIZE * options.steps}
     results = Results(STUDY.name, {**settings, "small_set": SMALL_SET, **DEFAULTS}, range(options.seeds))
+    results.examples = dict.fromkeys(("test_accuracy", "population_test_accuracy"), len(test.y))
 
     def work(case: Case, report: Report) -> tuple[Trained, dict[str, Any], np.ndarray]:
         examples, held_out = small_set if case.is_small else train_set, test
@@ -83,7 +89,8 @@ def run(options: Options, report: Report):
 
 def _train(case: Case, network: Variant, train_set, test, report: Report, options: Options) -> tuple:
     """Trains one case at all settings and seeds: the training, its metrics, and the test accuracy on the way."""
-    steps = max(MEASURED, BATCH_SIZE * options.steps // case.batch_size // MEASURED * MEASURED)
+    examples = (case.batch_size if case.has_all_steps else BATCH_SIZE) * options.steps
+    steps = max(MEASURED, examples // case.batch_size // MEASURED * MEASURED)
     cells = case.settings.values()
     settings = {key: jnp.repeat(jnp.array([cell[key] for cell in cells]), options.seeds) for key in DEFAULTS}
     settings["key"] = jnp.tile(seed_keys(range(options.seeds)), len(cells))
@@ -100,12 +107,51 @@ def _train(case: Case, network: Variant, train_set, test, report: Report, option
     how: dict[str, Any] = {"every": steps // MEASURED, "compiler_options": compiler_options(steps)}
     plan = network.plan(steps, draw=draw, measure=measure, **how)
     trained = engine.train(plan, settings, tuple(train_set), report=report, options=options)
-    on_test, on_training = (
-        np.asarray(network.accuracies(trained.state, split.x[:10_000], split.y[:10_000])) for split in (test, train_set)
-    )
-    metrics = {"test_accuracy": on_test, "train_accuracy": on_training, "generalization_gap": on_training - on_test}
+    metrics = engine.at_inference(network, trained.state, train_set, test)
+    metrics["gain_by_population"] = metrics["population_test_accuracy"] - metrics["test_accuracy"]
     metrics |= {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}
-    return trained, metrics, np.concatenate([trained.measurements["test_accuracy"], on_test[:, None]], 1)
+    metrics["log10_first_to_last_gradient"] = np.log10(metrics.pop("first_to_last_gradient"))
+    if case.is_small and case.network.startswith("bn"):
+        metrics |= _of_dropout(network, trained.state, train_set)
+    return (
+        trained,
+        metrics,
+        np.concatenate([trained.measurements["test_accuracy"], metrics["test_accuracy"][:, None]], 1),
+    )
+
+
+def _of_dropout(network: Variant, states: Any, train_set: data.Split) -> dict[str, np.ndarray]:
+    """Measures the variance that the last batch norm is given in training and at inference, and its noise by dropout.
+
+    'log_variance_shift' is the mean over features of the logarithm of the variance of the training examples without
+    dropout over the running variance, which training with dropout left. 'noise_by_dropout' is the standard deviation of
+    the batch's variance over batches, relative to its mean (both mean over features), minus that of the same network
+    and batches without dropout.
+    """
+    last = f"BatchNorm_{len(network.model.hidden) - 1}"
+    with_population = engine.with_population_statistics(network, states, train_set.x)
+    inference, running = (np.asarray(of.batch_stats[last]["var"]) for of in (with_population, states))
+    keys, x = jax.random.split(jax.random.key(0), NOISE_BATCHES), jnp.asarray(train_set.x)
+
+    @jax.jit
+    def noise(state: Any) -> Any:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+
+        def of_batch(key: Any, rate: float) -> Any:
+            of_examples, of_dropout = jax.random.split(key)
+            batch = x[jax.random.randint(of_examples, (network.batch_size,), 0, len(x))]
+            model = network.model.clone(dropout_rate=rate)
+            found = losses.linen_batch_stats(model, variables, batch, rngs={"dropout": of_dropout})
+            return found[last]["var"]
+
+        rates = (network.model.dropout_rate, 0.0)
+        variances = (jax.vmap(functools.partial(of_batch, rate=rate))(keys) for rate in rates)
+        with_, without = (of.std(0).mean() / of.mean() for of in variances)
+        return with_ - without
+
+    of_seeds = [noise(jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states)) for i in range(len(running))]
+    shift = np.log(np.maximum(inference, 1e-12) / np.maximum(running, 1e-12)).mean(1)
+    return {"log_variance_shift": shift, "noise_by_dropout": np.asarray(of_seeds)}
 
 
 def _compare(results: Results, networks: Sequence[str]) -> None:
@@ -118,19 +164,10 @@ def _compare(results: Results, networks: Sequence[str]) -> None:
         for sweep in SWEEPS:
             accuracies = np.stack([accuracy(name) for name in Case(network, {sweep: SWEEPS[sweep]}).settings])
             results.set_metric(network, f"range_over_{sweep}", np.ptp(accuracies, 0))
-        for lost, before, after in (
-            ("lost_at_batch_2", "", ", batch 2"),
-            ("lost_at_10_times", "", ", learning_rate 0.01"),
-            ("lost_by_raw_pixels", "", ", pixels to 255"),
-            ("lost_by_fast_decay", ", decay 1", ", decay 6"),
-        ):
-            results.set_metric(network, lost, accuracy(network + before) - accuracy(network + after))
+        schemes = [accuracy(f"{network}{suffix}") for suffix in ("", *(f"_{scheme}" for scheme in perceptrons.SCHEMES))]
+        results.set_metric(network, "range_over_schemes", np.ptp(np.stack(schemes), 0))
         larger, default = (results.metric(f"{network}{name}", "first_gradient") for name in (", init_scale 10", ""))
-        results.set_metric(network, "gradient_growth", larger / default)
-        small = f"{network}, small set"
-        better = np.maximum(*(accuracy(f"{small}, l2 {value:g}") for value in (1e-3, 1e-2)))
-        results.set_metric(small, "gain_by_l2", better - accuracy(small))
-        results.set_metric(small, "gain_by_shuffling", accuracy(small) - accuracy(f"{small}, fixed batches"))
+        results.set_metric(network, "log10_gradient_growth", np.log10(larger / default))
 
 
 def _figures(results: Results, networks: Sequence[str], title: str) -> dict[str, plots.Figure]:
@@ -147,7 +184,7 @@ def _figures(results: Results, networks: Sequence[str], title: str) -> dict[str,
         figures[f"{sweep}.png"] = plots.sweep(SWEEPS[sweep], series, sweep.replace("_", " "), title)
     series = {
         NETWORKS[name][0]: [results.metric(Case(name, {}, size).name, "test_accuracy") for size in BATCH_SIZES]
-        for name in ("none", "bn", "renorm", "layer")
+        for name in perceptrons.SMALLER_NORMS
         if name in results.variants
     }
     figures["batch_sizes.png"] = plots.sweep(BATCH_SIZES, series, "batch size", title, base=2)

@@ -32,7 +32,7 @@ NORMS: Mapping[str, tuple[str, Any]] = {  # name: (label, norm)
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 PROBED = np.linspace(0.5, 4, 8)  # step sizes of the probe, in learning rates
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 LEARNT = 0.9  # fraction of the loss of an even guess
 
 

@@ -22,7 +22,7 @@ from bnjax.studies.cli.logs import Logs
 from bnjax.studies.data import DataError, atomic_file
 from bnjax.studies.engine.saving import Saving, completing
 from bnjax.studies.evidence import ledger, record
-from bnjax.studies.evidence.claims import Judgment
+from bnjax.studies.evidence.claims import Judgment, judge
 from bnjax.studies.evidence.record import RecordError
 from bnjax.studies.evidence.results import Results, claim_rows, metric_tables, save
 from bnjax.studies.evidence.statistics import seeds_in_words
@@ -219,7 +219,7 @@ def print_ledger(
                 progress.print(f"{name}: {error}", markup=False)
         if runs := ledger.saved_runs(out)[0].get(name):
             counts[name] = max(len(run.seeds) for run in runs.values())
-            judgments += ledger.judge(study, list(runs.values()))
+            judgments += judge(study.load().CLAIMS, list(runs.values()))
         else:
             judgments += [Judgment(claim, (), reason) for claim in study.load().CLAIMS]
     judged = ledger.Ledger(judgments, counts)

@@ -11,7 +11,8 @@ from bnjax._extras import needs
 from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
 from bnjax.studies.evidence import record
-from bnjax.studies.evidence.ledger import Ledger, judge, saved_runs
+from bnjax.studies.evidence.claims import judge
+from bnjax.studies.evidence.ledger import Ledger, saved_runs
 from bnjax.studies.evidence.results import Results, metric_rows
 from bnjax.studies.evidence.statistics import seeds_in_words
 
@@ -36,7 +37,7 @@ def write_report(run_dir: Path, out: Path) -> tuple[int, list[str]]:
     if not studies:
         found = " ".join(missing) or f"{run_dir} has none."
         raise ValueError(f"RUN_DIR must hold results.json of a study, or directories with it. {found}")
-    by_study = {name: judge(STUDIES[name], list(runs.values())) for name, runs in studies.items()}
+    by_study = {name: judge(STUDIES[name].load().CLAIMS, list(runs.values())) for name, runs in studies.items()}
     judgments = [judgment for judged in by_study.values() for judgment in judged]
     shown = [(path, saved) for runs in studies.values() for path, saved in runs.items()]
     title = f"Batch norm: {next(iter(studies))}" if len(studies) == 1 else "Batch norm: the studies and their claims"

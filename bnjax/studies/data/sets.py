@@ -63,10 +63,14 @@ class Dataset(NamedTuple):
         return self._replace(train=train, test=test)
 
 
-def circles() -> Dataset:
-    """Draws two noisy concentric circles: 1000 points of scikit-learn's `make_circles(noise=0.1, random_state=1)`.
+def circles(count: int = 1000, seed: int = 1) -> Dataset:
+    """Draws two noisy concentric circles, points of scikit-learn's `make_circles(noise=0.1)`.
 
-    The first 500 train and the last 500 test: float32 inputs `[500, 2]`, labels 0 (outer circle) and 1.
+    The first half trains and the second half tests: float32 inputs `[500, 2]`, labels 0 (outer circle) and 1.
+
+    Args:
+      count: number of points.
+      seed: its `random_state`.
 
     >>> circles().train.x.shape
     (500, 2)
@@ -74,9 +78,9 @@ def circles() -> Dataset:
     with needs("data"):
         from sklearn.datasets import make_circles
 
-    x, y = make_circles(n_samples=1000, noise=0.1, random_state=1)
-    x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
-    return Dataset("circles", Split(x[:500], y[:500]), Split(x[500:], y[500:]), 2)
+    x, y = make_circles(n_samples=count, noise=0.1, random_state=seed)
+    x, y, half = np.asarray(x, np.float32), np.asarray(y, np.int32), count // 2
+    return Dataset("circles", Split(x[:half], y[:half]), Split(x[half:], y[half:]), 2)
 
 
 def blobs(seed: int = 0) -> Dataset:

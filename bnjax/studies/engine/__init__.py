@@ -1,5 +1,6 @@
 """One engine for the trainings of all studies: vmapped over seeds, one by one, or on a mesh."""
 
+from bnjax.studies.engine.inference import POPULATION, at_inference, evaluations, with_population_statistics  # noqa: F401
 from bnjax.studies.engine.plan import (  # noqa: F401
     Examples,
     Plan,

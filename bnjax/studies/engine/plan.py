@@ -147,9 +147,22 @@ class Trained:
         return self.curves[curve][:, -parts:].mean(1)
 
     def epochs_to(self, curve: str, threshold: float) -> np.ndarray:
-        """Returns each seed's first epoch (from 1) at which a curve reaches a threshold; one too many if none does."""
-        reached = self.curves[curve] >= threshold
-        return np.where(reached.any(1), reached.argmax(1) + 1.0, reached.shape[1] + 1.0)
+        """Returns each seed's first epoch (from 1) from which on a curve stays at a threshold or above, to the end.
+
+        It is one more than there are epochs where the last one lies below.
+        """
+        reached: np.ndarray = np.greater_equal(self.curves[curve], threshold)
+        stays = np.logical_and.accumulate(reached[:, ::-1], 1)[:, ::-1]
+        return np.where(stays.any(1), stays.argmax(1) + 1.0, stays.shape[1] + 1.0)
+
+    def unsteadiness(self, curve: str) -> np.ndarray:
+        """Returns the standard deviation of a curve's change from one epoch to the next, for each setting.
+
+        It is 0 for a curve that rises or falls evenly. Of what is not finite it is not defined, and infinite here.
+        """
+        change = np.diff(np.asarray(self.curves[curve], np.float64), axis=1)
+        finite = np.isfinite(change).all(1)
+        return np.where(finite, np.where(finite[:, None], change, 0).std(1), np.inf)
 
 
 @jax.tree_util.register_dataclass

@@ -1,119 +1,34 @@
-"""Statements about batch norm as data: what is claimed, which measured quantities decide it, and the verdict."""
+"""Statements about batch norm as data: what is claimed, the conditions that decide it, and the verdict."""
 
 import dataclasses
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
+from bnjax._extras import needs as needs_extra
+from bnjax.studies.evidence.conditions import LEVEL, Condition, Outcome, Text
+from bnjax.studies.evidence.statistics import holm
 
-from bnjax.studies.evidence.statistics import Interval, interval, prediction_interval, within
+with needs_extra("studies"):
+    import msgspec
+    from msgspec import Meta, Struct
 
-VERDICTS = ("reproduced", "not reproduced", "undecided", "wrong in the source")
+VERDICTS = ("reproduced", "not reproduced", "compatible", "undecided", "wrong in the source")
 
 
-@dataclasses.dataclass(frozen=True)
-class AtLeast:
+class AtLeast(Struct, frozen=True, forbid_unknown_fields=True):
     """A setting that a claim needs to be so large, such as the number of steps."""
 
-    value: float
+    at_least: int | float
 
     def __str__(self) -> str:
-        return f"of at least {self.value:,}"
+        return f"of at least {self.at_least:,}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """A measured quantity, and the range in which it lies if the claim holds.
-
-    The quantity is a metric of a variant or, with `minus`, its difference to another variant's at the same seed. It is
-    met where the whole 95 % interval of its mean over seeds lies in the range, fails where none of it does, and is
-    undecided else, or where a seed lacks a value.
-
-    Attributes:
-      label: what the quantity is called in the ledger.
-      metric: its name in the study's results.
-      variant: the network's name there.
-      minus: the network whose value is subtracted.
-      low: lower end of the range.
-      high: upper end.
-      exact: whether the quantity is a number without an interval, which needs no seeds.
-      one_run: whether the interval is that of one further run, which has to hold the published number, `low` = `high`.
-      every_seed: whether the value at every seed has to lie in the range, rather than their mean.
-      is_difference: whether the metric is a paired difference already, so that it has an effect size.
-      digits: decimals in the ledger; None for as many as the interval leaves.
-    """
-
-    label: str
-    metric: str
-    variant: str
-    minus: str | None = None
-    low: float = -math.inf
-    high: float = math.inf
-    one_run: bool = False
-    every_seed: bool = False
-    is_difference: bool = False
-    exact: bool = False
-    digits: int | None = 4
-
-    def judge(self, results: Any) -> "Outcome":
-        """Compares the range with what a study measured, its `bnjax.studies.evidence.results.Results`."""
-        values = results.values(self.variant, self.metric)
-        others = results.values(self.minus, self.metric) if self.minus else None
-        if values is None or (self.minus and others is None):
-            return Outcome(self, Interval(math.nan, math.nan, 0), math.nan, None)
-        values = np.asarray(values, np.float64) - (0 if others is None else np.asarray(others, np.float64))
-        measured = prediction_interval(values) if self.one_run else interval(values)
-        deviation = values[~np.isnan(values)].std(ddof=1) if measured.n > 1 else math.nan
-        is_paired = self.minus or self.is_difference
-        effect = measured.mean / deviation if is_paired and deviation > 0 else math.nan
-        if self.exact:
-            measured = Interval(measured.mean, 0.0, measured.n)
-        if measured.n < len(results.seeds) or not math.isfinite(measured.half):
-            met = None
-        elif self.one_run:
-            met = measured.low <= self.low <= measured.high
-        elif self.every_seed:
-            met = bool(np.all((values >= self.low) & (values <= self.high)))
-        else:
-            met = within(measured, self.low, self.high)
-        return Outcome(self, measured, float(effect), met)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The measured quantity of a condition.
-
-    Attributes:
-      condition: the condition that it decides.
-      measured: mean over seeds and 95 % interval (that of one run with `one_run`).
-      effect: of a paired difference, its mean divided by its standard deviation over seeds (Cohen's d_z); else NaN.
-      met: True, False, or None where that is undecided or was not measured.
-    """
-
-    condition: Condition
-    measured: Interval
-    effect: float
-    met: bool | None
-
-    @property
-    def text(self) -> str:
-        """The text 'label mean ± half (effect)' for the ledger."""
-        label, digits, measured = self.condition.label, self.condition.digits, self.measured
-        if not measured.n:
-            return f"{label} not measured"
-        if self.condition.one_run:
-            return f"{label} {measured.mean:.{digits}f} [{measured.low:.{digits}f}, {measured.high:.{digits}f}]"
-        if self.condition.exact:
-            return f"{label} {measured._replace(half=math.nan).text(digits)}"
-        effect = f" (d {self.effect:+.1f})" if math.isfinite(self.effect) else ""
-        return f"{label} {measured.text(digits)}{effect}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
+class Claim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A statement of a source.
 
     Attributes:
@@ -122,62 +37,143 @@ class Claim:
       statement: the statement in our words.
       published: the number published, or a dash.
       rule: what decides, in words, fixed before the run.
+      control: what the networks are compared with, such as the same comparison without batch norm.
+      margin: how large a difference counts, and why.
+      why: the reason for the rule, where it is not plain.
       conditions: the conditions that decide; all of them have to be met.
       needs: settings that the run must have had; numbers may be `AtLeast`.
-      amended: what of the rule was changed after results had been seen, and why; empty where nothing was.
+      figures: the files of the figures that show it.
+      family: the claims with which its p-value is corrected, those of one study.
+      changed: what of the rule is other than in the first ledger, and why; empty where nothing is.
+      was: its name in the first ledger, where that was another.
+      amended: what of the rule was changed after results of these runs had been seen, and why.
       is_arithmetic: whether the statement can be checked without a run; if it fails, the source is wrong.
     """
 
-    id: str
-    source: str
-    statement: str
-    published: str
-    rule: str
-    conditions: tuple[Condition, ...]
-    needs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    id: Text
+    source: str = ""
+    statement: Text
+    published: Text = "–"
+    rule: Text
+    control: Text
+    margin: Text
+    why: str = ""
+    conditions: Annotated[tuple[Condition, ...], Meta(min_length=1)]
+    needs: dict[str, AtLeast | bool | int | float | str] | None = None
+    figures: tuple[str, ...] = ()
+    family: str = ""
+    changed: str = ""
+    was: str = ""
     amended: str = ""
     is_arithmetic: bool = False
 
+    def lacks(self, results: Any) -> list[str]:
+        """Returns what the claim needs that a run did not have, in words."""
+        needs = (self.needs or {}).items()
+        return [_setting(key, value) for key, value in needs if not _meets(results.settings.get(key), value)]
+
     def judge(self, results: Any) -> "Judgment":
-        """Returns the verdict on a study's `bnjax.studies.evidence.results.Results`."""
-        needed = [_setting(k, v) for k, v in self.needs.items() if not _meets(results.settings.get(k), v)]
-        if needed:
-            return Judgment(self, (), "needs " + ", ".join(needed))
-        return Judgment(self, tuple(condition.judge(results) for condition in self.conditions), "")
+        """Returns the verdict on a study's `bnjax.studies.evidence.results.Results`, alone, without correction."""
+        if lacks := self.lacks(results):
+            return Judgment(self, (), "needs " + ", ".join(lacks))
+        return Judgment(self, tuple(condition.judge(results) for condition in self.conditions))
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """A claim and the outcome of each of its conditions; none where the run can't decide it, for a reason in words."""
+    """A claim and the outcome of each of its conditions; none where the run can't decide it, for a reason in words.
+
+    `corrected` is the p-value of the verdict, corrected for all claims that are tested in its family.
+    """
 
     claim: Claim
     outcomes: tuple[Outcome, ...]
-    reason: str
+    reason: str = ""
+    corrected: float = math.nan
+
+    @property
+    def p(self) -> float:
+        """The p-value of the verdict, as if the claim were alone; NaN where nothing is tested.
+
+        That of a claim is the largest of its conditions', as all have to be met; that of its contrary the smallest,
+        times their number, as one that fails is enough. The smaller of the two counts.
+        """
+        return min(self._p) if self._p else math.nan
+
+    @property
+    def _p(self) -> tuple[float, float] | None:
+        tested = [outcome for outcome in self.outcomes if outcome.condition.kind != "exact"]
+        if not tested or any(outcome.met is False for outcome in self.outcomes if outcome not in tested):
+            return None
+        against = min(1.0, len(tested) * min(outcome.p_against for outcome in tested))
+        return max(outcome.p_for for outcome in tested), against
 
     @property
     def verdict(self) -> str:
-        """The verdict: 'reproduced' if every condition is met, 'not reproduced' if one fails, else 'undecided'."""
-        if any(outcome.met is False for outcome in self.outcomes):
+        """One of `VERDICTS`.
+
+        'reproduced' if every condition is met and 'not reproduced' if one fails, by p-values that stay below 5 % when
+        they are corrected for the family; 'compatible' if the published numbers may be those of one further run; else
+        'undecided'. What is exact is met or not.
+        """
+        exact = [outcome.met for outcome in self.outcomes if outcome.condition.kind == "exact"]
+        if False in exact:
             return "wrong in the source" if self.claim.is_arithmetic else "not reproduced"
-        return "reproduced" if self.outcomes and all(outcome.met for outcome in self.outcomes) else "undecided"
+        if self._p is None:
+            return "reproduced" if exact and all(exact) else "undecided"
+        p_for, p_against = self._p
+        p = self.p if math.isnan(self.corrected) else self.corrected
+        if p < LEVEL:
+            return "reproduced" if p_for < p_against else "not reproduced"
+        is_one_run = all(outcome.condition.kind == "one run" for outcome in self.outcomes)
+        return "compatible" if is_one_run and all(outcome.met is not None for outcome in self.outcomes) else "undecided"
 
     @property
     def measured(self) -> str:
         """The numbers that decide, for the ledger."""
         return self.reason or "; ".join(outcome.text for outcome in self.outcomes)
 
+    @property
+    def p_text(self) -> str:
+        """Both p-values, 'alone → corrected', for the ledger; a dash where nothing is tested."""
+        if math.isnan(self.p):
+            return "–"
+        corrected = self.p if math.isnan(self.corrected) else self.corrected
+        return f"{_p_text(self.p)} → {_p_text(corrected)}"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the entry in `results.json`."""
-        claim = self.claim
-        texts = {key: getattr(claim, key) for key in ("id", "source", "statement", "published", "rule", "amended")}
-        texts["needs"] = {key: str(value) for key, value in claim.needs.items()}
-        declared = ("label", "metric", "variant", "minus", "low", "high", "one_run", "every_seed")
-        conditions = [
-            {key: getattr(o.condition, key) for key in declared}
-            | {"mean": o.measured.mean, "ci95": o.measured.half, "n": o.measured.n, "effect": o.effect, "met": o.met}
-            for o in self.outcomes
+        claim = msgspec.to_builtins(self.claim)
+        claim["needs"] = {key: str(value) for key, value in (self.claim.needs or {}).items()}
+        for condition, outcome in zip(claim["conditions"], self.outcomes, strict=False):
+            measured = {"mean": outcome.measured.mean, "ci95": outcome.measured.half, "n": outcome.measured.n}
+            own = ("effect", "p_for", "p_against", "met", "test_set")
+            condition["published_effect"] = condition.pop("effect")
+            condition |= measured | {"interval": [outcome.low, outcome.high]} | {k: getattr(outcome, k) for k in own}
+        claim["conditions"] = claim["conditions"][: len(self.outcomes)]
+        verdict = {"measured": self.measured, "p": self.p, "p_corrected": self.corrected, "verdict": self.verdict}
+        return claim | verdict
+
+
+def judge(claims: Sequence[Claim], runs: Sequence[Any]) -> list[Judgment]:
+    """Returns the verdicts on the claims of one study, its family, whose p-values are corrected together.
+
+    Of several runs each claim is judged by the one that has what it needs, and of these by that of the most seeds, then
+    by the first: by what a run is, and not by what it gave.
+    """
+    judged = []
+    for claim in claims:
+        able = [
+            run for run in runs if not claim.lacks(run) and all(c.values(run) is not None for c in claim.conditions)
         ]
-        return {**texts, "conditions": conditions, "measured": self.measured, "verdict": self.verdict}
+        judged.append(claim.judge(max(able or runs, key=lambda run: len(run.seeds))))
+    tested = [judgment for judgment in judged if not math.isnan(judgment.p)]
+    corrected = dict(zip(map(id, tested), holm([judgment.p for judgment in tested]), strict=True))
+    return [dataclasses.replace(judgment, corrected=corrected.get(id(judgment), math.nan)) for judgment in judged]
+
+
+def _p_text(p: float) -> str:
+    return f"{p:.2f}" if p >= 0.095 else f"{p:.3f}" if p >= 0.00095 else "<0.001"
 
 
 def _setting(key: str, value: Any) -> str:
@@ -187,8 +183,23 @@ def _setting(key: str, value: Any) -> str:
 
 def _meets(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, AtLeast):
-        return isinstance(value, int | float) and value >= wanted.value
+        return isinstance(value, int | float) and value >= wanted.at_least
     return value == wanted
+
+
+class _Source(Struct, frozen=True, forbid_unknown_fields=True):
+    """Claims of one document, and what they need where they have no needs of their own."""
+
+    name: Text
+    claims: list[Claim]
+    needs: dict[str, AtLeast | bool | int | float | str] = {}
+
+
+class _Claims(Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of claims, and the sentences on what was learned of them, each with the verdicts that it rests on."""
+
+    sources: list[_Source]
+    learned: list[dict[str, Any]] = []
 
 
 def read_claims(study_file: str, text: str | None = None) -> tuple[Claim, ...]:
@@ -212,59 +223,28 @@ def read_claims(study_file: str, text: str | None = None) -> tuple[Claim, ...]:
         text = path.read_text(encoding="utf-8")
     try:
         document = tomllib.loads(text)
+        sources = msgspec.convert(document, _Claims).sources
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}.") from None
-    _check(document, {"sources": list}, str(path))
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path}, {_place(document, str(error))}.") from None
     claims: dict[str, Claim] = {}
-    for number, source in enumerate(document["sources"], 1):
-        _check(source, {"name": str, "claims": list, "needs": dict}, f"{path}, source {number}", optional=("needs",))
-        for table in source["claims"]:
-            claim = _claim(table, source, str(path))
+    for source in sources:
+        for claim in source.claims:
             if claim.id in claims:
                 raise ValueError(f"{path}, claim {claim.id}: id must be that of one claim only.")
-            claims[claim.id] = claim
+            needs = source.needs if claim.needs is None else claim.needs
+            claims[claim.id] = msgspec.structs.replace(claim, source=source.name, needs=needs, family=path.stem)
     return tuple(claims.values())
 
 
-def _claim(table: Any, source: Mapping[str, Any], where: str) -> Claim:
-    where += f", claim {table['id']}" if isinstance(table, dict) and "id" in table else f", a claim of {source['name']}"
-    kinds = {field.name: field.type for field in dataclasses.fields(Claim) if field.name != "source"}
-    kinds |= {"conditions": list, "needs": dict}
-    _check(table, kinds, where, optional=("published", "needs", "amended", "is_arithmetic"))
-    conditions = tuple(_condition(c, f"{where}, condition {i}") for i, c in enumerate(table["conditions"], 1))
-    needs = dict(table.get("needs", source.get("needs", {})))
-    for key, value in needs.items():
-        if isinstance(value, dict):
-            _check(value, {"at_least": float}, f"{where}, needs.{key}")
-            needs[key] = AtLeast(value["at_least"])
-    return Claim(**{"published": "–", **table, "source": source["name"], "conditions": conditions, "needs": needs})
-
-
-def _condition(table: Any, where: str) -> Condition:
-    kinds = {field.name: field.type for field in dataclasses.fields(Condition)}
-    if isinstance(table, dict) and table.get("digits") == "auto":
-        table = {**table, "digits": None}
-    _check(table, kinds, where, optional=tuple(kinds)[3:])
-    condition = Condition(**table)
-    low, high = condition.low, condition.high
-    if not low <= high or (low, high) == (-math.inf, math.inf):
-        raise ValueError(f"{where}: low and high must be the ends of a range, got {low} and {high}.")
-    if condition.one_run and low != high:
-        raise ValueError(f"{where}: low and high must both be the published number with one_run, got {low} and {high}.")
-    return condition
-
-
-def _check(table: Any, kinds: Mapping[str, Any], where: str, optional: Sequence[str] = ()) -> None:
-    """Raises ValueError where a table lacks a field, has one that is not known, or one of another kind."""
-    if not isinstance(table, dict):
-        raise ValueError(f"{where}: expected a table, got {table!r}.")
-    if unknown := sorted(set(table) - set(kinds)):
-        raise ValueError(f"{where}: {unknown[0]} is not a field; expected {', '.join(kinds)}.")
-    if missing := [name for name in kinds if name not in table and name not in optional]:
-        raise ValueError(f"{where}: {missing[0]} is missing.")
-    for name, value in table.items():
-        kind = kinds[name]
-        allowed = int | float if kind is float else kind
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            text = kind.__name__ if isinstance(kind, type) else kind
-            raise ValueError(f"{where}: {name} must be of type {text}, got {value!r}.")
+def _place(document: Mapping[str, Any], text: str) -> str:
+    """Says which claim and field a message speaks of, whose end is a path such as '$.sources[0].claims[3].rule'."""
+    problem, _, path = text.partition(" - at ")
+    problem, path = problem[:1].lower() + problem[1:], path.strip("`$.")
+    found = re.match(r"sources\[(\d+)\]\.claims\[(\d+)\]\.?(.*)", path)
+    if not found:
+        return f"{path or 'the file'}: {problem}"
+    claim = document["sources"][int(found[1])]["claims"][int(found[2])]
+    name = claim.get("id", f"number {int(found[2]) + 1}") if isinstance(claim, Mapping) else claim
+    return ", ".join(filter(None, (f"claim {name}", found[3]))) + f": {problem}"

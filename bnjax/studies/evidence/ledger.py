@@ -47,7 +47,7 @@ class Ledger:
 
     def save(self, out: Path) -> None:
         """Writes `ledger.json` and `ledger.md`."""
-        document = {"schema": 1, "seeds": dict(self.seeds), "claims": [j.to_json() for j in self.judgments]}
+        document = {"schema": 2, "seeds": dict(self.seeds), "claims": [j.to_json() for j in self.judgments]}
         page = f"{self.markdown()}\n".encode(errors="replace")
         for name, content in (("ledger.json", record.write(document)), ("ledger.md", page)):
             with atomic_file(out / name) as file:
@@ -70,12 +70,6 @@ def saved_runs(directory: Path) -> tuple[dict[str, dict[Path, Results]], list[re
     runs = {name: {path: results for path, results in saved.items() if results.study == name} for name in STUDIES}
     named = {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
     return named, unreadable
-
-
-def judge(study: Study, runs: Sequence[Results]) -> list[Judgment]:
-    """Returns the verdicts on a study's claims, each from the first of some runs that decides it."""
-    judged = ([claim.judge(run) for run in runs] for claim in study.load().CLAIMS)
-    return [next((judgment for judgment in of if judgment.verdict != "undecided"), of[0]) for of in judged]
 
 
 def is_to_be_replaced(saved: Results, study: Study, choices: Sequence[Options]) -> bool:

@@ -11,7 +11,7 @@ with needs("studies"):
     import msgspec
     from msgspec import Meta, Struct, field
 
-SCHEMA = 2
+SCHEMA = 3
 _LARGEST = 2**26  # bytes: a hundred times the largest record of a study
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -73,15 +73,24 @@ class Condition(Struct):
     metric: str
     variant: str
     minus: str | None
+    control: str | None
+    control_minus: str | None
     low: float | None
     high: float | None
+    kind: str
     mean: float | None
     ci95: float | None
+    interval: list[float | None]
     n: Count
     effect: float | None
+    p_for: float | None
+    p_against: float | None
     met: bool | None
-    one_run: bool = False
-    every_seed: bool = False
+    test_set: float | None
+    possible: list[float | None]
+    published_effect: float | None
+    is_difference: bool
+    digits: int | str
 
 
 class Claim(Struct):
@@ -92,10 +101,20 @@ class Claim(Struct):
     statement: str
     published: str
     rule: str
+    control: str
+    margin: str
+    why: str
+    family: str
     measured: str
     verdict: str
+    p: float | None
+    p_corrected: float | None
     amended: str = ""
+    changed: str = ""
+    was: str = ""
+    is_arithmetic: bool = False
     needs: dict[str, str] = field(default_factory=dict)
+    figures: list[str] = field(default_factory=list)
     conditions: list[Condition] = field(default_factory=list)
 
 
@@ -114,6 +133,7 @@ class Record(Struct):
     machine: Machine
     variants: dict[str, Variant]
     claims: list[Claim]
+    examples: dict[str, Count] = field(default_factory=dict)
     figures: dict[PictureName, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 

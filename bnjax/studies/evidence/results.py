@@ -22,7 +22,7 @@ from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
 from bnjax.studies.data.sets import first_line
 from bnjax.studies.evidence import record
-from bnjax.studies.evidence.claims import Claim, Judgment
+from bnjax.studies.evidence.claims import Claim, Judgment, judge
 from bnjax.studies.evidence.statistics import Interval, interval
 
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
@@ -43,6 +43,7 @@ class Results:
       variants: name to `(label, settings, {metric: values over seeds})`.
       claims: the claims that were judged.
       arrays: arrays for `curves.npz`.
+      examples: number of held-out examples that an accuracy is of, by metric.
       notes: numbers that are no metric of a variant.
       texts: title and text of what the terminal shows beside the tables.
       options: options of the run, as `Options.to_json` gives them.
@@ -57,6 +58,7 @@ class Results:
     variants: dict[str, Measured] = dataclasses.field(default_factory=dict)
     claims: list[Judgment] = dataclasses.field(default_factory=list)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    examples: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     texts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -85,7 +87,8 @@ class Results:
             for name, of in document["variants"].items()
         }
         common = document["study"], document["settings"], document["seeds"]
-        return cls(*common, variants, options=document["options"], document=document)
+        given = {"options": document["options"], "examples": document["examples"]}
+        return cls(*common, variants, **given, document=document)
 
     @property
     def command(self) -> str:
@@ -122,7 +125,7 @@ class Results:
 
     def judge(self, claims: Sequence[Claim]) -> None:
         """Sets the verdicts on some claims."""
-        self.claims = [claim.judge(self) for claim in claims]
+        self.claims = judge(claims, [self])
 
     def to_json(self, seconds: float, started: datetime.datetime) -> dict[str, Any]:
         """Returns the content of `results.json`."""
@@ -159,6 +162,7 @@ class Results:
                 }
                 for name, (label, settings, metrics) in self.variants.items()
             },
+            "examples": dict(self.examples),
             "claims": [judgment.to_json() for judgment in self.claims],
             "figures": dict(self.figures),
             "notes": self.notes,
@@ -258,8 +262,8 @@ def metric_tables(results: Results, columns: int) -> list[tuple[list[str], list[
 
 def claim_rows(judgments: Sequence[Judgment]) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the table of claims."""
-    rows = [[j.claim.id, j.claim.statement, j.claim.published, j.measured, j.verdict] for j in judgments]
-    return ["claim", "statement", "published", "measured", "verdict"], rows
+    rows = [[j.claim.id, j.claim.statement, j.claim.published, j.measured, j.p_text, j.verdict] for j in judgments]
+    return ["claim", "statement", "published", "measured", "p", "verdict"], rows
 
 
 def parameter_rows(shapes: Shapes) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,7 @@
-"""Means over seeds with their intervals, and whether these lie in a range."""
+"""Means over seeds with their intervals, p-values of ranges, and their correction for many claims."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,8 +83,47 @@ def prediction_interval(values: np.ndarray) -> Interval:
     return Interval(mean, half * math.sqrt(n + 1), n)
 
 
-def within(measured: Interval, low: float, high: float) -> bool | None:
-    """Says whether the whole interval lies in [low, high] (True) or none of it (False); None where neither holds."""
-    if measured.low >= low and measured.high <= high:
-        return True
-    return False if measured.high < low or measured.low > high else None
+def p_of_mean(values: np.ndarray, bound: float) -> tuple[float, float]:
+    """Computes twice the one-sided p-values of Student's t test: that the mean lies below, and above a bound.
+
+    The first is small where the mean lies above the bound. Either is below 0.05 where the 95 % interval does not hold
+    the bound and lies on that side of it. Values that are all the same have no doubt left.
+    """
+    mean, deviation, n = float(values.mean()), float(values.std(ddof=1)), len(values)
+    t = (mean - bound) / (deviation / math.sqrt(n)) if deviation > 0 else math.copysign(math.inf, mean - bound)
+    if mean == bound:
+        t = 0.0
+    below, above = float(special.stdtr(n - 1, -t)), float(special.stdtr(n - 1, t))
+    return min(1.0, 2 * below), min(1.0, 2 * above)
+
+
+def p_of_one_run(values: np.ndarray, published: float) -> float:
+    """Computes the two-sided p-value that a published number is of one further run, by Student's t."""
+    n = len(values)
+    deviation = values.std(ddof=1) * math.sqrt(1 + 1 / n)
+    if not deviation:
+        return float(values.mean() == published)
+    return float(2 * special.stdtr(n - 1, -abs(values.mean() - published) / deviation))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrects p-values for their number, so that any is below 0.05 by chance in at most 5 % of such families.
+
+    The k-th smallest of m is multiplied by m − k + 1, and none is smaller than one before it (Holm 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def of_test_set(accuracy: float, examples: int) -> float:
+    """Computes half the width of the 95 % interval that a test set of so many examples leaves of an accuracy.
+
+    It is `1.96 √(a (1 − a) / n)`, the binomial distribution's; what seeds leave open comes on top of it.
+    """
+    return 1.96 * math.sqrt(max(0.0, accuracy * (1 - accuracy)) / examples)
