@@ -31,7 +31,8 @@ FLOORS = """
     training: _hlo _roll_call host mesh parameters state step loop . checkpoint ahead_of_time
     studies: . data.sets data data.augmentation
     studies: evidence.statistics evidence.conditions evidence.claims evidence.record evidence.results evidence
-    studies: engine.saving engine.histograms engine.plan engine.inference engine.memory engine.mappings engine.training engine.steps
+    studies: engine.saving engine.histograms engine.plan engine.inference engine.memory engine.mappings engine.training
+    studies: engine.steps
     studies: engine
     studies: evidence.plots evidence.ledger landscape perceptrons vgg
     studies: circles blobs mnist sensitivity recurrent cifar accelerating activations smoothness deep_linear papers

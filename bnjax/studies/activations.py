@@ -197,8 +197,10 @@ def identities(variant: Variant, states: Any, train_set: data.Split) -> dict[str
       'rank_of_batch': rank of the covariance of the last hidden layer over one batch;
       'identity_error': how far the first normalization is from the identity with scale √(var + ε) and bias mean.
     """
-    x = jnp.asarray(train_set.x[: 50 * (BATCH_SIZE - 1)])
-    batches = jnp.concatenate([jnp.broadcast_to(x[:1], (50, 1, x.shape[1])), x.reshape((50, -1, x.shape[1]))], 1)
+    count = min(50, (len(train_set.x) - 1) // (BATCH_SIZE - 1))
+    first, others = (jnp.asarray(train_set.x[part]) for part in (slice(1), slice(1, 1 + count * (BATCH_SIZE - 1))))
+    others = others.reshape((count, BATCH_SIZE - 1, -1))
+    batches = jnp.concatenate([jnp.broadcast_to(first, (count, 1, first.shape[1])), others], 1)
     norm, has_norm = BatchNorm(use_running_average=True), variant.model.norm is not None
 
     def logits(params: Any, state: Any, x: Any, training: bool) -> Any:
@@ -218,7 +220,7 @@ def identities(variant: Variant, states: Any, train_set: data.Split) -> dict[str
         h = losses.layer_outputs(variant.model, variables, batches[0])[LAST_HIDDEN]
         found = {"output_noise": noise(True), "output_noise_at_inference": noise(False)}
         found["changed_by_scale"] = jnp.abs(scaled - plain).max() / jnp.abs(plain).max()
-        found["rank_of_batch"] = jnp.linalg.matrix_rank(h - h.mean(0)).astype(float)
+        found["rank_of_batch"] = jnp.linalg.matrix_rank(h - h.mean(0, keepdims=True)).astype(float)
         if has_norm:
             last = f"BatchNorm_{len(HIDDEN) - 1}"
             of = {"params": state.params[last], "batch_stats": state.batch_stats[last]}
@@ -227,7 +229,7 @@ def identities(variant: Variant, states: Any, train_set: data.Split) -> dict[str
             found["nonlinearity_at_inference"] = jnp.abs(bent).max() / jnp.abs(f(h)).max()
             first = losses.linen_batch_stats(variant.model, variables, batches[0])["BatchNorm_0"]
             inverse = {"scale": jnp.sqrt(first["var"] + norm.epsilon), "bias": first["mean"]}
-            u = batches[0] @ state.params["Dense_0"]["kernel"] + state.params["Dense_0"]["bias"]
+            u = batches[0] @ state.params["Dense_0"]["kernel"] + state.params["Dense_0"]["bias"][None]
             in_training = BatchNorm(use_running_average=False)
             of = {"params": inverse, "batch_stats": first}
             same = in_training.apply(of, u, mutable=["batch_stats"])[0]

@@ -217,7 +217,7 @@ def _of_start(network: Variant, train: data.Split, seeds: Sequence[int]) -> dict
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         outputs = losses.layer_outputs(network.model, variables, network.prepared(images))
         hidden = [h.reshape((-1, h.shape[-1])) for name, h in outputs.items() if name != "Dense_0"]
-        distances = jnp.stack([_gaussian_distance(h[:: len(h) // GAUSSIAN]).mean() for h in hidden])
+        distances = jnp.stack([_gaussian_distance(h[:: max(1, len(h) // GAUSSIAN)]).mean() for h in hidden])
         return jnp.log10(first / last), distances.mean()
 
     found = np.array([of_seed(key) for key in seed_keys(seeds)]).T
@@ -232,7 +232,7 @@ def _of_start(network: Variant, train: data.Split, seeds: Sequence[int]) -> dict
 
 def _gaussian_distance(values: Any) -> Any:
     """Returns the largest distance of the distribution functions of standardized values `[N, features]` and normal."""
-    z = jnp.sort((values - values.mean(0)) / (values.std(0) + 1e-12), 0)
+    z = jnp.sort((values - values.mean(0, keepdims=True)) / (values.std(0, keepdims=True) + 1e-12), 0)
     levels = (jnp.arange(len(z))[:, None] + 0.5) / len(z)
     return jnp.abs(jax.scipy.stats.norm.cdf(z) - levels).max(0)
 
@@ -243,8 +243,9 @@ def _of_end(network: Variant, states: Any, train: data.Split) -> dict[str, np.nd
     'variation_between_batches' is the deviation, over batches, of the mean of a feature that a layer is given, relative
     to the deviation of the feature itself; the mean over features and layers.
     """
-    x = jnp.asarray(train.x[: BATCHES * network.batch_size])
-    batches = x.reshape((BATCHES, network.batch_size, *x.shape[1:]))
+    count = min(BATCHES, len(train.x) // network.batch_size)
+    x = jnp.asarray(train.x[: count * network.batch_size])
+    batches = x.reshape((count, network.batch_size, *x.shape[1:]))
 
     @jax.jit
     def of_state(state):

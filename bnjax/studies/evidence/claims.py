@@ -103,7 +103,8 @@ class Judgment:
     @property
     def _p(self) -> tuple[float, float] | None:
         tested = [outcome for outcome in self.outcomes if outcome.condition.kind != "exact"]
-        if not tested or any(outcome.met is False for outcome in self.outcomes if outcome not in tested):
+        has_failed = any(outcome.met is False for outcome in self.outcomes if outcome.condition.kind == "exact")
+        if not tested or has_failed or not all(outcome.measured.n for outcome in self.outcomes):
             return None
         against = min(1.0, len(tested) * min(outcome.p_against for outcome in tested))
         return max(outcome.p_for for outcome in tested), against
@@ -120,7 +121,7 @@ class Judgment:
         if False in exact:
             return "wrong in the source" if self.claim.is_arithmetic else "not reproduced"
         if self._p is None:
-            return "reproduced" if exact and all(exact) else "undecided"
+            return "reproduced" if exact and all(exact) and len(exact) == len(self.outcomes) else "undecided"
         p_for, p_against = self._p
         p = self.p if math.isnan(self.corrected) else self.corrected
         if p < LEVEL:
@@ -163,10 +164,9 @@ def judge(claims: Sequence[Claim], runs: Sequence[Any]) -> list[Judgment]:
     """
     judged = []
     for claim in claims:
-        able = [
-            run for run in runs if not claim.lacks(run) and all(c.values(run) is not None for c in claim.conditions)
-        ]
-        judged.append(claim.judge(max(able or runs, key=lambda run: len(run.seeds))))
+        able = [run for run in runs if not claim.lacks(run)]
+        measured = [run for run in able if all(c.values(run) is not None for c in claim.conditions)]
+        judged.append(claim.judge(max(measured or able or runs, key=lambda run: len(run.seeds))))
     tested = [judgment for judgment in judged if not math.isnan(judgment.p)]
     corrected = dict(zip(map(id, tested), holm([judgment.p for judgment in tested]), strict=True))
     return [dataclasses.replace(judgment, corrected=corrected.get(id(judgment), math.nan)) for judgment in judged]

@@ -93,7 +93,8 @@ class Condition(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if self.kind == "exact":
             measured = Interval(measured.mean, 0.0, measured.n)
             low = high = measured.mean
-        deviation = known.std(ddof=1) if len(known) > 1 else math.nan
+        with np.errstate(invalid="ignore", over="ignore"):
+            deviation = known.std(ddof=1) if len(known) > 1 else math.nan
         is_paired = self.minus or self.control or self.is_difference
         effect = float(measured.mean / deviation) if is_paired and deviation > 0 else math.nan
         outcome = Outcome(self, measured, low, high, effect, test_set=self._of_test_set(results))
