@@ -175,7 +175,7 @@ def test_papers_study(monkeypatch):
     for judgment in results.claims:
         assert all(condition.values(results) is not None for condition in judgment.claim.conditions)
         assert set(judgment.claim.figures) <= set(figures)
-    assert results.arrays["large/train_loss"].shape[1] == 1 and results.arrays["small/train_loss"].shape[1] == 16
+    assert results.arrays["large/train_loss"].shape[1] == 4 and results.arrays["small/train_loss"].shape[1] == 32
 
 
 def test_a_step_from_given_norms_is_that_of_the_decayed_network():

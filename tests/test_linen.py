@@ -275,3 +275,14 @@ def test_interceptors_see_one_call_of_a_layer(options):
     with nn.intercept_methods(note):
         layer.apply(variables, x, mutable=["batch_stats"])
     assert seen == ["__call__"]
+
+
+def test_complex_inputs_have_complex_running_means():
+    x = jax.random.normal(jax.random.key(0), (6, 2)) + 1j * jax.random.normal(jax.random.key(1), (6, 2))
+    layer = BatchNorm(use_running_average=False, momentum=0.0)
+    variables = layer.init(jax.random.key(2), x)
+    assert variables["batch_stats"]["mean"].dtype == jnp.complex64
+    stats = layer.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], x.mean(0), rtol=1e-5)
+    real = layer.init(jax.random.key(2), jnp.ones((6, 2), jnp.bfloat16))["batch_stats"]
+    assert real["mean"].dtype == real["var"].dtype == stats["var"].dtype == jnp.float32

@@ -222,10 +222,12 @@ def test_counts_beyond_the_integers_of_float32(masked):
 def test_a_count_of_many_elements_is_exact():
     count = 2**24 + 3
     x = jnp.zeros((count, 1), jnp.float16)
-    mask = jnp.arange(count) != 5
-    for m, expected in ((moments(x), count), (moments(x, mask=mask), count - 1)):
+    mask = jnp.abs(jnp.arange(count) - 6) != 1  # two are hidden, so that what is left has no float32
+    for m, expected in ((moments(x), count), (moments(x, mask=mask), count - 2)):
         assert m.count == np.float32(expected)
         assert int(m.count) + int(m.remainder) == expected
+    halves = moments(x, mask=jnp.full((count, 1), 0.5))
+    assert halves.count == 0.5 * np.float32(count) and halves.remainder == 0  # weights have no count of their own
     members = jax.eval_shape(jax.vmap(lambda x: moments(x, axis_name="i"), axis_name="i"), x.reshape((1, -1, 1)))
     assert members.remainder.shape == members.count.shape
 
@@ -241,6 +243,45 @@ def test_the_variance_is_right_wherever_float32_can_hold_it(scale):
     np.testing.assert_allclose(merged.var, wide.var(0), rtol=1e-5)
     of_members = jax.vmap(lambda part: moments(part, axis_name="i"), axis_name="i")(x.reshape(10, 100, 2))
     np.testing.assert_allclose(of_members.var[0], wide.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("mean", "noise"), [(1e-10, 1e-17), (0.0, 0.1)], ids=["about a small mean", "an outlier"])
+def test_the_variance_where_what_is_sampled_lies_close_together(mean, noise):
+    count = 2**20
+    x = (mean + noise * np.random.default_rng(0).uniform(-1, 1, (count, 1))).astype(np.float32)
+    if noise == 0.1:
+        x[12345] = 3e19  # its square has no float32, and it is not sampled
+    np.testing.assert_allclose(moments(x).var, x.astype(np.float64).var(0), rtol=1e-4)
+
+
+def test_weights_near_the_smallest_number_are_weights():
+    x, weights = np.array([[1e-3], [3e-3], [8e-3]], np.float32), np.array([1e-37, 1e-37, 2e-37], np.float32)
+    expected = moments(x, mask=np.array([1.0, 1.0, 2.0]))
+    found = moments(x, mask=weights)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-5)
+    np.testing.assert_allclose(found.var, expected.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_a_weight_of_zero_has_the_derivative_of_zero_where_a_value_is_extreme(value):
+    x = np.array([[1.0], [value], [4.0]], np.float32)
+
+    def sums(weights, x):
+        m = moments(x, mask=weights)
+        return m.mean.sum() + 3 * m.var.sum()
+
+    weights = jnp.array([1.0, 0.0, 1.0])
+    found, expected = (jax.grad(sums)(weights, jnp.asarray(of)) for of in (x, np.where(np.abs(x) < 5, x, 0)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_moments_of_a_symbolic_number_of_elements():
+    size = jax.export.symbolic_shape("n, 3")
+    exported = jax.export.export(jax.jit(lambda x: moments(x)))(jax.ShapeDtypeStruct(size, jnp.float32))
+    x = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    m = exported.call(x)
+    assert float(m.count) == 7 and float(m.remainder) == 0
+    np.testing.assert_allclose(m.var, x.var(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("hidden", [slice(None), slice(2, None), slice(0, 0)], ids=["sample", "most", "none"])

@@ -449,3 +449,31 @@ def test_a_mask_common_to_all_examples_of_a_kind_each():
         split(x, params, stats, training=True, split=KINDS, mask=m) for m in (mask, jnp.broadcast_to(mask, (8, 5, 1)))
     )
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kinds_of_examples_need_an_axis_of_examples():
+    params, stats = init_split_batch_norm(4, 2)
+    with pytest.raises(ValueError, match="where axis 0 is the examples', got axis"):
+        split_batch_norm(jnp.ones((4, 3)), params, stats, training=True, split=jnp.zeros(4, jnp.int32), axis=0)
+
+
+def test_a_mask_of_examples_and_one_of_features_meet_kinds_of_examples():
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    kinds, c = jnp.array([0, 1, 0, 1, 0, 1]), jax.random.normal(jax.random.key(1), (6, 3))
+    params, stats = init_split_batch_norm(3, 2)
+
+    def loss(x, mask):
+        y = split_batch_norm(x, params, stats, training=True, split=kinds, mask=mask)[0]
+        return jnp.where(mask, y * c, 0).sum()
+
+    of_examples = jnp.array([True, True, True, True, False, False])[:, None]
+    bad = x.at[4:].set(jnp.nan)
+    gradient = jax.grad(loss)(bad, of_examples)
+    expected = jax.grad(
+        lambda x: sum((batch_norm(x[k:4:2], *init_batch_norm(3), training=True)[0] * c[k:4:2]).sum() for k in (0, 1))
+    )(x)
+    np.testing.assert_allclose(gradient, expected.at[4:].set(0), rtol=1e-4, atol=1e-5)
+    of_features = jnp.array([[True, True, False]])
+    gradient = jax.grad(loss)(x.at[:, 2].set(jnp.nan), of_features)
+    expected = jax.grad(loss)(x, jnp.broadcast_to(of_features, x.shape))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)

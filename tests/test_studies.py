@@ -249,8 +249,8 @@ def test_mnist_sweeps_batch_sizes(monkeypatch):
     for judgment in measured.claims:
         sweep = judgment.claim.id.startswith("S2.3 (")
         assert sweep or all(condition.values(measured) is not None for condition in judgment.claim.conditions)
-    exact = {j.claim.id: j.verdict for j in measured.claims if j.claim.id in ("S2.16", "S2.17")}
-    assert exact == {"S2.16": "reproduced", "S2.17": "reproduced"}
+    assert (measured.metric("before_32", "kept_bytes") > measured.metric("none_32", "kept_bytes")).all()
+    assert (measured.metric("before_32", "changed_by_order") < 1e-5).all()
     names = ("lost_by_contrast", "lost_by_contrast_adapted", "regained_by_contrast")
     lost, adapted, regained = (measured.metric("before_32", name) for name in names)
     np.testing.assert_array_equal(regained, lost - adapted)

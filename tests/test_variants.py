@@ -707,3 +707,22 @@ def test_gradients_of_the_largest_magnitude_are_finite_where_nothing_has_weight(
 
     expected = jax.grad(lambda x: jnp.sin(batch_norm(x, params, stats, training=False)[0]).sum())(x)
     chex.assert_trees_all_close(jax.grad(loss)(x), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [1.0, -1.0, 0.7])
+def test_the_largest_magnitude_has_the_derivative_of_its_element(largest):
+    x, c = jnp.array([[largest], [0.5], [-0.25]]), jnp.array([[1.0], [-2.0], [5.0]])
+
+    def ours(x, mask=None):
+        stats = init_batch_norm(1)[1]
+        y = lp_batch_norm(x, {}, stats, p=math.inf, training=True, epsilon=0.1, mask=mask)[0]
+        return (y[:3] * c).sum()
+
+    def plain(x):
+        return ((x - x.mean()) / jnp.sqrt(jnp.square(jnp.abs(x).max()) + 0.1) * c).sum()
+
+    value, expected = jax.value_and_grad(plain)(x)
+    hidden, mask = jnp.concatenate([x, jnp.full((1, 1), 9.0)]), jnp.array([True, True, True, False])
+    for found, gradient in (jax.value_and_grad(ours)(x), jax.value_and_grad(ours)(hidden, mask)):
+        np.testing.assert_allclose(found, value, rtol=1e-6)
+        np.testing.assert_allclose(gradient[:3], expected, rtol=1e-5, atol=1e-6)

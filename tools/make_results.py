@@ -67,7 +67,9 @@ def published(name: str) -> Results | None:
 
 def ledger_page(studies: dict[str, Results]) -> str:
     """Returns the page of all claims with their verdicts, and of the runs that they come from."""
-    judgments = [judgment for name, saved in studies.items() for judgment in judge(STUDIES[name].load().CLAIMS, [saved])]
+    judgments = [
+        judgment for name, saved in studies.items() for judgment in judge(STUDIES[name].load().CLAIMS, [saved])
+    ]
     ledger = Ledger(judgments, {name: len(saved.seeds) for name, saved in studies.items()})
     runs, machines = [], []
     for name, saved in studies.items():
