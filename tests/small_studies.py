@@ -32,3 +32,17 @@ def images(shape, counts, classes=10, name="small"):
         return data.Split(x, y)
 
     return data.Dataset(name, *map(split, counts), classes)
+
+
+def check_figures(figures):
+    """Figures say what they are of, and in no panel do two lines of the legend look alike."""
+    for name, figure in figures.items():
+        assert figure.get_suptitle(), name
+        for ax in figure.axes:
+            drawn = [line for line in ax.get_lines() if not line.get_label().startswith("_") and len(line.get_xdata())]
+            styles = [(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in drawn]
+            assert len(set(map(str, styles))) == len(styles), (name, [line.get_label() for line in drawn])
+            if "accuracy" in ax.get_ylabel() or ax.get_ylabel().startswith(("training loss", "test loss")):
+                for band in ax.collections:
+                    heights = np.concatenate([path.vertices[:, 1] for path in band.get_paths()] or [np.zeros(1)])
+                    assert heights.min() >= -1e-9, name

@@ -110,12 +110,21 @@ def test_effective_smoothness_is_a_line_on_a_logarithmic_axis(ax, trained):
     assert ax.get_yscale() == "log"
 
 
-def test_wide_lines_get_a_logarithmic_axis_and_styles_may_start_later(ax, trained):
+def test_a_label_that_names_a_normalizer_has_its_style_everywhere():
+    named = ("plain", "batch norm", "batch renorm", "layer norm", "group norm", "weight norm", "noisy batch norm")
+    named += ("l₁ norm", "l₂ norm", "l∞ norm")
+    styles = [plots.line_style(i, label) for i, label in enumerate(named)]
+    assert styles == [plots.line_style(0, f"VGG, {label}, batch 32") for label in named]
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == len(named)
+    assert plots.line_style(3, "a layer") == plots.line_style(3)
+    assert plots.line_style(0, "no batch norm")["color"] != plots.line_style(0, "batch norm")["color"]
+
+
+def test_wide_lines_get_a_logarithmic_axis(ax, trained):
     probe = seed(trained[0], 0)
     wide = probe._replace(loss=np.geomspace(1, 1e9, np.size(probe.loss)).reshape(np.shape(probe.loss)))
-    lines = plots.gradient_probe(ax, {"wide": wide}, STEPS, first_style=2)
+    plots.gradient_probe(ax, {"wide": wide}, STEPS)
     assert ax.get_yscale() == "log"
-    assert lines["wide"].get_color() == plots.COLORS[2] and lines["wide"].get_linestyle() == plots.STYLES[2]
     other = Figure().subplots()
     plots.gradient_probe(other, {"wide": wide}, STEPS, log=False)
     assert other.get_yscale() == "linear"

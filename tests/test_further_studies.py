@@ -41,6 +41,7 @@ def test_recurrent_study(monkeypatch):
     assert results.parameters["per_step"]["batch_stats"]["cell/BatchNorm_0/mean"] == [4, 64]
     assert results.parameters["shared"]["batch_stats"]["cell/BatchNorm_0/mean"] == [64]
     assert [judgment.reason for judgment in results.claims] == ["needs steps of at least 1,000"] * 4
+    small_studies.check_figures(figures)
     assert list(figures) == ["test_accuracy.png"]
     same = (results.metric("none", name) for name in ("test_accuracy", "population_accuracy"))
     np.testing.assert_array_equal(*same)
@@ -108,7 +109,8 @@ def cifar_run():
 
 
 def test_cifar_study(cifar_run):
-    results, _ = cifar_run
+    results, figures = cifar_run
+    small_studies.check_figures(figures)
     assert results.settings["filters"] == [3, 3, 3, 3, 5]
     by_id = {judgment.claim.id: judgment for judgment in results.claims}
     assert by_id["S5.0"].verdict == "wrong in the source"

@@ -185,6 +185,7 @@ def smooth():
 
 def test_smoothness(smooth):
     results, figures, report = smooth
+    small_studies.check_figures(figures)
     nets = [f"vgg_{v}" for v in ("none", "bn", "noisy")]
     assert list(results.variants) == nets
     further = {"renorm", "layer", "group", "weight"}  # which the deep linear network is tried without
@@ -218,6 +219,7 @@ def linear():
 
 def test_deep_linear(linear):
     results, figures = linear
+    small_studies.check_figures(figures)
     assert list(results.variants) == ["linear_none", "linear_bn", "linear_noisy"]
     assert results.parameters["linear_bn"] == {}
     for kind in ("weight", "gradient"):

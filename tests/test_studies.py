@@ -156,6 +156,7 @@ def test_circles_trains_all_variants(circles_run):
     for name, (_, _, metrics) in measured.variants.items():
         assert all(values.shape == (2,) for values in metrics.values())
         assert [epoch for epoch, _ in report.told[name]] == list(range(1, 7))
+    small_studies.check_figures(figures)
     curves = {"learning_curves.png", "extensions.png", "normalizers.png"}
     assert set(figures) == {*curves, "decision_boundaries.png", "histograms.png"}
     counts = measured.arrays["after/histograms/gradient/Dense_0/kernel/counts"]
@@ -219,6 +220,7 @@ def test_blobs_prints_the_stored_numbers_beside_the_calculation():
         np.testing.assert_allclose(part["r"], gamma * (h - mean) / np.sqrt(var + 1e-3) + beta, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(part["r"], part["manual"], rtol=1e-4, atol=1e-5)
         assert not np.allclose(mean, 0)
+    small_studies.check_figures(figures)
     verdicts = {judgment.claim.id: judgment.verdict for judgment in measured.claims}
     assert verdicts["S4.1"] == verdicts["S4.6"] == "reproduced"
     for judgment in measured.claims:
@@ -249,6 +251,7 @@ def test_mnist_sweeps_batch_sizes(monkeypatch):
     for judgment in measured.claims:
         sweep = judgment.claim.id.startswith("S2.3 (")
         assert sweep or all(condition.values(measured) is not None for condition in judgment.claim.conditions)
+    small_studies.check_figures(figures)
     assert (measured.metric("before_32", "kept_bytes") > measured.metric("none_32", "kept_bytes")).all()
     assert (measured.metric("before_32", "changed_by_order") < 1e-5).all()
     names = ("lost_by_contrast", "lost_by_contrast_adapted", "regained_by_contrast")

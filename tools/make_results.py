@@ -1,8 +1,9 @@
 """Publishes what the studies measured: `python tools/make_results.py RUNS`.
 
-It copies `results.json` and the figures of each study's directory in RUNS to `docs/results/` and `docs/figures/`, and
-writes the ledger (`docs/ledger.md`), the tables of `docs/results.md` and that of `docs/studies.md`. Without RUNS it
-writes the pages anew from what is in `docs/results/`; every number on them is in those files.
+It copies `results.json`, the curves and the figures of each study's directory in RUNS to `docs/results/` and
+`docs/figures/`, and writes the ledger (`docs/ledger.md`), its rules (`docs/rules.md`), what they changed
+(`docs/ledger_changes.md`), the tables of `docs/results.md` and that of `docs/studies.md`. Without RUNS it judges anew
+what is in `docs/results/`, and writes the pages; every number on them is in those files.
 """
 
 import io
@@ -13,16 +14,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from bnjax.studies import STUDIES
-from bnjax.studies.evidence.claims import judge
+from bnjax.studies.evidence import record
+from bnjax.studies.evidence.claims import Judgment, judge, setting_text
 from bnjax.studies.evidence.ledger import Ledger
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = 6  # columns of numbers in a table
 JPEG = "The images of CIFAR-10 were those of a copy compressed as JPEG, not the original ones."
+RULES_BLOCK = re.compile(r"(<!-- rules -->\n).*?(<!-- end -->)", re.DOTALL)
+NOTHING_CHANGED = "No rule was changed after a result of these runs had been seen."
+NOT_MEASURED = """
+What the sources state and these studies cannot measure: the accuracies on ImageNet, alone and of an ensemble, the
+comparison with human raters, and the number of training steps to the former state of the art (the images, and weeks of
+accelerators); CIFAR-100 (its images could not be had here; `bnjax run cifar` takes them); S6.1, the accuracy of a VGG
+of full width and length (an accelerator); training time in seconds (the machines did other work; S5.11 counts what a
+step
+moves and computes); the cost and the derivative of joint whitening, beyond S3.11; and statements without a quantity,
+such as that batch norm simplifies the design of a network.
+"""
 STUDIES_BLOCK = re.compile(r"(<!-- studies -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -32,8 +46,12 @@ def main(runs: Path | None) -> None:
     for name in STUDIES:
         if runs and (saved := Results.load(runs / name)):
             publish(runs / name, name, dict(saved.document))
+        judge_anew(name)
     studies = {name: saved for name in STUDIES if (saved := published(name))}
     (DOCS / "ledger.md").write_text(ledger_page(studies))
+    rules = DOCS / "rules.md"
+    rules.write_text(rules_page(rules.read_text()))
+    (DOCS / "ledger_changes.md").write_text(changes_page(studies))
     results = DOCS / "results.md"
     results.write_text(results_page(results.read_text(), studies))
     page = DOCS / "studies.md"
@@ -48,7 +66,7 @@ def studies_page(text: str) -> str:
 
 
 def publish(run: Path, name: str, document: dict[str, Any]) -> None:
-    """Copies a study's results and figures."""
+    """Copies a study's results, its curves and its figures."""
     for old in (DOCS / "figures").glob(f"{name}_*.png"):
         old.unlink()
     document["figures"] = {file: text for file, text in document["figures"].items() if "histograms" not in file}
@@ -57,7 +75,35 @@ def publish(run: Path, name: str, document: dict[str, Any]) -> None:
         with Image.open(run / file) as image:
             image.convert("RGB").quantize(128).save(content, "png", optimize=True)
         (DOCS / "figures" / f"{name}_{file}").write_bytes(content.getvalue())
-    (DOCS / "results" / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    with np.load(run / "curves.npz") as arrays:
+        curves = {key: values for key, values in arrays.items() if "/histograms/" not in key}
+    curves = {key: v.astype(np.float32) if v.dtype.kind == "f" else v for key, v in curves.items()}
+    np.savez_compressed(DOCS / "results" / f"{name}.npz", **curves)
+    write(name, document)
+
+
+def judge_anew(name: str) -> None:
+    """Writes the verdicts on a study's claims into its published results."""
+    if (saved := published(name)) and is_by_these_rules(saved):
+        write(name, {**saved.document, "claims": [judgment.to_json() for judgment in judged_by(name, saved)]})
+
+
+def is_by_these_rules(saved: Results) -> bool:
+    """Says whether a run was made after the rules were written; the numbers of others stay published, unjudged."""
+    return bool(saved.document["claims"])
+
+
+def judged_by(name: str, saved: Results | None) -> list[Judgment]:
+    """Judges the claims of a study by its published results, if these were made by the rules."""
+    claims = STUDIES[name].load().CLAIMS
+    if saved and is_by_these_rules(saved):
+        return judge(claims, [saved])
+    return [Judgment(claim, (), "not run yet by these rules") for claim in claims]
+
+
+def write(name: str, document: Mapping[str, Any]) -> None:
+    """Writes the published results of a study."""
+    (DOCS / "results" / f"{name}.json").write_bytes(record.write(document))
 
 
 def published(name: str) -> Results | None:
@@ -65,19 +111,23 @@ def published(name: str) -> Results | None:
     return Results.load(DOCS / "results" / f"{name}.json")
 
 
+def judgments_of(studies: Mapping[str, Results]) -> list[Judgment]:
+    """Judges the claims of all studies."""
+    return [judgment for name in STUDIES for judgment in judged_by(name, studies.get(name))]
+
+
 def ledger_page(studies: dict[str, Results]) -> str:
     """Returns the page of all claims with their verdicts, and of the runs that they come from."""
-    judgments = [
-        judgment for name, saved in studies.items() for judgment in judge(STUDIES[name].load().CLAIMS, [saved])
-    ]
+    judgments = judgments_of(studies)
+    studies = {name: saved for name, saved in studies.items() if is_by_these_rules(saved)}
     ledger = Ledger(judgments, {name: len(saved.seeds) for name, saved in studies.items()})
     runs, machines = [], []
     for name, saved in studies.items():
         versions, machine = saved.document["versions"], saved.document["machine"]
         minutes = f"{saved.document['seconds'] / 60:.1f} min"
-        claimed = ", ".join(claim.id for claim in STUDIES[name].load().CLAIMS)
         size, source = size_of(saved.settings), STUDIES[name].source_size or "the same"
-        runs.append([f"[{name}](results/{name}.json)", claimed, f"`{saved.command}`", size, source])
+        links = f"[{name}](results/{name}.json), [curves](results/{name}.npz)"
+        runs.append([links, f"`{saved.command}`", size, source])
         machines.append(
             [
                 name,
@@ -87,30 +137,32 @@ def ledger_page(studies: dict[str, Results]) -> str:
                 ", ".join(f"{package} {versions[package]}" for package in ("bnjax", "jax", "flax", "optax")),
             ]
         )
+    changed = ledger.footnotes()
+    notes = f"Changed after results of these runs had been seen:\n{changed}" if changed else NOTHING_CHANGED
     return f"""# Ledger of claims
 
-**{len(judgments)} statements of the sources: {ledger.summary()}.**
+**{len(judgments)} statements of the sources and of later papers: {ledger.summary()}.**
 
-`tools/make_results.py` makes this page from the runs below, and `bnjax claims` such a table from runs of
-one's own.
+How a verdict is reached, and the rule, control and margin of each claim: [Rules](rules.md). What the rules before these
+had said, and why they were changed: [Changes](ledger_changes.md). All figures and numbers: [Results](results.md).
+`tools/make_results.py` makes this page from the runs below, `python tools/recompute_ledger.py` computes every row again
+from the published files alone, and `bnjax claims` makes such a table from runs of one's own.
 
-A claim's rule was fixed before its run (but for those marked with an asterisk): which quantity of which networks
-decides, and the range in which the 95 % confidence interval of its mean over seeds (Student's t) has to lie. It is
-*reproduced* where the whole interval lies there, *not reproduced* where none of it does, and *undecided* at this number
-of seeds else, or where the claim needs a longer run than this one. Differences are paired over seeds; d is such a
-difference over its standard deviation over seeds. Numbers in brackets are the 95 % prediction interval of one run,
-which has to hold the published number.
+A row shows the mean over seeds ± half its 95 % interval (an interval in brackets where it ends at what is possible, or
+where it is that of one further run), d_z, a paired difference over its standard deviation over seeds, and what the size
+of the test set leaves beside the seeds. p is that of the verdict, alone → corrected for all claims that are tested on
+the same study's trainings.
 
 **What a verdict holds for is the size of the run**, which the second table shows: on a processor the convolutional
 networks are narrow and trained for a short time, and say nothing of the sources' long trainings.
 
 {markdown_table(*ledger.rows())}
 
-Changed after results had been seen:
-{ledger.footnotes()}
+{notes}
+{NOT_MEASURED}
 ## The runs
 
-{markdown_table(["study", "claims", "command", "size here", "in the source"], runs)}
+{markdown_table(["study", "command", "size here", "in the source"], runs)}
 
 {JPEG}
 
@@ -118,8 +170,47 @@ Every number above is computed from the values at each seed in these files. Time
 work as well, and of runs that were continued from checkpoints they are those of the last part.
 
 {markdown_table(["study", "seeds", "time", "machine", "versions"], machines)}
+"""
 
-What was measured beside the claims, with all figures: [Results](results.md).
+
+def rules_page(text: str) -> str:
+    """Returns the page of the rules with its tables made anew."""
+    tables = []
+    for name, study in STUDIES.items():
+        rows = []
+        for claim in study.load().CLAIMS:
+            needs = ", ".join(setting_text(key, value) for key, value in (claim.needs or {}).items())
+            rule = f"{claim.rule}." + f" {claim.why}." * bool(claim.why)
+            rows.append([claim.id, claim.statement, rule, claim.control, claim.margin, needs or "–"])
+        seeds = study.fields["seeds"].default
+        table = markdown_table(["claim", "statement", "rule", "control", "margin", "needs"], rows)
+        tables.append(f"### {name}: {seeds} seeds, {len(rows)} claims\n\n{study.source}.\n\n{table}")
+    return RULES_BLOCK.sub(lambda match: f"{match[1]}\n" + "\n\n".join(tables) + f"\n\n{match[2]}", text)
+
+
+def changes_page(studies: Mapping[str, Results]) -> str:
+    """Returns the page that sets the first ledger's verdicts beside those of today, with the reasons."""
+    first = json.loads((DOCS / "results" / "first_ledger.json").read_text())
+    rows, new = [], []
+    for judgment in judgments_of(studies):
+        claim, old = judgment.claim, first.get(judgment.claim.was or judgment.claim.id)
+        verdict = judgment.verdict + f" ({judgment.reason})" * bool(judgment.reason)
+        if old:
+            name = claim.id if claim.id == (claim.was or claim.id) else f"{claim.id}, was {claim.was}"
+            rows.append([name, claim.statement, old["verdict"], verdict, claim.changed or "the rule is the same"])
+        else:
+            new.append([claim.id, claim.statement, verdict, claim.changed.removeprefix("new: ")])
+    return f"""# What the rules changed
+
+The first ledger had {len(first)} rows. A review found rules without a control, with a training too short for what they
+asked, or with an undefined word, so that all rules were written anew, before any of the runs behind [the
+ledger](ledger.md). Here stand both verdicts, with what of the rule is other and why.
+
+{markdown_table(["claim", "statement", "first verdict", "verdict now", "what changed in the rule"], rows)}
+
+## New rows
+
+{markdown_table(["claim", "statement", "verdict", "why"], new)}
 """
 
 
@@ -149,7 +240,8 @@ def results_page(text: str, studies: dict[str, Results]) -> str:
             return match[0]
         saved = studies[name]
         tables = [markdown_table(*table) for table in metric_tables(saved, COLUMNS)]
-        tables.append(markdown_table(*claim_rows(judge(STUDIES[name].load().CLAIMS, [saved]))))
+        if is_by_these_rules(saved):
+            tables.append(markdown_table(*claim_rows(judged_by(name, saved))))
         figures = [f"![{text}](figures/{name}_{file})" for file, text in saved.document["figures"].items()]
         return match[1] + "\n" + "\n\n".join([*tables, *figures]) + "\n\n" + match[3]
 

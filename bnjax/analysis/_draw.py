@@ -21,6 +21,20 @@ with needs("plots"):
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 COLOR_MAP = "viridis"
+# What a label names has one color in every figure, and what it adds one dash: the first that it contains counts.
+NAMED = {
+    **dict.fromkeys(("no batch norm", "without batch norm", "plain"), "#000000"),
+    **dict.fromkeys(("batch renorm", "l₁ norm", "l₂ norm", "l∞ norm"), "#009E73"),
+    **{"noisy batch norm": "#CC79A7", "layer norm": "#E69F00", "group norm": "#D55E00", "weight norm": "#999999"},
+    **dict.fromkeys(("ghost batch", "batch norm after", "after activation", "after, "), "#56B4E9"),
+    **dict.fromkeys(("batch norm", "before activation", "on the input"), "#0072B2"),
+}
+DASHES = {
+    **{"l₁ norm": "--", "l₂ norm": ":", "l∞ norm": "-.", "no scale": "--", "no momentum": ":", "running average": "-."},
+    **{"on the input": "--", "5 times": "--", "30 times": ":", "LRN": "--", "distorted": ":", "decay": "--"},
+    **{"sigmoid, ": "--", "shared": "--", "each time step, ε": "-.", "ε = ": ":", "from 0": "-.", "a bias": ":"},
+    **{"eleven, ": "--", "norms as": ":"},
+}
 
 MANTISSAS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
 
@@ -37,9 +51,15 @@ SANTURKAR = ("loss", "gradient_distance", "smoothness")  # the panels of their F
 SHIFT = {"distance": ("shift ‖G − G′‖₂", True), "cosine": ("cosine of G and G′", False)}
 
 
-def line_style(i: int) -> dict[str, Any]:
-    """Returns color and line style of the i-th of up to 64 distinct lines."""
-    return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[(i + i // len(COLORS)) % len(STYLES)]}
+def line_style(i: int, label: str = "") -> dict[str, Any]:
+    """Returns color and line style: those that belong to what a label names, such as 'layer norm', whatever the figure.
+
+    Other labels get those of the i-th of up to 64 distinct lines.
+    """
+    color = next((color for name, color in NAMED.items() if name in label), None)
+    if color is None:
+        return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[(i + i // len(COLORS)) % len(STYLES)]}
+    return {"color": color, "linestyle": next((dash for name, dash in DASHES.items() if name in label), "-")}
 
 
 def checked(name: str, value: Any, *shapes: str) -> np.ndarray:
@@ -88,12 +108,11 @@ def draw_bands(
     ylabel: str,
     log: bool,
     ordered: bool = False,
-    first: int = 0,
 ) -> Lines:
     """Draws lines with bands, given as `(line, low, high)` by label."""
     lines = {}
-    for i, (label, band) in enumerate(bands.items(), first):
-        color = colormaps[COLOR_MAP](0.9 * (i - first) / max(1, len(bands) - 1)) if ordered else None
+    for i, (label, band) in enumerate(bands.items()):
+        color = colormaps[COLOR_MAP](0.9 * i / max(1, len(bands) - 1)) if ordered else None
         lines[label] = draw_band(ax, i, label, increasing("steps", x, len(band[0])), *band, color=color)
     set_scale(ax, log, lines)
     if ax.get_xscale() == "linear":
@@ -104,7 +123,7 @@ def draw_bands(
 
 def draw_band(ax: Axes, i: int, label: str, x: Any, line: Any, low: Any, high: Any, color: Any = None) -> Line2D:
     """Draws the i-th line of an axes with its band, gaps where it is not finite, and crosses above the gaps."""
-    style = line_style(i) | ({"color": color} if color else {})
+    style = (line_style(i) | {"color": color}) if color else line_style(i, label)
     finite = np.isfinite(line) & np.isfinite(low) & np.isfinite(high)
     line, low, high = (np.where(finite, v, np.nan) for v in (line, low, high))
     few = len(x) < 25 or not finite.all()  # markers show single points too
@@ -115,6 +134,13 @@ def draw_band(ax: Axes, i: int, label: str, x: Any, line: Any, low: Any, high: A
         y = np.full((~finite).sum(), 0.97 - 0.04 * (i % len(COLORS)))
         ax.plot(x[~finite], y, "x", color=style["color"], transform=ax.get_xaxis_transform())
     return drawn
+
+
+def explain(ax: Axes, marks: Mapping[str, str]) -> None:
+    """Adds marks to the legend, by what they mean; none where that is empty."""
+    for mark, text in marks.items():
+        if text:
+            ax.plot([], [], mark, color="#666666", mfc="white", label=text)
 
 
 def is_wide(line: np.ndarray) -> bool:

@@ -3,8 +3,9 @@
 Every function draws on `ax`, matplotlib axes that the caller makes and composes. Results are given by label, as jax or
 numpy arrays; where these have a leading axis of seeds, lines are the mean over seeds and bands go from the smallest to
 the largest. `log` makes an axis, or colors, logarithmic: zeros then lie below the lower edge. Infinite values and NaN
-leave a gap and a cross at the upper edge, or in maps a hatched area. Lines are returned by label. Call `legend` last,
-once for the whole figure. All raise ValueError for arrays of undocumented shapes and coordinates that do not increase.
+leave a gap and a cross at the upper edge, or in maps a hatched area. Lines are returned by label, and a label that
+names a normalizer, such as 'layer norm', has its color and dash in every figure. Call `legend` last, once for the whole
+figure. All raise ValueError for arrays of undocumented shapes and coordinates that do not increase.
 
 >>> from matplotlib.figure import Figure
 >>> from bnjax.analysis import plots
@@ -135,7 +136,6 @@ def gradient_probe(
     *,
     quantity: str = "loss",
     log: bool | None = None,
-    first_style: int = 0,
 ) -> Lines:
     """Draws a quantity of the gradient probe over training.
 
@@ -149,7 +149,6 @@ def gradient_probe(
       quantity: 'loss', 'gradient_distance', 'gradient_cosine' or 'smoothness'.
       log: whether the vertical axis is logarithmic; by default it is for the smoothness, and for others where a line
         spans four decades or more.
-      first_style: number of the first line's color and style, by which a label looks the same in several figures.
 
     References:
       Santurkar et al. 2018 (arXiv 1805.11604), Figure 4 (a to c): the bands are theirs, lines and cosine are ours.
@@ -162,19 +161,16 @@ def gradient_probe(
         if quantity == "smoothness":
             bands[label] = _draw.over_seeds(np.asarray(probe.max_smoothness, float))
     is_log |= log is None and any(_draw.is_wide(line) for line, _, _ in bands.values())
-    return _draw.draw_bands(ax, bands, steps, "training step", ylabel, is_log, first=first_style)
+    return _draw.draw_bands(ax, bands, steps, "training step", ylabel, is_log)
 
 
-def probe_figure(
-    probes: Any, steps: Any, *, quantities: Sequence[str] = _draw.SANTURKAR, first_style: int = 0, title: str = ""
-) -> Figure:
+def probe_figure(probes: Any, steps: Any, *, quantities: Sequence[str] = _draw.SANTURKAR, title: str = "") -> Figure:
     """Draws the gradient probe's loss variation, predictiveness and effective β beside each other, with a legend.
 
     Args:
       probes: probes by label, as in `gradient_probe`, which draws each axes.
       steps: training steps, as in `gradient_probe`.
       quantities: quantities, one for each axes.
-      first_style: number of the first style, as in `gradient_probe`.
       title: title of the figure.
 
     References:
@@ -182,7 +178,7 @@ def probe_figure(
     """
 
     def draw(ax: Axes, quantity: str) -> None:
-        gradient_probe(ax, probes, steps, quantity=quantity, first_style=first_style)
+        gradient_probe(ax, probes, steps, quantity=quantity)
         ax.tick_params(labelsize=8)
 
     parts = [("", functools.partial(draw, quantity=quantity)) for quantity in quantities]
@@ -276,7 +272,7 @@ def learning_rate_range(ax: Axes, ranges: Mapping[str, LearningRateRange]) -> Li
     References:
       Bjorck et al. 2018 (arXiv 1806.02375), section 3.
     """
-    lines = {}
+    lines, has_failed = {}, False
     for i, (label, result) in enumerate(ranges.items()):
         loss = _draw.checked(f"ranges[{label!r}].loss", result.loss, "R, T", "seeds, R, T")
         rates = np.asarray(result.learning_rates, float).reshape((-1, loss.shape[-2]))[0]
@@ -286,8 +282,11 @@ def learning_rate_range(ax: Axes, ranges: Mapping[str, LearningRateRange]) -> Li
         line = lines[label] = _draw.draw_band(ax, i, f"{label} ({_draw.outcome(breaks)})", rates, *band)
         failed = ~np.asarray(result.trains).reshape((-1, len(rates))).all(0)
         ax.plot(rates[failed], band[0][failed], "o", mfc="white", color=line.get_color())
+        has_failed |= bool(failed.any())
         if np.isfinite(breaks):
             ax.axvline(breaks, color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.8)
+    lost = any(not np.isfinite(np.asarray(line.get_ydata(), float)).all() for line in lines.values())
+    _draw.explain(ax, {"o": "did not train" * has_failed, "x": "not finite, or above ten times the first" * lost})
     _draw.set_scale(ax, True, lines)
     ax.set(xlabel="learning rate", ylabel="loss after training", xscale="log")
     return lines

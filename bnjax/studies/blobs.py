@@ -46,7 +46,7 @@ _NORM = functools.partial(BatchNorm, momentum=SETTINGS["momentum"], epsilon=SETT
 VARIANTS = {
     "shallow_zero": ("(a) one, batch norm from 0", 1, "before", 50, 1e-5),
     "shallow_before": ("(a) one, batch norm from 1", 1, "before", 50, 1e-5),
-    "shallow_bias": ("(a) one, with a bias too", 1, "before", 50, 1e-5),
+    "shallow_bias": ("(a) one, batch norm and a bias", 1, "before", 50, 1e-5),
     "deep_none": ("(b) eleven, no batch norm", 11, "none", 100, 1e-3),
     "deep_before": ("(b) eleven, batch norm", 11, "before", 100, 1e-3),
 }
@@ -108,7 +108,7 @@ def run(options: Options, report: Report):
     results.judge(CLAIMS)
     shown = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     panels = {curve: plots.PANELS[curve].replace("test", "validation") for curve in shown}
-    title = f"Two blobs, {options.seeds} seeds: mean and 95 % interval"
+    title = f"Two blobs, {count} training points, {options.seeds} seeds: mean and 95 % interval"
     return results, {
         "histograms.png": plots.histograms(all_trained),
         "learning_curves.png": plots.learning_curves(all_trained, panels, title),

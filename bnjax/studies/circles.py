@@ -108,7 +108,7 @@ def run(options: Options, report: Report):
         "extensions": ("Extensions", [after, *all_trained[3:7]]),
         "normalizers": ("Normalizers", [after, *all_trained[7:]]),
     }
-    ending = f", {options.seeds} seeds: mean and 95 % interval"
+    ending = f", 500 training points, {options.seeds} seeds: mean and 95 % interval"
     figures = {"histograms.png": plots.histograms(main)} | {
         f"{name}.png": plots.learning_curves(shown, plots.PANELS, title + ending, marks)
         for name, (title, shown) in parts.items()

@@ -1,7 +1,7 @@
 """What is measured of landscapes along the gradient and once training is over, with the figures of it."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from bnjax import analysis
 from bnjax.studies.data import Dataset
 from bnjax.studies.engine import Trained, Variant, compiler_options
-from bnjax.studies.evidence import Results, plots
+from bnjax.studies.evidence import Results
 from bnjax.studies.evidence.plots import Figure, drawing
 
 EIGENPAIRS, TRACE_SAMPLES, PROBES, LANCZOS_STEPS = 5, 10, 2, 40
@@ -21,10 +21,10 @@ PARTS = 16  # parts of a batch, whose gradients are compared
 GRID = np.linspace(-1, 1, 13)  # coordinates of the surface along filter-normalized directions
 PATH_POINTS = 13
 QUANTITIES = ("loss", "gradient_distance", "smoothness", "gradient_cosine")
-SHOWN = {  # end of a figure's name: networks whose landscapes along the gradient it shows
-    "": ("none", "bn"),
-    "_interventions": ("bn", "noisy", "l1", "l2", "linf"),
-    "_normalizers": ("bn", "renorm", "layer", "group", "weight"),
+SHOWN = {  # end of a figure's name: what its networks are, and their names; they share figures with batch norm
+    "": ("plain and batch norm", ("none", "bn")),
+    "_interventions": ("noise and l_p norms", ("bn", "noisy", "l1", "l2", "linf")),
+    "_normalizers": ("other normalizers", ("bn", "renorm", "layer", "group", "weight")),
 }
 # Compiling these programs, which run once or for a few seeds, takes longer than running them.
 _jit_once = functools.partial(jax.jit, compiler_options=compiler_options())
@@ -192,20 +192,33 @@ def figures_on_the_way(
     """Draws loss, covariate shift and landscapes along the gradient of trainings by label, by file name.
 
     `labels` are those of the names in `SHOWN`, `text` says which network it is, and `title` ends that of each figure.
+    Networks in one panel are shown for as long as all of them were trained.
     """
+    groups = {}
+    for suffix, (what, names) in SHOWN.items():
+        of = {labels[name]: all_trained[labels[name]] for name in names if labels.get(name) in all_trained}
+        if len(of) > 1:
+            groups[suffix] = what, of
+    shown = list(groups.values())
     drawn = {
-        "training.png": _training(all_trained, f"{text}: loss of each step's batch ({title})", log=log),
-        "shift.png": _shift(all_trained, f"{text}: internal covariate shift ({title})"),
+        "training.png": _training(shown, f"{text}: loss of each step's batch ({title})", log),
+        "shift.png": _shift(shown, f"{text}: internal covariate shift ({title})"),
     }
-    for suffix, names in SHOWN.items():
-        shown = [labels[name] for name in names if labels.get(name) in all_trained]
-        if len(shown) > 1:
-            probes = {label: all_trained[label].measurements["probe"] for label in shown}
-            style = {"quantities": QUANTITIES, "first_style": list(all_trained).index(shown[0])}
-            times = all_trained[shown[0]].measured_at
-            title_ = f"{text}, along the gradient ({title})"
-            drawn[f"landscape{suffix}.png"] = drawing.probe_figure(probes, times, **style, title=title_)
+    for suffix, (_, of) in groups.items():
+        probes, times = _measured(of, "probe")
+        style = {"quantities": QUANTITIES, "title": f"{text}, along the gradient ({title})"}
+        drawn[f"landscape{suffix}.png"] = drawing.probe_figure(probes, times, **style)
     return drawn
+
+
+def _measured(all_trained: Mapping[str, Trained], name: str) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns what was measured of each network, at the steps at which all were, which are those of the shortest."""
+    count = min(len(trained.measured_at) for trained in all_trained.values())
+    cut = {
+        label: jax.tree.map(lambda v: v[:, :count] if np.ndim(v) > 1 else v, trained.measurements[name])
+        for label, trained in all_trained.items()
+    }
+    return cut, next(iter(all_trained.values())).measured_at[:count]
 
 
 def figures_at_the_end(ends: dict[str, Ends], title: str) -> dict[str, Figure]:
@@ -230,43 +243,61 @@ def figures_at_the_end(ends: dict[str, Ends], title: str) -> dict[str, Figure]:
     return drawn
 
 
-def _training(all_trained: Mapping[str, Trained], title: str, **options: Any) -> Figure:
-    """Draws losses over training, as means over a hundred equal parts of it."""
-    values, steps = {}, np.zeros(0)
-    for label, trained in all_trained.items():
-        loss = np.asarray(trained.metrics.loss, float)
-        size = max(1, loss.shape[1] // 100)
-        loss = loss[:, : loss.shape[1] // size * size].reshape((len(loss), -1, size)).mean(2)
-        values[label], steps = loss, size * np.arange(loss.shape[1])
-    return plots.curves(values, steps, "loss", title, **options)
+Groups = Sequence[tuple[str, Mapping[str, Trained]]]
+"""What the networks of each group are, and their trainings by label."""
 
 
-def _shift(all_trained: Mapping[str, Trained], title: str) -> Figure:
-    """Draws the covariate shift of a middle layer and of the last."""
-    shifts = {label: trained.measurements["shift"] for label, trained in all_trained.items()}
-    times = next(iter(all_trained.values())).measured_at
-    count = len(next(iter(shifts.values())).layers)
-    draw_shift = functools.partial(drawing.covariate_shift, shifts=shifts, steps=times)
-    draw = [
-        (f"layer {layer + 1} of {count}", functools.partial(draw_shift, layer=layer, quantity=quantity))
-        for quantity in ("distance", "cosine")
-        for layer in (count // 2, count - 1)
-    ]
-    return drawing.panels(title, draw, size=(4, 3), sharex=True)
+def _training(groups: Groups, title: str, log: bool) -> Figure:
+    """Draws losses over training, as means over a hundred equal parts of it, a panel for each group on one scale."""
+
+    def draw(axis: Any, of: Mapping[str, Trained]) -> None:
+        steps = min(trained.plan.steps for trained in of.values())
+        size = max(1, steps // 100)
+        values = {}
+        for label, trained in of.items():
+            loss = np.asarray(trained.metrics.loss, float)[:, : steps // size * size]
+            values[label] = loss.reshape((len(loss), -1, size)).mean(2)
+        drawing.curves(axis, values, size * np.arange(steps // size), ylabel="loss", log=log)
+
+    panels = [(what, functools.partial(draw, of=of)) for what, of in groups]
+    return drawing.panels(title, panels, size=(4.2, 3.6), columns=len(groups), sharey=True)
+
+
+def _shift(groups: Groups, title: str) -> Figure:
+    """Draws the covariate shift of a middle layer and of the last, a column for each group, a scale for each row."""
+    panels = []
+    for quantity in ("distance", "cosine"):
+        for which in (lambda count: count // 2, lambda count: count - 1):
+            for what, of in groups:
+                shifts, times = _measured(of, "shift")
+                count = len(next(iter(shifts.values())).layers)
+                how = {"shifts": shifts, "steps": times, "layer": which(count), "quantity": quantity}
+                text = f"layer {which(count) + 1} of {count}: {what}"
+                panels.append((text, functools.partial(drawing.covariate_shift, **how)))
+    return drawing.panels(title, panels, size=(3.6, 2.5), columns=len(groups), sharex="col", sharey="row")
 
 
 def _reliefs(ends: Mapping[str, Ends], which: int, title: str) -> Figure:
-    """Draws contours above and reliefs below of one of the surfaces, beside each other by label; paths in the plane."""
+    """Draws contours above and reliefs below of one of the surfaces, beside each other by label; paths in the plane.
+
+    All have the same levels, colors and heights, which grow geometrically.
+    """
     figure = Figure(figsize=(max(7.5, 4.8 * len(ends)), 8.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
+    values = np.concatenate([np.ravel(end.surfaces[which][0]) for end in ends.values()])
+    finite = values[np.isfinite(values) & (values > 0)]
+    levels = np.geomspace(finite.min() * 0.999, finite.max() * 1.001, 15) if len(finite) else np.geomspace(0.1, 10, 15)
+    flat: list[Any] = []
     for i, (label, end) in enumerate(ends.items()):
         surface = end.surfaces[which]
-        ax = figure.add_subplot(2, len(ends), i + 1)
-        figure.colorbar(drawing.loss_surface(ax, *surface), ax=ax, label="loss", shrink=0.8)
+        flat.append(figure.add_subplot(2, len(ends), i + 1))
+        contours = drawing.loss_surface(flat[-1], *surface, levels=levels.tolist(), log=True)
         relief: Any = figure.add_subplot(2, len(ends), len(ends) + i + 1, projection="3d")
-        drawing.loss_surface(relief, *surface)
-        ax.set_title(label)
+        drawing.loss_surface(relief, *surface, log=True)
+        relief.set_zlim(*np.log10(levels[[0, -1]]))
+        flat[-1].set_title(label)
         if which == 1:
-            drawing.trajectory(ax, end.plane)
-            drawing.trajectory(relief, end.plane, heights=surface)
+            drawing.trajectory(flat[-1], end.plane)
+            drawing.trajectory(relief, end.plane, heights=surface, log=True)
+    figure.colorbar(contours, ax=flat, label="loss", format="%.2g", shrink=0.8)
     return figure

@@ -39,12 +39,13 @@ BATCH_SIZE, HIDDEN, MEASURED = 64, 64, 10
 POPULATION_BATCH = 5000
 LEARNING_RATE = 1e-3
 EPSILON = 1e-3
+_WITH_EPSILON = functools.partial(BatchNorm, epsilon=EPSILON)
 VARIANTS = {
     "none": ("no batch norm", None, False),
     "per_step": ("batch norm, statistics for each time step", BatchNorm, False),
     "shared": ("batch norm, statistics shared over time", BatchNorm, True),
-    "per_step_epsilon": (f"for each time step, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), False),
-    "shared_epsilon": (f"shared over time, ε = {EPSILON:g}", functools.partial(BatchNorm, epsilon=EPSILON), True),
+    "per_step_epsilon": (f"batch norm, for each time step, ε = {EPSILON:g}", _WITH_EPSILON, False),
+    "shared_epsilon": (f"batch norm, one for all time steps, ε = {EPSILON:g}", _WITH_EPSILON, True),
 }
 CLAIMS = read_claims(__file__)
 
@@ -86,7 +87,7 @@ def run(options: Options, report: Report):
         results.add(trained, {"statistics": name}, metrics, shown)
     results.judge(CLAIMS)
     times = np.append(np.arange(0, steps, every), steps)
-    title = f"{dataset}, row by row, {seeds_in_words(options.seeds)}"
+    title = f"{dataset}, row by row, running averages, {seeds_in_words(options.seeds)}"
     return results, {"test_accuracy.png": plots.curves(curves, times, "test accuracy", title)}
 
 

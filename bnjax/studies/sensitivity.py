@@ -84,7 +84,8 @@ def run(options: Options, report: Report):
     compared = [network for network in ("none", "bn") if network in results.variants]
     _compare(results, compared)
     results.judge(CLAIMS)
-    return results, _figures(results, compared, f"{dataset}, {seeds_in_words(options.seeds)}")
+    title = f"{dataset}, trained on {BATCH_SIZE * options.steps:,} examples, {seeds_in_words(options.seeds)}"
+    return results, _figures(results, compared, title)
 
 
 def _train(case: Case, network: Variant, train_set, test, report: Report, options: Options) -> tuple:

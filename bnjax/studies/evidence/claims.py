@@ -70,7 +70,7 @@ class Claim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def lacks(self, results: Any) -> list[str]:
         """Returns what the claim needs that a run did not have, in words."""
         needs = (self.needs or {}).items()
-        return [_setting(key, value) for key, value in needs if not _meets(results.settings.get(key), value)]
+        return [setting_text(key, value) for key, value in needs if not _meets(results.settings.get(key), value)]
 
     def judge(self, results: Any) -> "Judgment":
         """Returns the verdict on a study's `bnjax.studies.evidence.results.Results`, alone, without correction."""
@@ -176,7 +176,8 @@ def _p_text(p: float) -> str:
     return f"{p:.2f}" if p >= 0.095 else f"{p:.3f}" if p >= 0.00095 else "<0.001"
 
 
-def _setting(key: str, value: Any) -> str:
+def setting_text(key: str, value: Any) -> str:
+    """Writes a setting and its value, such as 'epochs of at least 20'."""
     text = key.replace("_", " ")
     return text if value is True else f"not {text}" if value is False else f"{text} {value}"
 

@@ -15,6 +15,8 @@ from bnjax.studies.evidence.statistics import half_width, interval
 from bnjax.training import TrainState
 
 with needs("studies"):
+    from matplotlib.ticker import MaxNLocator
+
     from bnjax.analysis import plots as drawing
     from bnjax.analysis.plots import Figure, line_style
 
@@ -41,14 +43,17 @@ def learning_curves(
     """
 
     def draw(axis: Any, curve: str) -> None:
+        possible = (0, 1) if "accuracy" in curve else (0, None)
         for i, variant in enumerate(trained):
-            values, style = variant.curves[curve], line_style(i)
+            values, style = variant.curves[curve], line_style(i, variant.plan.label)
             mean, half = values.mean(0), half_width(values.std(0, ddof=1), len(values)) if len(values) > 1 else 0
             epochs = np.arange(1, len(mean) + 1)
             axis.plot(epochs, mean, label=variant.plan.label, linewidth=1.4, **style)
-            axis.fill_between(epochs, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
+            band = np.clip([mean - half, mean + half], *possible)
+            axis.fill_between(epochs, *band, color=style["color"], alpha=0.2, linewidth=0)
         if marks and curve in marks:
-            axis.axhline(marks[curve], color="#666666", linewidth=0.8)
+            axis.axhline(marks[curve], color="#666666", linewidth=0.8, label=f"{marks[curve]:g}")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.set(xlabel="epoch", ylabel=panels[curve])
         axis.grid(alpha=0.25)
 
@@ -134,21 +139,23 @@ def sweep(
     title: str,
     *,
     base: int = 10,
-    published: Mapping[Any, float] | None = None,
+    published: Mapping[str, Mapping[Any, float]] | None = None,
 ) -> Figure:
     """Draws the final test accuracy against a setting, mean and 95 % interval, with the published numbers.
 
     `series` has, by label, the accuracies over seeds at each of the values, which lie on a logarithmic scale (of some
-    base) called `label`; `published` has the source's number by value.
+    base) called `label`; `published` has the source's numbers by label and value.
     """
 
     def draw(axis: Any) -> None:
         for i, (name, accuracies) in enumerate(series.items()):
-            measured = [interval(v) for v in accuracies]
+            measured, style = [interval(v) for v in accuracies], line_style(i, name)
             means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
-            axis.errorbar(values, means, halves, label=name, marker="o", capsize=4, **line_style(i))
-        if shown := {value: number for value, number in (published or {}).items() if value in values}:
-            axis.plot(list(shown), list(shown.values()), "kx", label="published (without, one run)")
+            axis.errorbar(values, means, halves, label=name, marker="o", capsize=4, **style)
+            of_source = {v: number for v, number in (published or {}).get(name, {}).items() if v in values}
+            if of_source:
+                mark = {"color": style["color"], "markersize": 8, "markeredgewidth": 2, "label": f"published, {name}"}
+                axis.plot(list(of_source), list(of_source.values()), "x", **mark)
         axis.set_xscale("log", base=base)
         axis.set_xticks(values, [f"{value:g}" for value in values])
         axis.minorticks_off()
