@@ -29,6 +29,7 @@ def test_list_and_help(capsys):
         (["run", "squares"], "squares"),
         (["run", "circles", "--seeds", "0"], "at least 1, got '0'"),
         (["run", "circles", "--epochs", "many"], "got 'many'"),
+        (["run", "circles", "--epochs=--"], "argument --epochs: expected one argument"),
         (["run", "circles", "--dataset", "mnist"], "--dataset"),
         (["run", "mnist", "--batch-sizes", "16,x"], "'x'"),
         (["run", "mnist", "--batch-sizes", "16,16"], "different batch sizes"),

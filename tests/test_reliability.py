@@ -195,7 +195,7 @@ def test_a_record_that_cannot_be_read_is_replaced_by_force_only(quick, capsys):
     Path("out").mkdir()
     Path("out/results.json").write_text("{}")
     refused(
-        capsys, [*quick, "out"], "out holds a record that can't be read (out/results.json: schema must be 2, got None"
+        capsys, [*quick, "out"], "out holds a record that can't be read (out/results.json: schema must be 3, got None"
     )
     assert main([*quick, "out", "--force"]) == 0
 
@@ -293,7 +293,7 @@ def test_a_page_replaces_no_record(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"schema": 2', '"schema": 3', "schema 3 is newer than this version reads, 2; upgrade bnjax"),
+        ('"schema": 3', '"schema": 4', "schema 4 is newer than this version reads, 3; upgrade bnjax"),
         ('"seconds": 1.0', '"seconds": "1"', "seconds: expected `float`, got `str`"),
         ('"seconds": 1.0', '"seconds": -1', "seconds: expected `float` >= 0"),
         ('"n": 2', '"n": "2"', "variants[...].metrics[...].n: expected `int`, got `str`"),

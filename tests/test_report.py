@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from bnjax.studies import circles
 from bnjax.studies.cli.main import main
 from bnjax.studies.cli.report import write_report
+from bnjax.studies.evidence.claims import lessons
 from bnjax.studies.evidence.results import Results, save
 
 CHROMIUM = shutil.which("chromium")
@@ -39,7 +40,7 @@ def make_run(directory):
     axes.set(xlabel="epoch", ylabel="accuracy")
     axes.legend()
     directory.mkdir(parents=True)
-    save(results, {"accuracy.png": figure}, directory, 12.0, datetime.datetime.now(datetime.UTC))
+    save(results, {"learning_curves.png": figure}, directory, 12.0, datetime.datetime.now(datetime.UTC))
     return results
 
 
@@ -50,7 +51,7 @@ def test_runs_of_one_study_have_sections_of_their_own(tmp_path):
     page = Page((tmp_path / "page.html").read_text())
     identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert {"circles", "circles_again"} <= set(identifiers) and len(set(identifiers)) == len(identifiers)
-    assert [text.strip() for text in page.text].count("S1.1") == 1  # every claim once
+    assert identifiers.count("claim-S1.1") == 1  # every claim once
 
 
 class Page(html.parser.HTMLParser):
@@ -93,11 +94,54 @@ def test_page_shows_every_claim_table_figure_and_setting(report):
     for judgment in results.claims:
         assert judgment.claim.statement in text and judgment.claim.rule in text
         assert judgment.measured in text and judgment.verdict in text
+        assert f"Control: {judgment.claim.control}" in text and f"Margin: {judgment.claim.margin}" in text
     assert "variant before & co" in text and "84.00 ± 2.48" in text  # accuracy in per cent, by Student's t
     assert "Accuracy <of all>" in text and "<made up>" in text and "0.1, 0.2" in text and "seeds 3" in text
     assert "variant trainable batch statistics variant after & co 100 50" in text
     assert [image["alt"] for image in page.all("img")] == ["Accuracy <of all>. accuracy against epoch. after"]
     assert "bnjax run circles --seeds 3" in text
+
+
+def test_page_opens_with_what_was_learned(report):
+    results, _, page = report
+    (sentence,) = lessons(circles.__file__, results.claims)  # these verdicts are no published ones
+    text = " ".join(" ".join(page.text).split())
+    assert sentence.startswith(f"Of {len(results.claims)} claims, ") and text.index(sentence) < text.index("S1.12 ")
+
+
+def test_claims_lead_to_their_figures_and_back(report):
+    results, _, page = report
+    links = [attributes["href"] for attributes in page.all("a")]
+    identifiers = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    shown = [j.claim.id for j in results.claims if "learning_curves.png" in j.claim.figures]
+    assert links.count("#circles-learning_curves.png") == len(shown) > 3
+    assert {f"#claim-{name.replace(' ', '-')}" for name in shown} <= set(links)
+    assert all(f"claim-{j.claim.id.replace(' ', '-')}" in identifiers for j in results.claims)
+
+
+def test_claims_can_be_filtered_by_verdict_without_a_script(report):
+    results, out, page = report
+    chosen = [attributes["id"] for attributes in page.all("input") if "id" in attributes]
+    verdicts = dict.fromkeys(judgment.verdict for judgment in results.claims)
+    assert sorted(chosen) == sorted(f"verdict-{verdict.replace(' ', '-')}" for verdict in verdicts)
+    rows = [attributes["data-verdict"] for attributes in page.all("tr") if "data-verdict" in attributes]
+    assert rows == [judgment.verdict for judgment in results.claims]
+    for verdict in verdicts:
+        slug = verdict.replace(" ", "-")
+        rule = f'#claims-all:has(#verdict-{slug}:checked) tr[data-verdict]:not([data-verdict="{verdict}"])'
+        assert rule in out.read_text()
+
+
+def test_page_of_published_results(tmp_path):
+    make_run(tmp_path / "runs" / "circles")
+    published, figures = tmp_path / "docs" / "results", tmp_path / "docs" / "figures"
+    published.mkdir(parents=True), figures.mkdir()
+    shutil.copy(tmp_path / "runs" / "circles" / "results.json", published / "circles.json")
+    shutil.copy(tmp_path / "runs" / "circles" / "learning_curves.png", figures / "circles_learning_curves.png")
+    (published / "another.json").write_text("{}")  # of something else
+    assert write_report(published, tmp_path / "page.html") == (1, [])
+    page = Page((tmp_path / "page.html").read_text())
+    assert len(page.all("img")) == 1
 
 
 def test_page_needs_nothing_else(report):

@@ -107,6 +107,7 @@ def commands(count: int, seed: int, found: list[str]) -> Iterator[str]:
 
 def _without_training(module: Any) -> Any:
     """Returns what a study's module has for the command line, with a run that only makes its networks."""
+    networks = getattr(module, "networks", lambda options: {})
 
     def run(options, report):
         from bnjax.studies import data
@@ -115,10 +116,10 @@ def _without_training(module: Any) -> Any:
         report.expect(1)
         images = (data.blank(options.dataset),) if hasattr(options, "dataset") else ()
         with contextlib.suppress(TypeError) if not images else contextlib.nullcontext():
-            module.networks(options, *images)
+            networks(options, *images)
         return Results(options.__class__.__module__.rpartition(".")[2], {}, range(min(options.seeds, 100))), {}
 
-    return types.SimpleNamespace(Options=module.Options, CLAIMS=(), networks=module.networks, run=run)
+    return types.SimpleNamespace(Options=module.Options, CLAIMS=(), networks=networks, run=run)
 
 
 def _command(rng: random.Random) -> list[str]:

@@ -20,14 +20,13 @@ Metric = Callable[[Curves, str], np.ndarray]
 
 LEVEL = 0.05
 CHANCE = math.log(10)
+LEAST = "of at least "
 ROLES = {"variant": 1, "minus": -1, "control": -1, "control_minus": 1}
-COUNTS = ("epochs_to_80_percent", "epochs_to_97_percent", "epochs_beyond_half")
-SMALLEST_P = 1e-100  # Below it, p-values are the same.
 
 
-def plain(variant: str) -> str:
-    """Return the name of the network without a normalizer that belongs to a variant such as relu_bn."""
-    return variant.split("_")[0] + "_none"
+def relative(variant: str, kind: str) -> str:
+    """Return the name of the network of another kind in a variant's family, as relu_none for relu_bn."""
+    return f"{variant.split('_')[0]}_{kind}"
 
 
 def stays_from(holds: np.ndarray) -> np.ndarray:
@@ -35,21 +34,25 @@ def stays_from(holds: np.ndarray) -> np.ndarray:
     return np.where(holds, 0, np.arange(1, holds.shape[1] + 1)).max(axis=1) + 1
 
 
+def epochs_to_80(curves: Curves, variant: str) -> np.ndarray:
+    """Return the first epoch from which on the test accuracy stays at 80 percent or above."""
+    return stays_from(curves[variant, "test_accuracy"] >= 0.8)
+
+
 def or_infinite(numbers: np.ndarray) -> np.ndarray:
-    """Replace what is not finite by infinity, since it is larger than all else."""
+    """Replace what is not finite by infinity, since it counts as larger than all else."""
     return np.where(np.isfinite(numbers), numbers, np.inf)
 
 
 def unsteadiness(loss: np.ndarray) -> np.ndarray:
     """Return the standard deviation of a loss's change from one epoch to the next."""
-    finite = np.isfinite(loss).all(axis=1)
-    return np.where(finite, np.diff(np.where(finite[:, None], loss, 0.0)).std(axis=1), np.inf)
+    return or_infinite(np.diff(loss).std(axis=1))
 
 
 def least_gain(curves: Curves, variant: str) -> np.ndarray:
     """Return the gain in test accuracy at the time at which its mean over seeds is least."""
-    gain = (curves[variant, "test_accuracy"] - curves["none", "test_accuracy"])[:, 1:]
-    return gain[:, gain.mean(axis=0).argmin()]
+    gains = (curves[variant, "test_accuracy"] - curves["none", "test_accuracy"])[:, 1:]
+    return gains[:, gains.mean(axis=0).argmin()]
 
 
 def times_fewer_steps(curves: Curves, variant: str) -> np.ndarray:
@@ -58,53 +61,46 @@ def times_fewer_steps(curves: Curves, variant: str) -> np.ndarray:
     return accuracy.shape[1] / stays_from(accuracy >= curves["none", "test_accuracy"][:, -1:])
 
 
-def last_tenth_of_loss(curves: Curves, variant: str) -> np.ndarray:
-    """Return the mean loss of the last tenth of the steps, at most ten times that of chance."""
-    loss = curves[variant, "batch_loss"]
+def last_tenth(loss: np.ndarray) -> np.ndarray:
+    """Return the mean of the last tenth of a loss, at most ten times that of chance."""
     return np.minimum(or_infinite(loss[:, -(loss.shape[1] // 10) :]).mean(axis=1), 10 * CHANCE)
 
 
-def late_gain(curves: Curves, variant: str) -> np.ndarray:
-    """Return what the last quarter of the epochs adds to the largest test accuracy."""
-    accuracy = curves[variant, "test_accuracy"]
+def late_gain(accuracy: np.ndarray) -> np.ndarray:
+    """Return what the last quarter of the epochs adds to the largest accuracy."""
     return accuracy.max(axis=1) - accuracy[:, : accuracy.shape[1] - accuracy.shape[1] // 4].max(axis=1)
 
 
 def share_of_epochs(curves: Curves, variant: str) -> np.ndarray:
-    """Return the share of the plain network's epochs after which a variant keeps below its smallest loss."""
-    other = or_infinite(curves[plain(variant), "test_loss"])
-    return stays_from(curves[variant, "test_loss"] <= other.min(axis=1, keepdims=True)) / (other.argmin(axis=1) + 1)
+    """Return the share of the plain network's epochs after which a variant's loss stays at its smallest or below."""
+    plain = or_infinite(curves[relative(variant, "none"), "test_loss"])
+    return stays_from(curves[variant, "test_loss"] <= plain.min(axis=1, keepdims=True)) / (plain.argmin(axis=1) + 1)
 
 
 def share_with_smaller(number: Callable[[Curves, str], np.ndarray]) -> Metric:
-    """Return the metric that counts at which share of the steps a number is smaller than the plain network's."""
+    """Return the metric that says at which share of the steps a number is smaller than the plain network's."""
 
     def share(curves: Curves, variant: str) -> np.ndarray:
-        steps = [np.atleast_2d(curves[name, "measured_at"])[0] for name in (variant, plain(variant))]
-        _, own, other = np.intersect1d(*steps, return_indices=True)
-        numbers = or_infinite(number(curves, variant)), or_infinite(number(curves, plain(variant)))
-        return (numbers[0][:, own] < numbers[1][:, other]).mean(axis=1)
+        own, plain = (or_infinite(number(curves, name)) for name in (variant, relative(variant, "none")))
+        own_steps = np.broadcast_to(curves[variant, "measured_at"], own.shape)
+        plain_steps = np.broadcast_to(curves[relative(variant, "none"), "measured_at"], plain.shape)
+        both = [np.intersect1d(*steps, return_indices=True)[1:] for steps in zip(own_steps, plain_steps, strict=True)]
+        return np.array([(own[seed, i] < plain[seed, j]).mean() for seed, (i, j) in enumerate(both)])
 
     return share
 
 
-def loss_after_other_steps(curves: Curves, variant: str) -> np.ndarray:
-    """Return the mean training loss over the last twentieth of as many steps as the shortest run of the family has."""
-    family = variant.split("_")[0] + "_"
-    lengths = [x.shape[1] for (name, curve), x in curves.items() if curve == "train_loss" and name.startswith(family)]
-    steps = min(lengths)
-    return curves[variant, "train_loss"][:, steps - steps // 20 : steps].mean(axis=1)
+def loss_at_other_steps(curves: Curves, variant: str) -> np.ndarray:
+    """Return the mean training loss over the last twentieth of the steps of the shortest run in the family."""
+    loss, family = curves[variant, "train_loss"], relative(variant, "")
+    steps = min(x.shape[1] for (name, curve), x in curves.items() if curve == "train_loss" and name.startswith(family))
+    return loss[:, steps - steps // 20 : steps].mean(axis=1)
 
 
 def gain(curves: Curves, variant: str) -> np.ndarray:
     """Return by how much a variant's loss is below that of the plain network and of chance."""
-    losses = [or_infinite(loss_after_other_steps(curves, name)) for name in (plain(variant), variant)]
-    return np.minimum(losses[0], CHANCE) - np.minimum(losses[1], 10 * CHANCE)
-
-
-def gain_beyond(curves: Curves, variant: str) -> np.ndarray:
-    """Return the gain of a variant beyond 80 percent of that of batch norm."""
-    return gain(curves, variant) - 0.8 * gain(curves, variant.split("_")[0] + "_bn")
+    plain, own = (or_infinite(loss_at_other_steps(curves, v)) for v in (relative(variant, "none"), variant))
+    return np.minimum(plain, CHANCE) - np.minimum(own, 10 * CHANCE)
 
 
 SHARES: dict[str, Metric] = {
@@ -114,13 +110,9 @@ SHARES: dict[str, Metric] = {
 }
 METRICS: dict[str, dict[str, Metric]] = {
     "circles": {
-        "epochs_to_80_percent": lambda c, v: stays_from(c[v, "test_accuracy"] >= 0.8),
-        "epochs_beyond_half": lambda c, v: (
-            stays_from(c[v, "test_accuracy"] >= 0.8) - stays_from(c["none", "test_accuracy"] >= 0.8) / 2
-        ),
-        "during_epoch_minus_test": lambda c, v: (
-            c[v, "train_accuracy"][:, -10:].mean(axis=1) - c[v, "test_accuracy"][:, -1]
-        ),
+        "epochs_to_80_percent": epochs_to_80,
+        "epochs_beyond_half": lambda c, v: epochs_to_80(c, v) - epochs_to_80(c, "none") / 2,
+        "during_epoch_minus_test": lambda c, v: c[v, "train_accuracy"][:, -10:].mean(1) - c[v, "test_accuracy"][:, -1],
         "unsteadiness_of_loss": lambda c, v: unsteadiness(c[v, "train_loss"]),
     },
     "mnist": {
@@ -133,20 +125,20 @@ METRICS: dict[str, dict[str, Metric]] = {
         "mean_test_accuracy": lambda c, v: c[v, "test_accuracy"][:, 1:].mean(axis=1),
         "least_gain": least_gain,
         "times_fewer_steps": times_fewer_steps,
-        "final_loss": last_tenth_of_loss,
+        "final_loss": lambda c, v: last_tenth(c[v, "batch_loss"]),
     },
     "cifar": {
         "best_test_accuracy": lambda c, v: c[v, "test_accuracy"].max(axis=1),
         "best_test_loss": lambda c, v: or_infinite(c[v, "test_loss"]).min(axis=1),
-        "late_gain": late_gain,
+        "late_gain": lambda c, v: late_gain(c[v, "test_accuracy"]),
         "share_of_epochs": share_of_epochs,
         "unsteadiness_of_loss": lambda c, v: unsteadiness(c[v, "test_loss"]),
     },
     "smoothness": {
-        **SHARES,
-        "final_loss": loss_after_other_steps,
+        "final_loss": loss_at_other_steps,
         "gain": gain,
-        "gain_beyond_80_percent": gain_beyond,
+        "gain_beyond_80_percent": lambda c, v: gain(c, v) - 0.8 * gain(c, relative(v, "bn")),
+        **SHARES,
     },
     "deep_linear": SHARES,
 }
@@ -163,7 +155,7 @@ class Condition:
 
 @dataclass
 class Claim:
-    """What follows for a claim; where p is None nothing was tested."""
+    """What follows for a claim, of which p is None where nothing is tested."""
 
     conditions: list[Condition]
     p_for: float = 1.0
@@ -175,67 +167,54 @@ class Claim:
 
 def quantity(condition: dict[str, Any], variants: dict[str, Any]) -> np.ndarray | None:
     """Return a condition's quantity at each seed, or None where a metric was not measured."""
-    total: np.ndarray | float = 0.0
+    total = None
     for role, sign in ROLES.items():
         if condition[role] is not None:
             metric = variants.get(condition[role], {"metrics": {}})["metrics"].get(condition["metric"])
             if metric is None:
                 return None
-            total = total + sign * np.array(metric["values"], dtype=float)
-    return np.atleast_1d(total)
+            term = sign * np.array(metric["values"], dtype=float)
+            total = term if total is None else total + term
+    return total
 
 
-def t_statistic(mean: float, end: float, error: float) -> float:
-    """Return the distance of a mean from an end of the range in standard errors."""
-    if error == 0:
-        return 0.0 if mean == end else math.copysign(math.inf, mean - end)
-    return (mean - end) / error
-
-
-def p_values(kind: str, mean: float, error: float, degrees: int, ends: list[float]) -> tuple[float, float]:
-    """Return the p-values for and against a condition."""
+def test(kind: str, mean: float, error: float, degrees: int, ends: list[float]) -> dict[str, Any]:
+    """Return the p-values for and against a condition, and whether it is met (None where the seeds do not tell)."""
     if kind == "exact":
-        return 1.0, 1.0
+        return {"p_for": 1.0, "p_against": 1.0, "met": ends[0] <= mean <= ends[1]}
+    low, high = (0.0 if mean == end else float(np.float64(mean - end) / error) for end in ends)
     if kind == "one run":
-        return 1.0, min(1.0, 2 * float(stats.t.cdf(-abs(t_statistic(mean, ends[0], error)), degrees)))
-    low, high = (t_statistic(mean, end, error) for end in ends)
-    for_it = 2 * max(stats.t.sf(low, degrees), stats.t.cdf(high, degrees))
-    against = 2 * min(stats.t.cdf(low, degrees), stats.t.sf(high, degrees))
-    return min(1.0, float(for_it)), min(1.0, float(against))
-
-
-def is_met(kind: str, mean: float, p_for: float, p_against: float, ends: list[float]) -> bool | None:
-    """Return whether a condition is met; None where the seeds do not tell."""
-    if kind == "exact":
-        return ends[0] <= mean <= ends[1]
-    if kind == "one run":
-        return p_against >= LEVEL
-    return True if p_for < LEVEL else False if p_against < LEVEL else None
+        p = 2 * float(stats.t.cdf(-abs(low), degrees))
+        return {"p_for": 1.0, "p_against": p, "met": p >= LEVEL}
+    p_for = min(1.0, 2 * float(max(stats.t.sf(low, degrees), stats.t.cdf(high, degrees))))
+    p_against = min(1.0, 2 * float(min(stats.t.cdf(low, degrees), stats.t.sf(high, degrees))))
+    met = True if p_for < LEVEL else False if p_against < LEVEL else None
+    return {"p_for": p_for, "p_against": p_against, "met": met}
 
 
 def judge_condition(condition: dict[str, Any], variants: dict[str, Any]) -> Condition:
-    """Recompute a condition; a mean over only some of the seeds is not computed, as the rules do not define it."""
+    """Recompute a condition, without the mean where only some of the seeds have a finite value."""
     kind, q = condition["kind"], quantity(condition, variants)
     fields: dict[str, Any] = {"p_for": 1.0, "p_against": 1.0, "met": None}
     if q is None or not np.isfinite(q).any():
         return Condition(kind, q is not None, fields | {"mean": None, "ci95": None, "interval": [None, None], "n": 0})
-    if not np.isfinite(q).all() or len(q) < 2:
+    if len(q) < 2 or not np.isfinite(q).all():
         return Condition(kind, True, fields)
-    same, n = np.ptp(q) == 0, len(q)
-    mean, deviation = (q[0], 0.0) if same else (q.mean(), q.std(ddof=1))
-    error = deviation * math.sqrt(1 + 1 / n if kind == "one run" else 1 / n)
-    half = stats.t.ppf(0.975, n - 1) * error
-    ends = [x if (x := condition[end]) is not None else sign * math.inf for end, sign in (("low", -1), ("high", 1))]
-    lowest, highest = (x if x is not None else sign * math.inf for x, sign in zip(condition["possible"], (-1, 1)))
-    interval = [min(max(end, lowest), highest) for end in (mean - half, mean + half)]
-    p_for, p_against = p_values(kind, mean, error, n - 1, ends)
-    met = is_met(kind, mean, p_for, p_against, ends)
-    numbers = {"mean": mean, "ci95": half, "interval": interval, "n": n}
-    return Condition(kind, True, numbers | {"p_for": p_for, "p_against": p_against, "met": met})
+    n, same = len(q), bool((q == q[0]).all())
+    mean, deviation = float(q[0] if same else q.mean()), 0.0 if same else float(q.std(ddof=1))
+    error = deviation * math.sqrt(1 / n + (kind == "one run"))
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    bounds = (condition["low"], condition["high"], *condition["possible"])
+    low, high, lowest, highest = (
+        sign * math.inf if bound is None else bound for sign, bound in zip((-1, 1, -1, 1), bounds, strict=True)
+    )
+    interval = [max(mean - half, lowest), min(mean + half, highest)]
+    fields = {"mean": mean, "ci95": half, "interval": interval, "n": n}
+    return Condition(kind, True, fields | test(kind, mean, error, n - 1, [low, high]))
 
 
-def test_claim(conditions: list[Condition]) -> Claim:
-    """Combine the p-values of a claim's conditions."""
+def combine(conditions: list[Condition]) -> Claim:
+    """Return the claim that has these conditions, with its p-values."""
     claim = Claim(conditions)
     tested = [c.fields for c in conditions if c.kind != "exact"]
     unmet = any(c.kind == "exact" and not c.fields["met"] for c in conditions)
@@ -248,9 +227,10 @@ def test_claim(conditions: list[Condition]) -> Claim:
 
 def correct(claims: list[Claim]) -> None:
     """Correct the p-values of a study's claims by Holm's method."""
-    least, ordered = 0.0, sorted((c for c in claims if c.p is not None), key=lambda c: c.p or 0.0)
-    for k, claim in enumerate(ordered):
-        least = claim.p_corrected = max(least, min(1.0, (claim.p or 0.0) * (len(ordered) - k)))
+    tested = sorted((claim for claim in claims if claim.p is not None), key=lambda claim: claim.p)
+    last = 0.0
+    for k, claim in enumerate(tested):
+        last = claim.p_corrected = max(last, min(1.0, claim.p * (len(tested) - k)))
 
 
 def verdict(claim: Claim, is_arithmetic: bool) -> str:
@@ -258,23 +238,18 @@ def verdict(claim: Claim, is_arithmetic: bool) -> str:
     kinds, met = {c.kind for c in claim.conditions}, [c.fields["met"] for c in claim.conditions]
     if any(c.kind == "exact" and c.fields["met"] is False for c in claim.conditions):
         return "wrong in the source" if is_arithmetic else "not reproduced"
-    if claim.p_corrected is not None and claim.p_corrected < LEVEL:
+    if claim.p_corrected is None:
+        return "reproduced" if kinds == {"exact"} and all(met) else "undecided"
+    if claim.p_corrected < LEVEL:
         return "reproduced" if claim.p_for < claim.p_against else "not reproduced"
-    if claim.p_corrected is not None and "one run" in kinds and None not in met:
-        return "compatible"
-    return "reproduced" if kinds == {"exact"} and all(met) else "undecided"
+    return "compatible" if "one run" in kinds and None not in met else "undecided"
 
 
-def has(needs: dict[str, str], settings: dict[str, Any]) -> bool:
-    """Tell whether a run's settings are what a claim needs."""
-    least = "of at least "
-    for name, need in needs.items():
-        if name not in settings:
-            return False
-        if need.startswith(least):
-            if settings[name] < float(need.removeprefix(least).replace(",", "")):
-                return False
-        elif str(settings[name]) != need:
+def has_needs(claim: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Tell whether the run has all that a claim needs, each of which is a value or a least number."""
+    for name, need in claim["needs"].items():
+        least = float(need.removeprefix(LEAST).replace(",", "")) if need.startswith(LEAST) else None
+        if name not in settings or (str(settings[name]) != need if least is None else settings[name] < least):
             return False
     return True
 
@@ -282,9 +257,9 @@ def has(needs: dict[str, str], settings: dict[str, Any]) -> bool:
 def judge(study: dict[str, Any]) -> list[Claim]:
     """Recompute all claims of a study."""
     claims = []
-    for claim in study["claims"]:
-        conditions = claim["conditions"] if has(claim["needs"], study["settings"]) else []
-        claims.append(test_claim([judge_condition(c, study["variants"]) for c in conditions]))
+    for published in study["claims"]:
+        conditions = published["conditions"] if has_needs(published, study["settings"]) else []
+        claims.append(combine([judge_condition(c, study["variants"]) for c in conditions]))
     correct(claims)
     for claim, published in zip(claims, study["claims"], strict=True):
         claim.verdict = verdict(claim, published["is_arithmetic"])
@@ -292,67 +267,116 @@ def judge(study: dict[str, Any]) -> list[Claim]:
 
 
 def agree(published: Any, computed: Any, absolute: float) -> bool:
-    """Tell whether two numbers, lists of them, truth values or texts agree."""
-    if isinstance(computed, list):
+    """Tell whether two numbers, lists of numbers, truth values or texts agree."""
+    if isinstance(published, list) and isinstance(computed, list) and len(published) == len(computed):
         return all(agree(p, c, absolute) for p, c in zip(published, computed, strict=True))
-    if computed is None or published is None or isinstance(computed, bool | str):
-        return published is computed or published == computed
-    return math.isclose(published, computed, rel_tol=1e-6, abs_tol=absolute)
+    if isinstance(published, int | float) and type(computed) in (int, float):
+        return math.isclose(published, computed, rel_tol=1e-6, abs_tol=absolute)
+    return published == computed
 
 
 def differences(where: str, published: dict[str, Any], computed: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each computed field that the file has otherwise."""
     for name, value in computed.items():
-        if not agree(published[name], value, SMALLEST_P if name.startswith("p") else 1e-12):
-            yield f"{where}, {name}: published {published[name]}, computed {value}"
+        if not agree(published.get(name), value, 1e-100 if name.startswith("p") else 1e-12):
+            yield f"{where}, {name}: published {published.get(name)}, computed {value}"
 
 
-def compare_claim(where: str, published: dict[str, Any], claim: Claim, settings: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for each disagreement about a claim."""
-    if has(published["needs"], settings) != bool(published["conditions"]):
-        needs = f"needs {published['needs']}"
-        yield f"{where}: published {len(published['conditions'])} conditions, which does not fit what it {needs}"
-    for old, new in zip(published["conditions"], claim.conditions, strict=False):
-        yield from differences(f"{where}, {old['label']}", old, new.fields)
-    names = ("p", "p_corrected", "verdict")
-    yield from differences(where, published, {name: getattr(claim, name) for name in names})
+def compare_claims(study: dict[str, Any], claims: list[Claim]) -> Iterator[str]:
+    """Yield a line for each disagreement about the claims of a study."""
+    for published, claim in zip(study["claims"], claims, strict=True):
+        where = f"{study['study']}, {published['id']}"
+        fits = has_needs(published, study["settings"])
+        if fits != bool(published["conditions"]):
+            needs = "are" if fits else "are not"
+            yield f"{where}: published {len(published['conditions'])} conditions, but its needs {needs} met"
+        for old, new in zip(published["conditions"], claim.conditions, strict=False):
+            yield from differences(f"{where}, {old['label']}", old, new.fields)
+        names = ("p", "p_corrected", "verdict")
+        yield from differences(where, published, {name: getattr(claim, name) for name in names})
 
 
 def compare_metric(where: str, published: list[float | None], computed: np.ndarray, exact: bool) -> Iterator[str]:
-    """Yield a line if a metric disagrees with its curves; what is not finite may be published as not defined."""
-    values = np.array(published, dtype=float)
+    """Yield a line if a metric disagrees with its curves, where null stands for all that is not finite."""
+    values = or_infinite(np.array(published, dtype=float))
     if values.shape != computed.shape:
-        yield f"{where}: published {len(values)} seeds, computed {len(computed)}"
+        yield f"{where}: published {values.size} seeds, computed {computed.size}"
         return
-    tolerances = (0.0, 0.0) if exact else (1e-4, 1e-6)
-    values, computed = (np.where(np.isfinite(x), x, np.nan) for x in (values, computed))
-    wrong = np.flatnonzero(~np.isclose(values, computed, *tolerances, equal_nan=True))
+    relative_tolerance, absolute = (0.0, 0.0) if exact else (1e-4, 1e-6)
+    wrong = np.flatnonzero(~np.isclose(or_infinite(computed), values, relative_tolerance, absolute))
     if wrong.size:
         i = wrong[0]
-        yield f"{where}: published {values[i]}, computed {computed[i]} at seed {i} ({wrong.size} seeds disagree)"
-
-
-def read_curves(path: Path) -> Curves:
-    """Read the curves of a study by variant and name; there are none where there is no file."""
-    if not path.exists():
-        return {}
-    with np.load(path) as file:
-        keys = [key.rsplit("/", 1) for key in file.files]
-        return {(variant, curve): file[f"{variant}/{curve}"].astype(float) for variant, curve in keys}
+        yield f"{where}: published {published[i]}, computed {computed[i]} at index {i}; {wrong.size} seeds disagree"
 
 
 def compare_metrics(study: dict[str, Any], curves: Curves) -> tuple[list[str], int, int]:
-    """Return the disagreements of metrics with curves, and how many were compared and how many have no curves."""
+    """Return the disagreements of metrics with curves, how many were compared, and how many have no curves."""
     lines, compared, missing = [], 0, 0
     for name, metric in METRICS.get(study["study"], {}).items():
-        for variant, entry in study["variants"].items():
-            if name in entry["metrics"]:
-                try:
-                    computed = metric(curves, variant)
-                except (KeyError, ValueError):
-                    missing += 1
-                    continue
-                where = f"{study['study']}, {variant}/{name}"
-                lines += compare_metric(where, entry["metrics"][name]["values"], computed, name in COUNTS)
+        for variant in [v for v, entry in study["variants"].items() if name in entry["metrics"]]:
+            where, published = f"{study['study']}, {variant}/{name}", study["variants"][variant]["metrics"][name]
+            try:
+                lines += compare_metric(where, published["values"], metric(curves, variant), name.startswith("epochs_"))
                 compared += 1
+            except KeyError:
+                missing += 1
+            except ValueError as error:
+                lines.append(f"{where}: cannot be computed from its curves ({error})")
     return lines, compared, missing
+
+
+def report(path: Path, study: dict[str, Any], claims: list[Claim]) -> list[str]:
+    """Return the line of a study, and a line for each of its disagreements."""
+    curves: Curves = {}
+    if path.with_suffix(".npz").exists():
+        with np.load(path.with_suffix(".npz")) as file:
+            curves = {tuple(key.rsplit("/", 1)): file[key].astype(float) for key in file.files}
+    lines, compared, missing = compare_metrics(study, curves)
+    lines = [*compare_claims(study, claims), *lines]
+    conditions = sum(len(claim.conditions) for claim in claims)
+    counts = f"{len(claims)} claims, {conditions} conditions, {compared} metrics of curves"
+    without = f" ({missing} more have no curves)" if missing else ""
+    return [f"{study['study']}: {counts}{without}: {f'{len(lines)} disagree' if lines else 'all agree'}", *lines]
+
+
+def rows(study: dict[str, Any], claims: list[Claim]) -> Iterator[str]:
+    """Yield the rows of the table for a study."""
+    for published, claim in zip(study["claims"], claims, strict=True):
+        numbers = ["-" if p is None else f"{p:.3g}" for p in (claim.p, claim.p_corrected)]
+        yield f"{published['id']:<22}{numbers[0]:<12}{numbers[1]:<12}{claim.verdict}"
+
+
+def main() -> int:
+    """Check the ledger in a directory, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Recompute the ledger of claims from the published results by docs/rules.md, and compare them.",
+        epilog="The exit status is 0 if all agree, 1 if anything disagrees, and 2 if there is nothing to read.",
+    )
+    default = Path(__file__).resolve().parent.parent / "docs" / "results"
+    help_text = "folder of STUDY.json and STUDY.npz (default: docs/results beside this script's folder)"
+    parser.add_argument("directory", nargs="?", type=Path, default=default, help=help_text)
+    parser.add_argument("--table", action="store_true", help="print claim, p, corrected p and verdict as recomputed")
+    arguments = parser.parse_args()
+    contents = {path: json.loads(path.read_text("utf-8")) for path in sorted(arguments.directory.glob("*.json"))}
+    studies = {path: content for path, content in contents.items() if isinstance(content, dict) and "study" in content}
+    if not studies:
+        reason = "holds no study" if arguments.directory.is_dir() else "is not a directory"
+        print(f"{parser.prog}: {arguments.directory} {reason}", file=sys.stderr)
+        return 2
+    output, table, status = [], [f"{'claim':<22}{'p':<12}{'corrected p':<12}verdict"], 0
+    for path, study in studies.items():
+        if not study.get("claims"):
+            output.append(f"{study['study']}: not run yet by these rules")
+            continue
+        with np.errstate(all="ignore"):
+            claims = judge(study)
+            lines = report(path, study, claims)
+        output += lines
+        table += rows(study, claims)
+        status = max(status, int(len(lines) > 1))
+    print("\n".join(table if arguments.table else output))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -122,8 +122,8 @@ class Study:
     """The declaration of a study, `STUDY` in its module.
 
     The module also has `CLAIMS`; `networks(options)`, or `networks(options, images)` where it takes image sets, by name
-    what it trains (each a `bnjax.studies.engine.plan.Variant`); and `run(options, report)`, which trains, judges the
-    claims, and returns the results and the figures by file name.
+    what it trains (each a `bnjax.studies.engine.plan.Variant`), unless it has none that can be compiled; and
+    `run(options, report)`, which trains, judges the claims, and returns the results and the figures by file name.
 
     Attributes:
       name: name on the command line, that of the file.

@@ -25,6 +25,11 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
 
+    def _get_values(self, action, arg_strings):
+        if action.nargs is None and arg_strings == ["--"]:  # of which argparse would make an empty list, unread
+            raise argparse.ArgumentError(action, "expected one argument, got '--'")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         words = re.match(r"unrecognized arguments: ([^ =]+)|.*invalid choice: '([^']+)'", message)
         choices = [choice for action in self._actions for choice in action.choices or ()]

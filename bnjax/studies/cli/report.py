@@ -1,9 +1,9 @@
-"""One self-contained page of all that was measured: the ledger, then each study's tables, figures and settings."""
+"""One self-contained page: what was learned, the ledger, then each study's tables, figures and settings."""
 
 import base64
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from bnjax._extras import needs
 from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
 from bnjax.studies.evidence import record
-from bnjax.studies.evidence.claims import judge
+from bnjax.studies.evidence.claims import Judgment, judge, lessons
 from bnjax.studies.evidence.ledger import Ledger, saved_runs
 from bnjax.studies.evidence.results import Results, metric_rows
 from bnjax.studies.evidence.statistics import seeds_in_words
@@ -20,11 +20,11 @@ with needs("studies"):
     import jinja2
 
 _LARGEST = 2**25  # bytes of a figure
-_MARKS = {"reproduced": "✓", "not reproduced": "✗", "undecided": "?", "wrong in the source": "!"}
+_MARKS = {"reproduced": "✓", "not reproduced": "✗", "compatible": "≈", "undecided": "?", "wrong in the source": "!"}
 
 
 def write_report(run_dir: Path, out: Path) -> tuple[int, list[str]]:
-    """Writes the page of a study's directory, or of a directory of such.
+    """Writes the page of a study's directory, of a directory of such, or of published results.
 
     Returns:
       How many runs it shows; and what it could not show, a line each, which stands on the page too.
@@ -41,12 +41,21 @@ def write_report(run_dir: Path, out: Path) -> tuple[int, list[str]]:
     judgments = [judgment for judged in by_study.values() for judgment in judged]
     shown = [(path, saved) for runs in studies.values() for path, saved in runs.items()]
     title = f"Batch norm: {next(iter(studies))}" if len(studies) == 1 else "Batch norm: the studies and their claims"
-    sections = [_study(path, saved, len(studies[saved.study]) > 1, missing) for path, saved in shown]
+    sections = [
+        _study(path, saved, by_study[saved.study], len(studies[saved.study]) > 1, missing) for path, saved in shown
+    ]
+    claims = [judgment.to_json() for judgment in judgments]
+    first = {section["study"]: section["name"] for section in reversed(sections)}
+    files = {section["name"]: {figure["file"] for figure in section["figures"]} for section in sections}
+    for claim in claims:  # a claim leads to the figures of the first run of its study
+        claim["section"] = first[claim["family"]]
+        claim["figures"] = [file for file in claim["figures"] if file in files[claim["section"]]]
     page = _template().render(
         title=title,
         counts=Ledger(judgments, {}).counts(),
         marks=_MARKS,
-        claims=[judgment.to_json() for judgment in judgments],
+        claims=claims,
+        learned={name: lessons(str(STUDIES[name].load().__file__), judged) for name, judged in by_study.items()},
         studies=sections,
         missing=missing,
         made_by="bnjax report",
@@ -61,11 +70,14 @@ def _template() -> jinja2.Template:
         loader=jinja2.PackageLoader("bnjax.studies.cli"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["slug"] = lambda text: text.replace(" ", "-")
-    environment.filters["together"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0").replace("(d ", "(d\u00a0")
+    environment.filters["together"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0").replace("d_z ", "d_z\u00a0")
+    environment.filters["p"] = lambda p: "–" if p is None or p != p else f"{p:.3f}" if p >= 0.0005 else "<0.001"
     return environment.get_template("report.html")
 
 
-def _study(path: Path, saved: Results, is_one_of_several: bool, missing: list[str]) -> dict[str, Any]:
+def _study(
+    path: Path, saved: Results, judged: Sequence[Judgment], is_one_of_several: bool, missing: list[str]
+) -> dict[str, Any]:
     """Returns what the page shows of a run, and adds to what is missing."""
     study, document = STUDIES[saved.study], saved.document
     header, rows = metric_rows(saved)
@@ -74,14 +86,15 @@ def _study(path: Path, saved: Results, is_one_of_several: bool, missing: list[st
         tables.append({"title": "Parameters", "header": ["variant", "trainable", "batch statistics"], "rows": sizes})
     figures = []
     for file, text in document["figures"].items():
+        place = _place(path, saved.study, file)
         try:
-            figures.append(_figure(path / file, text))
+            shown_in = [judgment.claim.id for judgment in judged if file in judgment.claim.figures]
+            figures.append(_figure(place, text) | {"file": file, "claims": shown_in})
         except (OSError, ValueError) as error:
-            missing.append(
-                f"figure {error}" if isinstance(error, ValueError) else f"figure {path / file}: {error.strerror}."
-            )
+            missing.append(f"figure {error}" if isinstance(error, ValueError) else f"figure {place}: {error.strerror}.")
     return {
         "name": record.plain(path.resolve().name) if is_one_of_several else study.name,
+        "study": study.name,
         "summary": study.summary[0].upper() + study.summary[1:],
         "source": study.source,
         "command": saved.command,
@@ -89,6 +102,11 @@ def _study(path: Path, saved: Results, is_one_of_several: bool, missing: list[st
         "figures": figures,
         "settings": _settings(document),
     }
+
+
+def _place(path: Path, study: str, file: str) -> Path:
+    """Returns where a figure is: beside the record, or of published results in the directory of all figures."""
+    return path / file if path.is_dir() else path.parent.parent / "figures" / f"{study}_{file}"
 
 
 def _sizes(document: Mapping[str, Any]) -> list[list[str]]:

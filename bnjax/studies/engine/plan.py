@@ -161,8 +161,9 @@ class Trained:
         It is 0 for a curve that rises or falls evenly. Of what is not finite it is not defined, and infinite here.
         """
         change = np.diff(np.asarray(self.curves[curve], np.float64), axis=1)
-        finite = np.isfinite(change).all(1)
-        return np.where(finite, np.where(finite[:, None], change, 0).std(1), np.inf)
+        change[~np.isfinite(change)] = np.inf
+        with np.errstate(invalid="ignore"):
+            return np.where(np.isinf(change).any(1), np.inf, change.std(1))
 
 
 @jax.tree_util.register_dataclass

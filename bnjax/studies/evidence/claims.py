@@ -188,6 +188,13 @@ def _meets(value: Any, wanted: Any) -> bool:
     return value == wanted
 
 
+class Lesson(Struct, frozen=True, forbid_unknown_fields=True):
+    """A sentence on what a study teaches, and the verdicts that it rests on, by claim."""
+
+    text: Text
+    rests_on: dict[str, Text]
+
+
 class _Source(Struct, frozen=True, forbid_unknown_fields=True):
     """Claims of one document, and what they need where they have no needs of their own."""
 
@@ -197,10 +204,31 @@ class _Source(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Claims(Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of claims, and the sentences on what was learned of them, each with the verdicts that it rests on."""
+    """A file of claims, and what was learned of them."""
 
     sources: list[_Source]
-    learned: list[dict[str, Any]] = []
+    learned: list[Lesson] = []
+
+
+def lessons(study_file: str, judgments: Sequence[Judgment]) -> list[str]:
+    """Returns what the judged claims of a study teach, in a few sentences.
+
+    They are those that stand beside the claims as `[[learned]]`, each with the verdicts that it rests on, of which only
+    those are returned whose verdicts these are. Without any, the verdicts are counted.
+    """
+    path, verdicts = _beside(study_file), {judgment.claim.id: judgment.verdict for judgment in judgments}
+    learned = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _Claims).learned if path.exists() else []
+    found = [lesson.text for lesson in learned if lesson.rests_on.items() <= verdicts.items()]
+    if found:
+        return found
+    by_verdict = {verdict: [name for name, of in verdicts.items() if of == verdict] for verdict in VERDICTS}
+    counted = [f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items() if names]
+    return [f"Of {len(verdicts)} claims, " + "; ".join(counted) + "."]
+
+
+def _beside(study_file: str) -> Path:
+    path = Path(study_file)
+    return path.parent / "claims" / f"{path.stem}.toml"
 
 
 def read_claims(study_file: str, text: str | None = None) -> tuple[Claim, ...]:
@@ -209,7 +237,7 @@ def read_claims(study_file: str, text: str | None = None) -> tuple[Claim, ...]:
     A source has a `name` and the `needs` of its claims, where these have none of their own. The keys of a claim are the
     attributes of `Claim`, those of its conditions the attributes of `Condition`; `published` is a dash by default. In
     `needs` the value `{at_least = 500}` is a number that may be larger, and `digits = "auto"` shows as many decimals as
-    the interval leaves.
+    the interval leaves. Tables `[[learned]]` are for `lessons`.
 
     Args:
       study_file: the file of the study's module. Its claims are in `claims/<study>.toml` beside it.
@@ -220,7 +248,7 @@ def read_claims(study_file: str, text: str | None = None) -> tuple[Claim, ...]:
     """
     path = Path(study_file)
     if text is None:
-        path = path.parent / "claims" / f"{path.stem}.toml"
+        path = _beside(study_file)
         text = path.read_text(encoding="utf-8")
     try:
         document = tomllib.loads(text)

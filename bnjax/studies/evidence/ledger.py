@@ -57,18 +57,21 @@ class Ledger:
 def saved_runs(directory: Path) -> tuple[dict[str, dict[Path, Results]], list[record.RecordError]]:
     """Loads the results in a directory and in those in it, by study, in the order of the studies.
 
-    Of several runs of a study the one in the directory of its name comes first. What can't be read is left out, and
-    returned beside the others as the errors that say why.
+    Of several runs of a study the one in the directory of its name comes first. Published results, files that are named
+    for their study, are read as well. What can't be read is left out, and returned beside the others as the errors that
+    say why.
     """
     saved, unreadable = {}, []
-    for path in (directory, *sorted(path for path in directory.iterdir() if path.is_dir())):
+    published = (directory / f"{name}.json" for name in STUDIES)
+    folders = sorted(path for path in directory.iterdir() if path.is_dir())
+    for path in (directory, *folders, *(path for path in published if path.exists())):
         try:
             if results := Results.load(path):
                 saved[path] = results
         except record.RecordError as error:
             unreadable.append(error)
     runs = {name: {path: results for path, results in saved.items() if results.study == name} for name in STUDIES}
-    named = {name: dict(sorted(of.items(), key=lambda item: item[0].name != name)) for name, of in runs.items() if of}
+    named = {name: dict(sorted(of.items(), key=lambda item: item[0].stem != name)) for name, of in runs.items() if of}
     return named, unreadable
 
 
