@@ -27,6 +27,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = 6  # columns of numbers in a table
 JPEG = "The images of CIFAR-10 were those of a copy compressed as JPEG, not the original ones."
 RULES_BLOCK = re.compile(r"(<!-- rules -->\n).*?(<!-- end -->)", re.DOTALL)
+UNJUDGED = "*Of a run before the present rules, by which the ledger does not judge it.*"
 NOTHING_CHANGED = "No rule was changed after a result of these runs had been seen."
 NOT_MEASURED = """
 What the sources state and these studies cannot measure: the accuracies on ImageNet, alone and of an ensemble, the
@@ -237,11 +238,13 @@ def results_page(text: str, studies: dict[str, Results]) -> str:
     def block(match: re.Match[str]) -> str:
         name = match[2]
         if name not in studies:
-            return match[0]
+            return f"{match[1]}\nNot run yet by the present rules.\n\n{match[3]}"
         saved = studies[name]
         tables = [markdown_table(*table) for table in metric_tables(saved, COLUMNS)]
         if is_by_these_rules(saved):
             tables.append(markdown_table(*claim_rows(judged_by(name, saved))))
+        else:
+            tables.insert(0, UNJUDGED)
         figures = [f"![{text}](figures/{name}_{file})" for file, text in saved.document["figures"].items()]
         return match[1] + "\n" + "\n\n".join([*tables, *figures]) + "\n\n" + match[3]
 
