@@ -20,6 +20,8 @@ NEEDS_EXTRAS = {  # modules that can't be imported without, and the extra that t
     "bnjax.studies.activations": "studies",
     "bnjax.studies.blobs": "studies",
     "bnjax.studies.cifar": "studies",
+    "bnjax.studies.deep_linear": "studies",
+    "bnjax.studies.papers": "studies",
     "bnjax.studies.circles": "studies",
     "bnjax.studies.landscape": "studies",
     "bnjax.studies.mnist": "studies",

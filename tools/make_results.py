@@ -157,7 +157,7 @@ the same study's trainings.
 **What a verdict holds for is the size of the run**, which the second table shows: on a processor the convolutional
 networks are narrow and trained for a short time, and say nothing of the sources' long trainings.
 
-{markdown_table(*ledger.rows())}
+{markdown_table(*with_figures(ledger))}
 
 {notes}
 {NOT_MEASURED}
@@ -172,6 +172,18 @@ work as well, and of runs that were continued from checkpoints they are those of
 
 {markdown_table(["study", "seeds", "time", "machine", "versions"], machines)}
 """
+
+
+def with_figures(ledger: Ledger) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of a ledger, each statement with links to the published figures that show it."""
+    header, rows = ledger.rows()
+    for row, judgment in zip(rows, ledger.judgments, strict=True):
+        claim = judgment.claim
+        places = {file: f"{claim.family}_{file}" for file in claim.figures}
+        there = {file: place for file, place in places.items() if (DOCS / "figures" / place).exists()}
+        links = [f"[{file.removesuffix('.png').replace('_', ' ')}](figures/{place})" for file, place in there.items()]
+        row[1] += f" ({', '.join(links)})" * bool(links and judgment.outcomes)
+    return header, rows
 
 
 def rules_page(text: str) -> str:
@@ -245,7 +257,11 @@ def results_page(text: str, studies: dict[str, Results]) -> str:
             tables.append(markdown_table(*claim_rows(judged_by(name, saved))))
         else:
             tables.insert(0, UNJUDGED)
-        figures = [f"![{text}](figures/{name}_{file})" for file, text in saved.document["figures"].items()]
+        figures = []
+        for file, text in saved.document["figures"].items():
+            shown_in = [judgment.claim.id for judgment in judged_by(name, saved) if file in judgment.claim.figures]
+            claims = f"\n\nClaims: {', '.join(shown_in)}." if shown_in and is_by_these_rules(saved) else ""
+            figures.append(f"![{text}](figures/{name}_{file}){claims}")
         return match[1] + "\n" + "\n\n".join([*tables, *figures]) + "\n\n" + match[3]
 
     return BLOCK.sub(block, text)
