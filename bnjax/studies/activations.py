@@ -19,7 +19,7 @@ from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Study, data, option
 from bnjax.studies.engine import Report, Trained, Variant, divisor_from, seed_keys, train
-from bnjax.studies.evidence import Results, interval, plots, read_claims, seeds_in_words
+from bnjax.studies.evidence import Results, from_then_on, interval, plots, read_claims, seeds_in_words
 from bnjax.studies.evidence.plots import Figure, drawing
 
 
@@ -285,9 +285,7 @@ def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) 
     results.set_metric("bn", "least_gain", gain[:, gain.mean(0).argmin()])
     for name in ("bn", *(f"bn_x{times}" for times in TIMES)):
         reached = results.arrays[f"{name}/test_accuracy"][:, 1:] >= without[:, -1:]
-        stays = np.logical_and.accumulate(reached[:, ::-1], 1)[:, ::-1]
-        first = np.where(stays.any(1), stays.argmax(1) + 1, stays.shape[1] + 1)  # measurements, from then on
-        results.set_metric(name, "times_fewer_steps", stays.shape[1] / first)
+        results.set_metric(name, "times_fewer_steps", reached.shape[1] / from_then_on(reached))  # of the measurements
     # Where the plain network trains at the largest rate of all, the rate that it tolerates is not known.
     largest, final = np.asarray(ranges["none"].largest), _final(np.asarray(ranges["bn"].loss))
     known, tried = np.isfinite(ranges["none"].breaks_at), _multiples(ranges["none"])

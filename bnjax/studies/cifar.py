@@ -19,7 +19,7 @@ from bnjax.models import CifarNetwork, of_example
 from bnjax.studies import Study, data, option, vgg
 from bnjax.studies.data import augmentation
 from bnjax.studies.engine import Report, Trained, Variant, seed_keys, train
-from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
+from bnjax.studies.evidence import Results, from_then_on, plots, read_claims, seeds_in_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +178,7 @@ def _compare(results: Results, all_trained: dict[str, Trained]) -> None:
             continue
         loss, best = plain.curves["test_loss"], plain.curves["test_loss"].min(1)
         reached = normalized.curves["test_loss"] <= best[:, None]
-        stays = np.logical_and.accumulate(reached[:, ::-1], 1)[:, ::-1]
-        epochs = np.where(stays.any(1), stays.argmax(1) + 1.0, stays.shape[1] + 1.0)
-        share = epochs / (loss.argmin(1) + 1)
+        share = from_then_on(reached) / (loss.argmin(1) + 1)
         names, counts = (f"{activation}_bn", f"{activation}_none"), ("step_bytes", "step_operations")
         work = np.maximum(*(results.metric(names[0], of) / results.metric(names[1], of) for of in counts))
         results.set_metric(f"{activation}_bn", "share_of_epochs", share)

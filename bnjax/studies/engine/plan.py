@@ -15,6 +15,7 @@ from bnjax._compat import without_fusion_emitters
 from bnjax.analysis import losses
 from bnjax.studies.data import Split
 from bnjax.studies.engine.histograms import Histograms
+from bnjax.studies.evidence.statistics import from_then_on
 
 _CALLS = 20  # compiled calls that a training is divided into, between which progress is shown
 _LONG = 5000  # steps of a training that better kernels repay
@@ -151,9 +152,7 @@ class Trained:
 
         It is one more than there are epochs where the last one lies below.
         """
-        reached: np.ndarray = np.greater_equal(self.curves[curve], threshold)
-        stays = np.logical_and.accumulate(reached[:, ::-1], 1)[:, ::-1]
-        return np.where(stays.any(1), stays.argmax(1) + 1.0, stays.shape[1] + 1.0)
+        return from_then_on(np.greater_equal(self.curves[curve], threshold))
 
     def unsteadiness(self, curve: str) -> np.ndarray:
         """Returns the standard deviation of a curve's change from one epoch to the next, for each setting.

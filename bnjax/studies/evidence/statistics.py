@@ -121,6 +121,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def from_then_on(holds: np.ndarray) -> np.ndarray:
+    """Returns the time, from 1, from which on something holds to the end; one more than there are if not at the end.
+
+    >>> print(from_then_on(np.array([[True, False, True, True], [True, True, True, False]])))
+    [3. 5.]
+    """
+    stays = np.logical_and.accumulate(holds[:, ::-1], 1)[:, ::-1]
+    return np.where(stays.any(1), stays.argmax(1) + 1.0, stays.shape[1] + 1.0)
+
+
 def of_test_set(accuracy: float, examples: int) -> float:
     """Computes half the width of the 95 % interval that a test set of so many examples leaves of an accuracy.
 
