@@ -19,7 +19,7 @@ from PIL import Image
 
 from bnjax.studies import STUDIES
 from bnjax.studies.evidence import record
-from bnjax.studies.evidence.claims import Judgment, judge, setting_text
+from bnjax.studies.evidence.claims import Judgment, judge, lessons, setting_text
 from bnjax.studies.evidence.ledger import Ledger
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table, metric_tables
 
@@ -144,6 +144,8 @@ def ledger_page(studies: dict[str, Results]) -> str:
 
 **{len(judgments)} statements of the sources and of later papers: {ledger.summary()}.**
 
+{learned(studies)}
+
 How a verdict is reached, and the rule, control and margin of each claim: [Rules](rules.md). What the rules before these
 had said, and why they were changed: [Changes](ledger_changes.md). All figures and numbers: [Results](results.md).
 `tools/make_results.py` makes this page from the runs below, `python tools/recompute_ledger.py` computes every row again
@@ -172,6 +174,15 @@ work as well, and of runs that were continued from checkpoints they are those of
 
 {markdown_table(["study", "seeds", "time", "machine", "versions"], machines)}
 """
+
+
+def learned(studies: Mapping[str, Results]) -> str:
+    """Returns what the judged studies teach, a paragraph for each."""
+    paragraphs = []
+    for name, saved in studies.items():
+        sentences = lessons(str(STUDIES[name].load().__file__), judged_by(name, saved))
+        paragraphs.append(f"**{name}.** {' '.join(sentences)}")
+    return "\n\n".join(paragraphs)
 
 
 def with_figures(ledger: Ledger) -> tuple[list[str], list[list[str]]]:

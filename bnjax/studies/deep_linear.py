@@ -32,7 +32,6 @@ STUDY = Study(
     "25 square matrices fitted to one, plain, normalized and noisy: smoothness and covariate shift",
     "S6, Santurkar et al. 2018, appendix",
     Options,
-    fast={"seeds": 3, "steps": 200},
     order=10,
 )
 
