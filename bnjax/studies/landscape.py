@@ -293,7 +293,7 @@ def _reliefs(ends: Mapping[str, Ends], which: int, title: str) -> Figure:
         flat.append(figure.add_subplot(2, len(ends), i + 1))
         contours = drawing.loss_surface(flat[-1], *surface, levels=levels.tolist(), log=True)
         relief: Any = figure.add_subplot(2, len(ends), len(ends) + i + 1, projection="3d")
-        drawing.loss_surface(relief, *surface, log=True)
+        drawing.loss_surface(relief, *surface, log=True).set_clim(*np.log10(levels[[0, -1]]))
         relief.set_zlim(*np.log10(levels[[0, -1]]))
         flat[-1].set_title(label)
         if which == 1:
