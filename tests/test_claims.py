@@ -109,6 +109,21 @@ def test_p_values_are_those_of_scipy(bound):
     np.testing.assert_allclose([p_of_one_run(values, end) for end in (low, high)], 0.05, rtol=1e-9)
 
 
+def test_values_that_are_all_the_same_are_the_limit_of_values_that_are_nearly_so():
+    same, nearly = np.full(5, 0.3), 0.3 + 1e-9 * np.arange(-2, 3)
+    for bound in (0.2, 0.4):
+        np.testing.assert_allclose(p_of_mean(same, bound), p_of_mean(nearly, bound), atol=1e-12)
+    assert p_of_mean(same, 0.3) == (1, 1)
+
+
+def test_a_record_that_was_written_and_read_is_judged_the_same():
+    fresh = Made({"a": {"m": [np.inf, np.inf, np.inf]}, "b": {"m": [1.0, 1.2, 1.3]}})
+    read = Made({"a": {"m": [np.nan, np.nan, np.nan]}, "b": {"m": [1.0, 1.2, 1.3]}})
+    claims = [claim(cond(low=0)), claim(cond(variant="b", low=0))]
+    of_both = [[(j.p_text, j.verdict, j.measured) for j in judge(claims, [record])] for record in (fresh, read)]
+    assert of_both[0] == of_both[1] and of_both[0][0][0] == "–"
+
+
 def test_an_interval_lies_in_a_range_exactly_where_its_p_value_says_so():
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -243,7 +258,7 @@ def test_numbers_in_the_rules_are_those_of_the_studies():
         "S5.6": f"values of deviation {cifar.DEVIATION:g}",
         "S6.8": f"of the rates {', '.join(f'{rate:g}' for rate in vgg.RATES)},",
         "S1.9 (population)": f"batches of {recurrent.POPULATION_BATCH} examples",
-        "B.1": f"the rate of {rates}",
+        "B.1": f"rate, of {rates} and interpolated",
         "Y.1": f"{papers.DEPTH - 2 * papers.SKIPPED} middle layers of {papers.DEPTH}, of width {papers.SIZE}",
         "W.2": f"a decay of {papers.DECAY:g}",
         "H.1": f"batches of {papers.LARGE}, ghost batches of {papers.GHOST}",

@@ -112,17 +112,20 @@ def test_multiples_of_what_is_tolerated():
     results = Results("activations", {}, range(4))
     for name, offset in (("bn", 0.1), ("none", 0.0), ("bn_x5", -0.1), ("bn_x30", 0.1)):
         results.variants[name] = (name, {}, {})
-        results.arrays[f"{name}/test_accuracy"] = np.linspace(0.1, 0.6, 6)[None] + offset + np.zeros((4, 1))
+        results.arrays[f"{name}/test_accuracy"] = np.linspace(0.1, 1.1, 21)[None] + offset + np.zeros((4, 1))
+        results.notes.setdefault("grid", {})[name] = [{"test_accuracy": [0.5 + offset] * 4}] * 2
     losses = np.full((4, len(tried), 20), 9.0)
     losses[0, tried.index(10), -2:] = losses[1, tried.index(30), -2:] = 1  # 5 times the first's, 30 times the second's
     losses[1, tried.index(5), 3] = np.nan
     activations._add_pairs(results, {"none": plain, "bn": of([], [], [])._replace(loss=losses)})
-    diverged = activations.DIVERGED
-    np.testing.assert_allclose(results.metric("bn", "loss_at_5_times"), [1, diverged, np.nan, np.nan])
+    np.testing.assert_allclose(results.metric("bn", "loss_at_5_times"), [1, activations.DIVERGED, np.nan, np.nan])
     np.testing.assert_allclose(results.metric("bn", "loss_at_30_times"), [9, 1, np.nan, np.nan])
-    np.testing.assert_allclose(results.metric("bn", "least_gain"), 0.1)
-    np.testing.assert_allclose(results.metric("bn", "times_fewer_steps"), 5 / 4)
-    np.testing.assert_allclose(results.metric("bn_x5", "times_fewer_steps"), 5 / 6)  # never, counted as one too many
+    for i in range(1, 11):
+        np.testing.assert_allclose(results.metric("bn", f"gain_in_tenth_{i}"), 0.1)
+    np.testing.assert_allclose(results.metric("bn", "gain_in_cell_2"), 0.1)
+    # The plain network ends, as the mean of its last five, at 1.0, which batch norm has at its 16th measurement of 20.
+    np.testing.assert_allclose(results.metric("bn", "log10_times_fewer_steps"), np.log10(20 / 16))
+    np.testing.assert_allclose(results.metric("bn_x5", "log10_times_fewer_steps"), np.log10(20 / 20))
 
 
 @pytest.mark.slow
@@ -150,7 +153,7 @@ def test_activations(monkeypatch):
         "gradient_norms.png",
         "learning_rates.png",
     }
-    assert results.arrays["bn/test_accuracy"].shape == (2, 40)
+    assert results.arrays["bn/test_accuracy"].shape == (2, 41)  # 40 on the way and one at the end
     assert report.told["batch norm"][-1][0] == 40
     assert len(results.notes["grid"]["bn"]) == 16
 
@@ -262,7 +265,7 @@ def changed(results, losses, curve):
         variant = name.split("_")[1]
         metrics["final_loss"] = np.array(losses[variant])
         metrics["shift_cosine"] = np.full(2, curve[variant])
-        metrics["relative_shift"] = np.full(2, -curve[variant])
+        metrics["log10_relative_shift"] = np.full(2, -curve[variant])
         for key in ("loss_min", "loss_max", "distance_max", "smoothness"):
             other.arrays[f"{name}/{key}"] = np.full((2, 10), 0.0 if key == "loss_min" else curve[variant])
     smoothness._add_comparisons(other, ("none", "bn", "noisy"), float(np.log(10)))

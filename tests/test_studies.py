@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import threading
 
@@ -9,7 +10,8 @@ import pytest
 import small_studies
 from scipy import stats
 
-from bnjax import training
+from bnjax import linen, training
+from bnjax.models import Perceptron
 from bnjax.studies import COMPILABLE, STUDIES, Options, blobs, circles, data, mnist
 from bnjax.studies.engine import at_inference, steps, with_population_statistics
 from bnjax.studies.engine.plan import Examples, Variant, compiler_options, seed_keys
@@ -128,6 +130,27 @@ def test_population_statistics_are_those_that_inference_normalizes_by():
     own = [np.stack([part, part[::-1]]) for part in (d.train.x, d.train.y)]  # the second seed's in another order
     of_own = at_inference(network, trained.state, data.Split(*own), data.Split(*own), has_own=True)
     np.testing.assert_allclose(of_own["population_train_loss"], metrics["population_train_loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm", "BatchRenorm", "GhostBatchNorm", "MovingBatchNorm"])
+def test_population_statistics_of_other_norms_are_those_of_inference_too(kind):
+    import optax
+
+    norm = functools.partial(getattr(linen, kind), **({"ghost_size": 4} if kind == "GhostBatchNorm" else {}))
+    model = Perceptron((8, 8), 1, norm, "before")
+    network = Variant(kind, kind, model, optax.sgd(0.1), (2,), 32, training.binary_cross_entropy)
+    x = 3 * jax.random.normal(jax.random.key(0), (60, 2)) + 1
+    states = jax.vmap(network.create)({"key": seed_keys([0, 1])})  # whose running statistics are far off
+    found = with_population_statistics(network, states, x)
+    state = jax.tree.map(lambda v: v[1], found)
+    _, seen = model.apply(
+        {"params": state.params, "batch_stats": state.batch_stats}, x, training=False, capture_intermediates=True
+    )
+    for i in (0, 1):
+        h = seen["intermediates"][f"Dense_{i}"]["__call__"][0]
+        stats = state.batch_stats[f"{kind}_{i}"]
+        np.testing.assert_allclose(stats["mean"], h.mean(0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(stats["var"], h.var(0), rtol=1e-3)
 
 
 def test_a_failure_stops_all_trainings():

@@ -64,6 +64,8 @@ NETWORKS = {
     **{f"bn_x{times}": (f"batch norm, {times} times the rate", "before", {}, times) for times in TIMES},
 }
 MAIN = ("none", "bn")
+TENTHS = 10  # parts of the training in which the gain is asked for
+LAST = 5  # measurements whose mean is the plain network's accuracy at the end
 SETTINGS = {"hidden": list(HIDDEN), "optimizer": "SGD", "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE}
 SETTINGS |= {"init": f"normal of deviation {DEVIATION}", "learning_rate_steps": RATE_STEPS}
 SETTINGS |= {"grid": {key: list(values) for key, values in GRID.items()}}
@@ -95,7 +97,7 @@ def run(options: Options, report: Report):
     settings = {**SETTINGS, "dataset": f"{dataset}, pixels above 127"}
     settings |= {"steps": steps, "measured_every": every, "grid_steps": max(1, steps // 10)}
     results, full = Results(STUDY.name, settings, range(options.seeds)), jnp.ones(options.seeds)
-    results.examples = dict.fromkeys(("test_accuracy", "mean_test_accuracy", "least_gain"), len(images.test.y))
+    results.examples = dict.fromkeys(("test_accuracy", "mean_test_accuracy"), len(images.test.y))
     all_trained, ranges = {}, {}
     variants = networks(options, images)
     report.expect(len(variants) + len(MAIN))
@@ -104,7 +106,7 @@ def run(options: Options, report: Report):
         of_seeds["learning_rate"] = LEARNING_RATE * NETWORKS[name][3] * full
         plan = variant.plan(steps, measure=functools.partial(_measure, variant, test), every=every)
         all_trained[name] = train(plan, of_seeds, train_set, report=report, options=options)
-        _add(results, all_trained[name])
+        _add(results, all_trained[name], np.asarray(variant.accuracies(all_trained[name].state, *test)))
         if name not in MAIN:
             continue
         _add_grid(results, variant, train_set, test, of_seeds["key"], settings["grid_steps"], report)
@@ -144,10 +146,10 @@ def _measure(variant: Variant, test: data.Split, state, x, y, key) -> dict[str, 
     }
 
 
-def _add(results: Results, trained: Trained) -> None:
-    """Adds the numbers of the main training."""
+def _add(results: Results, trained: Trained, at_end: np.ndarray) -> None:
+    """Adds the numbers of the main training, and its test accuracy at the end."""
     measured = trained.measurements
-    norms, accuracy = measured["gradient_norms"], measured["accuracy"]
+    norms, accuracy = measured["gradient_norms"], np.concatenate([measured["accuracy"], at_end[:, None]], 1)
     last = measured["activations"][LAST_HIDDEN]  # percentiles [seeds, times, 3, units]
     low, median, high = np.moveaxis(last.percentiles, 2, 0)
     movement, width = median.std(1), (high - low).mean(1)
@@ -161,6 +163,7 @@ def _add(results: Results, trained: Trained) -> None:
         "test_accuracy": accuracy[:, -1],
         "mean_test_accuracy": accuracy[:, 1:].mean(1),
         "final_loss": _final(loss),
+        "movement_of_percentiles": last.percentiles.std(1).mean((1, 2)),
         "movement_of_medians": movement.mean(1),
         "relative_movement": np.median(movement / np.maximum(width, 1e-12), 1),
         "movement_of_shape": shape.std(1).mean((1, 2)),
@@ -280,12 +283,18 @@ def _saturated(variant: Variant, x: Any, state: Any) -> Any:
 
 def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) -> None:
     """Adds the numbers that compare the two networks at the same seeds."""
-    with_, without = (results.arrays[f"{name}/test_accuracy"][:, 1:] for name in ("bn", "none"))
-    gain = with_ - without
-    results.set_metric("bn", "least_gain", gain[:, gain.mean(0).argmin()])
+    with_, without = (results.arrays[f"{name}/test_accuracy"][:, 1:] for name in MAIN[::-1])
+    for i, part in enumerate(np.array_split(with_ - without, TENTHS, 1)):
+        results.set_metric("bn", f"gain_in_tenth_{i + 1}", part.mean(1))
+    of_plain = without[:, -LAST:].mean(1, keepdims=True)
     for name in ("bn", *(f"bn_x{times}" for times in TIMES)):
-        reached = results.arrays[f"{name}/test_accuracy"][:, 1:] >= without[:, -1:]
-        results.set_metric(name, "times_fewer_steps", reached.shape[1] / from_then_on(reached))  # of the measurements
+        reached = results.arrays[f"{name}/test_accuracy"][:, 1:] >= of_plain
+        fewer = reached.shape[1] / from_then_on(reached)  # of the measurements
+        results.set_metric(name, "log10_times_fewer_steps", np.log10(fewer))
+    grids = (results.notes["grid"][name] for name in MAIN[::-1])
+    for i, cells in enumerate(zip(*grids, strict=True)):
+        gain = np.subtract(*(cell["test_accuracy"] for cell in cells))
+        results.set_metric("bn", f"gain_in_cell_{i + 1}", gain)
     # Where the plain network trains at the largest rate of all, the rate that it tolerates is not known.
     largest, final = np.asarray(ranges["none"].largest), _final(np.asarray(ranges["bn"].loss))
     known, tried = np.isfinite(ranges["none"].breaks_at), _multiples(ranges["none"])
@@ -299,7 +308,8 @@ def _add_pairs(results: Results, ranges: dict[str, analysis.LearningRateRange]) 
 def _figures(
     main: dict[str, Trained], all_trained: dict[str, Trained], ranges: dict[str, Any], title: str
 ) -> dict[str, Figure]:
-    times = next(iter(main.values())).measured_at
+    plan = next(iter(main.values())).plan
+    times = np.arange(0, plan.steps, plan.every)
     measured = {trained.plan.label: trained.measurements for trained in main.values()}
     accuracies = {trained.plan.label: trained.measurements["accuracy"] for trained in all_trained.values()}
     of_label = {NETWORKS[name][0]: of for name, of in ranges.items()}

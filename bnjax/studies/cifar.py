@@ -103,6 +103,7 @@ def run(options: Options, report: Report):
         **SETTINGS,
         "dataset": dataset,
         "filters": [*[filters] * 4, _last_filters(filters)],
+        "width": filters,
         "epochs": epochs,
         "epochs_of_others": few,
         "steps_per_epoch": steps,
@@ -128,7 +129,7 @@ def run(options: Options, report: Report):
             alone = _alone(network)
             metrics |= _of_start(alone, images.train, results.seeds) | _of_end(alone, trained.state, images.train)
         results.add(trained, {"activation": activation, "normalizer": LABELS[place]}, metrics)
-    _compare(results, all_trained)
+    _compare(results)
     results.judge(CLAIMS)
     title = f"{dataset}, batch {batch_size}, {steps} steps an epoch, {seeds_in_words(options.seeds)}"
     main = [trained for name, trained in all_trained.items() if name.rpartition("_")[2] not in OTHERS]
@@ -154,7 +155,8 @@ def article(seeds: int) -> dict[str, np.ndarray]:
 
 def _metrics(trained: Trained, few: int, classes: int) -> dict[str, np.ndarray]:
     """Computes the numbers of learning curves, of which others than batch norm have a few epochs only."""
-    accuracy, loss, late = trained.curves["test_accuracy"], trained.curves["test_loss"], trained.plan.length // 4
+    accuracy, late = trained.curves["test_accuracy"], trained.plan.length // 4
+    loss = _finite(trained.curves["test_loss"])
     metrics = {"early_test_loss": loss[:, few - 1], "early_test_accuracy": accuracy[:, few - 1]}
     if trained.plan.length == few:
         return metrics
@@ -166,23 +168,29 @@ def _metrics(trained: Trained, few: int, classes: int) -> dict[str, np.ndarray]:
         "train_accuracy_during_epoch": trained.final("train_accuracy"),
         "best_over_chance": accuracy.max(1) * classes,
         "late_gain": accuracy.max(1) - accuracy[:, :-late].max(1) if late else np.full(len(loss), np.nan),
-        "unsteadiness_of_loss": trained.unsteadiness("test_loss"),
+        "accuracy_lost_since_best": accuracy.max(1) - accuracy[:, -1],
+        "rises_of_loss": np.maximum(np.diff(loss, axis=1), 0).mean(1),
     }
 
 
-def _compare(results: Results, all_trained: dict[str, Trained]) -> None:
+def _compare(results: Results) -> None:
     """Adds when a network is as good as the plain one of its activation at its best, in epochs and in work."""
     for activation in ACTIVATIONS:
-        plain, normalized = (all_trained.get(f"{activation}_{place}") for place in ("none", "bn"))
-        if plain is None or normalized is None:
+        curves = [f"{activation}_{place}/test_loss" for place in ("none", "bn")]
+        if not set(curves) <= set(results.arrays):
             continue
-        loss, best = plain.curves["test_loss"], plain.curves["test_loss"].min(1)
-        reached = normalized.curves["test_loss"] <= best[:, None]
-        share = from_then_on(reached) / (loss.argmin(1) + 1)
-        names, counts = (f"{activation}_bn", f"{activation}_none"), ("step_bytes", "step_operations")
-        work = np.maximum(*(results.metric(names[0], of) / results.metric(names[1], of) for of in counts))
-        results.set_metric(f"{activation}_bn", "share_of_epochs", share)
-        results.set_metric(f"{activation}_bn", "share_of_work", share * work)
+        loss, best = (_finite(results.arrays[curve]) for curve in curves)
+        reached = np.minimum.accumulate(best, 1) <= loss.min(1)[:, None]
+        share = np.log10(from_then_on(reached) / (loss.argmin(1) + 1))
+        name, of_plain = (f"{activation}_{place}" for place in ("bn", "none"))
+        work = np.log10(results.metric(name, "step_operations") / results.metric(of_plain, "step_operations"))
+        results.set_metric(name, "log10_share_of_epochs", share)
+        results.set_metric(name, "log10_share_of_work", share + work)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Returns values with infinity in place of what is not finite, which is never the smallest."""
+    return np.where(np.isfinite(values), values, np.inf)
 
 
 def _scale() -> dict[str, int]:
@@ -200,9 +208,11 @@ def _of_start(network: Variant, train: data.Split, seeds: Sequence[int]) -> dict
 
     Returns:
       'log10_first_to_last_gradient': logarithm of the norm of the first kernel's gradient over the last's;
-      'step_bytes' and 'step_operations': what the compiled training step moves and computes, as XLA counts it;
+      'step_operations': operations of a training step, without dropout and augmentation, as XLA counts them before it
+        optimizes the program (for TPU, whose convolutions are one operation each);
       'gaussian_distance': distance of Kolmogorov and Smirnov between a layer's outputs, standardized by feature, and
-        the normal distribution, mean over features and layers.
+        the normal distribution, mean over features and layers; 'gaussian_distance_of_activations' the same of what
+        the nonlinearity makes of them.
     """
     x, y = (jnp.asarray(part[: network.batch_size]) for part in train)
     images = jnp.asarray(train.x[:GAUSSIAN])
@@ -215,17 +225,20 @@ def _of_start(network: Variant, train: data.Split, seeds: Sequence[int]) -> dict
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         outputs = losses.layer_outputs(network.model, variables, network.prepared(images))
         hidden = [h.reshape((-1, h.shape[-1])) for name, h in outputs.items() if name != "Dense_0"]
-        distances = jnp.stack([_gaussian_distance(h[:: max(1, len(h) // GAUSSIAN)]).mean() for h in hidden])
-        return jnp.log10(first / last), distances.mean()
+        rows = [h[jax.random.randint(jax.random.key(i), (GAUSSIAN,), 0, len(h))] for i, h in enumerate(hidden)]
+        distances = [
+            jnp.stack([_gaussian_distance(function(h)).mean() for h in rows]).mean()
+            for function in (lambda h: h, network.model.activation)
+        ]
+        return jnp.log10(first / last), *distances
 
     found = np.array([of_seed(key) for key in seed_keys(seeds)]).T
-    state = network.create({"key": jax.random.key(0)})
-    compiled = jax.jit(network.step).lower(state, x, y, jax.random.key(0)).compile()
-    cost: Any = compiled.cost_analysis() or {}
-    names = ("log10_first_to_last_gradient", "gaussian_distance")
-    work = {"step_bytes": cost.get("bytes accessed"), "step_operations": cost.get("flops")}
-    of_seeds = {name: np.full(len(seeds), np.nan if count is None else count) for name, count in work.items()}
-    return dict(zip(names, found, strict=True)) | of_seeds
+    state = jax.eval_shape(network.create, {"key": jax.random.key(0)})
+    lowered = jax.jit(network.step).trace(state, x, y, jax.random.key(0)).lower(lowering_platforms=("tpu",))
+    cost: Any = lowered.cost_analysis() or {}
+    names = ("log10_first_to_last_gradient", "gaussian_distance", "gaussian_distance_of_activations")
+    work = {"step_operations": np.full(len(seeds), cost.get("flops", np.nan))}
+    return dict(zip(names, found, strict=True)) | work
 
 
 def _gaussian_distance(values: Any) -> Any:

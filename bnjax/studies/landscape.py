@@ -142,7 +142,8 @@ def add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray]
     curves |= {name.removeprefix("max_"): getattr(probe, name) for name in probed}
     curves |= {"shift_distance": shift.distance, "shift_cosine": shift.cosine}
     curves |= {"layer_gradient_norm": shift.gradient_norm}
-    relative = shift.distance / shift.gradient_norm
+    known = np.isfinite(shift.cosine[:, :, 1:]) & (shift.distance[:, :, 1:] > 0)  # neither gradient is zero
+    ratio = np.divide(shift.distance[:, :, 1:], shift.gradient_norm[:, :, 1:], where=known, out=np.ones(known.shape))
     metrics = {
         "final_loss": loss[:, last].mean(1),
         "loss_range": np.mean(probe.loss_max - probe.loss_min, 1),
@@ -150,7 +151,7 @@ def add(results: Results, trained: Trained, at_the_end: Mapping[str, np.ndarray]
         "smoothness": np.mean(np.asarray(probe.max_smoothness), 1),
         "shift_cosine": _mean_of_finite(shift.cosine[:, :, 1:]),
         "shift_defined": np.mean(np.isfinite(shift.cosine[:, :, 1:]), (1, 2)),
-        "relative_shift": _mean_of_finite(relative[:, :, 1:]),
+        "log10_relative_shift": _mean_of_finite(np.where(known, np.log10(ratio), np.nan)),
         **at_the_end,
     }
     results.add(trained, {}, metrics, {key: np.asarray(values, np.float32) for key, values in curves.items()})

@@ -16,9 +16,21 @@ from bnjax.linen import BatchNorm, GhostBatchNorm
 from bnjax.models import VGG, Perceptron
 from bnjax.studies import Study, data, option
 from bnjax.studies.data import augmentation
-from bnjax.studies.engine import ONE_BY_ONE, Report, Trained, Variant, divisor_from, random_batch, seed_keys, train
-from bnjax.studies.evidence import Results, plots, read_claims, seeds_in_words
+from bnjax.studies.engine import (
+    ONE_BY_ONE,
+    POPULATION,
+    Report,
+    Trained,
+    Variant,
+    divisor_from,
+    random_batch,
+    seed_keys,
+    train,
+    with_population_statistics,
+)
+from bnjax.studies.evidence import Results, log10_largest_rate, plots, read_claims, seeds_in_words
 from bnjax.studies.evidence.plots import drawing
+from bnjax.studies.vgg import LEARNT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +54,12 @@ STUDY = Study(
 )
 
 BATCH_SIZE, LARGE, GHOST = 128, 1024, 32
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 RATE = 0.1  # learning rate of all trainings but those over rates
 SMALL_SET = 10_000  # images of the trainings that overfit
 DECAY = 5e-3  # weight decay of the convolutions, λ of the gradient λ w
 PARTS = 20
+POPULATION_EXAMPLES = 5000  # over which population statistics are taken, in one batch
 # Depth at the start: a perceptron of some width, and a batch of Gaussian inputs of the same size.
 DEPTH, SIZE, SKIPPED = 50, 512, 10
 DEEP = {  # name: (label, activation, norm, deviation of the kernels times √(width / 2))
@@ -138,7 +151,7 @@ def run(options: Options, report: Report):
     settings |= {"steps": steps, "width": options.width, "small_set": SMALL_SET, "ghost_size": GHOST, "decay": DECAY}
     settings |= {"rates": list(RATES), "depth": DEPTH, "deep_width": SIZE}
     results = Results(STUDY.name, settings, range(options.seeds))
-    results.examples = {"test_accuracy": len(images.test.y)}
+    results.examples = dict.fromkeys(("test_accuracy", "population_test_accuracy"), len(images.test.y))
     keys, of_name = {"key": seed_keys(results.seeds)}, networks(options, images)
     small = data.Split(images.train.x[:SMALL_SET], images.train.y[:SMALL_SET])
     trained: dict[str, Trained] = {}
@@ -160,7 +173,7 @@ def run(options: Options, report: Report):
         results.add(of, case._replace(norm=None)._asdict(), _metrics(network, of, case, on, images.test))
     for name, metrics in at_the_start(results.seeds).items():
         results.variants[name] = (DEEP[name][0], {"depth": DEPTH, "width": SIZE}, metrics)
-    _add_rates(results)
+    _add_rates(results, float(np.log(images.num_classes)))
     results.judge(CLAIMS)
     return results, _figures(results, trained, f"{options.dataset}, {seeds_in_words(options.seeds)}")
 
@@ -186,35 +199,42 @@ def _matched_step(network: Variant) -> Callable[..., Any]:
 
 
 def _metrics(network: Variant, trained: Trained, case: Case, train_set: data.Split, test: data.Split) -> dict[str, Any]:
-    """Computes accuracies and losses with running statistics, the gap, and the effective learning rate at the end."""
+    """Computes what the networks are at inference, with running statistics and with those of training examples.
+
+    Beside accuracies, losses and their gap it has the effective learning rate at the end.
+    """
     few = data.Split(train_set.x[:SMALL_SET], train_set.y[:SMALL_SET])
-    on_test, on_train = (
-        [jax.device_get(network.evaluate(state, *split)) for state in trained.states] for split in (test, few)
-    )
+    population = with_population_statistics(network, trained.state, few.x[:POPULATION_EXAMPLES])
+    metrics: dict[str, Any] = {}
     loss = np.asarray(trained.metrics.loss)
+    for prefix, states in (("", trained.state), (POPULATION, population)):
+        of_seeds = [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states) for i in range(len(loss))]
+        on_test, on_train = ([jax.device_get(network.evaluate(s, *split)) for s in of_seeds] for split in (test, few))
+        metrics[f"{prefix}test_accuracy"] = np.array([m.accuracy for m in on_test])
+        metrics[f"{prefix}test_loss"] = np.array([m.loss for m in on_test])
+        metrics[f"{prefix}loss_gap"] = np.array([m.loss - n.loss for m, n in zip(on_test, on_train, strict=True)])
     norms = _of_kernels(lambda w: np.square(np.asarray(w, np.float64)).reshape(len(w), -1).sum(1), lambda w: None)
     squares = np.stack(jax.tree.leaves(norms(trained.state.params)))
-    return {
-        "test_accuracy": np.array([m.accuracy for m in on_test]),
-        "train_accuracy": np.array([m.accuracy for m in on_train]),
-        "test_loss": np.array([m.loss for m in on_test]),
-        "loss_gap": np.array([m.loss - n.loss for m, n in zip(on_test, on_train, strict=True)]),
-        "final_loss": np.where(np.isfinite(loss).all(1), loss[:, -max(1, loss.shape[1] // 20) :].mean(1), np.inf),
-        "log10_effective_rate": np.log10(case.learning_rate / squares).mean(0),
-    }
+    final = np.where(np.isfinite(loss).all(1), loss[:, -max(1, loss.shape[1] // 20) :].mean(1), np.inf)
+    return metrics | {"final_loss": final, "log10_effective_rate": np.log10(case.learning_rate / squares).mean(0)}
 
 
-def _add_rates(results: Results) -> None:
-    """Adds what batch norm gains at the plain network's best rate, and at its own, those of the least training loss."""
+def _add_rates(results: Results, chance: float) -> None:
+    """Adds the largest rate that trains, and what batch norm gains at the plain network's best rate and at its own.
+
+    The best rates are those of the least training loss. A loss above ten times that of chance counts as that.
+    """
     best, accuracy = {}, {}
     for name in ("none", "bn"):
-        losses = np.stack([results.metric(f"{name}_{rate:g}", "final_loss") for rate in RATES])
+        losses = np.stack([results.metric(f"{name}_{rate:g}", "final_loss") for rate in RATES], 1)
+        losses = np.fmin(losses, 10 * chance)
+        largest = log10_largest_rate(np.array(RATES), losses, LEARNT * chance)
+        results.set_metric(f"{name}_{RATE:g}", "log10_largest_rate", largest)
         accuracy[name] = np.stack([results.metric(f"{name}_{rate:g}", "test_accuracy") for rate in RATES])
-        best[name], seeds = losses.argmin(0), np.arange(losses.shape[1])
+        best[name], seeds = losses.argmin(1), np.arange(len(losses))
     plain = accuracy["none"][best["none"], seeds]
     at_same, at_own = (accuracy["bn"][best[name], seeds] - plain for name in ("none", "bn"))
     named = {"gain_at_the_same_rate": at_same, "gain_at_its_own_rate": at_own, "gain_beyond_half": at_same - at_own / 2}
-    named |= {"log10_rate_ratio": np.log10(np.array(RATES)[best["bn"]] / np.array(RATES)[best["none"]])}
     for metric, values in named.items():
         results.set_metric(f"bn_{RATE:g}", metric, values)
 

@@ -26,10 +26,10 @@ BATCH_SIZES = (2, 4, 8, 16, 32, 64, 256)
 EPSILON = 1e-3
 SMALLER_NORMS = ("none", "bn", "renorm", "layer", "group", "weight")  # networks that are trained at all batch sizes
 LARGEST = max(BATCH_SIZES)
-# Beside Glorot's uniform kernels, the default: He's, and normal ones of Keras's deviation, whatever the layer's size.
+# Beside Glorot's uniform kernels, the default: He's, and careless ones, of deviation 1 whatever the layer's size.
 SCHEMES = {
     "he": ("He's kernels", nn.initializers.he_normal()),
-    "normal": ("normal kernels", nn.initializers.normal(0.05)),
+    "normal": ("normal kernels of deviation 1", nn.initializers.normal(1.0)),
 }
 
 

@@ -21,7 +21,7 @@ from bnjax.studies.perceptrons import BATCH_SIZE, BATCH_SIZES, CASES, DEFAULTS, 
 class Options(studies.ImageOptions):
     """The options of a run of the perceptrons."""
 
-    seeds: int = option(5, "number of seeds")
+    seeds: int = option(8, "number of seeds")
     steps: int = option(
         15_000, "steps of training", shown="15,000 of 32 examples, as many examples at other batch sizes"
     )
@@ -165,10 +165,13 @@ def _compare(results: Results, networks: Sequence[str]) -> None:
         for sweep in SWEEPS:
             accuracies = np.stack([accuracy(name) for name in Case(network, {sweep: SWEEPS[sweep]}).settings])
             results.set_metric(network, f"range_over_{sweep}", np.ptp(accuracies, 0))
-        schemes = [accuracy(f"{network}{suffix}") for suffix in ("", *(f"_{scheme}" for scheme in perceptrons.SCHEMES))]
-        results.set_metric(network, "range_over_schemes", np.ptp(np.stack(schemes), 0))
         larger, default = (results.metric(f"{network}{name}", "first_gradient") for name in (", init_scale 10", ""))
         results.set_metric(network, "log10_gradient_growth", np.log10(larger / default))
+    free, dropped = (f"{name}, small set" for name in ("bn", "bn_dropout_0.5"))
+    if {free, dropped} <= set(results.variants):
+        gaps = [results.metric(name, "loss_gap") for name in (free, dropped)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            results.set_metric(free, "log10_gap_over_dropout", np.log10(gaps[0] / gaps[1]))
 
 
 def _figures(results: Results, networks: Sequence[str], title: str) -> dict[str, plots.Figure]:

@@ -11,7 +11,7 @@ import numpy as np
 from bnjax import studies
 from bnjax.studies import Study, data, landscape, option, vgg
 from bnjax.studies.engine import ONE_BY_ONE, Report, Variant, divisor_from, seed_keys, train
-from bnjax.studies.evidence import Results, read_claims, seeds_in_words
+from bnjax.studies.evidence import Results, log10_largest_rate, read_claims, seeds_in_words
 from bnjax.studies.vgg import BATCH_SIZE, LEARNING_RATE, LEARNT, PROBED, RATES
 
 
@@ -96,7 +96,8 @@ def run(options: Options, report: Report):
     report.expect(len(variants))
     early = slice(few - max(1, few // 20), few)
     for name, variant in variants.items():
-        plan = vgg.plan_of(variant, steps if name in PAIR else few, every, augmented=options.augment)
+        how = {"augmented": options.augment, "keeps_path": name in PAIR}
+        plan = vgg.plan_of(variant, steps if name in PAIR else few, every, **how)
         trained = train(plan, of_seeds, examples, mapped=ONE_BY_ONE, report=report, options=options)
         progress = functools.partial(report.reading, f"{variant.label}, at the end")
         rates = None
@@ -105,6 +106,11 @@ def run(options: Options, report: Report):
         end = landscape.at_the_end(variant, trained, of_seeds["key"], images, rates, progress)
         all_trained[LABELS[name]], ends[LABELS[name]] = trained, end
         landscape.add(results, trained, end.metrics, early)
+        if rates is not None:
+            last = np.asarray(rates.loss)[:, :, -max(1, rates.loss.shape[2] // 10) :].mean(2)
+            losses = np.where(np.isfinite(last), np.fmin(last, 10 * chance), 10 * chance)
+            largest = log10_largest_rate(np.array(RATES), losses, LEARNT * chance)
+            results.set_metric(plan.name, "log10_largest_rate", largest)
     _add_comparisons(results, tuple(names), chance)
     results.judge(CLAIMS)
     title = f"{dataset}, {seeds_in_words(options.seeds)}"
@@ -129,8 +135,3 @@ def _add_comparisons(results: Results, names: Sequence[str], chance: float) -> N
         for name in names:
             missing = results.metric(f"vgg_{name}", "gain") - 0.8 * results.metric("vgg_bn", "gain")
             results.set_metric(f"vgg_{name}", "gain_beyond_80_percent", missing)
-        # The rate that a network tolerates which trains at none is not known.
-        for name in PAIR:
-            results.set_metric(
-                f"vgg_{name}", "log10_largest_rate", np.log10(results.metric(f"vgg_{name}", "largest_rate"))
-            )

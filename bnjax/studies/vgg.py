@@ -49,10 +49,11 @@ def variants(images: data.Dataset, width: int, labels: Mapping[str, str]) -> dic
     }
 
 
-def plan_of(variant: Variant, steps: int, every: int, *, augmented: bool = False) -> Plan:
+def plan_of(variant: Variant, steps: int, every: int, *, augmented: bool = False, keeps_path: bool = True) -> Plan:
     """Plans a training, measured by K + 1 gradients for the probe, one for the next step, one for each layer.
 
-    The images are mirrored and moved at random where they are to be augmented.
+    The images are mirrored and moved at random where they are to be augmented; the parameters on the way are kept for
+    the path of training.
     """
 
     def measure(state, x, y, key):
@@ -65,7 +66,9 @@ def plan_of(variant: Variant, steps: int, every: int, *, augmented: bool = False
 
     how = {"draw": _augmented_batch if augmented else random_batch(BATCH_SIZE), "measure": measure, "every": every}
     configuration = {"model": str(variant.model), "augmented": augmented}
-    return variant.plan(steps, look=lambda state, examples: state.params, configuration=configuration, **how)
+    return variant.plan(
+        steps, look=lambda state, examples: state.params if keeps_path else {}, configuration=configuration, **how
+    )
 
 
 def _augmented_batch(examples, setting, number):

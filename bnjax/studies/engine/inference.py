@@ -1,5 +1,6 @@
 """Trained networks at inference: with running statistics, and with those of the training examples beside them."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,11 +9,18 @@ import numpy as np
 
 from bnjax import training
 from bnjax.analysis import losses
+from bnjax.linen import BatchRenorm, GhostBatchNorm, MovingBatchNorm
 from bnjax.studies.data import Split
 from bnjax.studies.engine.plan import Variant, compiler_options
 
 POPULATION = "population_"
 """The beginning of the names of what was measured with statistics of the training examples."""
+# What makes plain batch norm of others, which else give the layers after them other inputs than inference does.
+_AS_BATCH_NORM = {
+    BatchRenorm: {"r_max": 1.0, "d_max": 0.0},
+    GhostBatchNorm: {"ghost_size": 2**30},
+    MovingBatchNorm: {"momentum": 0.0},
+}
 _MOST = 10_000  # examples of a split that are evaluated, and over which statistics are taken, at a time
 
 
@@ -27,6 +35,7 @@ def with_population_statistics(network: Variant, states: Any, x: Any, *, has_own
         return states
     model = network.model
     model = model.clone(dropout_rate=0.0) if getattr(model, "dropout_rate", 0.0) else model
+    model = model.clone(norm=_as_batch_norm(model.norm))
 
     def of_state(pair: Any) -> Any:
         variables, x = pair
@@ -39,6 +48,11 @@ def with_population_statistics(network: Variant, states: Any, x: Any, *, has_own
     else:
         found = _compiled(lambda variables, x: jax.lax.map(lambda v: of_state((v, x)), variables))(variables, x)
     return states.replace(batch_stats=found)
+
+
+def _as_batch_norm(norm: Any) -> Any:
+    """Returns a normalizer that normalizes in training as inference by the batch's statistics would."""
+    return functools.partial(norm, **_AS_BATCH_NORM.get(getattr(norm, "func", norm), {}))
 
 
 def evaluations(network: Variant, states: Any, split: Split, *, has_own: bool = False) -> training.Metrics:

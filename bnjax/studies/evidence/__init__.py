@@ -2,6 +2,6 @@
 
 from bnjax.studies.evidence.claims import read_claims
 from bnjax.studies.evidence.results import Results
-from bnjax.studies.evidence.statistics import from_then_on, interval, seeds_in_words
+from bnjax.studies.evidence.statistics import from_then_on, interval, log10_largest_rate, seeds_in_words
 
-__all__ = ["Results", "from_then_on", "interval", "read_claims", "seeds_in_words"]
+__all__ = ["Results", "from_then_on", "interval", "log10_largest_rate", "read_claims", "seeds_in_words"]

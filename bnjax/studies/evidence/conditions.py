@@ -76,11 +76,17 @@ class Condition(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return {name: sign for name, sign in terms if name}
 
     def values(self, results: Any) -> np.ndarray | None:
-        """Returns the quantity at each seed of a study's results; None where it was not measured."""
+        """Returns the quantity at each seed of a study's results, NaN where it is not finite.
+
+        None where it was not measured, or at no seed, so that a record, which holds finite numbers only, says the same.
+        """
         terms = [(sign, results.values(name, self.metric)) for name, sign in self.signs.items()]
         if any(values is None for _, values in terms):
             return None
-        return np.asarray(sum(sign * np.asarray(values, np.float64) for sign, values in terms))
+        with np.errstate(invalid="ignore"):
+            found = np.asarray(sum(sign * np.asarray(values, np.float64) for sign, values in terms))
+        found[~np.isfinite(found)] = np.nan
+        return None if np.isnan(found).all() else found
 
     def judge(self, results: Any) -> "Outcome":
         """Compares the range with what a study measured, its `bnjax.studies.evidence.results.Results`."""
@@ -93,12 +99,11 @@ class Condition(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if self.kind == "exact":
             measured = Interval(measured.mean, 0.0, measured.n)
             low = high = measured.mean
-        with np.errstate(invalid="ignore", over="ignore"):
-            deviation = known.std(ddof=1) if len(known) > 1 else math.nan
+        deviation = known.std(ddof=1) if len(known) > 1 else math.nan
         is_paired = self.minus or self.control or self.is_difference
         effect = float(measured.mean / deviation) if is_paired and deviation > 0 else math.nan
         outcome = Outcome(self, measured, low, high, effect, test_set=self._of_test_set(results))
-        if len(known) < len(results.seeds) or not np.isfinite(known).all():
+        if len(known) < len(results.seeds):
             return outcome
         if self.kind == "exact":
             return dataclasses.replace(outcome, met=self.low <= measured.mean <= self.high)

@@ -87,12 +87,12 @@ def p_of_mean(values: np.ndarray, bound: float) -> tuple[float, float]:
     """Computes twice the one-sided p-values of Student's t test: that the mean lies below, and above a bound.
 
     The first is small where the mean lies above the bound. Either is below 0.05 where the 95 % interval does not hold
-    the bound and lies on that side of it. Values that are all the same have no doubt left.
+    the bound and lies on that side of it. Values that are all the same are the limit of values that are nearly so.
     """
     mean, deviation, n = float(values.mean()), float(values.std(ddof=1)), len(values)
-    t = (mean - bound) / (deviation / math.sqrt(n)) if deviation > 0 else math.copysign(math.inf, mean - bound)
-    if mean == bound:
-        t = 0.0
+    if np.ptp(values) == 0:
+        return float(mean <= bound), float(mean >= bound)
+    t = (mean - bound) / (deviation / math.sqrt(n))
     below, above = float(special.stdtr(n - 1, -t)), float(special.stdtr(n - 1, t))
     return min(1.0, 2 * below), min(1.0, 2 * above)
 
@@ -129,6 +129,26 @@ def from_then_on(holds: np.ndarray) -> np.ndarray:
     """
     stays = np.logical_and.accumulate(holds[:, ::-1], 1)[:, ::-1]
     return np.where(stays.any(1), stays.argmax(1) + 1.0, stays.shape[1] + 1.0)
+
+
+def log10_largest_rate(rates: np.ndarray, losses: np.ndarray, level: float) -> np.ndarray:
+    """Computes log₁₀ of the largest learning rate at which the loss is at most some level, between those tried.
+
+    From the last rate with such a loss on it is interpolated linearly, in the logarithm of the rate, to the next; it is
+    that rate where it is the last of all, and NaN where no rate has such a loss. `losses` are finite, `[seeds, rates]`.
+
+    >>> print(log10_largest_rate(np.array([0.01, 0.1, 1.0]), np.array([[2.0, 1.0, 3.0], [1.0, 1.0, 1.0]]), 2.0))
+    [-0.5  0. ]
+    """
+    found, where = np.full(len(losses), np.nan), np.log10(rates)
+    for seed, loss in enumerate(losses):
+        if (loss <= level).any():
+            last = int(np.flatnonzero(loss <= level)[-1])
+            found[seed] = where[last]
+            if last + 1 < len(loss):
+                share = (level - loss[last]) / (loss[last + 1] - loss[last])
+                found[seed] += share * (where[last + 1] - where[last])
+    return found
 
 
 def of_test_set(accuracy: float, examples: int) -> float:
