@@ -134,6 +134,7 @@ def test_activations(monkeypatch):
     monkeypatch.setattr(activations, "RATE_STEPS", 20)
     report = small_studies.Silent()
     results, figures = activations.run(activations.Options(2, steps=40), report)
+    small_studies.check_figures(figures)
     assert list(results.variants) == list(activations.NETWORKS)
     assert (
         results.metric("bn", "largest_scale_cosine").max() < 0.05 < results.metric("none", "largest_scale_cosine").min()
@@ -147,7 +148,7 @@ def test_activations(monkeypatch):
             assert condition.values(results) is not None
         assert set(claim.claim.figures) <= set(figures)
     assert set(figures) == {
-        "test_accuracy.png",
+        "test_error.png",
         "percentiles.png",
         "saturation.png",
         "gradient_norms.png",

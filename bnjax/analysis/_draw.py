@@ -31,7 +31,7 @@ NAMED = {
 }
 DASHES = {
     **{"l₁ norm": "--", "l₂ norm": ":", "l∞ norm": "-.", "no scale": "--", "no momentum": ":", "running average": "-."},
-    **{"on the input": "--", "5 times": "--", "30 times": ":", "LRN": "--", "distorted": ":", "decay": "--"},
+    **{"on the input": "--", "5 times": "-.", "30 times": ":", "LRN": "--", "distorted": ":", "decay": "--"},
     **{"sigmoid, ": "--", "shared": "--", "each time step, ε": "-.", "ε = ": ":", "from 0": "-.", "a bias": ":"},
     **{"eleven, ": "--", "norms as": ":"},
 }

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from bnjax.linen import BatchNorm
 from bnjax.models import Perceptron
 from bnjax.studies import Study, data, option
 from bnjax.studies.engine import Report, Trained, Variant, divisor_from, seed_keys, train
-from bnjax.studies.evidence import Results, from_then_on, interval, plots, read_claims, seeds_in_words
+from bnjax.studies.evidence import Results, from_then_on, interval, read_claims, seeds_in_words
 from bnjax.studies.evidence.plots import Figure, drawing
 
 
@@ -311,7 +311,7 @@ def _figures(
     plan = next(iter(main.values())).plan
     times = np.arange(0, plan.steps, plan.every)
     measured = {trained.plan.label: trained.measurements for trained in main.values()}
-    accuracies = {trained.plan.label: trained.measurements["accuracy"] for trained in all_trained.values()}
+    errors = {name: 1 - trained.measurements["accuracy"] for name, trained in all_trained.items()}
     of_label = {NETWORKS[name][0]: of for name, of in ranges.items()}
 
     def percentiles(axis, label):
@@ -332,7 +332,7 @@ def _figures(
 
     text = "Inputs to one sigmoid of the last hidden layer, the first seed"
     return {
-        "test_accuracy.png": plots.curves(accuracies, times, "test accuracy", title),
+        "test_error.png": draw_errors(errors, times, title),
         "percentiles.png": pair(text, percentiles, with_legend=False),
         "saturation.png": pair(f"Inputs at which the sigmoid is flat ({title})", saturation),
         "gradient_norms.png": pair(f"Gradient norms by layer ({title})", norms),
@@ -340,6 +340,19 @@ def _figures(
             f"After {RATE_STEPS} steps ({title})", [("", lambda axis: drawing.learning_rate_range(axis, of_label))]
         ),
     }
+
+
+def draw_errors(errors: Mapping[str, np.ndarray], times: np.ndarray, title: str) -> Figure:
+    """Draws the test errors, by network, `[seeds, times]`: those at the base rate, and those at its multiples."""
+
+    def draw(axis: Any, names: Sequence[str]) -> None:
+        of_label = {NETWORKS[name][0]: errors[name] for name in names}
+        drawing.curves(axis, of_label, times, ylabel="test error, 1 − accuracy", log=True)
+
+    base = [name for name in NETWORKS if NETWORKS[name][-1] == 1]
+    both = [(base, "at the base rate"), ([*MAIN, *(name for name in NETWORKS if name not in base)], "at its multiples")]
+    parts = [(text, functools.partial(draw, names=names)) for names, text in both]
+    return drawing.panels(title, parts, size=(4.5, 3.8), sharey=True)
 
 
 def _multiples(without: analysis.LearningRateRange) -> tuple[float, ...]:
