@@ -186,7 +186,7 @@ def test_papers_study(monkeypatch):
     monkeypatch.setattr(papers, "DEPTH", 24)
     results, figures = papers.run(papers.Options(2, steps=16, width=1), small_studies.Silent())
     for judgment in results.claims:
-        assert all(condition.values(results) is not None for condition in judgment.claim.conditions)
+        assert all(results.values(name, c.metric) is not None for c in judgment.claim.conditions for name in c.signs)
         assert set(judgment.claim.figures) <= set(figures)
     assert results.arrays["large/train_loss"].shape[1] == 4 and results.arrays["small/train_loss"].shape[1] == 32
 
