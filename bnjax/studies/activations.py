@@ -114,7 +114,7 @@ def run(options: Options, report: Report):
         how = {"target": LEARNT, "batch_size": len(rates)}
         ranges[name] = variant.learning_rates(of_seeds, rates, RATE_STEPS, train_set, **how)
     for name in MAIN:
-        for metric, values in identities(variants[name], all_trained[name].state, train_set).items():
+        for metric, values in identities(variants[name], all_trained[name].states, train_set).items():
             results.set_metric(name, metric, values)
     results.notes["learning_rates"] = {
         name: {"rates": np.asarray(of.learning_rates[0]).tolist(), "trains": np.asarray(of.trains).tolist()}
@@ -133,8 +133,7 @@ def _accuracy(variant: Variant, test: data.Split, state, *inputs) -> dict[str, A
 def _measure(variant: Variant, test: data.Split, state, x, y, key) -> dict[str, Any]:
     """Measures activations by layer, and the norms and scale invariance of gradients, in training mode."""
     layers = [layer[0] for layer in variant.layers]
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    inputs = losses.layer_outputs(variant.model, variables, test.x[:LOOKED_AT])
+    inputs = losses.layer_outputs(variant.model, state.variables, test.x[:LOOKED_AT])
     hidden, at = {name: inputs[name] for name in layers[:-1]}, (variant.loss(state.batch_stats), state.params, x, y)
     kernels, rate = [f"{name}/kernel" for name in hidden], state.opt_state.hyperparams["learning_rate"]
     return {
@@ -189,7 +188,7 @@ def _parameters_of_norm(trained: Trained) -> float:
     return sum(size for path, size in sizes.items() if path.startswith("BatchNorm")) / sum(HIDDEN)
 
 
-def identities(variant: Variant, states: Any, train_set: data.Split) -> dict[str, np.ndarray]:
+def identities(variant: Variant, states: Sequence[Any], train_set: data.Split) -> dict[str, np.ndarray]:
     """Measures what should hold of each trained network whatever its numbers, relative to the largest that is compared.
 
     Returns, for each seed:
@@ -219,8 +218,7 @@ def identities(variant: Variant, states: Any, train_set: data.Split) -> dict[str
         hidden = [f"Dense_{i}" for i in range(len(HIDDEN))]
         twice = {**state.params, **{h: {**state.params[h], "kernel": 2 * state.params[h]["kernel"]} for h in hidden}}
         plain, scaled = (logits(params, state, batches[0], True) for params in (state.params, twice))
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        h = losses.layer_outputs(variant.model, variables, batches[0])[LAST_HIDDEN]
+        h = losses.layer_outputs(variant.model, state.variables, batches[0])[LAST_HIDDEN]
         found = {"output_noise": noise(True), "output_noise_at_inference": noise(False)}
         found["changed_by_scale"] = jnp.abs(scaled - plain).max() / jnp.abs(plain).max()
         found["rank_of_batch"] = jnp.linalg.matrix_rank(h - h.mean(0, keepdims=True)).astype(float)
@@ -230,7 +228,7 @@ def identities(variant: Variant, states: Any, train_set: data.Split) -> dict[str
             f: Any = functools.partial(norm.apply, of)
             bent = f(h[:30]) + f(h[30:]) - f(h[:30] + h[30:]) - f(jnp.zeros_like(h[:30]))
             found["nonlinearity_at_inference"] = jnp.abs(bent).max() / jnp.abs(f(h)).max()
-            first = losses.linen_batch_stats(variant.model, variables, batches[0])["BatchNorm_0"]
+            first = losses.linen_batch_stats(variant.model, state.variables, batches[0])["BatchNorm_0"]
             inverse = {"scale": jnp.sqrt(first["var"] + norm.epsilon), "bias": first["mean"]}
             u = batches[0] @ state.params["Dense_0"]["kernel"] + state.params["Dense_0"]["bias"][None]
             in_training = BatchNorm(use_running_average=False)
@@ -239,8 +237,7 @@ def identities(variant: Variant, states: Any, train_set: data.Split) -> dict[str
             found["identity_error"] = jnp.abs(same - u).max() / jnp.abs(u).max()
         return found
 
-    count = len(jax.tree.leaves(states)[0])
-    of_seeds = [of_state(jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states)) for i in range(count)]
+    of_seeds = [of_state(state) for state in states]
     return {name: np.array([float(of[name]) for of in of_seeds]) for name in of_seeds[0]}
 
 
@@ -275,7 +272,7 @@ def _add_grid(
 
 def _saturated(variant: Variant, x: Any, state: Any) -> Any:
     """Returns the fraction of the inputs of all hidden sigmoids that are saturated."""
-    outputs = losses.layer_outputs(variant.model, {"params": state.params, "batch_stats": state.batch_stats}, x)
+    outputs = losses.layer_outputs(variant.model, state.variables, x)
     hidden = {name: outputs[name] for name in list(outputs)[:-1]}
     of_layers = analysis.activation_statistics(hidden, jax.nn.sigmoid).values()
     return jnp.mean(jnp.stack([of.saturated for of in of_layers]))

@@ -127,7 +127,7 @@ def run(options: Options, report: Report):
         metrics = _metrics(trained, few, images.num_classes) | article(options.seeds)
         if place not in OTHERS:
             alone = _alone(network)
-            metrics |= _of_start(alone, images.train, results.seeds) | _of_end(alone, trained.state, images.train)
+            metrics |= _of_start(alone, images.train, results.seeds) | _of_end(alone, trained.states, images.train)
         results.add(trained, {"activation": activation, "normalizer": LABELS[place]}, metrics)
     _compare(results)
     results.judge(CLAIMS)
@@ -222,8 +222,7 @@ def _of_start(network: Variant, train: data.Split, seeds: Sequence[int]) -> dict
         state = network.create({"key": key})
         at = network.loss(state.batch_stats), state.params, x, y
         first, last = analysis.gradient_norms(*at, layers=["Conv_0", "Dense_0"]).values()
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        outputs = losses.layer_outputs(network.model, variables, network.prepared(images))
+        outputs = losses.layer_outputs(network.model, state.variables, network.prepared(images))
         hidden = [h.reshape((-1, h.shape[-1])) for name, h in outputs.items() if name != "Dense_0"]
         rows = [h[jax.random.randint(jax.random.key(i), (GAUSSIAN,), 0, len(h))] for i, h in enumerate(hidden)]
         distances = [
@@ -248,7 +247,7 @@ def _gaussian_distance(values: Any) -> Any:
     return jnp.abs(jax.scipy.stats.norm.cdf(z) - levels).max(0)
 
 
-def _of_end(network: Variant, states: Any, train: data.Split) -> dict[str, np.ndarray]:
+def _of_end(network: Variant, states: Sequence[Any], train: data.Split) -> dict[str, np.ndarray]:
     """Measures how much the inputs of the layers vary from batch to batch in the trained networks, in training mode.
 
     'variation_between_batches' is the deviation, over batches, of the mean of a feature that a layer is given, relative
@@ -261,8 +260,7 @@ def _of_end(network: Variant, states: Any, train: data.Split) -> dict[str, np.nd
     @jax.jit
     def of_state(state):
         def of_batch(batch):
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
-            outputs = losses.layer_outputs(network.model, variables, network.prepared(batch))
+            outputs = losses.layer_outputs(network.model, state.variables, network.prepared(batch))
             inputs = [network.model.activation(h) for name, h in outputs.items() if name != "Dense_0"]
             return [(h.mean((0, 1, 2)), h.var((0, 1, 2))) for h in inputs]
 
@@ -270,9 +268,7 @@ def _of_end(network: Variant, states: Any, train: data.Split) -> dict[str, np.nd
         relative = [mean.std(0) / jnp.sqrt(var.mean(0) + mean.var(0) + 1e-12) for mean, var in of_layers]
         return jnp.stack([layer.mean() for layer in relative]).mean()
 
-    count = len(jax.tree.leaves(states)[0])
-    values = [float(of_state(jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states))) for i in range(count)]
-    return {"variation_between_batches": np.array(values)}
+    return {"variation_between_batches": np.array([float(of_state(state)) for state in states])}
 
 
 def _last_filters(filters: int) -> int:

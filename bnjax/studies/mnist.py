@@ -1,6 +1,7 @@
 """S2: a perceptron 784 → 64 → 64 → 10 on MNIST with and without batch norm, over batch sizes, and other normalizers."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -109,7 +110,7 @@ def run(options: Options, report: Report):
         }
         if int(size) == shown and network in ("none", "before") and name != SPLIT_TWICE:
             metrics |= _of_shifts(of_name[name], trained.state, images.test)
-            metrics |= _of_order_and_memory(of_name[name], trained.state, train)
+            metrics |= _of_order_and_memory(of_name[name], trained.states, train)
         results.add(trained, {"network": network, "batch_size": int(size)}, metrics)
     results.judge(CLAIMS)
     series = {
@@ -141,7 +142,7 @@ def _of_shifts(network: Variant, states: Any, test: data.Split) -> dict[str, np.
     return metrics
 
 
-def _of_order_and_memory(network: Variant, states: Any, train: data.Split) -> dict[str, np.ndarray]:
+def _of_order_and_memory(network: Variant, states: Sequence[Any], train: data.Split) -> dict[str, np.ndarray]:
     """Measures what the order of examples within a batch changes, relative to the largest logit, and a step's memory.
 
     The memory is that of the arrays, in bytes, that the forward pass keeps for the backward pass, whatever the seed.
@@ -151,16 +152,13 @@ def _of_order_and_memory(network: Variant, states: Any, train: data.Split) -> di
 
     @jax.jit
     def outputs(state: Any, x: Any) -> Any:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return network.model.apply(variables, x, training=True, mutable=["batch_stats"])[0]
+        return network.model.apply(state.variables, x, training=True, mutable=["batch_stats"])[0]
 
-    state = jax.tree.map(lambda v: jnp.asarray(v[0]), states)
-    loss = network.loss(state.batch_stats)
-    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(lambda p: loss(p, x, y), params)[1], state.params))
-    count, differences = len(jax.tree.leaves(states)[0]), []
-    for i in range(count):
-        state = jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states)
+    loss = network.loss(states[0].batch_stats)
+    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(lambda p: loss(p, x, y), params)[1], states[0].params))
+    differences = []
+    for state in states:
         straight, permuted = outputs(state, x), outputs(state, x[order])
         differences.append(float(jnp.abs(permuted - straight[order]).max() / jnp.abs(straight).max()))
     memory = sum(array.size * array.dtype.itemsize for array in kept)
-    return {"changed_by_order": np.array(differences), "kept_bytes": np.full(count, float(memory))}
+    return {"changed_by_order": np.array(differences), "kept_bytes": np.full(len(states), float(memory))}

@@ -207,9 +207,8 @@ def _metrics(network: Variant, trained: Trained, case: Case, train_set: data.Spl
     population = with_population_statistics(network, trained.state, few.x[:POPULATION_EXAMPLES])
     metrics: dict[str, Any] = {}
     loss = np.asarray(trained.metrics.loss)
-    for prefix, states in (("", trained.state), (POPULATION, population)):
-        of_seeds = [jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states) for i in range(len(loss))]
-        on_test, on_train = ([jax.device_get(network.evaluate(s, *split)) for s in of_seeds] for split in (test, few))
+    for prefix, of in (("", trained), (POPULATION, dataclasses.replace(trained, state=population))):
+        on_test, on_train = ([jax.device_get(network.evaluate(s, *split)) for s in of.states] for split in (test, few))
         metrics[f"{prefix}test_accuracy"] = np.array([m.accuracy for m in on_test])
         metrics[f"{prefix}test_loss"] = np.array([m.loss for m in on_test])
         metrics[f"{prefix}loss_gap"] = np.array([m.loss - n.loss for m, n in zip(on_test, on_train, strict=True)])

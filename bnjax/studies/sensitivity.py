@@ -113,7 +113,7 @@ def _train(case: Case, network: Variant, train_set, test, report: Report, option
     metrics |= {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}
     metrics["log10_first_to_last_gradient"] = np.log10(metrics.pop("first_to_last_gradient"))
     if case.is_small and case.network.startswith("bn"):
-        metrics |= _of_dropout(network, trained.state, train_set)
+        metrics |= _of_dropout(network, trained, train_set)
     return (
         trained,
         metrics,
@@ -121,7 +121,7 @@ def _train(case: Case, network: Variant, train_set, test, report: Report, option
     )
 
 
-def _of_dropout(network: Variant, states: Any, train_set: data.Split) -> dict[str, np.ndarray]:
+def _of_dropout(network: Variant, trained: Trained, train_set: data.Split) -> dict[str, np.ndarray]:
     """Measures the variance that the last batch norm is given in training and at inference, and its noise by dropout.
 
     'log_variance_shift' is the mean over features of the logarithm of the variance of the training examples without
@@ -130,19 +130,17 @@ def _of_dropout(network: Variant, states: Any, train_set: data.Split) -> dict[st
     and batches without dropout.
     """
     last = f"BatchNorm_{len(network.model.hidden) - 1}"
-    with_population = engine.with_population_statistics(network, states, train_set.x)
-    inference, running = (np.asarray(of.batch_stats[last]["var"]) for of in (with_population, states))
+    with_population = engine.with_population_statistics(network, trained.state, train_set.x)
+    inference, running = (np.asarray(of.batch_stats[last]["var"]) for of in (with_population, trained.state))
     keys, x = jax.random.split(jax.random.key(0), NOISE_BATCHES), jnp.asarray(train_set.x)
 
     @jax.jit
     def noise(state: Any) -> Any:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-
         def of_batch(key: Any, rate: float) -> Any:
             of_examples, of_dropout = jax.random.split(key)
             batch = x[jax.random.randint(of_examples, (network.batch_size,), 0, len(x))]
             model = network.model.clone(dropout_rate=rate)
-            found = losses.linen_batch_stats(model, variables, batch, rngs={"dropout": of_dropout})
+            found = losses.linen_batch_stats(model, state.variables, batch, rngs={"dropout": of_dropout})
             return found[last]["var"]
 
         rates = (network.model.dropout_rate, 0.0)
@@ -150,7 +148,7 @@ def _of_dropout(network: Variant, states: Any, train_set: data.Split) -> dict[st
         with_, without = (of.std(0).mean() / of.mean() for of in variances)
         return with_ - without
 
-    of_seeds = [noise(jax.tree.map(lambda v, i=i: jnp.asarray(v[i]), states)) for i in range(len(running))]
+    of_seeds = [noise(state) for state in trained.states]
     shift = np.log(np.maximum(inference, 1e-12) / np.maximum(running, 1e-12)).mean(1)
     return {"log_variance_shift": shift, "noise_by_dropout": np.asarray(of_seeds)}
 

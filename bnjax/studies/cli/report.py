@@ -44,7 +44,7 @@ def write_report(run_dir: Path, out: Path) -> tuple[int, list[str]]:
     sections = [
         _study(path, saved, by_study[saved.study], len(studies[saved.study]) > 1, missing) for path, saved in shown
     ]
-    claims = [judgment.to_json() for judgment in judgments]
+    claims = [judgment.to_json() | {"p_text": judgment.p_text} for judgment in judgments]
     first = {section["study"]: section["name"] for section in reversed(sections)}
     files = {section["name"]: {figure["file"] for figure in section["figures"]} for section in sections}
     for claim in claims:  # a claim leads to the figures of the first run of its study
@@ -71,7 +71,6 @@ def _template() -> jinja2.Template:
     )
     environment.filters["slug"] = lambda text: text.replace(" ", "-")
     environment.filters["together"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0").replace("d_z ", "d_z\u00a0")
-    environment.filters["p"] = lambda p: "–" if p is None or p != p else f"{p:.3f}" if p >= 0.0005 else "<0.001"
     return environment.get_template("report.html")
 
 

@@ -21,7 +21,7 @@ _AS_BATCH_NORM = {
     GhostBatchNorm: {"ghost_size": 2**30},
     MovingBatchNorm: {"momentum": 0.0},
 }
-_MOST = 10_000  # examples of a split that are evaluated, and over which statistics are taken, at a time
+_MOST = 10_000  # training examples that are evaluated
 
 
 def with_population_statistics(network: Variant, states: Any, x: Any, *, has_own: bool = False) -> Any:
@@ -41,8 +41,7 @@ def with_population_statistics(network: Variant, states: Any, x: Any, *, has_own
         variables, x = pair
         return losses.linen_batch_stats(model, variables, network.prepared(x))
 
-    variables = {"params": states.params, "batch_stats": states.batch_stats}
-    x = jnp.asarray(x)
+    variables, x = states.variables, jnp.asarray(x)
     if has_own:
         found = _compiled(lambda variables, x: jax.lax.map(of_state, (variables, x)))(variables, x)
     else:

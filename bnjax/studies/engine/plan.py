@@ -242,7 +242,7 @@ class Variant:
         """The layers of the model in the order of their calls (`bnjax.analysis.losses.layers_in_order`)."""
         example = jnp.zeros((1, *self.input_shape), self.input_dtype)
         state = jax.eval_shape(self.create, {"key": jax.random.key(0)})
-        return losses.layers_in_order(self.model, {"params": state.params, "batch_stats": state.batch_stats}, example)
+        return losses.layers_in_order(self.model, state.variables, example)
 
     def loss(self, batch_stats: Any, **options: Any) -> Callable[..., Any]:
         """Makes `loss_fn(params, x, y)` of examples, with options of `bnjax.analysis.losses.linen_loss`."""

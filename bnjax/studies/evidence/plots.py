@@ -88,7 +88,7 @@ def decision_boundaries(trained: Sequence[Trained], data: Split) -> Figure:
 
 @functools.partial(jax.jit, compiler_options=compiler_options())
 def _outputs(state: TrainState, x: jax.Array) -> jax.Array:
-    return state.apply_fn({"params": state.params, "batch_stats": state.batch_stats}, x, training=False)
+    return state.apply_fn(state.variables, x, training=False)
 
 
 def histograms(trained: Sequence[Trained]) -> Figure:
