@@ -34,9 +34,8 @@ What the sources state and these studies cannot measure: the accuracies on Image
 comparison with human raters, and the number of training steps to the former state of the art (the images, and weeks of
 accelerators); CIFAR-100 (its images could not be had here; `bnjax run cifar` takes them); S6.1, the accuracy of a VGG
 of full width and length (an accelerator); training time in seconds (the machines did other work; S5.11 counts what a
-step
-moves and computes); the cost and the derivative of joint whitening, beyond S3.11; and statements without a quantity,
-such as that batch norm simplifies the design of a network.
+step moves and computes); the cost and the derivative of joint whitening, beyond S3.11; and statements without a
+quantity, such as that batch norm simplifies the design of a network.
 """
 STUDIES_BLOCK = re.compile(r"(<!-- studies -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
