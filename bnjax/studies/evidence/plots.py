@@ -151,7 +151,8 @@ def sweep(
         for i, (name, accuracies) in enumerate(series.items()):
             measured, style = [interval(v) for v in accuracies], line_style(i, name)
             means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
-            axis.errorbar(values, means, halves, label=name, marker="o", capsize=4, **style)
+            possible = np.minimum(halves, [means, 1 - np.array(means)])  # an interval ends where accuracies do
+            axis.errorbar(values, means, possible, label=name, marker="o", capsize=4, **style)
             of_source = {v: number for v, number in (published or {}).get(name, {}).items() if v in values}
             if of_source:
                 mark = {"color": style["color"], "markersize": 8, "markeredgewidth": 2, "label": f"published, {name}"}
