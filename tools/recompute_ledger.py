@@ -125,6 +125,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         "validation_accuracy": lambda c, v: c[v, "validation_accuracy"][:, -1],
         "validation_loss": lambda c, v: c[v, "validation_loss"][:, -1],
     },
+    "sensitivity": {"early_test_accuracy": lambda c, v: c[v, "test_accuracy"][:, 1]},
     "blobs": {"train_loss_during_epoch": lambda c, v: c[v, "train_loss"][:, -1]},
     "activations": {
         "mean_test_accuracy": lambda c, v: c[v, "test_accuracy"][:, 1:].mean(axis=1),

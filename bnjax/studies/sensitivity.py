@@ -110,6 +110,7 @@ def _train(case: Case, network: Variant, train_set, test, report: Report, option
     trained = engine.train(plan, settings, tuple(train_set), report=report, options=options)
     metrics = engine.at_inference(network, trained.state, train_set, test)
     metrics["gain_by_population"] = metrics["population_test_accuracy"] - metrics["test_accuracy"]
+    metrics["early_test_accuracy"] = trained.measurements["test_accuracy"][:, 1]  # the first is before any step
     metrics |= {key: np.asarray(values)[:, 0] for key, values in trained.measurements.items() if "gradient" in key}
     metrics["log10_first_to_last_gradient"] = np.log10(metrics.pop("first_to_last_gradient"))
     if case.is_small and case.network.startswith("bn"):
