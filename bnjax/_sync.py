@@ -22,10 +22,10 @@ mean² / var costs, and a second one in that case alone would be a collective un
 decide differently wait forever.)
 
 Under vmap, where JAX may trace a derivative rule when the axis is no longer bound, a second sum costs nothing. The
-shards of an array that XLA partitions are no mapped axis at all: they are split off by a reshape, and the sum over that
-axis becomes XLA's collective. Ghost batches don't become one batch: their statistics are averaged, without what their
-means differ by. (Groups of devices that train with statistics of their own are merged pair by pair, by
-`bnjax.training.merge_batch_stats`.)
+shards of an array that XLA partitions are no mapped axis at all: they are split off by a reshape, and the sum over the
+new axis becomes XLA's collective, where it is split. Ghost batches don't become one batch: their statistics are
+averaged, without what their means differ by. (Groups of devices that train with statistics of their own are merged pair
+by pair, by `bnjax.training.merge_batch_stats`.)
 
 Reference: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
 """
@@ -49,7 +49,7 @@ AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
 _MOST_EXCHANGED = 256  # parts whose moments are exchanged whole; of more, a second sum costs less than their volume
-_MOST_PARTS = 64  # parts beyond which an array is not divided along further axes than that of the batch
+_MOST_PARTS = 64  # parts beyond which an array is not divided along its axes after the first one
 
 
 class Moments(NamedTuple):
@@ -149,20 +149,22 @@ def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | N
 def merge_over_shards(local: Moments, leading: int, *, counts_differ: bool) -> Moments:
     """Merges the moments of the shards of an array that is partitioned automatically.
 
+    One axis after the other, the last one first: where partitioning left an axis whole, this communicates nothing.
+
     Args:
-      local: moments with leading axes of shards, which partitioning splits; the count has no such axes where it is
-        the same for all shards.
+      local: moments with leading axes of shards, which partitioning may have split; the count has no such axes where it
+        is the same for all shards.
       leading: number of these axes.
       counts_differ: whether the shards may hold different counts, as under a mask.
     """
-    parts, shape = _of_parts(local, counts_differ), local.mean.shape[:leading]
-    size = math.prod(shape)
-    if size <= _MOST_EXCHANGED:
-        exchanged = placed(parts, jnp.arange(size).reshape(shape), size)
-        parts = jax.tree.map(lambda values: values.sum(tuple(range(leading))), exchanged)
-    else:
-        parts = jax.tree.map(lambda values: values.reshape((size, *values.shape[leading:])), parts)
-    return by_local_sums(parts, local.count, counts_differ)
+    for axis in reversed(range(leading)):
+        size = local.mean.shape[axis]
+        to_front = functools.partial(jnp.moveaxis, source=axis, destination=0)
+        parts = jax.tree.map(to_front, _of_parts(local, counts_differ))
+        if size <= _MOST_EXCHANGED:
+            parts = jax.tree.map(lambda values: values.sum(0), placed(parts, jnp.arange(size), size))
+        local = by_local_sums(parts, local.count, counts_differ)
+    return local
 
 
 def _of_parts(local: Moments, counts_differ: bool) -> Moments:
@@ -191,11 +193,12 @@ def _by_two_sums(local: Moments, total: Callable[[Array], Array], size: int, cou
 
 def by_local_sums(parts: Moments, count: Array, counts_differ: bool) -> Moments:
     """Merges the moments of parts along their first axis; `count` is that of each, where it is one for all."""
-    counts = parts.count if counts_differ else jnp.expand_dims(count, 0)
-    expanded = counts.reshape(counts.shape + (1,) * (parts.mean.ndim - counts.ndim))
+    shape, ndim = parts.count.shape[1:] if counts_differ else count.shape, parts.mean.ndim
+    counts = parts.count if counts_differ else jnp.expand_dims(count, range(ndim - count.ndim))
+    counts = counts.reshape(counts.shape + (1,) * (ndim - counts.ndim))
     total = functools.partial(jnp.sum, axis=0, keepdims=True)
-    m = _by_two_sums(parts._replace(count=expanded), total, parts.mean.shape[0], counts_differ)
-    return Moments(m.mean.squeeze(0), m.var.squeeze(0), m.count.reshape(counts.shape[1:]))
+    m = _by_two_sums(parts._replace(count=counts), total, parts.mean.shape[0], counts_differ)
+    return Moments(m.mean.squeeze(0), m.var.squeeze(0), m.count.reshape(shape))
 
 
 def placed(tree: Any, index: Array, size: int) -> Any:
@@ -316,7 +319,7 @@ def shards_of(x: jax.Array, axes: Sequence[int]) -> dict[int, int]:
     """Returns the parts into which partitioning may have split some axes of `x`, without those that are whole.
 
     Explicit sharding says how an axis is split. The mesh axes of type Auto may split any axis; the last of `axes` are
-    taken to be split less, or whole, where there were too many parts to exchange.
+    taken to be split less, or whole, where there would be too many parts, each with moments of its own.
     """
     mesh, parts, room = jax.typeof(x).sharding.mesh, {}, math.inf
     auto = math.prod(mesh.shape[n] for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Auto)
@@ -331,7 +334,7 @@ def shards_of(x: jax.Array, axes: Sequence[int]) -> dict[int, int]:
             possible = math.gcd(possible, max(1, int(room)))
         if explicit * possible > 1:
             parts[axis] = explicit * possible
-        room = _MOST_PARTS // math.prod(parts.values())
+        room = _MOST_PARTS // math.prod(list(parts.values())[1:]) if parts else math.inf
     return parts
 
 

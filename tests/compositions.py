@@ -449,6 +449,9 @@ SPLITS = {
     "batch and features": P("data", None, None, "model"),
     "batch and space": P("data", "model"),
     "two axes": P(("data", "model")),
+    "width": P(None, None, "data"),
+    "batch and width": P("data", None, "model"),
+    "space and width": P(None, "data", "model"),
 }
 
 

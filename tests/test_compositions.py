@@ -165,9 +165,18 @@ def test_no_more_collectives_than_flax_and_none_under_a_condition(name, manual, 
         assert counts[0] <= counts[1], counts
 
 
-def test_no_more_collectives_than_flax_where_a_width_is_split_explicitly():
-    x, spec = np.ones((16, 8, 8, 4), np.float32), P(None, None, "data", None)
-    ours = programs(BatchNorm(use_running_average=False), spec, kind=AxisType.Explicit, x=x)
+@pytest.mark.parametrize(
+    ("shape", "spec", "kind"),
+    [
+        ((16, 8, 8, 4), P(None, None, "data"), AxisType.Explicit),
+        ((8, 8, 64, 4), P(None, None, "data"), AxisType.Auto),  # whose parts are whole tiles
+        ((8, 8, 24, 4), P(None, None, ("data", "model")), AxisType.Auto),  # whose parts are none
+        ((2, 3, 8, 8, 4), P(None, None, "data", "model"), AxisType.Auto),
+    ],
+)
+def test_no_more_collectives_than_flax_however_a_width_is_split(shape, spec, kind):
+    x = np.ones(shape, np.float32)
+    ours = programs(BatchNorm(use_running_average=False), spec, kind=kind, x=x)
     flax = programs(nn.BatchNorm(use_running_average=False), spec, x=x)
     for a, b in zip(ours, flax, strict=True):
         counts = [Counter(re.findall(COLLECTIVES, text)) for text in (a, b)]

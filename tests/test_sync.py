@@ -41,14 +41,17 @@ def on_mesh(function, shape, sizes, types, *spec):
         ((4, 4, 3), (4, 2), (EXPLICIT, AUTO), ("a",), {0: 4, 1: 2}),
         ((8, 8, 3), (2, 2, 2), (EXPLICIT,) * 3, (("a", "b"), "c"), {0: 4, 1: 2}),
         ((16, 4, 3), (4, 2), (AUTO, MANUAL), (), {0: 4, 1: 4}),
-        # Of at most 64 parts the second axis takes its share.
-        ((32, 4, 3), (32,), (AUTO,), (), {0: 32, 1: 2}),
-        ((13, 20, 3), (260,), (AUTO,), (), {0: 13, 1: 4}),
-        ((256, 4, 3), (128,), (AUTO,), (), {0: 128}),
+        ((256, 4, 3), (128,), (AUTO,), (), {0: 128, 1: 4}),
+        ((16, 24, 56, 3), (8,), (AUTO,), (), {0: 8, 1: 8, 2: 8}),
+        # Beyond the first axis there are at most 64 parts, of which the last axes take what is left.
+        ((2, 8, 8, 8, 3), (8,), (AUTO,), (), {0: 2, 1: 8, 2: 8}),
+        ((16, 16, 16, 3), (16,), (AUTO,), (), {0: 16, 1: 16, 2: 4}),
+        ((3, 128, 2, 3), (128,), (AUTO,), (), {1: 128, 2: 2}),
+        ((128, 128, 2, 3), (128,), (AUTO,), (), {0: 128, 1: 64}),
     ],
 )
 def test_the_parts_of_an_array(shape, sizes, types, spec, parts):
-    assert on_mesh(lambda x: _sync.shards_of(x, (0, 1)), shape, sizes, types, *spec) == parts
+    assert on_mesh(lambda x: _sync.shards_of(x, range(len(shape) - 1)), shape, sizes, types, *spec) == parts
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,11 @@ What was tried is in `tests/compositions.py`; `pytest -m exhaustive tests/test_c
 - No collective stands under a condition or in a loop. Devices that hold different data can therefore not wait for each
   other forever.
 - Training takes at most as many collectives as Flax's layer does, for every way of splitting in the table, in which
-  "space" is the first spatial axis. Where XLA alone splits a further one, such as the width of large images, training
-  takes more: 4 forward where Flax's takes 1 or 2, and 6 under a mask. XLA does not say how it splits an array, and a
-  list of the moments of all parts that could exist would be as large as the batch. Explicit sharding says it: with the
-  width split explicitly there are as many as with Flax's layer.
+  "space" is the first spatial axis and "width" the second one, and under a mask too. XLA does not say how it splits an
+  array. Each axis is therefore taken to be split by all devices, and the moments of its parts are merged axis by axis,
+  which communicates only along those that are split. Beside those of the batch at most 64 parts are told apart, which
+  on at most 8 devices are all parts of two spatial axes; on larger meshes, and with three spatial axes, a split of the
+  last one may cost two sums more. Explicit sharding says how an array is split, and then there is no such limit.
 - At inference a program holds no primitive that Flax's does not hold, but for `stop_gradient` in `FrozenBatchNorm`, and
   comparisons and selections under a mask, which keep masked NaN out of the gradients of scale and bias.
 - `jax.experimental.jet` fails at every function with a derivative rule of its own that is compiled within it, such as

@@ -150,8 +150,8 @@ def sweep(
     def draw(axis: Any) -> None:
         for i, (name, accuracies) in enumerate(series.items()):
             measured, style = [interval(v) for v in accuracies], line_style(i, name)
-            means, halves = [m.mean for m in measured], np.nan_to_num([m.half for m in measured])
-            possible = np.minimum(halves, [means, 1 - np.array(means)])  # an interval ends where accuracies do
+            means, halves = np.array([m.mean for m in measured]), np.nan_to_num([m.half for m in measured])
+            possible = np.minimum(halves, np.stack([means, 1 - means]))  # an interval ends where accuracies do
             axis.errorbar(values, means, possible, label=name, marker="o", capsize=4, **style)
             of_source = {v: number for v, number in (published or {}).get(name, {}).items() if v in values}
             if of_source:
