@@ -48,6 +48,7 @@ def on_mesh(function, shape, sizes, types, *spec):
         ((16, 16, 16, 3), (16,), (AUTO,), (), {0: 16, 1: 16, 2: 4}),
         ((3, 128, 2, 3), (128,), (AUTO,), (), {1: 128, 2: 2}),
         ((128, 128, 2, 3), (128,), (AUTO,), (), {0: 128, 1: 64}),
+        ((8, 128, 8, 3), (128, 8), (EXPLICIT, AUTO), (None, "a"), {0: 8, 1: 128}),
     ],
 )
 def test_the_parts_of_an_array(shape, sizes, types, spec, parts):
