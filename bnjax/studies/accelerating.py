@@ -81,7 +81,7 @@ def run(options: Options, report: Report):
         metrics = {"test_accuracy": accuracy, "final_loss": parts[:, -1]}
         results.add(trained, {"variant": name}, metrics, {"train_loss": np.asarray(trained.metrics.loss)})
     results.judge(CLAIMS)
-    title = f"{dataset}, {seeds_in_words(options.seeds)}"
+    title = f"{dataset}, width {width}, {seeds_in_words(options.seeds)}"
     return results, {"training.png": plots.curves(curves, every * np.arange(steps // every), "training loss", title)}
 
 

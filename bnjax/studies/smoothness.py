@@ -113,7 +113,7 @@ def run(options: Options, report: Report):
             results.set_metric(plan.name, "log10_largest_rate", largest)
     _add_comparisons(results, tuple(names), chance)
     results.judge(CLAIMS)
-    title = f"{dataset}, {seeds_in_words(options.seeds)}"
+    title = f"{dataset}, width {width}, {seeds_in_words(options.seeds)}"
     on_the_way = landscape.figures_on_the_way(all_trained, LABELS, "VGG", title)
     return results, on_the_way | landscape.figures_at_the_end(ends, title)
 
