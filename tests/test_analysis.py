@@ -186,6 +186,9 @@ class TestGradientProbe:
         assert probe.gradient_norm.dtype == jnp.float32 and probe.gradient_norm == 4
 
 
+ABSOLUTE = analysis.SymmetricOperator(jnp.abs, jnp.ones(2))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -215,8 +218,8 @@ class TestGradientProbe:
         (lambda: analysis.gradient_norms(lambda w: w["a"], {"a": 1.0}, layers=["c"]), ValueError, "nothing is at 'c'"),
         (lambda: analysis.gradient_norms(lambda w: w["a"], {"a": 1.0}, layers=["a", "a"]), ValueError, "two of them"),
         (lambda: analysis.hessian_eigenpairs(jnp.sum, jnp.ones(2), 3, key=jax.random.key(0)), ValueError, "k must be"),
-        (lambda: analysis.eigenpairs(abs, jnp.ones(2), 1, key=jax.random.key(0), which="top"), ValueError, "which"),
-        (lambda: analysis.eigenpairs(abs, jnp.ones(2), 1, key=jax.random.key(0), num_steps=9), ValueError, "num_steps"),
+        (lambda: analysis.eigenpairs(ABSOLUTE, 1, key=jax.random.key(0), which="top"), ValueError, "which"),
+        (lambda: analysis.eigenpairs(ABSOLUTE, 1, key=jax.random.key(0), num_steps=9), ValueError, "num_steps"),
         (lambda: analysis.hessian_trace(jnp.sum, 1.0, key=jax.random.key(0), num_samples=0), ValueError, "num_samples"),
         (lambda: analysis.loss_surface(jnp.sum, jnp.ones(2), (), ()), ValueError, "one or two"),
         (lambda: analysis.loss_surface(jnp.sum, jnp.ones(2), jnp.ones(2), jnp.ones((2, 2))), ValueError, "vectors"),
@@ -288,11 +291,11 @@ class TestCurvature:
         w, unravel = jax.flatten_util.ravel_pytree(params)
         jacobian = np.asarray(jax.jit(jax.jacobian(lambda w: network_outputs(unravel(w), *batch).ravel()))(w))
 
-        def output_loss(z):
+        def output_loss(z, *batch):
             return optax.softmax_cross_entropy_with_integer_labels(z, batch[1]).mean()
 
         z = network_outputs(params, *batch)
-        inner = np.asarray(jax.hessian(lambda z: output_loss(z.reshape((-1, 2))))(z.ravel()))
+        inner = np.asarray(jax.hessian(lambda z: output_loss(z.reshape((-1, 2)), *batch))(z.ravel()))
         gauss_newton = functools.partial(analysis.gauss_newton_product, network_outputs, output_loss)
         product = jax.jit(gauss_newton)(params, vector, *batch)
         np.testing.assert_allclose(flat(product), jacobian.T @ inner @ jacobian @ flat(vector), rtol=1e-9, atol=1e-12)
@@ -330,18 +333,22 @@ class TestCurvature:
         basis = np.linalg.qr(rng.normal(size=(60, 3)))[0]
         matrix = {"identity": np.eye(60), "zero": np.zeros((60, 60)), "rank 3": (basis * [9.0, 3.0, -4.0]) @ basis.T}
         a = jnp.asarray(matrix[kind], dtype)
-        found = analysis.eigenpairs(lambda v: a @ v, jnp.zeros(60, dtype), 5, key=jax.random.key(2))
+        found = analysis.eigenpairs(
+            analysis.SymmetricOperator(lambda v: a @ v, jnp.zeros(60, dtype)), 5, key=jax.random.key(2)
+        )
         expected = np.sort(np.linalg.eigvalsh(matrix[kind]))[::-1][:5]
         np.testing.assert_allclose(found.values, expected, atol=100 * np.finfo(dtype).eps)
         gram = found.vectors @ found.vectors.T
         np.testing.assert_allclose(gram, np.eye(5), atol=1e-4 if dtype == np.float32 else 1e-12)
         assert (np.linalg.norm(a @ found.vectors.T - found.vectors.T * found.values[None], axis=0) < 1e-4).all()
 
-    @pytest.mark.parametrize("num_steps", [12, 60, 160])  # in blocks of 1, 3 and 8
-    def test_residuals_bound_the_error(self, x64, num_steps):
+    @pytest.mark.parametrize(("num_steps", "block_size"), [(12, 1), (60, 3), (160, 8)])
+    def test_residuals_bound_the_error(self, x64, num_steps, block_size):
         values = jnp.linspace(0, 1, 3000)
-        run = functools.partial(analysis.eigenpairs, lambda v: values * v, jnp.zeros(3000), 3)
-        found = jax.jit(lambda key: run(key=key, num_steps=num_steps))(jax.random.key(1))
+        run = functools.partial(
+            analysis.eigenpairs, analysis.SymmetricOperator(lambda v: values * v, jnp.zeros(3000)), 3
+        )
+        found = jax.jit(lambda key: run(key=key, num_steps=num_steps, block_size=block_size))(jax.random.key(1))
         true = np.linalg.norm(values[None] * found.vectors - found.values[:, None] * found.vectors, axis=1)
         np.testing.assert_allclose(found.residuals, true, rtol=1e-6)
         assert true[0] > 1e-3
@@ -349,15 +356,16 @@ class TestCurvature:
         distance = abs(np.asarray(values)[:, None] - found.values[None]).min(0)
         assert (distance <= true).all()
 
-    @pytest.mark.parametrize(("size", "num_steps"), [(300, 120), (160, 160)])
-    def test_blocks_find_clusters(self, x64, size, num_steps):
+    @pytest.mark.parametrize(("size", "num_steps", "block_size"), [(300, 120, 6), (160, 160, 1)])
+    def test_blocks_find_clusters(self, x64, size, num_steps, block_size):
         rng = np.random.default_rng(0)
         values = np.concatenate([[9.0] * 4, [5.0, 4.0], rng.uniform(-1, 1, size - 6)])
         basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
         a = jnp.asarray((basis * values) @ basis.T)
-        run = functools.partial(analysis.eigenpairs, lambda v: a @ v, jnp.zeros(size), 6, num_steps=num_steps)
+        operator = analysis.SymmetricOperator(lambda v: a @ v, jnp.zeros(size))
+        run = functools.partial(analysis.eigenpairs, operator, 6, num_steps=num_steps, block_size=block_size)
         found = jax.jit(lambda key: run(key=key))(jax.random.key(0))
-        np.testing.assert_allclose(found.values, values[:6], rtol=1e-9)  # all four, by blocks of 6 and 8
+        np.testing.assert_allclose(found.values, values[:6], rtol=1e-9)  # all four of one value
         np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(6), atol=1e-12)
 
     @pytest.mark.parametrize("kind", ["even", "outliers", "geometric"])
@@ -365,7 +373,9 @@ class TestCurvature:
         outliers = jnp.concatenate([jnp.linspace(100, 10, 20), jnp.linspace(0.1, 0, 180)])
         even = jnp.linspace(1, 0, 200)
         values = {"even": even, "outliers": outliers, "geometric": 10.0 ** (-8 * (1 - even))}[kind]
-        run = functools.partial(analysis.eigenpairs, lambda v: values * v, jnp.zeros(200), 200)
+        run = functools.partial(
+            analysis.eigenpairs, analysis.SymmetricOperator(lambda v: values * v, jnp.zeros(200)), 200
+        )
         found = jax.jit(lambda key: run(key=key))(jax.random.key(0))
         np.testing.assert_allclose(found.values, values, atol=2e-6 * values.max())
         np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(200), atol=2e-5)

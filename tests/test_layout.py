@@ -23,7 +23,8 @@ FLOORS = """
     _functional _layers
     linen nnx
     _calls
-    analysis: _draw _trees _lanczos probe activations shift sharding curvature gradients loop spectrum surface . plots
+    analysis: _draw _trees _iterate _conjugate _lanczos operators _batches curvature eigen spectrum
+    analysis: probe activations shift sharding gradients loop surface . plots
     analysis: losses
     models: layers networks .
     convert: state arrays _framework nnx torch keras haiku equinox .

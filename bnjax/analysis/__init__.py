@@ -11,13 +11,14 @@ models. Figures are in `bnjax.analysis.plots`. Arrays on a mesh are taken with i
 from bnjax.analysis._trees import restrict
 from bnjax.analysis.activations import ActivationStatistics, activation_statistics
 from bnjax.analysis.curvature import (
-    Eigenpairs,
-    eigenpairs,
+    fisher_operator,
+    gauss_newton_operator,
     gauss_newton_product,
-    hessian_eigenpairs,
+    gradient_covariance_operator,
+    hessian_operator,
     hessian_product,
-    layer_eigenpairs,
 )
+from bnjax.analysis.eigen import Eigenpairs, eigenpairs, hessian_eigenpairs, layer_eigenpairs
 from bnjax.analysis.gradients import (
     GradientConfusion,
     GradientNoise,
@@ -29,15 +30,18 @@ from bnjax.analysis.gradients import (
     scale_invariance,
 )
 from bnjax.analysis.loop import LearningRateRange, learning_rate_range, measured_scan
+from bnjax.analysis.operators import SymmetricOperator
 from bnjax.analysis.probe import GradientProbe, gradient_probe
 from bnjax.analysis.sharding import shard_loss
 from bnjax.analysis.shift import CovariateShift, covariate_shift
 from bnjax.analysis.spectrum import (
     SpectralDensity,
     TraceEstimate,
+    diagonal,
     hessian_diagonal,
     hessian_trace,
     spectral_density,
+    trace,
 )
 from bnjax.analysis.surface import (
     LinearPath,
@@ -60,19 +64,25 @@ __all__ = [
     "LinearPath",
     "ScaleInvariance",
     "SpectralDensity",
+    "SymmetricOperator",
     "TraceEstimate",
     "TrajectoryPlane",
     "activation_statistics",
     "covariate_shift",
+    "diagonal",
     "eigenpairs",
     "filter_normalize",
+    "fisher_operator",
+    "gauss_newton_operator",
     "gauss_newton_product",
     "gradient_confusion",
+    "gradient_covariance_operator",
     "gradient_noise_scale",
     "gradient_norms",
     "gradient_probe",
     "hessian_diagonal",
     "hessian_eigenpairs",
+    "hessian_operator",
     "hessian_product",
     "hessian_trace",
     "layer_eigenpairs",
@@ -86,5 +96,6 @@ __all__ = [
     "scale_invariance",
     "shard_loss",
     "spectral_density",
+    "trace",
     "trajectory_plane",
 ]

@@ -1,119 +1,289 @@
-"""Krylov spaces of symmetric operators on pytrees, with bases, Ritz values and Ritz vectors."""
+"""Krylov spaces of symmetric operators on pytrees: thick-restarted Lanczos for eigenpairs, Gauss's rule for densities.
 
-from collections.abc import Callable
-from typing import Any
+The vectors of a basis keep the structure and the sharding of the parameters, with a leading axis of their number.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from bnjax.analysis._trees import unit_of
+from bnjax.analysis import _trees
 
-_LARGEST_BLOCK = 8
-_LEAST_DEGREE = 20  # blocks trade polynomial degree for fewer passes over the basis; below this accuracy suffers
+_AT_ONCE = 8  # vectors of a basis that are projected out at once
+_ROUNDING = 8  # residuals of so many ε of the largest eigenvalue are rounding errors of the products
+_FEWEST = 20  # products before which it is not asked whether they are enough, since close eigenvalues come late
 
 
-def block_lanczos(
-    product: Callable[[Any], Any], like: Any, num_steps: int, key: Array, width: int | None = None
-) -> tuple[Array, Array, Array, Array]:
-    """Computes an orthonormal basis `[num_steps, P]`, Ritz values and vectors in it, and the vectors' residual norms.
+class LanczosState(NamedTuple):
+    """What is known of a Krylov space, from which `bnjax.analysis.eigenpairs` can go on.
 
-    Full reorthogonalization reads the whole basis for each new vector, which takes longer than most Hessian products.
-    Blocks of b vectors read it once for b products, by block Gram–Schmidt. The projected matrix is made of all its
-    coefficients, so that the values are Ritz values of the basis as it is. Without a `width` the blocks are as wide as
-    leaves enough of them. The products are taken in units of the first ones' size, by which squares stay in range.
+    Attributes:
+      basis: orthonormal vectors, a pytree like the parameters with a leading axis; zero after `filled`.
+      projected: the operator's matrix in the basis, in units of `unit`, `[m, m]`.
+      remainder: coefficients of what the last products added to the space, in the same units, `[block, block]`.
+      unit: power of two of the size of the first product.
+      filled: number of basis vectors whose product is known; those of the next ones are needed.
+      products: number of products so far.
+      is_done: whether the tolerance is reached, or the most products.
+      key: random key of what leads out of a closed space.
     """
-    flat_product, start = _flat(product, like, key)
-    block_key, noise_key = jax.random.split(jax.random.fold_in(key, 1))
-    size, dtype = start.shape[0], start.dtype
-    if width is None:
-        largest = min(_LARGEST_BLOCK, max(1, num_steps // _LEAST_DEGREE))
-        width = next(b for b in range(largest, 0, -1) if num_steps % b == 0)
-    identity = jnp.eye(width, dtype=dtype)
-    direction = jax.random.uniform(noise_key, start.shape, dtype, -1, 1)
 
-    def matmul(a, b):
-        return jnp.matmul(a, b, precision="highest")
-
-    def without(basis, rows, blocks):
-        """Returns the rows' coefficients in the first blocks of the basis, and the rows without these components."""
-
-        def project(i, carry):
-            rows, coefficients = carry
-            block = lax.dynamic_slice(basis, (i * width, 0), (width, size))
-            along = matmul(block, rows.T)
-            return rows - matmul(along.T, block), lax.dynamic_update_slice(coefficients, along, (i * width, 0))
-
-        rows, coefficients = lax.fori_loop(0, blocks, project, (rows, jnp.zeros((num_steps, width), dtype)))
-        return coefficients, rows
-
-    def orthonormal(basis, rows, kept, blocks):
-        """Returns rows q without components in the basis, and the factor r of `rows = r q` up to these components.
-
-        Cholesky's factor of the rows' products makes the rows orthonormal if neither it nor the projection before,
-        which left the share `kept` of each row, canceled much. Otherwise both are repeated, as when a Krylov space
-        closes.
-        """
-
-        def orthonormalize(carry):
-            rows, factor, kept, turns, _ = carry
-            norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
-            rows = rows / norms
-            products = matmul(rows, rows.T)
-            lower = jnp.linalg.cholesky(products)
-            is_pure = (kept.min() > 0.5) & (jnp.diag(lower).min() > 0.5)  # false for NaN
-            safe = jnp.linalg.cholesky(products + 100 * width * jnp.finfo(dtype).eps * identity)
-            lower = jnp.where(is_pure, lower, safe)
-            inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-            rows = matmul(inverse, rows)
-            rows = lax.cond(is_pure, lambda r: r, lambda r: without(basis, r, blocks)[1], rows)
-            return rows, matmul(factor, norms * lower), jnp.linalg.norm(rows, axis=1), turns + 1, is_pure
-
-        state = rows, identity, kept, 0, False
-        return lax.while_loop(lambda carry: ~carry[4] & (carry[3] < 10), orthonormalize, state)[:2]
-
-    def step(j, carry):
-        basis, projected, block, _, unit = carry
-        basis = lax.dynamic_update_slice(basis, block, (j * width, 0))
-        products = lax.map(flat_product, block)
-        unit = jnp.where(j == 0, unit_of(products), unit)
-        products = products / unit
-        shifts = j * width + jnp.arange(width)
-        products = jax.vmap(lambda w, shift: _disturbed(w, jnp.roll(direction, shift)))(products, shifts)
-        along, rows = without(basis, products, j + 1)
-        kept = jnp.linalg.norm(rows, axis=1) / jnp.linalg.norm(products, axis=1)
-        projected = lax.dynamic_update_slice(projected, along, (0, j * width))
-        return basis, projected, *orthonormal(basis, rows, kept, j + 1), unit
-
-    basis = jnp.zeros((num_steps, size), dtype)
-    first = jnp.concatenate([start[None], jax.random.normal(block_key, (width - 1, size), dtype)])
-    carry = basis, jnp.zeros((num_steps, num_steps), dtype), *orthonormal(basis, first, jnp.ones(width, dtype), 0)
-    carry = *carry, jnp.ones((), dtype)
-    basis, projected, _, remainder, unit = lax.fori_loop(0, num_steps // width, step, carry)
-    values, vectors = jnp.linalg.eigh(jnp.triu(projected) + jnp.triu(projected, 1).T)
-    return basis, values * unit, vectors, jnp.linalg.norm(matmul(remainder.T, vectors[-width:]), axis=0) * unit
+    basis: Any
+    projected: Array
+    remainder: Array
+    unit: Array
+    filled: Array
+    products: Array
+    is_done: Array
+    key: Array
 
 
-def quadrature(product: Callable[[Any], Any], like: Any, num_steps: int, key: Array) -> tuple[Array, Array]:
-    """Returns Ritz values of one random vector, and the squares of their vectors' components along it."""
-    _, values, vectors, _ = block_lanczos(product, like, num_steps, key, width=1)
-    return values, jnp.square(vectors[0])
+class Ritz(NamedTuple):
+    """Ritz values in the order asked for, their vectors in the basis, and their residuals, in the state's units."""
+
+    values: Array
+    vectors: Array
+    residuals: Array
 
 
-def _flat(product: Callable[[Any], Any], like: Any, key: Array) -> tuple[Callable[[Array], Array], Array]:
-    """Returns a product of flat vectors of float32 or wider in place of pytrees, and a random vector."""
-    flat, unravel = ravel_pytree(like)
-    dtype = jnp.promote_types(flat.dtype, jnp.float32)
-    return lambda v: ravel_pytree(product(unravel(v)))[0].astype(dtype), jax.random.normal(key, flat.shape, dtype)
+@dataclasses.dataclass(frozen=True)
+class Lanczos:
+    """Lanczos's method with full reorthogonalization, for a number of products; an `_iterate.Algorithm`.
 
+    The projected matrix is made of all coefficients, so that its eigenvalues are Ritz values of the basis as it is.
 
-def _disturbed(w: Array, direction: Array) -> Array:
-    """Adds to a product a random vector of the size of its rounding errors.
-
-    A Krylov space that closes early would leave nothing but rounding errors to continue with, which lie in that space
-    and make false eigenvalues. The random vector leads out of it.
+    Attributes:
+      size: number of vectors m.
+      block: number of vectors whose products are asked for at once, with a leading axis if there are several.
     """
-    floor = float(jnp.finfo(w.dtype).tiny) ** 0.45  # the floor's square does not underflow
-    return w + direction * (8 * jnp.finfo(w.dtype).eps * jnp.sqrt(jnp.mean(jnp.square(w))) + floor)
+
+    size: int
+    block: int = 1
+
+    @property
+    def room(self) -> int:
+        """The number of vectors that there is room for, a multiple of those that are projected out at once."""
+        return -(-(self.size + self.block) // _AT_ONCE) * _AT_ONCE
+
+    def start(self, vector: Any, key: Array) -> LanczosState:
+        """Returns the state that begins with a vector, and random ones beside it."""
+        vector = _trees.wide(vector)
+        first = _trees.in_units(vector, _trees.unit_of(vector))
+        zero, none = jnp.zeros((), _trees.dot(first, first).dtype), jnp.zeros((), jnp.int32)
+        basis = jax.tree.map(lambda v: jnp.zeros((self.room, *v.shape), v.dtype), first)
+        for i, row_key in enumerate(jax.random.split(key, self.block)):
+            row = _trees.random_like(row_key, first, jax.random.normal) if i else first
+            basis = _with_row(basis, i, *_orthogonal(basis, row, i, row_key)[1:])
+        remainder, projected = (
+            jnp.zeros((self.block, self.block), zero.dtype),
+            jnp.zeros((self.size, self.size), zero.dtype),
+        )
+        return LanczosState(basis, projected, remainder, zero + 1, none, none, jnp.zeros((), bool), key)
+
+    def vector(self, state: LanczosState) -> Any:
+        """Returns the newest vectors of the basis, which stay the newest when the space is restarted."""
+        newest = jax.tree.map(lambda rows: lax.dynamic_slice_in_dim(rows, state.filled, self.block), state.basis)
+        return jax.tree.map(lambda rows: rows[0], newest) if self.block == 1 else newest
+
+    def absorb(self, state: LanczosState, product: Any) -> LanczosState:
+        """Projects the products on the basis, and makes what is left of them the next vectors."""
+        products = _trees.wide(product)
+        if self.block == 1:
+            products = jax.tree.map(lambda v: v[None], products)
+        unit = jnp.where(state.products == 0, _trees.unit_of(products), state.unit).astype(state.unit.dtype)
+        products, basis, projected = _trees.in_units(products, unit), state.basis, state.projected
+        remainder, next_ = jnp.zeros_like(state.remainder), state.filled + self.block
+        for i in range(self.block):
+            column, key = state.filled + i, jax.random.fold_in(state.key, state.products + i)
+            row = jax.tree.map(lambda v, i=i: v[i], products)
+            along, rest, size = _orthogonal(basis, row, next_ + i, key, column)
+            basis = _with_row(basis, next_ + i, rest, size)
+            of_next = lax.dynamic_slice_in_dim(along, next_, self.block).at[i].set(jnp.where(size > 0, size, 0))
+            remainder = remainder.at[:, i].set(of_next.astype(remainder.dtype))
+            along = jnp.where(jnp.arange(self.room) < next_, along, 0)[: self.size].astype(projected.dtype)
+            projected = projected.at[:, column].set(along).at[column].set(along)
+        return state._replace(
+            basis=basis,
+            projected=projected,
+            remainder=remainder,
+            unit=unit,
+            filled=next_,
+            products=state.products + self.block,
+            is_done=next_ >= self.size,
+        )
+
+    def is_done(self, state: LanczosState) -> Array:
+        """Returns whether no product is needed any more."""
+        return state.is_done
+
+    def is_full(self, state: LanczosState) -> Array:
+        """Returns whether there is no room for products."""
+        return state.filled + self.block > self.size
+
+    def restarted(self, state: LanczosState) -> LanczosState:
+        """Returns a full state, as it is then done."""
+        return state
+
+    def quadrature(self, state: LanczosState) -> tuple[Array, Array]:
+        """Returns the nodes and weights of Gauss's rule for the first vector: Ritz values, and their shares of it."""
+        values, vectors = jnp.linalg.eigh(state.projected)
+        return values * state.unit, jnp.square(vectors[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class ThickRestart(Lanczos):
+    """Lanczos's method, restarted from Ritz vectors until some of them are good enough.
+
+    Attributes:
+      size: number of vectors m at which it restarts.
+      k: number of eigenpairs.
+      which: which of them.
+      tolerance: relative residual at which it stops.
+      most: number of products after which it stops in any case.
+      block: number of vectors whose products are asked for at once.
+    """
+
+    k: int = 1
+    which: str = "largest"
+    tolerance: float = 0.0
+    most: int = 1
+
+    def absorb(self, state: LanczosState, product: Any) -> LanczosState:
+        """Projects the product on the basis, and looks whether that is enough."""
+        return self.judged(super().absorb(state, product))
+
+    def judged(self, state: LanczosState) -> LanczosState:
+        """Returns a state that knows whether it is done."""
+        ritz = self.ritz(state)
+        largest, eps = jnp.abs(state.projected).sum(1).max(), jnp.finfo(ritz.values.dtype).eps
+        enough = jnp.maximum(self.tolerance * jnp.abs(ritz.values), _ROUNDING * eps * largest)
+        is_close = (ritz.residuals <= enough)[: self.k].all() & (state.filled >= min(self.size, _FEWEST))
+        is_whole = state.filled >= sum(rows.size for rows in jax.tree.leaves(state.basis)) // self.room
+        return state._replace(is_done=is_close | is_whole | (state.products >= self.most))
+
+    def ritz(self, state: LanczosState) -> Ritz:
+        """Returns the Ritz pairs of the space; what is not filled has infinite residuals and comes last."""
+        is_filled, eye = jnp.arange(self.size) < state.filled, jnp.eye(self.size, dtype=state.projected.dtype)
+        bound = jnp.abs(state.projected).sum(1).max()
+        beyond = jnp.where(is_filled, 0, 2 * bound + 1)  # beyond all eigenvalues, which are at most as large as bound
+        values, vectors = jnp.linalg.eigh(state.projected + beyond[:, None] * eye)
+        is_value = jnp.arange(self.size) < state.filled  # in ascending order
+        last = lax.dynamic_slice_in_dim(vectors, jnp.maximum(state.filled - self.block, 0), self.block)
+        left = jnp.linalg.norm(jnp.matmul(state.remainder, last, precision="highest"), axis=0)
+        residuals = jnp.where(is_value & (state.products > 0), left, jnp.inf)
+        rank = jnp.arange(self.size)
+        from_top = state.filled - 1 - rank
+        order = {
+            "largest": from_top,
+            "smallest": rank,
+            "magnitude": -jnp.abs(values),
+            "both": jnp.minimum(2 * from_top, 2 * rank + 1),
+        }[self.which]
+        order = jnp.argsort(jnp.where(is_value, order.astype(values.dtype), jnp.inf))
+        return Ritz(values[order], vectors[:, order], residuals[order])
+
+    def vectors(self, state: LanczosState, coefficients: Array) -> Any:
+        """Returns combinations of the basis, whose coefficients are columns."""
+        return _combined(coefficients, jax.tree.map(lambda rows: rows[: self.size], state.basis))
+
+    def restarted(self, state: LanczosState) -> LanczosState:
+        """Returns the space of the best Ritz vectors and the newest vectors, with half of the room free again."""
+        kept, ritz = self.k + (self.size - self.k) // 2, self.ritz(state)
+        kept = min(kept, self.size - self.block)
+        best = self.vectors(state, ritz.vectors[:, :kept])
+
+        def shortened(rows: Array, best: Array) -> Array:
+            newest = lax.dynamic_slice_in_dim(rows, state.filled, self.block)
+            return jnp.zeros_like(rows).at[:kept].set(best).at[kept : kept + self.block].set(newest)
+
+        projected = jnp.where(jnp.arange(self.size) < kept, ritz.values, 0)[:, None] * jnp.eye(self.size)
+        return state._replace(
+            basis=jax.tree.map(shortened, state.basis, best),
+            projected=projected.astype(state.projected.dtype),
+            filled=jnp.full_like(state.filled, kept),
+        )
+
+
+def _orthogonal(basis: Any, vector: Any, count: Any, key: Array, near: Array | None = None) -> tuple[Array, Any, Array]:
+    """Returns a vector's coefficients in a basis, what is left of it, and the norm of that, negative if it is random.
+
+    Where the basis holds all of the vector but rounding errors, as when a space is closed under the operator, what is
+    left is of no use: it lies in that space, and would make false eigenvalues. A random vector takes its place.
+
+    Args:
+      basis: orthonormal vectors.
+      vector: a vector whose square is in range.
+      count: number of vectors of the basis.
+      key: random key.
+      near: number of the vector which this one is a product of; most of it lies along that one and the one before.
+    """
+    whole, along = _norm(vector), jnp.zeros(jax.tree.leaves(basis)[0].shape[0], _norm(vector).dtype)
+    for i in () if near is None else (near, jnp.maximum(near - 1, 0)):
+        row = jax.tree.map(lambda rows, i=i: rows[i], basis)
+        part = _trees.dot(row, vector)
+        along, vector = along.at[i].add(part), _trees.moved(vector, -part, row)
+    before = _norm(vector)
+    more, vector = _without(basis, vector, count)
+    size = _norm(vector)
+
+    def enough(vector: Any) -> tuple[Array, Any, Array]:
+        return jnp.zeros_like(along), vector, size
+
+    def again(vector: Any) -> tuple[Array, Any, Array]:
+        more, vector = _without(basis, vector, count)
+        size = _norm(vector)
+        is_of_use = size > _ROUNDING * jnp.finfo(size.dtype).eps * whole
+        vector = lax.cond(is_of_use, lambda vector: vector, outside, vector)
+        return more, vector, jnp.where(is_of_use, size, -_norm(vector))
+
+    def outside(like: Any) -> Any:
+        vector = _trees.random_like(key, like, jax.random.normal)
+        for _ in range(2):
+            vector = _without(basis, vector, count)[1]
+        return vector
+
+    # What a projection leaves has rounding errors of what it was given in the basis.
+    extra, vector, size = lax.cond(size > 0.7 * before, enough, again, vector)
+    return along + more + extra, vector, size
+
+
+def _with_row(basis: Any, index: Any, vector: Any, size: Array) -> Any:
+    """Returns the basis with a vector in one of its rows, divided by its norm."""
+    norm = jnp.abs(size)
+    return jax.tree.map(
+        lambda rows, v: rows.at[index].set(v / jnp.where(norm > 0, norm, 1).astype(v.dtype)), basis, vector
+    )
+
+
+def _without(basis: Any, vector: Any, count: Any) -> tuple[Array, Any]:
+    """Returns a vector's coefficients in the first vectors of a basis, and the vector without these components.
+
+    Blocks of the basis are projected out one after the other, each while it is in the cache, and no more than needed.
+    """
+    length = jax.tree.leaves(basis)[0].shape[0]
+
+    def project(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        along, vector = carry
+        block = jax.tree.map(lambda rows: lax.dynamic_slice_in_dim(rows, i * _AT_ONCE, _AT_ONCE), basis)
+        part = _trees.products(block, vector).astype(along.dtype)
+        rest = jax.tree.map(lambda v, p: v - p[0], vector, _combined(part[:, None], block))
+        return lax.dynamic_update_slice_in_dim(along, part, i * _AT_ONCE, 0), rest
+
+    dtype = _trees.dot(vector, vector).dtype
+    return lax.fori_loop(0, (count + _AT_ONCE - 1) // _AT_ONCE, project, (jnp.zeros(length, dtype), vector))
+
+
+def _combined(coefficients: Array, basis: Any) -> Any:
+    """Returns combinations `[l, …]` of the vectors of a basis, whose coefficients `[m, l]` are columns."""
+    return jax.tree.map(
+        lambda rows: jnp.tensordot(coefficients.T.astype(rows.dtype), rows, 1, precision="highest"), basis
+    )
+
+
+def _norm(tree: Any) -> Array:
+    """Computes the norm of a tree whose squares are in range."""
+    return jnp.sqrt(_trees.dot(tree, tree))

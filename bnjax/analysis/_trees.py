@@ -23,16 +23,7 @@ def differentiable(loss_fn: LossFn, params: Any) -> tuple[LossFn, Any]:
       ValueError: for parameters without any array, or when the loss is called, if it is not a scalar.
       TypeError: for parameters without floating-point arrays or with complex ones; for a loss that is not real.
     """
-    leaves = jax.tree.leaves(params)
-    if not leaves:
-        raise ValueError("params must hold at least one array, got an empty pytree. Pass variables['params'].")
-    complex_ = [jnp.result_type(leaf) for leaf in leaves if _kind(leaf, jnp.complexfloating)]
-    if complex_:
-        raise TypeError(f"params must be real, got an array of {complex_[0]}. Pass its real and imaginary parts.")
-    free = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _kind(leaf, jnp.floating) else None, params)
-    if not jax.tree.leaves(free):
-        dtypes = sorted({str(jnp.result_type(leaf)) for leaf in leaves})
-        raise TypeError(f"params must hold floating-point arrays, got {', '.join(dtypes)} only. Convert them first.")
+    free = free_leaves(params)
 
     def loss_of_free(free: Any, *args: Any) -> Array:
         value = loss_fn(merged(free, params), *args)
@@ -49,6 +40,21 @@ def differentiable(loss_fn: LossFn, params: Any) -> tuple[LossFn, Any]:
         return jnp.asarray(value)
 
     return loss_of_free, free
+
+
+def free_leaves(params: Any) -> Any:
+    """Returns the floating-point leaves of the parameters, with None for the others; raises as `differentiable`."""
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("params must hold at least one array, got an empty pytree. Pass variables['params'].")
+    complex_ = [jnp.result_type(leaf) for leaf in leaves if _kind(leaf, jnp.complexfloating)]
+    if complex_:
+        raise TypeError(f"params must be real, got an array of {complex_[0]}. Pass its real and imaginary parts.")
+    free = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _kind(leaf, jnp.floating) else None, params)
+    if not jax.tree.leaves(free):
+        dtypes = sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves})
+        raise TypeError(f"params must hold floating-point arrays, got {', '.join(dtypes)} only. Convert them first.")
+    return free
 
 
 def merged(free: Any, params: Any) -> Any:
@@ -90,6 +96,32 @@ def dot(a: Any, b: Any) -> Array:
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaves, a, b)), jnp.zeros((), jnp.float32))
 
 
+def products(rows: Any, vector: Any) -> Array:
+    """Computes the inner products of several trees, with a leading axis, and one."""
+
+    def of_leaves(r: Array, v: Array) -> Array:
+        return jnp.tensordot(r.reshape((r.shape[0], -1)), v.ravel(), 1, precision="highest")
+
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaves, rows, vector)))
+
+
+def wide(tree: Any) -> Any:
+    """Returns a tree in float32 at least."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+
+def wide_shapes(tree: Any) -> Any:
+    """Returns the shapes of a tree in float32 at least."""
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, jnp.promote_types(v.dtype, jnp.float32)), tree)
+
+
+def random_like(key: Array, like: Any, draw: Callable[..., Array]) -> Any:
+    """Draws a random tree by `draw(key, shape, dtype)`."""
+    leaves, tree = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
+
+
 def unit_of(tree: Any) -> Array:
     """Returns a power of two of the size of a tree's largest element, by which squares stay in range; 1 for zero."""
     leaves = [jnp.abs(leaf).max(initial=0) for leaf in jax.tree.leaves(tree)]
@@ -117,6 +149,11 @@ def cosine(a: Any, b: Any) -> Array:
     """Computes the cosine of the angle between two trees; NaN where one is zero."""
     a, b = (in_units(tree, unit_of(tree)) for tree in (a, b))
     return dot(a, b) / (norm(a) * norm(b))
+
+
+def leading(weights: Array, ndim: int) -> Array:
+    """Gives weights the trailing axes that they lack: `[batch]` is one weight an example."""
+    return weights.reshape(weights.shape + (1,) * (ndim - weights.ndim))
 
 
 def input_axes(kernel: Array, filter_axis: int) -> tuple[int, ...]:
@@ -197,15 +234,21 @@ def restrict(loss_fn: LossFn, params: Any, layers: Sequence[Layer]) -> tuple[Los
     >>> print(analysis.gradient_probe(loss, chosen, 0.1).gradient_norm)
     12.0
     """
+    parts, embed = parts_of(params, layers)
+    return lambda arrays, *args: loss_fn(embed(arrays, params), *args), parts
+
+
+def parts_of(params: Any, layers: Sequence[Layer]) -> tuple[dict[str, Any], Callable[[Any, Any], Any]]:
+    """Returns some layers' arrays by their paths, and `embed(arrays, others)`, which puts such arrays into a tree."""
     paths, leaves = zip(*jax.tree.leaves_with_path(params, is_leaf=_is_none), strict=True)
     numbers = [n for group in layer_leaves(params, layers).values() for n in group if leaves[n] is not None]
-    tree = jax.tree.structure(params, is_leaf=_is_none)
+    tree, names = jax.tree.structure(params, is_leaf=_is_none), [path_name(path) for path in paths]
 
-    def loss(arrays: dict[str, Any], *args: Any) -> Array:
-        whole = [arrays.get(path_name(path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
-        return loss_fn(jax.tree.unflatten(tree, whole), *args)
+    def embed(arrays: Mapping[str, Any], others: Any) -> Any:
+        rest = jax.tree.leaves(others, is_leaf=_is_none)
+        return jax.tree.unflatten(tree, [arrays.get(name, leaf) for name, leaf in zip(names, rest, strict=True)])
 
-    return loss, {path_name(paths[n]): leaves[n] for n in numbers}
+    return {names[n]: leaves[n] for n in numbers}, embed
 
 
 def of_leaves(tree: Any, numbers: Sequence[int]) -> list[Any]:
@@ -233,6 +276,8 @@ def _natural(name: str) -> list[Any]:
 
 
 def _kind(leaf: Any, kind: Any) -> bool:
+    if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+        return False  # such as a function, in a module of Equinox
     return jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), kind)
 
 

@@ -1,33 +1,260 @@
-"""Second derivatives without matrices: products with the Hessian and Gauss–Newton matrices, and their eigenpairs."""
+"""Curvature without matrices: Hessian, Gauss–Newton, Fisher and gradient covariance, as operators and products."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
-from bnjax.analysis import _trees
-from bnjax.analysis._lanczos import block_lanczos
-from bnjax.analysis._trees import Layer, LossFn
+from bnjax.analysis import _batches, _trees
+from bnjax.analysis._batches import Batches, Weights
+from bnjax.analysis._trees import LossFn
+from bnjax.analysis.operators import SymmetricOperator
 
-_WHICH = ("largest", "magnitude", "smallest")
+Progress = Callable[[str], Any]
+_METHODS = ("forward over reverse", "linearized", "finite differences")
+_DISTRIBUTIONS = ("categorical", "normal")
 
 
-class Eigenpairs(NamedTuple):
-    """The k first eigenpairs of a symmetric operator.
+def hessian_operator(
+    loss_fn: LossFn,
+    params: Any,
+    *args: Any,
+    batches: Batches | None = None,
+    weights: Weights | None = None,
+    method: str = "forward over reverse",
+    progress: Progress | None = None,
+) -> SymmetricOperator:
+    """Returns the Hessian of the loss of a batch or of a data set, `v → ∂/∂t ∇L(W + t v)` at t = 0.
 
-    Attributes:
-      values: eigenvalues in the order asked for, `[k]`.
-      vectors: orthonormal eigenvectors, as a pytree like the parameters with a leading axis of k.
-      residuals: ‖H v − λ v‖₂, `[k]`, which more steps make smaller: some eigenvalue lies within this distance of each
-        value, up to the rounding errors of the products (some hundred ε max |λ|), which come in addition.
+    Args:
+      loss_fn: `loss_fn(params, *args) -> scalar`, for a data set a mean over the examples of one batch.
+      params: pytree of arrays, W; leaves that are not floating-point are constants.
+      *args: further arguments of `loss_fn`, for one batch.
+      batches: a data set in place of `args`: an iterable of tuples `args`, which the host reads anew for each product
+        (a list, a data loader, any object with `__iter__`), or a tuple of arrays with a leading axis of batches, which
+        the device scans. The memory does not grow with the number of batches. L is then the mean over all examples.
+      weights: function `weights(*batch)` that gives the weights of a batch's examples, by whose sum its loss counts; by
+        default a batch counts by the length of its first array.
+      method: 'forward over reverse', about the cost of two gradients; 'linearized', whose products repeat nothing that
+        depends on W alone, and keep it in memory (for `args` only); 'finite differences', two gradients at
+        `W ± h v` with `h ‖v‖ = ∛ε (1 + ‖W‖)`, for losses that cannot be differentiated twice.
+      progress: function that is called with a text on each batch that the host has read, such as `print`.
+
+    Raises:
+      TypeError, ValueError: for parameters without floating-point arrays, a loss that is no real scalar, an unknown
+        method, or batches that can be read only once.
+
+    References:
+      Pearlmutter 1994, "Fast Exact Multiplication by the Hessian"; for differences Nocedal & Wright 2006, "Numerical
+      Optimization", section 8.1.
+
+    >>> from bnjax import analysis
+    >>> hessian = analysis.hessian_operator(lambda w, x: (x * w ** 3).sum(), jnp.array([1.0, 2.0]), batches=[1.0, 3.0])
     """
+    loss_fn, free = _trees.differentiable(loss_fn, params)
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}.")
+    gradient = jax.grad(loss_fn)
+    if method == "linearized":
+        if batches is not None:
+            raise ValueError("method 'linearized' keeps what it computed of one batch, and is not for data sets.")
+        linear = jax.linearize(lambda p: gradient(p, *args), free)[1]
+        return _batches.operator(lambda _, vector, index, *batch: linear(vector), free, args, None, None, None)
 
-    values: Array
-    vectors: Any
-    residuals: Array
+    def exact(free: Any, vector: Any, _: Any, *batch: Any) -> Any:
+        return jax.jvp(lambda p: gradient(p, *batch), (free,), (vector,))[1]
+
+    def differences(free: Any, vector: Any, _: Any, *batch: Any) -> Any:
+        size = _trees.norm(vector)
+        root = jnp.finfo(size.dtype).eps ** (1 / 3)
+        h = root * (1 + _trees.norm(free)) / jnp.where(size > 0, size, 1)
+        ahead, behind = (gradient(_trees.moved(free, sign * h, vector), *batch) for sign in (1, -1))
+        return jax.tree.map(lambda a, b: (a - b) / (2 * h).astype(a.dtype), ahead, behind)
+
+    product = exact if method == _METHODS[0] else differences
+    return _batches.operator(product, free, args, batches, weights, progress)
+
+
+def gauss_newton_operator(
+    model_fn: Callable[..., Any],
+    output_loss: LossFn,
+    params: Any,
+    *args: Any,
+    batches: Batches | None = None,
+    weights: Weights | None = None,
+    progress: Progress | None = None,
+) -> SymmetricOperator:
+    """Returns the generalized Gauss–Newton matrix of the loss of a batch or of a data set, `G v = Jᵀ H_z J v`.
+
+    J is the Jacobian of the outputs z = model_fn(params, *args), and H_z the Hessian of output_loss(z, *args). G is the
+    Hessian's part without second derivatives of the model, positive semi-definite where the loss is convex in the
+    outputs.
+
+    Args:
+      model_fn: `model_fn(params, *args) -> outputs`, a pytree of arrays.
+      output_loss: `output_loss(outputs, *args) -> scalar`, for a data set a mean over the examples of one batch.
+      params: pytree of arrays; leaves that are not floating-point are constants.
+      *args: further arguments of both functions, for one batch.
+      batches: a data set in place of `args`, as in `hessian_operator`.
+      weights: weights of examples, as in `hessian_operator`.
+      progress: function that is told of each batch, as in `hessian_operator`.
+
+    Raises:
+      TypeError, ValueError: as `hessian_operator` does.
+
+    References:
+      Schraudolph 2002, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent".
+
+    >>> from bnjax import analysis
+    >>> model, half_square = lambda w, x: x * w ** 2, lambda z, x: 0.5 * (z ** 2).sum()
+    >>> gauss_newton = analysis.gauss_newton_operator(model, half_square, jnp.array([1.0, 2.0]), 1.0)
+    >>> print(gauss_newton(jnp.array([1.0, 1.0])))
+    [ 4. 16.]
+    """
+    _, free = _trees.differentiable(lambda p, *batch: output_loss(model_fn(p, *batch), *batch), params)
+
+    def product(free: Any, vector: Any, _: Any, *batch: Any) -> Any:
+        outputs, pullback, tangent = _linear(model_fn, params, free, vector, batch)
+        return pullback(jax.jvp(jax.grad(lambda z: output_loss(z, *batch)), (outputs,), (tangent,))[1])
+
+    return _batches.operator(product, free, args, batches, weights, progress)
+
+
+def fisher_operator(
+    model_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    distribution: str = "categorical",
+    samples: int | None = None,
+    key: Key[Array, ""] | None = None,
+    batches: Batches | None = None,
+    weights: Weights | None = None,
+    progress: Progress | None = None,
+) -> SymmetricOperator:
+    """Returns the Fisher information matrix of a model's distribution, `F = mean E[∇log p(y | z) ∇log p(y | z)ᵀ]`.
+
+    The mean is over all examples (over tokens, where outputs have more axes), the expectation over labels y that are
+    drawn from the model's own distribution given its outputs z = model_fn(params, *args): a categorical one whose
+    logits are z, or a normal one of unit variance about z. F is then the Gauss–Newton matrix of the mean cross-entropy,
+    or of the mean of half the summed squares.
+
+    Args:
+      model_fn: `model_fn(params, *args) -> z`, an array `[batch, …, classes]`.
+      params: pytree of arrays; leaves that are not floating-point are constants.
+      *args: further arguments of `model_fn`, for one batch.
+      distribution: 'categorical' or 'normal'.
+      samples: number of labels that are drawn for each example, the same ones in every product, in place of the exact
+        expectation; static.
+      key: random key of the samples.
+      batches: a data set in place of `args`, as in `hessian_operator`.
+      weights: weights of examples, as in `hessian_operator`: arrays that broadcast to `z.shape[:-1]`.
+      progress: function that is told of each batch, as in `hessian_operator`.
+
+    Raises:
+      TypeError, ValueError: for bad parameters, outputs that are no array with an axis of classes, an unknown
+        distribution, or samples without a key.
+
+    References:
+      Martens 2020 (arXiv 1412.1193), sections 5 and 9; Kunstner, Balles & Hennig 2019 (arXiv 1905.12558).
+
+    >>> from bnjax import analysis
+    >>> fisher = analysis.fisher_operator(lambda w, x: x * w[None], jnp.zeros(2), jnp.ones((1, 2)))
+    >>> print(fisher(jnp.array([1.0, -1.0])))
+    [ 0.5 -0.5]
+    """
+    if distribution not in _DISTRIBUTIONS:
+        raise ValueError(f"distribution must be 'categorical' or 'normal', got {distribution!r}.")
+    if (samples is None) != (key is None):
+        raise ValueError("samples and key go together: the number of labels to draw, and the key to draw them with.")
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
+    free = _trees.free_leaves(params)
+
+    def product(free: Any, vector: Any, index: Any, *batch: Any) -> Any:
+        z, pullback, tangent = _linear(model_fn, params, free, vector, batch)
+        if not hasattr(z, "ndim") or not z.ndim:
+            raise TypeError(f"model_fn must return an array [batch, …, classes], got {jax.tree.structure(z)}.")
+        shares = _shares(weights, batch, z.shape[:-1], z.dtype)[..., None]
+        if samples is None or key is None:
+            along = _inner(distribution, z, tangent)
+        else:
+            drawn = _scores(distribution, z, samples, jax.random.fold_in(key, index))
+            along = (drawn * (drawn * tangent[None]).sum(-1, keepdims=True)).mean(0)
+        return pullback(shares * along)
+
+    return _batches.operator(product, free, args, batches, weights, progress)
+
+
+def gradient_covariance_operator(
+    losses_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    centered: bool = False,
+    batches: Batches | None = None,
+    weights: Weights | None = None,
+    progress: Progress | None = None,
+) -> SymmetricOperator:
+    """Returns the second moment of the examples' gradients, `mean g_n g_nᵀ`, or about their mean, `− ḡ ḡᵀ`.
+
+    Of a log-likelihood the uncentered one is called the empirical Fisher matrix. No gradient of a single example is
+    formed. (In batch norm's mode 'batch', g_n is the gradient of one example's loss through the statistics of all.)
+
+    Args:
+      losses_fn: `losses_fn(params, *args) -> losses`, an array of the examples' (or tokens') losses.
+      params: pytree of arrays; leaves that are not floating-point are constants.
+      *args: further arguments of `losses_fn`, for one batch.
+      centered: whether it is the covariance, about ḡ; static.
+      batches: a data set in place of `args`, as in `hessian_operator`; centered, it is read once more for ḡ.
+      weights: weights of examples, as in `hessian_operator`: arrays that broadcast to the losses.
+      progress: function that is told of each batch, as in `hessian_operator`.
+
+    Raises:
+      TypeError, ValueError: for bad parameters, or losses that are no real array with an axis of examples.
+
+    References:
+      Kunstner, Balles & Hennig 2019 (arXiv 1905.12558), eq. (3).
+
+    >>> from bnjax import analysis
+    >>> losses = lambda w, x: w * x
+    >>> covariance = analysis.gradient_covariance_operator(losses, 0.0, jnp.array([1.0, 3.0]), centered=True)
+    >>> print(covariance(2.0))
+    2.0
+    """
+    free = _trees.free_leaves(params)
+
+    def losses_of(free: Any, batch: Any) -> Any:
+        losses = losses_fn(_trees.merged(free, params), *batch)
+        if not hasattr(losses, "ndim") or not losses.ndim or not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise TypeError("losses_fn must return a real array of the examples' losses, which the mean is taken over.")
+        return losses
+
+    def gradient(free: Any, _: Any, index: Any, *batch: Any) -> Any:
+        def mean(free: Any) -> Array:
+            losses = losses_of(free, batch)
+            return (_shares(weights, batch, losses.shape, losses.dtype) * losses).sum()
+
+        return jax.grad(mean)(free)
+
+    mean: Any = None
+    if centered and batches is not None:
+        mean = _batches.Mean(gradient, free, batches, weights, progress)(None)
+    elif centered:
+        mean = gradient(free, None, 0, *args)
+
+    def product(free: Any, argument: Any, _: Any, *batch: Any) -> Any:
+        vector, along_mean = argument
+        losses, linear = jax.linearize(lambda p: losses_of(p, batch), free)
+        along = linear(vector) - along_mean.astype(losses.dtype)
+        weighted = _shares(weights, batch, losses.shape, losses.dtype) * along
+        return jax.linear_transpose(linear, free)(weighted)[0]
+
+    def prepare(vector: Any) -> Any:
+        return vector, jnp.zeros(()) if mean is None else _trees.dot(mean, vector)
+
+    return _batches.operator(product, free, args, batches, weights, progress, prepare)
 
 
 def hessian_product(loss_fn: LossFn, params: Any, vector: Any, *args: Any) -> Any:
@@ -53,9 +280,7 @@ def hessian_product(loss_fn: LossFn, params: Any, vector: Any, *args: Any) -> An
     >>> print(analysis.hessian_product(lambda w: (w ** 3).sum(), jnp.array([1., 2.]), jnp.array([1., 1.])))
     [ 6. 12.]
     """
-    loss_fn, free = _trees.differentiable(loss_fn, params)
-    vector = _trees.free_part("vector", vector, free)
-    return _trees.filled(product_with(loss_fn, free, args)(vector), params)
+    return _trees.filled(hessian_operator(loss_fn, params, *args)(vector), params)
 
 
 def gauss_newton_product(
@@ -63,16 +288,12 @@ def gauss_newton_product(
 ) -> Any:
     """Computes the product of the generalized Gauss–Newton matrix and a vector: `G v = Jᵀ H_z J v`.
 
-    J is the Jacobian of the outputs z = model_fn(params, *args), and H_z the Hessian of output_loss(z). For a
-    cross-entropy of logits G is the Fisher information matrix. G is the Hessian's part without second derivatives of
-    the model, positive semi-definite where the loss is convex in the outputs.
-
     Args:
-      model_fn: `model_fn(params, *args) -> outputs`, a pytree of arrays.
-      output_loss: `output_loss(outputs) -> scalar`.
+      model_fn: `model_fn(params, *args) -> outputs`, as in `gauss_newton_operator`.
+      output_loss: `output_loss(outputs, *args) -> scalar`.
       params: pytree of arrays; leaves that are not floating-point are constants.
       vector: v, a pytree like `params`.
-      *args: further arguments of `model_fn`.
+      *args: further arguments of both functions.
 
     Returns:
       A pytree like `params`, with zeros for leaves that are not floating-point.
@@ -88,152 +309,35 @@ def gauss_newton_product(
     >>> print(analysis.gauss_newton_product(model, half_square, jnp.array([1., 2.]), jnp.array([1., 1.])))
     [ 4. 16.]
     """
-    _, free = _trees.differentiable(lambda params, *args: output_loss(model_fn(params, *args)), params)
-    vector = _trees.free_part("vector", vector, free)
-
-    def outputs(free):
-        return model_fn(_trees.merged(free, params), *args)
-
-    z, pullback = jax.vjp(outputs, free)
-    tangent = jax.jvp(outputs, (free,), (vector,))[1]
-    return _trees.filled(pullback(jax.jvp(jax.grad(output_loss), (z,), (tangent,))[1])[0], params)
+    return _trees.filled(gauss_newton_operator(model_fn, output_loss, params, *args)(vector), params)
 
 
-def hessian_eigenpairs(
-    loss_fn: LossFn,
-    params: Any,
-    k: int,
-    *args: Any,
-    key: Key[Array, ""],
-    num_steps: int | None = None,
-    which: str = "largest",
-) -> Eigenpairs:
-    """Computes the k first eigenpairs of the loss's Hessian, by block Lanczos with full reorthogonalization.
-
-    Args:
-      loss_fn: `loss_fn(params, *args) -> scalar`.
-      params: pytree of arrays with P numbers; leaves that are not floating-point are constants.
-      k: number of eigenpairs, 1 to P; static.
-      *args: further arguments of `loss_fn`.
-      key: random key of the first vector.
-      num_steps: Hessian products, k to P; static. More make smaller residuals; by default 6 k + 40, or P if that is
-        less. As many vectors of the parameters' size are kept. From 40 on they are made in blocks of up to 8 vectors
-        (the largest divisor of num_steps that leaves 20 blocks), which spares passes over these vectors.
-      which: 'largest' or 'smallest' by value, or by 'magnitude'; static.
-
-    Returns:
-      `Eigenpairs`; a multiple eigenvalue may come fewer times than it is multiple.
-
-    Raises:
-      TypeError, ValueError: for bad parameters or a loss that is no real scalar (as `hessian_product`), or k, num_steps
-        or which out of range.
-
-    References:
-      Lanczos 1950; Golub & Van Loan, "Matrix Computations", sections 10.1 and 10.3.6.
-
-    >>> from bnjax import analysis
-    >>> loss = lambda w: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * w ** 2).sum()
-    >>> pairs = analysis.hessian_eigenpairs(loss, jnp.ones(3), 2, key=jax.random.key(0))
-    >>> print(pairs.values.round(4))
-    [5. 2.]
-    """
-    loss_fn, free = _trees.differentiable(loss_fn, params)
-    pairs = eigenpairs(product_with(loss_fn, free, args), free, k, key=key, num_steps=num_steps, which=which)
-    vectors = jax.tree.map(lambda p: jnp.broadcast_to(p, (k, *jnp.shape(p))), params)
-    return pairs._replace(vectors=_trees.filled(pairs.vectors, vectors))
+def _linear(model_fn: Callable[..., Any], params: Any, free: Any, vector: Any, batch: Any) -> tuple[Any, Any, Any]:
+    """Returns outputs, the product with the transposed Jacobian, and the Jacobian's product with a vector."""
+    outputs, linear = jax.linearize(lambda free: model_fn(_trees.merged(free, params), *batch), free)
+    return outputs, lambda cotangent: jax.linear_transpose(linear, free)(cotangent)[0], linear(vector)
 
 
-def layer_eigenpairs(
-    loss_fn: LossFn,
-    params: Any,
-    k: int,
-    *args: Any,
-    key: Key[Array, ""],
-    layers: Sequence[Layer] | None = None,
-    num_steps: int | None = None,
-    which: str = "largest",
-) -> dict[str, Eigenpairs]:
-    """Computes the k first eigenpairs of each layer's block of the Hessian, with the other layers held.
-
-    Args:
-      loss_fn: `loss_fn(params, *args) -> scalar`.
-      params: pytree of arrays.
-      k: number of eigenpairs of each layer, at most the number of parameters in the smallest layer; static.
-      *args: further arguments of `loss_fn`.
-      key: random key.
-      layers: paths of the layers' parameters; by default each child of the root is a layer.
-      num_steps: number of products, as in `hessian_eigenpairs`.
-      which: order of the eigenvalues, as in `hessian_eigenpairs`.
-
-    Returns:
-      `Eigenpairs` by the layer's name, whose vectors are dicts of the layer's arrays by their paths.
-
-    Raises:
-      TypeError, ValueError: as `hessian_eigenpairs` does; also for layers that are unknown or overlap.
-
-    >>> from bnjax import analysis
-    >>> loss = lambda w: w['a'].sum() ** 2 + 3 * w['a'].sum() * w['b'].sum() + 2 * (w['b'] ** 2).sum()
-    >>> params = {'a': jnp.ones(2), 'b': jnp.ones(3)}
-    >>> found = analysis.layer_eigenpairs(loss, params, 1, key=jax.random.key(0))
-    >>> print({layer: pairs.values.round(3).tolist() for layer, pairs in found.items()})
-    {'a': [4.0], 'b': [4.0]}
-    """
-    loss_fn, free = _trees.differentiable(loss_fn, params)
-    groups = _trees.layer_leaves(free, layers)  # raises for layers that overlap
-    if layers is None:
-        layers = [name for name, leaves in groups.items() if _trees.of_leaves(free, leaves)]
-    pairs = {}
-    for i, layer in enumerate(layers):
-        parts = (layer,) if isinstance(layer, str) else tuple(layer)
-        options = {"key": jax.random.fold_in(key, i), "num_steps": num_steps, "which": which}
-        pairs[parts[0]] = hessian_eigenpairs(*_trees.restrict(loss_fn, free, parts), k, *args, **options)
-    return pairs
+def _shares(weights: Weights | None, batch: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Returns each example's share of the batch's weight."""
+    if weights is None:
+        return jnp.full(shape, 1 / max(1, math.prod(shape)), dtype)
+    given = jnp.broadcast_to(_trees.leading(_batches.weights_of(weights, batch), len(shape)), shape)
+    total = given.sum()
+    return (given / jnp.where(total > 0, total, 1)).astype(dtype)
 
 
-def eigenpairs(
-    product: Callable[[Any], Any],
-    like: Any,
-    k: int,
-    *,
-    key: Key[Array, ""],
-    num_steps: int | None = None,
-    which: str = "largest",
-) -> Eigenpairs:
-    """Computes the k first eigenpairs of any symmetric operator on pytrees, such as a Gauss–Newton matrix.
-
-    Args:
-      product: maps a pytree like `like` to its product with the operator.
-      like: pytree of floating-point arrays.
-      k: number of eigenpairs, as in `hessian_eigenpairs`.
-      key: random key, as in `hessian_eigenpairs`.
-      num_steps: number of products, as in `hessian_eigenpairs`.
-      which: order of the eigenvalues, as in `hessian_eigenpairs`.
-
-    Raises:
-      ValueError: for k, num_steps or which out of range.
-
-    >>> from bnjax import analysis
-    >>> pairs = analysis.eigenpairs(lambda v: 3 * v, jnp.zeros(4), 2, key=jax.random.key(0))
-    >>> print(pairs.values.round(4))
-    [3. 3.]
-    """
-    size = sum(leaf.size for leaf in jax.tree.leaves(like))
-    if which not in _WHICH:
-        raise ValueError(f"which must be one of {', '.join(_WHICH)}, got {which!r}.")
-    if not 1 <= k <= size:
-        raise ValueError(f"k must be from 1 to the number of parameters, {size}, got {k}.")
-    num_steps = min(size, 6 * k + 40) if num_steps is None else num_steps
-    if not k <= num_steps <= size:
-        raise ValueError(f"num_steps must be from k = {k} to the number of parameters, {size}, got {num_steps}.")
-    basis, values, vectors, residuals = block_lanczos(product, like, num_steps, key)
-    order = {"largest": -values, "magnitude": -jnp.abs(values), "smallest": values}[which]
-    indices = jnp.argsort(order)[:k]
-    unravel = ravel_pytree(like)[1]
-    flat_vectors = jnp.matmul(vectors[:, indices].T, basis, precision="highest")
-    return Eigenpairs(values[indices], jax.vmap(unravel)(flat_vectors), residuals[indices])
+def _inner(distribution: str, z: Array, tangent: Array) -> Array:
+    """Computes the product of the outputs' Fisher matrix and their tangents."""
+    if distribution == "normal":
+        return tangent
+    p = jax.nn.softmax(z)
+    return p * (tangent - (p * tangent).sum(-1, keepdims=True))
 
 
-def product_with(loss_fn: LossFn, free: Any, args: tuple) -> Callable[[Any], Any]:
-    """Returns the function `v → H v` of trees without constants; the common part of all products is computed once."""
-    linear = jax.linearize(lambda p: jax.grad(loss_fn)(p, *args), free)[1]
-    return lambda v: linear(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), v, free))
+def _scores(distribution: str, z: Array, samples: int, key: Array) -> Array:
+    """Draws labels, and returns the derivatives of their log-likelihood by the outputs, samples first."""
+    if distribution == "normal":
+        return jax.random.normal(key, (samples, *z.shape), z.dtype)
+    labels = jax.random.categorical(key, z, shape=(samples, *z.shape[:-1]))
+    return jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype) - jax.nn.softmax(z)[None]

@@ -1,5 +1,6 @@
-"""Estimates of the Hessian's spectrum from random vectors: trace, diagonal and density."""
+"""Estimates of a symmetric operator's spectrum from random vectors: trace, diagonal and density."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +9,11 @@ from jax import lax
 from jaxtyping import Array, Key
 
 from bnjax.analysis import _trees
-from bnjax.analysis._lanczos import quadrature
+from bnjax.analysis._iterate import Checkpoints, Several, iterate
+from bnjax.analysis._lanczos import Lanczos
 from bnjax.analysis._trees import LossFn
-from bnjax.analysis.curvature import product_with
+from bnjax.analysis.curvature import hessian_operator
+from bnjax.analysis.operators import SymmetricOperator
 
 
 class TraceEstimate(NamedTuple):
@@ -48,6 +51,42 @@ class SpectralDensity(NamedTuple):
     bandwidth: Array
 
 
+def trace(
+    operator: SymmetricOperator,
+    *,
+    key: Key[Array, ""],
+    num_samples: int,
+    batch_size: int | None = None,
+) -> TraceEstimate:
+    """Estimates the trace of an operator by Hutchinson's estimator: the mean of `vᵀ A v` over random signs v.
+
+    Args:
+      operator: A.
+      key: random key.
+      num_samples: number of probes, each one product; static.
+      batch_size: number of probes that are held, and computed at once by vmap; one after the other by default. An
+        operator on the host reads its data once for so many (all by default). Static.
+
+    Raises:
+      ValueError: for no samples.
+
+    References:
+      Hutchinson 1989, "A Stochastic Estimator of the Trace of the Influence Matrix".
+
+    >>> from bnjax import analysis
+    >>> a = analysis.SymmetricOperator(lambda v: jnp.array([1.0, 2.0, 5.0]) * v, jnp.zeros(3))
+    >>> print(analysis.trace(a, key=jax.random.key(0), num_samples=4).estimate)
+    8.0
+    """
+    check_count("num_samples", num_samples)
+
+    def sample(v: Any, product: Any) -> Array:
+        return _trees.dot(v, product)
+
+    samples = _of_probes(operator, sample, key, num_samples, batch_size)
+    return TraceEstimate(samples.mean(), _standard_error(samples), samples)
+
+
 def hessian_trace(
     loss_fn: LossFn,
     params: Any,
@@ -56,7 +95,7 @@ def hessian_trace(
     num_samples: int,
     batch_size: int | None = None,
 ) -> TraceEstimate:
-    """Estimates the trace of the loss's Hessian by Hutchinson's estimator: the mean of `vᵀ H v` over random signs v.
+    """Estimates the trace of the Hessian of a batch's loss, as `trace` does.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
@@ -77,16 +116,48 @@ def hessian_trace(
     >>> print(analysis.hessian_trace(loss, jnp.ones(3), key=jax.random.key(0), num_samples=4).estimate)
     8.0
     """
-    loss_fn, free = _trees.differentiable(loss_fn, params)
-    _check_count("num_samples", num_samples)
-    product = product_with(loss_fn, free, args)
+    operator = hessian_operator(loss_fn, params, *args)
+    return trace(operator, key=key, num_samples=num_samples, batch_size=batch_size)
 
-    def sample(key):
-        v = _signs(key, free)
-        return _trees.dot(v, product(v))
 
-    samples = lax.map(sample, jax.random.split(key, num_samples), batch_size=batch_size)
-    return TraceEstimate(samples.mean(), _standard_error(samples), samples)
+def diagonal(operator: SymmetricOperator, *, key: Key[Array, ""], num_samples: int) -> Any:
+    """Estimates the diagonal of an operator: the mean of `v ∘ A v` over random signs v, one after the other.
+
+    Args:
+      operator: A.
+      key: random key.
+      num_samples: number of probes, each one product; static.
+
+    Returns:
+      A pytree like the parameters, exact where A is diagonal.
+
+    Raises:
+      ValueError: for no samples.
+
+    References:
+      Bekas, Kokiopoulou & Saad 2007, "An Estimator for the Diagonal of a Matrix".
+
+    >>> from bnjax import analysis
+    >>> a = analysis.SymmetricOperator(lambda v: jnp.array([1.0, 2.0, 5.0]) * v, jnp.zeros(3))
+    >>> print(analysis.diagonal(a, key=jax.random.key(0), num_samples=1))
+    [1. 2. 5.]
+    """
+    check_count("num_samples", num_samples)
+    keys = jax.random.split(key, num_samples)
+    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), _trees.wide_shapes(operator.like))
+
+    def add(total: Any, key: Array) -> tuple[Any, None]:
+        v = _signs(key, operator.like)
+        products = _trees.wide(operator.product(v))
+        return jax.tree.map(lambda t, a, b: t + a.astype(t.dtype) * b, total, v, products), None
+
+    if not operator.on_host:
+        total = lax.scan(add, zeros, keys)[0]
+    else:
+        total = zeros
+        for one in keys:
+            total = add(total, one)[0]
+    return jax.tree.map(lambda t, like: (t / num_samples).astype(like.dtype), total, operator.like)
 
 
 def hessian_diagonal(
@@ -96,7 +167,7 @@ def hessian_diagonal(
     key: Key[Array, ""],
     num_samples: int,
 ) -> Any:
-    """Estimates the diagonal of the loss's Hessian: the mean of `v ∘ H v` over random signs v, one after the other.
+    """Estimates the diagonal of the Hessian of a batch's loss, as `diagonal` does.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
@@ -119,43 +190,35 @@ def hessian_diagonal(
     >>> print(analysis.hessian_diagonal(loss, jnp.ones(3), key=jax.random.key(0), num_samples=1))
     [1. 2. 5.]
     """
-    loss_fn, free = _trees.differentiable(loss_fn, params)
-    _check_count("num_samples", num_samples)
-    product = product_with(loss_fn, free, args)
-
-    def add(total, key):
-        v = _signs(key, free)
-        return jax.tree.map(lambda t, a, b: t + a * b.astype(t.dtype), total, v, product(v)), None
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), free)
-    total = lax.scan(add, zeros, jax.random.split(key, num_samples))[0]
-    return _trees.filled(jax.tree.map(lambda t, p: (t / num_samples).astype(p.dtype), total, free), params)
+    operator = hessian_operator(loss_fn, params, *args)
+    return _trees.filled(diagonal(operator, key=key, num_samples=num_samples), params)
 
 
 def spectral_density(
-    loss_fn: LossFn,
-    params: Any,
+    operator: SymmetricOperator | LossFn,
     *args: Any,
     key: Key[Array, ""],
     num_probes: int,
     num_steps: int,
     bandwidth: float | None = None,
     num_points: int = 1024,
+    checkpoints: Checkpoints | None = None,
 ) -> SpectralDensity:
-    """Estimates the density of the eigenvalues of the loss's Hessian, by stochastic Lanczos quadrature.
+    """Estimates the density of an operator's eigenvalues, by stochastic Lanczos quadrature.
 
     Each probe runs Lanczos's method from a random vector; its Ritz values θ_i and the squared first components w_i of
     their vectors give `Σ_i w_i N(t; θ_i, bandwidth²)`, whose mean over probes estimates the density at t.
 
     Args:
-      loss_fn: `loss_fn(params, *args) -> scalar`.
-      params: pytree of arrays with P numbers; leaves that are not floating-point are constants.
-      *args: further arguments of `loss_fn`.
+      operator: A, of P parameters; or a loss `loss_fn(params, *args)`, for its Hessian.
+      *args: `params` and further arguments of the loss, in place of an operator.
       key: random key.
       num_probes: number of random vectors; static.
-      num_steps: Hessian products for each probe, 1 to P; static. As many vectors of the parameters' size are kept.
+      num_steps: products for each probe, 1 to P; static. As many vectors of the parameters' size are kept (of all
+        probes, where the operator reads data on the host, once for each step).
       bandwidth: deviation of the Gaussian; by default 1 % of the range of the Ritz values.
       num_points: number of points of the grid, which reaches five deviations beyond the extreme Ritz values; static.
+      checkpoints: where the state of an operator on the host is kept, as in `eigenpairs`.
 
     Raises:
       TypeError, ValueError: for bad parameters or a loss that is no real scalar (as `hessian_product`), or counts out
@@ -170,15 +233,13 @@ def spectral_density(
     >>> print(found.nodes[0].round(3))
     [1. 2. 5.]
     """
-    loss_fn, free = _trees.differentiable(loss_fn, params)
-    size = sum(leaf.size for leaf in jax.tree.leaves(free))
+    if not isinstance(operator, SymmetricOperator):
+        operator = hessian_operator(operator, *args, method="linearized")
     for name, value in (("num_probes", num_probes), ("num_points", num_points)):
-        _check_count(name, value)
-    if not 1 <= num_steps <= size:
-        raise ValueError(f"num_steps must be from 1 to the number of parameters, {size}, got {num_steps}.")
-    product = product_with(loss_fn, free, args)
-    keys = jax.random.split(key, num_probes)
-    nodes, weights = lax.map(lambda key: quadrature(product, free, num_steps, key), keys)
+        check_count(name, value)
+    if not 1 <= num_steps <= operator.size:
+        raise ValueError(f"num_steps must be from 1 to the number of parameters, {operator.size}, got {num_steps}.")
+    nodes, weights = quadratures(operator, num_probes, num_steps, key, checkpoints)
     low, high = nodes.min(), nodes.max()
     # Where all Ritz values are equal, up to rounding, there is no range, and 1 % of their size is taken.
     size = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)), jnp.finfo(nodes.dtype).tiny * 1e6)
@@ -190,13 +251,46 @@ def spectral_density(
     return SpectralDensity(grid, densities.mean(0), _standard_error(densities), nodes, weights, sigma)
 
 
+def quadratures(
+    operator: SymmetricOperator, num_probes: int, num_steps: int, key: Array, checkpoints: Checkpoints | None = None
+) -> tuple[Array, Array]:
+    """Returns Ritz values of random vectors, and the squares of their vectors' components along these, for each."""
+    method, like = Lanczos(num_steps), _trees.wide_shapes(operator.like)
+
+    def start(key: Array) -> Any:
+        vector_key, key = jax.random.split(key)
+        return method.start(_trees.random_like(vector_key, like, jax.random.normal), key)
+
+    keys = jax.random.split(key, num_probes)
+    if operator.on_host:
+        several = SymmetricOperator(operator.of_several, like, True)
+        states = iterate(several, Several(method), jax.vmap(start)(keys), checkpoints)
+        return jax.vmap(method.quadrature)(states)
+    return lax.map(lambda key: method.quadrature(iterate(operator, method, start(key), checkpoints)), keys)
+
+
+def _of_probes(
+    operator: SymmetricOperator, function: Callable[[Any, Any], Any], key: Array, count: int, batch_size: int | None
+) -> Any:
+    """Returns `function(v, A v)` of random signs v, stacked."""
+    keys = jax.random.split(key, count)
+    if not operator.on_host:
+
+        def of(key: Array) -> Any:
+            v = _signs(key, operator.like)
+            return function(v, operator.product(v))
+
+        return lax.map(of, keys, batch_size=batch_size)
+    found, most = [], batch_size or count
+    for i in range(0, count, most):
+        vectors = jax.vmap(lambda key: _signs(key, operator.like))(keys[i : i + most])
+        found.append(jax.vmap(function)(vectors, operator.of_several(vectors)))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+
+
 def _signs(key: Array, like: Any) -> Any:
     """Draws a random tree of +1 and −1."""
-    leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        tree, [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+    return _trees.random_like(key, like, jax.random.rademacher)
 
 
 def _standard_error(samples: Array) -> Array:
@@ -207,6 +301,7 @@ def _standard_error(samples: Array) -> Array:
     return samples.std(0, ddof=1) / jnp.sqrt(count)
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """Raises `ValueError` for a count below 1."""
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")

@@ -175,7 +175,8 @@ def run(options: Options, report: Report):
         results.variants[name] = (DEEP[name][0], {"depth": DEPTH, "width": SIZE}, metrics)
     _add_rates(results, float(np.log(images.num_classes)))
     results.judge(CLAIMS)
-    return results, _figures(results, trained, f"{options.dataset}, width {options.width}, {seeds_in_words(options.seeds)}")
+    title = f"{options.dataset}, width {options.width}, {seeds_in_words(options.seeds)}"
+    return results, _figures(results, trained, title)
 
 
 def _measured(state: Any, *inputs: Any) -> dict[str, Any]:
