@@ -23,7 +23,7 @@ FLOORS = """
     _functional _layers
     linen nnx
     _calls
-    analysis: _draw _trees _iterate _conjugate _lanczos operators _batches curvature eigen spectrum
+    analysis: _draw _trees _iterate _conjugate _lanczos operators _batches curvature eigen _sketch traces spectrum
     analysis: probe activations shift sharding gradients loop surface . plots
     analysis: losses
     models: layers networks .

@@ -248,7 +248,7 @@ def test_what_a_data_set_is_read_for():
     assert data.read == 24  # a step of all probes at once
     of_batch = analysis.spectral_density(loss, PARAMS, X, Y, key=key, num_probes=3, num_steps=8)
     np.testing.assert_allclose(density.nodes, of_batch.nodes, rtol=1e-7, atol=1e-9)
-    diagonal = analysis.diagonal(operator, key=key, num_samples=2)
+    diagonal = analysis.diagonal(operator, key=key, num_samples=2).estimate
     chex.assert_trees_all_close(
         diagonal, analysis.hessian_diagonal(loss, PARAMS, X, Y, key=key, num_samples=2), rtol=1e-9, atol=1e-12
     )

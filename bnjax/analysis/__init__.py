@@ -34,15 +34,7 @@ from bnjax.analysis.operators import SymmetricOperator
 from bnjax.analysis.probe import GradientProbe, gradient_probe
 from bnjax.analysis.sharding import shard_loss
 from bnjax.analysis.shift import CovariateShift, covariate_shift
-from bnjax.analysis.spectrum import (
-    SpectralDensity,
-    TraceEstimate,
-    diagonal,
-    hessian_diagonal,
-    hessian_trace,
-    spectral_density,
-    trace,
-)
+from bnjax.analysis.spectrum import SpectralDensity, spectral_density
 from bnjax.analysis.surface import (
     LinearPath,
     TrajectoryPlane,
@@ -52,10 +44,19 @@ from bnjax.analysis.surface import (
     random_direction,
     trajectory_plane,
 )
+from bnjax.analysis.traces import (
+    DiagonalEstimate,
+    TraceEstimate,
+    diagonal,
+    hessian_diagonal,
+    hessian_trace,
+    trace,
+)
 
 __all__ = [
     "ActivationStatistics",
     "CovariateShift",
+    "DiagonalEstimate",
     "Eigenpairs",
     "GradientConfusion",
     "GradientNoise",

@@ -188,7 +188,7 @@ class ThickRestart(Lanczos):
 
     def vectors(self, state: LanczosState, coefficients: Array) -> Any:
         """Returns combinations of the basis, whose coefficients are columns."""
-        return _combined(coefficients, jax.tree.map(lambda rows: rows[: self.size], state.basis))
+        return combined(coefficients, jax.tree.map(lambda rows: rows[: self.size], state.basis))
 
     def restarted(self, state: LanczosState) -> LanczosState:
         """Returns the space of the best Ritz vectors and the newest vectors, with half of the room free again."""
@@ -206,6 +206,29 @@ class ThickRestart(Lanczos):
             projected=projected.astype(state.projected.dtype),
             filled=jnp.full_like(state.filled, kept),
         )
+
+
+def orthonormal(vectors: Any, key: Array) -> tuple[Any, Array]:
+    """Returns an orthonormal basis q of k vectors, with a leading axis, and r `[k, k]` with `vectors_i = Σ_j q_j r_ji`.
+
+    Where a vector lies in the space of those before, up to rounding, a random one is in its place, and r's diagonal is
+    a rounding error.
+    """
+    count = jax.tree.leaves(vectors)[0].shape[0]
+    room = -(-count // _AT_ONCE) * _AT_ONCE
+    basis = jax.tree.map(lambda v: jnp.zeros((room, *v.shape[1:]), v.dtype), vectors)
+
+    def add(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        basis, triangle = carry
+        vector = jax.tree.map(lambda v: v[i], vectors)
+        along, rest, size = _orthogonal(basis, vector, i, jax.random.fold_in(key, i))
+        diagonal = jnp.maximum(size, jnp.finfo(size.dtype).eps * _norm(vector))
+        column = jnp.where(jnp.arange(room) < i, along, 0).at[i].set(diagonal)
+        return _with_row(basis, i, rest, size), triangle.at[:, i].set(column)
+
+    dtype = _norm(jax.tree.map(lambda v: v[0], vectors)).dtype
+    basis, triangle = lax.fori_loop(0, count, add, (basis, jnp.zeros((room, count), dtype)))
+    return jax.tree.map(lambda rows: rows[:count], basis), triangle[:count]
 
 
 def _orthogonal(basis: Any, vector: Any, count: Any, key: Array, near: Array | None = None) -> tuple[Array, Any, Array]:
@@ -270,14 +293,14 @@ def _without(basis: Any, vector: Any, count: Any) -> tuple[Array, Any]:
         along, vector = carry
         block = jax.tree.map(lambda rows: lax.dynamic_slice_in_dim(rows, i * _AT_ONCE, _AT_ONCE), basis)
         part = _trees.products(block, vector).astype(along.dtype)
-        rest = jax.tree.map(lambda v, p: v - p[0], vector, _combined(part[:, None], block))
+        rest = jax.tree.map(lambda v, p: v - p[0], vector, combined(part[:, None], block))
         return lax.dynamic_update_slice_in_dim(along, part, i * _AT_ONCE, 0), rest
 
     dtype = _trees.dot(vector, vector).dtype
     return lax.fori_loop(0, (count + _AT_ONCE - 1) // _AT_ONCE, project, (jnp.zeros(length, dtype), vector))
 
 
-def _combined(coefficients: Array, basis: Any) -> Any:
+def combined(coefficients: Array, basis: Any) -> Any:
     """Returns combinations `[l, …]` of the vectors of a basis, whose coefficients `[m, l]` are columns."""
     return jax.tree.map(
         lambda rows: jnp.tensordot(coefficients.T.astype(rows.dtype), rows, 1, precision="highest"), basis

@@ -105,6 +105,21 @@ def products(rows: Any, vector: Any) -> Array:
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaves, rows, vector)))
 
 
+def inner(a: Any, b: Any) -> Array:
+    """Computes the inner products `[k, l]` of k and l trees, each with a leading axis."""
+
+    def of_leaves(x: Array, y: Array) -> Array:
+        x, y = (v.reshape((v.shape[0], -1)) for v in (x, y))
+        return jnp.matmul(x, y.T, precision="highest")
+
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaves, a, b)))
+
+
+def row_products(a: Any, b: Any) -> Array:
+    """Computes the inner products `[k]` of k trees and as many others, one by one."""
+    return jax.vmap(dot)(a, b)
+
+
 def wide(tree: Any) -> Any:
     """Returns a tree in float32 at least."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), tree)

@@ -1,6 +1,5 @@
-"""Estimates of a symmetric operator's spectrum from random vectors: trace, diagonal and density."""
+"""The density of a symmetric operator's eigenvalues, from random vectors."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,23 +10,11 @@ from jaxtyping import Array, Key
 from bnjax.analysis import _trees
 from bnjax.analysis._iterate import Checkpoints, Several, iterate
 from bnjax.analysis._lanczos import Lanczos
+from bnjax.analysis._sketch import standard_error
 from bnjax.analysis._trees import LossFn
 from bnjax.analysis.curvature import hessian_operator
 from bnjax.analysis.operators import SymmetricOperator
-
-
-class TraceEstimate(NamedTuple):
-    """A trace estimated from random probes.
-
-    Attributes:
-      estimate: the mean over the probes.
-      standard_error: standard error of the mean; NaN for one probe.
-      samples: estimates of each probe, `[num_samples]`.
-    """
-
-    estimate: Array
-    standard_error: Array
-    samples: Array
+from bnjax.analysis.traces import check_count
 
 
 class SpectralDensity(NamedTuple):
@@ -49,149 +36,6 @@ class SpectralDensity(NamedTuple):
     nodes: Array
     weights: Array
     bandwidth: Array
-
-
-def trace(
-    operator: SymmetricOperator,
-    *,
-    key: Key[Array, ""],
-    num_samples: int,
-    batch_size: int | None = None,
-) -> TraceEstimate:
-    """Estimates the trace of an operator by Hutchinson's estimator: the mean of `vᵀ A v` over random signs v.
-
-    Args:
-      operator: A.
-      key: random key.
-      num_samples: number of probes, each one product; static.
-      batch_size: number of probes that are held, and computed at once by vmap; one after the other by default. An
-        operator on the host reads its data once for so many (all by default). Static.
-
-    Raises:
-      ValueError: for no samples.
-
-    References:
-      Hutchinson 1989, "A Stochastic Estimator of the Trace of the Influence Matrix".
-
-    >>> from bnjax import analysis
-    >>> a = analysis.SymmetricOperator(lambda v: jnp.array([1.0, 2.0, 5.0]) * v, jnp.zeros(3))
-    >>> print(analysis.trace(a, key=jax.random.key(0), num_samples=4).estimate)
-    8.0
-    """
-    check_count("num_samples", num_samples)
-
-    def sample(v: Any, product: Any) -> Array:
-        return _trees.dot(v, product)
-
-    samples = _of_probes(operator, sample, key, num_samples, batch_size)
-    return TraceEstimate(samples.mean(), _standard_error(samples), samples)
-
-
-def hessian_trace(
-    loss_fn: LossFn,
-    params: Any,
-    *args: Any,
-    key: Key[Array, ""],
-    num_samples: int,
-    batch_size: int | None = None,
-) -> TraceEstimate:
-    """Estimates the trace of the Hessian of a batch's loss, as `trace` does.
-
-    Args:
-      loss_fn: `loss_fn(params, *args) -> scalar`.
-      params: pytree of arrays; leaves that are not floating-point are constants.
-      *args: further arguments of `loss_fn`.
-      key: random key.
-      num_samples: number of probes, each one Hessian product; static.
-      batch_size: number of probes computed at once by vmap; one after the other by default. Static.
-
-    Raises:
-      TypeError, ValueError: for bad parameters or a loss that is no real scalar (as `hessian_product`), or no samples.
-
-    References:
-      Hutchinson 1989, "A Stochastic Estimator of the Trace of the Influence Matrix".
-
-    >>> from bnjax import analysis
-    >>> loss = lambda w: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * w ** 2).sum()
-    >>> print(analysis.hessian_trace(loss, jnp.ones(3), key=jax.random.key(0), num_samples=4).estimate)
-    8.0
-    """
-    operator = hessian_operator(loss_fn, params, *args)
-    return trace(operator, key=key, num_samples=num_samples, batch_size=batch_size)
-
-
-def diagonal(operator: SymmetricOperator, *, key: Key[Array, ""], num_samples: int) -> Any:
-    """Estimates the diagonal of an operator: the mean of `v ∘ A v` over random signs v, one after the other.
-
-    Args:
-      operator: A.
-      key: random key.
-      num_samples: number of probes, each one product; static.
-
-    Returns:
-      A pytree like the parameters, exact where A is diagonal.
-
-    Raises:
-      ValueError: for no samples.
-
-    References:
-      Bekas, Kokiopoulou & Saad 2007, "An Estimator for the Diagonal of a Matrix".
-
-    >>> from bnjax import analysis
-    >>> a = analysis.SymmetricOperator(lambda v: jnp.array([1.0, 2.0, 5.0]) * v, jnp.zeros(3))
-    >>> print(analysis.diagonal(a, key=jax.random.key(0), num_samples=1))
-    [1. 2. 5.]
-    """
-    check_count("num_samples", num_samples)
-    keys = jax.random.split(key, num_samples)
-    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), _trees.wide_shapes(operator.like))
-
-    def add(total: Any, key: Array) -> tuple[Any, None]:
-        v = _signs(key, operator.like)
-        products = _trees.wide(operator.product(v))
-        return jax.tree.map(lambda t, a, b: t + a.astype(t.dtype) * b, total, v, products), None
-
-    if not operator.on_host:
-        total = lax.scan(add, zeros, keys)[0]
-    else:
-        total = zeros
-        for one in keys:
-            total = add(total, one)[0]
-    return jax.tree.map(lambda t, like: (t / num_samples).astype(like.dtype), total, operator.like)
-
-
-def hessian_diagonal(
-    loss_fn: LossFn,
-    params: Any,
-    *args: Any,
-    key: Key[Array, ""],
-    num_samples: int,
-) -> Any:
-    """Estimates the diagonal of the Hessian of a batch's loss, as `diagonal` does.
-
-    Args:
-      loss_fn: `loss_fn(params, *args) -> scalar`.
-      params: pytree of arrays; leaves that are not floating-point are constants.
-      *args: further arguments of `loss_fn`.
-      key: random key.
-      num_samples: number of probes, each one Hessian product; static.
-
-    Returns:
-      A pytree like `params`, exact where the Hessian is diagonal; zeros for leaves that are not floating-point.
-
-    Raises:
-      TypeError, ValueError: as `hessian_trace` does.
-
-    References:
-      Bekas, Kokiopoulou & Saad 2007, "An Estimator for the Diagonal of a Matrix".
-
-    >>> from bnjax import analysis
-    >>> loss = lambda w: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * w ** 2).sum()
-    >>> print(analysis.hessian_diagonal(loss, jnp.ones(3), key=jax.random.key(0), num_samples=1))
-    [1. 2. 5.]
-    """
-    operator = hessian_operator(loss_fn, params, *args)
-    return _trees.filled(diagonal(operator, key=key, num_samples=num_samples), params)
 
 
 def spectral_density(
@@ -237,6 +81,8 @@ def spectral_density(
         operator = hessian_operator(operator, *args, method="linearized")
     for name, value in (("num_probes", num_probes), ("num_points", num_points)):
         check_count(name, value)
+    if isinstance(bandwidth, int | float) and not bandwidth > 0:
+        raise ValueError(f"bandwidth must be positive, got {bandwidth}.")
     if not 1 <= num_steps <= operator.size:
         raise ValueError(f"num_steps must be from 1 to the number of parameters, {operator.size}, got {num_steps}.")
     nodes, weights = quadratures(operator, num_probes, num_steps, key, checkpoints)
@@ -248,7 +94,7 @@ def spectral_density(
     grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, num_points)
     bumps = jnp.exp(-0.5 * jnp.square((grid[None, :, None] - nodes[:, None, :]) / sigma))
     densities = (weights[:, None, :] * bumps).sum(-1) / (sigma * jnp.sqrt(2 * jnp.pi))
-    return SpectralDensity(grid, densities.mean(0), _standard_error(densities), nodes, weights, sigma)
+    return SpectralDensity(grid, densities.mean(0), standard_error(densities), nodes, weights, sigma)
 
 
 def quadratures(
@@ -267,41 +113,3 @@ def quadratures(
         states = iterate(several, Several(method), jax.vmap(start)(keys), checkpoints)
         return jax.vmap(method.quadrature)(states)
     return lax.map(lambda key: method.quadrature(iterate(operator, method, start(key), checkpoints)), keys)
-
-
-def _of_probes(
-    operator: SymmetricOperator, function: Callable[[Any, Any], Any], key: Array, count: int, batch_size: int | None
-) -> Any:
-    """Returns `function(v, A v)` of random signs v, stacked."""
-    keys = jax.random.split(key, count)
-    if not operator.on_host:
-
-        def of(key: Array) -> Any:
-            v = _signs(key, operator.like)
-            return function(v, operator.product(v))
-
-        return lax.map(of, keys, batch_size=batch_size)
-    found, most = [], batch_size or count
-    for i in range(0, count, most):
-        vectors = jax.vmap(lambda key: _signs(key, operator.like))(keys[i : i + most])
-        found.append(jax.vmap(function)(vectors, operator.of_several(vectors)))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
-
-
-def _signs(key: Array, like: Any) -> Any:
-    """Draws a random tree of +1 and −1."""
-    return _trees.random_like(key, like, jax.random.rademacher)
-
-
-def _standard_error(samples: Array) -> Array:
-    """Computes the standard error of the mean over the first axis."""
-    count = samples.shape[0]
-    if count == 1:
-        return jnp.full(samples.shape[1:], jnp.nan, samples.dtype)
-    return samples.std(0, ddof=1) / jnp.sqrt(count)
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises `ValueError` for a count below 1."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")

@@ -1,0 +1,87 @@
+"""Products with random vectors, and what estimates make of them by leaving each of the vectors out."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bnjax.analysis import _trees
+from bnjax.analysis._lanczos import orthonormal
+from bnjax.analysis.operators import SymmetricOperator
+
+
+class Sketch(NamedTuple):
+    """Products with k random vectors ω_i, and with an orthonormal basis Q of these, in units of `unit`.
+
+    With Y = A Ω = Q R: `inner` is `Qᵀ A Q`, `vectors` is `Qᵀ Ω` and `products` is `(A Q)ᵀ Ω`, all `[k, k]`.
+    """
+
+    unit: Array
+    basis: Any
+    of_basis: Any
+    triangle: Array
+    inner: Array
+    vectors: Array
+    products: Array
+    squares: Array  # ‖ω_i‖²
+
+
+def sketch(operator: SymmetricOperator, vectors: Any, key: Array) -> Sketch:
+    """Returns the products with vectors that have a leading axis, and with the basis of these products."""
+    products = products_of(operator, vectors)
+    unit = _trees.unit_of(products)
+    basis, triangle = orthonormal(_trees.in_units(products, unit), key)
+    of_basis = _trees.in_units(products_of(operator, basis), unit)
+    inner, along = _trees.inner(basis, of_basis), _trees.inner(basis, vectors)
+    squares = _trees.row_products(vectors, vectors)
+    return Sketch(unit, basis, of_basis, triangle, inner, along, _trees.inner(of_basis, vectors), squares)
+
+
+def left_out(triangle: Array) -> Array:
+    """Returns, as columns, the direction in the basis that is lost when each of the vectors is left out."""
+    inverse = jax.scipy.linalg.solve_triangular(triangle, jnp.eye(len(triangle), dtype=triangle.dtype))
+    return (inverse / jnp.linalg.norm(inverse, axis=1, keepdims=True)).T
+
+
+def products_of(operator: SymmetricOperator, vectors: Any) -> Any:
+    """Returns the products with several vectors, in float32 at least."""
+    return _trees.wide(operator.of_several(vectors))
+
+
+def others_than(i: Array, count: int) -> Array:
+    """Returns the numbers below a count but one."""
+    return jnp.arange(count - 1) + (jnp.arange(count - 1) >= i)
+
+
+def mean_of(samples: Any) -> Any:
+    """Returns the mean of trees over their first axis."""
+    return jax.tree.map(lambda v: v.mean(0), samples)
+
+
+def error_of_exchangeable(samples: Array, means_without: Array) -> Array:
+    """Returns the standard error of the mean of samples that share what they are made of (see `trace`).
+
+    Args:
+      samples: the samples, `[n, …]`.
+      means_without: means of the samples that are made without one of the n random vectors, `[n, …]`.
+    """
+    count = samples.shape[0]
+    moved = means_without - means_without.mean(0, keepdims=True)
+    of_leaving_out = jnp.sqrt((count - 1) / count * jnp.square(moved).sum(0))
+    return jnp.sqrt(standard_error(samples)) * jnp.sqrt(of_leaving_out)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Computes a product of small matrices in full precision."""
+    return jnp.matmul(a, b, precision="highest")
+
+
+def standard_error(samples: Array) -> Array:
+    """Computes the standard error of the mean over the first axis."""
+    return root_of_variance(jnp.square(samples - samples.mean(0, keepdims=True)).sum(0), samples.shape[0])
+
+
+def root_of_variance(squares: Array, count: int) -> Array:
+    """Computes the standard error of the mean of so many samples from their squared distances to it."""
+    return jnp.sqrt(squares / (count * (count - 1))) if count > 1 else jnp.full_like(squares, jnp.nan)
