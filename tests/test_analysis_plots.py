@@ -232,14 +232,15 @@ def test_learning_rate_range_tells_what_never_breaks_or_trains(ax):
 
 def test_spectral_density_is_clipped_at_its_floor(ax):
     found = analysis.spectral_density(quadratic, jnp.ones(2), key=jax.random.key(0), num_probes=3, num_steps=2)
-    single = found._replace(standard_error=jnp.full_like(found.density, jnp.nan))  # as of one probe
+    nan = jnp.full_like(found.density, jnp.nan)
+    single = found._replace(standard_error=nan, low=nan, high=nan)  # as of one probe
     lines = plots.spectral_density(ax, {"three": found, "one": single}, floor=1e-3)
     np.testing.assert_allclose(lines["one"].get_ydata(), np.maximum(found.density, 1e-3), rtol=1e-6)
     assert (ax.get_yscale(), ax.get_ylim()[0]) == ("log", 1e-3)
     assert lines["three"].get_label() == "three (Ritz values 1 to 3)"
     assert len(ax.collections) == 1
     assert band(ax).min() == 1e-3
-    assert band(ax).max() == pytest.approx(float(np.max(found.density + 2 * found.standard_error)), rel=1e-6)
+    assert band(ax).max() == pytest.approx(float(np.max(found.high)), rel=1e-6)
     marks = [line for line in ax.lines if line.get_marker() == "v"]
     np.testing.assert_allclose(marks[0].get_xdata(), [1, 3], rtol=1e-5)
 
@@ -339,7 +340,7 @@ def test_anything_can_be_drawn(value, shape, trained, plane):
     trains = np.zeros(shape[:2], bool)
     plots.learning_rate_range(axes[7], {"r": analysis.LearningRateRange(rates, full, trains, seeds, seeds)})
     line = full[0, :, 0]
-    density = analysis.SpectralDensity(steps, line, line, full[0], full[0], np.ones(()))
+    density = analysis.SpectralDensity(steps, line, line, full[0], full[0], np.ones(()), line, line)
     plots.spectral_density(axes[8], {"d": density})
     plots.linear_path(axes[9], {"l": analysis.LinearPath(rates, full[..., 0], seeds)}, log=True)
     grid = np.arange(3.0), np.arange(2.0)
@@ -368,8 +369,8 @@ def test_values_that_do_not_fit_are_named(ax, trained):
         plots.loss_surface(ax, np.ones((1, 3)), ([0], [0, 1, 2]))
     with pytest.raises(ValueError, match=r"coordinates\[1\] must be 3 increasing"):
         plots.loss_surface(ax, np.ones((2, 3)), ([0, 1], [0, 1]))
-    with pytest.raises(ValueError, match=r"densities\['d'\].density must be of shape \[num_points\]"):
-        plots.spectral_density(ax, {"d": analysis.SpectralDensity(*(np.ones((2, 3)),) * 6)})
+    with pytest.raises(ValueError, match=r"densities\['d'\].density must be of shape \[points\]"):
+        plots.spectral_density(ax, {"d": analysis.SpectralDensity(*(np.ones((2, 3)),) * 8)})
 
 
 def test_measuring_needs_no_matplotlib():

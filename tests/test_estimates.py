@@ -123,3 +123,71 @@ def test_on_the_host_as_compiled(method):
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         analysis.trace(operator_of(MATRICES["even"]), key=jax.random.key(0), **options)
+
+
+DIAGONAL = analysis.SymmetricOperator(lambda v: jnp.linspace(-2, 2, 40) * v, np.zeros(40))
+POSITIVE = analysis.SymmetricOperator(lambda v: jnp.linspace(0.5, 4, 40) * v, np.zeros(40))
+
+
+@pytest.mark.parametrize("probes", [5, 10])
+def test_bands_of_a_density_have_their_coverage(probes):
+    """With all steps the quadrature is exact, so that only the probes are random."""
+    run = functools.partial(analysis.spectral_density, DIAGONAL, num_probes=probes, num_steps=40, bandwidth=0.3)
+    found = jax.jit(jax.vmap(lambda key: run(key=key, num_points=50)))(jax.random.split(jax.random.key(0), 200))
+    grid = found.grid[0]
+    np.testing.assert_allclose(found.grid[-1], grid, atol=1e-9)
+    expected = stats.norm.pdf(grid[:, None], np.linspace(-2, 2, 40), 0.3).mean(1)
+    is_inside = (grid > -2) & (grid < 2)
+    found = jax.device_get(found)
+    coverage = ((found.low <= expected) & (expected <= found.high))[:, is_inside].mean()
+    assert 0.93 <= coverage <= 0.97, coverage
+    assert (found.low >= 0).all()
+    np.testing.assert_allclose(found.density.mean(0)[is_inside], expected[is_inside], rtol=0.05)
+
+
+@pytest.mark.parametrize("bandwidth", [None, 1e-6, 0.01, 1.0, 1e3])
+def test_the_grid_follows_the_bandwidth(bandwidth):
+    values = 1e4 * jnp.linspace(-1, 1, 50)
+    operator = analysis.SymmetricOperator(lambda v: values * v, jnp.zeros(50))
+    found = analysis.spectral_density(operator, key=jax.random.key(0), num_probes=3, num_steps=20, bandwidth=bandwidth)
+    np.testing.assert_allclose(np.trapezoid(found.density, found.grid), 1, atol=0.01)
+    assert (np.diff(found.grid) >= 0).all()
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_log_determinants(damping):
+    exact = np.log(np.linspace(0.5, 4, 40) + damping).sum()
+    run = functools.partial(analysis.log_determinant, POSITIVE, num_probes=6, num_steps=12, damping=damping)
+    found = jax.jit(jax.vmap(lambda key: run(key=key)))(jax.random.split(jax.random.key(0), 500))
+    assert abs(found.estimate.mean() - exact) < 4 * found.estimate.std() / np.sqrt(500)
+    assert 0.93 <= ((found.low <= exact) & (exact <= found.high)).mean() <= 0.97
+    options = {"key": jax.random.key(0), "num_probes": 3, "num_steps": 40}
+    assert np.isnan(analysis.log_determinant(DIAGONAL, **options).estimate)
+    on_host = analysis.SymmetricOperator(POSITIVE.product, POSITIVE.like, True)
+    there, here = (analysis.log_determinant(a, **options).samples for a in (on_host, POSITIVE))
+    np.testing.assert_allclose(there, here, rtol=1e-9)
+
+
+def test_frobenius_norms():
+    for name in ("indefinite", "even"):
+        exact = np.linalg.norm(SPECTRA[name])
+        found = repeated(analysis.frobenius_norm, name, num_samples=10)
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(found.samples))), exact, rtol=0.01)
+        assert 0.93 <= ((found.low <= exact) & (exact <= found.high)).mean() <= 0.97
+        np.testing.assert_allclose(found.standard_error.mean(), found.estimate.std(), rtol=0.1)
+    for scale in (1e-200, 1e200):
+        found = analysis.frobenius_norm(operator_of(scale * np.eye(80)), key=jax.random.key(0), num_samples=3)
+        np.testing.assert_allclose([found.estimate, found.low, found.high], scale * np.sqrt(80), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("hutchinson", 1e-5), ("hutch++", 0.2), ("xtrace", 1e-5)])
+def test_sums_of_huge_samples_are_in_range(method, tolerance):
+    huge = analysis.SymmetricOperator(lambda v: jnp.float32(1e37) * v, jnp.zeros(10, jnp.float32))
+    found = analysis.trace(huge, key=jax.random.key(0), num_samples=12, method=method)
+    np.testing.assert_allclose(found.estimate, 1e38, rtol=tolerance)
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, float("nan")])
+def test_a_bandwidth_is_positive(bandwidth):
+    with pytest.raises(ValueError, match="bandwidth must be positive"):
+        analysis.spectral_density(POSITIVE, key=jax.random.key(0), num_probes=2, num_steps=3, bandwidth=bandwidth)

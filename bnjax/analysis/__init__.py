@@ -34,7 +34,7 @@ from bnjax.analysis.operators import SymmetricOperator
 from bnjax.analysis.probe import GradientProbe, gradient_probe
 from bnjax.analysis.sharding import shard_loss
 from bnjax.analysis.shift import CovariateShift, covariate_shift
-from bnjax.analysis.spectrum import SpectralDensity, spectral_density
+from bnjax.analysis.spectrum import SpectralDensity, frobenius_norm, log_determinant, spectral_density
 from bnjax.analysis.surface import (
     LinearPath,
     TrajectoryPlane,
@@ -74,6 +74,7 @@ __all__ = [
     "eigenpairs",
     "filter_normalize",
     "fisher_operator",
+    "frobenius_norm",
     "gauss_newton_operator",
     "gauss_newton_product",
     "gradient_confusion",
@@ -89,6 +90,7 @@ __all__ = [
     "layer_eigenpairs",
     "learning_rate_range",
     "linear_path",
+    "log_determinant",
     "loss_surface",
     "measured_scan",
     "random_direction",

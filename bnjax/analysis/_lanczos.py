@@ -91,7 +91,7 @@ class Lanczos:
 
     def absorb(self, state: LanczosState, product: Any) -> LanczosState:
         """Projects the products on the basis, and makes what is left of them the next vectors."""
-        products = _trees.wide(product)
+        products = jax.tree.map(lambda p, rows: p.astype(rows.dtype), product, state.basis)
         if self.block == 1:
             products = jax.tree.map(lambda v: v[None], products)
         unit = jnp.where(state.products == 0, _trees.unit_of(products), state.unit).astype(state.unit.dtype)

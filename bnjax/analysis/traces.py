@@ -1,6 +1,7 @@
 """Estimates of a symmetric operator's trace and diagonal from random vectors, with intervals."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -108,8 +109,7 @@ def trace(
     check_count("num_samples", num_samples)
     _check_method(method, _METHODS, num_samples)
     if method == "hutchinson":
-        samples = _hutchinson(operator, num_samples, key, batch_size)
-        return _estimate(samples, standard_error(samples))
+        return estimate(of_signs(operator, _trees.dot, num_samples, key, batch_size))
     _check_size(operator, num_samples)
     draw_key, rest_key = jax.random.split(key)
     if method == "xtrace":
@@ -121,7 +121,7 @@ def trace(
     rest = jax.tree.map(jnp.subtract, signs, combined(_trees.inner(basis, signs), basis))
     in_space = _trees.row_products(basis, products_of(operator, basis)).sum()
     samples = in_space + _trees.row_products(rest, products_of(operator, rest))
-    return _estimate(samples, standard_error(samples))
+    return estimate(samples)
 
 
 def hessian_trace(
@@ -275,7 +275,7 @@ def _xtrace(operator: SymmetricOperator, count: int, draw_key: Array, key: Array
 
     samples = samples_of(found.triangle, found.inner, found.vectors, found.products, found.squares)
     error = error_of_exchangeable(samples, lax.map(mean_without, jnp.arange(count)))
-    return _estimate(samples * found.unit, error * found.unit)
+    return estimate(samples * found.unit, error * found.unit)
 
 
 def _xdiag(operator: SymmetricOperator, count: int, key: Array) -> DiagonalEstimate:
@@ -304,20 +304,26 @@ def _xdiag(operator: SymmetricOperator, count: int, key: Array) -> DiagonalEstim
     return _of_diagonal(mean, error, count, operator.like)
 
 
-def _hutchinson(operator: SymmetricOperator, count: int, key: Array, batch_size: int | None) -> Array:
-    """Returns `vᵀ A v` of random signs v."""
+def of_signs(
+    operator: SymmetricOperator,
+    function: Callable[[Any, Any], Array],
+    count: int,
+    key: Array,
+    batch_size: int | None = None,
+) -> Array:
+    """Returns `function(v, A v)` of random signs v, stacked."""
     keys = jax.random.split(key, count)
     if not operator.on_host:
 
         def sample(key: Array) -> Array:
             v = _signs(key, operator.like)
-            return _trees.dot(v, operator.product(v))
+            return function(_trees.wide(v), _trees.wide(operator.product(v)))
 
         return lax.map(sample, keys, batch_size=batch_size)
     found, most = [], batch_size or count
     for i in range(0, count, most):
         vectors = jax.vmap(lambda key: _signs(key, operator.like))(keys[i : i + most])
-        found.append(_trees.row_products(_trees.wide(vectors), products_of(operator, vectors)))
+        found.append(jax.vmap(function)(_trees.wide(vectors), products_of(operator, vectors)))
     return jnp.concatenate(found)
 
 
@@ -330,8 +336,11 @@ def _signs_of(operator: SymmetricOperator, count: int, key: Array) -> Any:
     return _trees.wide(jax.vmap(lambda key: _signs(key, operator.like))(jax.random.split(key, count)))
 
 
-def _estimate(samples: Array, error: Array) -> TraceEstimate:
-    mean = samples.mean()
+def estimate(samples: Array, error: Array | None = None) -> TraceEstimate:
+    """Returns the mean of samples and its interval, by their own standard error unless another is given."""
+    unit = _trees.unit_of(samples)  # since a sum of samples may overflow
+    mean = (samples / unit).mean() * unit
+    error = standard_error(samples / unit) * unit if error is None else error
     half = quantile(len(samples)) * error
     return TraceEstimate(mean, error, samples, mean - half, mean + half)
 
