@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Key
-from scipy import stats
+from scipy.special import stdtrit
 
 from bnjax.analysis import _trees
 from bnjax.analysis._lanczos import combined, orthonormal
@@ -352,7 +352,7 @@ def _of_diagonal(mean: Any, error: Any, count: int, like: Any) -> DiagonalEstima
 
 def quantile(count: int) -> float:
     """Returns Student's t for the 95 % interval of the mean of so many samples; NaN for one."""
-    return float(stats.t.ppf(0.5 + _LEVEL / 2, count - 1)) if count > 1 else math.nan
+    return float(stdtrit(count - 1, 0.5 + _LEVEL / 2)) if count > 1 else math.nan
 
 
 def check_count(name: str, value: int) -> None:
