@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from bnjax.analysis import _trees
 from bnjax.analysis.operators import SymmetricOperator
 
 Batches = Iterable[Any] | tuple[Any, ...]
@@ -24,8 +25,7 @@ def are_on_host(batches: Any) -> bool:
 
 def weights_of(weights: Weights, batch: tuple[Any, ...]) -> Array:
     """Returns the weights of a batch's examples, in float32 at least."""
-    given = jnp.asarray(weights(*batch))
-    return given.astype(_wide(given.dtype))
+    return _trees.wide(jnp.asarray(weights(*batch)))
 
 
 def _weight_of(weights: Weights | None, batch: tuple[Any, ...]) -> Array:
@@ -96,7 +96,7 @@ class Mean:
 
         first = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), self._batches)
         shapes = jax.eval_shape(mean_of, jax.ShapeDtypeStruct((), jnp.int32), first)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf.dtype)), shapes)
+        zeros = jax.tree.map(jnp.zeros_like, _trees.wide_shapes(shapes))
 
         def step(carry: tuple[Any, Array], inputs: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
             index, batch = inputs
@@ -110,7 +110,7 @@ class Mean:
         def step(variables: Any, total: Any, count: Any, argument: Any, index: Any, batch: Any) -> Any:
             mean = self._function(variables, argument, index, *batch)
             if total is None:
-                total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf.dtype)), mean)
+                total = jax.tree.map(jnp.zeros_like, _trees.wide_shapes(mean))
             return self._added(total, count, mean, batch)
 
         return step
@@ -141,7 +141,7 @@ def operator(
 
     def of(free: Any, vector: Any, index: Any, *batch: Any) -> Any:
         vector = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), vector, free)
-        return jax.tree.map(lambda leaf: leaf.astype(_wide(leaf.dtype)), product(free, prepare(vector), index, *batch))
+        return _trees.wide(product(free, prepare(vector), index, *batch))
 
     if batches is None:
         return SymmetricOperator(lambda vector: of(free, vector, 0, *args), free)
@@ -153,7 +153,3 @@ def operator(
         return lax.map(lambda vector: of(free, vector, index, *batch), vectors)
 
     return SymmetricOperator(one, free, one.on_host, Mean(of_several, free, batches, weights, progress))
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)

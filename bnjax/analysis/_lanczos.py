@@ -48,6 +48,7 @@ class Ritz(NamedTuple):
     values: Array
     vectors: Array
     residuals: Array
+    bound: Array  # of all of them, by size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Lanczos:
     """
 
     size: int
-    block: int = 1
+    block: int = dataclasses.field(default=1, kw_only=True)
 
     @property
     def room(self) -> int:
@@ -147,10 +148,10 @@ class ThickRestart(Lanczos):
       block: number of vectors whose products are asked for at once.
     """
 
-    k: int = 1
-    which: str = "largest"
-    tolerance: float = 0.0
-    most: int = 1
+    k: int
+    which: str
+    tolerance: float
+    most: int
 
     def absorb(self, state: LanczosState, product: Any) -> LanczosState:
         """Projects the product on the basis, and looks whether that is enough."""
@@ -159,23 +160,21 @@ class ThickRestart(Lanczos):
     def judged(self, state: LanczosState) -> LanczosState:
         """Returns a state that knows whether it is done."""
         ritz = self.ritz(state)
-        largest, eps = jnp.abs(state.projected).sum(1).max(), jnp.finfo(ritz.values.dtype).eps
-        enough = jnp.maximum(self.tolerance * jnp.abs(ritz.values), _ROUNDING * eps * largest)
+        rounding = _ROUNDING * jnp.finfo(ritz.values.dtype).eps * ritz.bound
+        enough = jnp.maximum(self.tolerance * jnp.abs(ritz.values), rounding)
         is_close = (ritz.residuals <= enough)[: self.k].all() & (state.filled >= min(self.size, _FEWEST))
         is_whole = state.filled >= sum(rows.size for rows in jax.tree.leaves(state.basis)) // self.room
         return state._replace(is_done=is_close | is_whole | (state.products >= self.most))
 
     def ritz(self, state: LanczosState) -> Ritz:
         """Returns the Ritz pairs of the space; what is not filled has infinite residuals and comes last."""
-        is_filled, eye = jnp.arange(self.size) < state.filled, jnp.eye(self.size, dtype=state.projected.dtype)
-        bound = jnp.abs(state.projected).sum(1).max()
+        rank, eye = jnp.arange(self.size), jnp.eye(self.size, dtype=state.projected.dtype)
+        is_filled, bound = rank < state.filled, jnp.abs(state.projected).sum(1).max()
         beyond = jnp.where(is_filled, 0, 2 * bound + 1)  # beyond all eigenvalues, which are at most as large as bound
-        values, vectors = jnp.linalg.eigh(state.projected + beyond[:, None] * eye)
-        is_value = jnp.arange(self.size) < state.filled  # in ascending order
+        values, vectors = jnp.linalg.eigh(state.projected + beyond[:, None] * eye)  # in ascending order
         last = lax.dynamic_slice_in_dim(vectors, jnp.maximum(state.filled - self.block, 0), self.block)
         left = jnp.linalg.norm(jnp.matmul(state.remainder, last, precision="highest"), axis=0)
-        residuals = jnp.where(is_value & (state.products > 0), left, jnp.inf)
-        rank = jnp.arange(self.size)
+        residuals = jnp.where(is_filled & (state.products > 0), left, jnp.inf)
         from_top = state.filled - 1 - rank
         order = {
             "largest": from_top,
@@ -183,8 +182,8 @@ class ThickRestart(Lanczos):
             "magnitude": -jnp.abs(values),
             "both": jnp.minimum(2 * from_top, 2 * rank + 1),
         }[self.which]
-        order = jnp.argsort(jnp.where(is_value, order.astype(values.dtype), jnp.inf))
-        return Ritz(values[order], vectors[:, order], residuals[order])
+        order = jnp.argsort(jnp.where(is_filled, order.astype(values.dtype), jnp.inf))
+        return Ritz(values[order], vectors[:, order], residuals[order], bound)
 
     def vectors(self, state: LanczosState, coefficients: Array) -> Any:
         """Returns combinations of the basis, whose coefficients are columns."""
@@ -244,7 +243,8 @@ def _orthogonal(basis: Any, vector: Any, count: Any, key: Array, near: Array | N
       key: random key.
       near: number of the vector which this one is a product of; most of it lies along that one and the one before.
     """
-    whole, along = _norm(vector), jnp.zeros(jax.tree.leaves(basis)[0].shape[0], _norm(vector).dtype)
+    whole = _norm(vector)
+    along = jnp.zeros(jax.tree.leaves(basis)[0].shape[0], whole.dtype)
     for i in () if near is None else (near, jnp.maximum(near - 1, 0)):
         row = jax.tree.map(lambda rows, i=i: rows[i], basis)
         part = _trees.dot(row, vector)

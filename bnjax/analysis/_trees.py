@@ -143,9 +143,8 @@ def unit_of(tree: Any) -> Array:
     dtype = jnp.result_type(jnp.float32, *leaves)
     largest = jnp.stack([jnp.zeros((), dtype), *(leaf.astype(dtype) for leaf in leaves)]).max()
     bits = jnp.finfo(dtype)
-    unit = lax.reduce_precision(
-        jnp.clip(largest / 2, bits.tiny, 1 / bits.tiny), bits.nexp, 0
-    )  # so that 1 / unit is normal
+    half = jnp.clip(largest / 2, bits.tiny, 1 / bits.tiny)  # so that the unit's reciprocal is normal too
+    unit = lax.reduce_precision(half, bits.nexp, 0)
     return lax.stop_gradient(jnp.where((largest > 0) & (largest < jnp.inf), unit, jnp.ones_like(unit)))
 
 

@@ -118,7 +118,7 @@ def eigenpairs(
         raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}.")
     if max_products < k:
         raise ValueError(f"max_products must be at least k = {k}, got {max_products}.")
-    method = ThickRestart(subspace, block_size, k, which, float(tolerance), max_products)
+    method = ThickRestart(subspace, k, which, float(tolerance), max_products, block=block_size)
     if block_size > 1:
         operator = SymmetricOperator(operator.of_several, operator.like, operator.on_host)
     if state is None:

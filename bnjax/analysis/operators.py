@@ -121,7 +121,7 @@ class SymmetricOperator:
         parts, embed = _trees.parts_of(self.like, layers)
 
         def product(v: Any) -> Any:
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.like)
+            zeros = jax.tree.map(jnp.zeros_like, self.like)
             return _trees.parts_of(self.product(embed(v, zeros)), layers)[0]
 
         return SymmetricOperator(product, parts, self.on_host)
@@ -167,8 +167,7 @@ class SymmetricOperator:
         import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.like)
-        flat, unravel = ravel_pytree(zeros)
+        flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, self.like))
         run = (lambda f: f) if self.on_host else jax.jit
 
         def product(v: Any) -> Any:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Key
-from scipy.special import stdtrit
 
 from bnjax.analysis import _trees
 from bnjax.analysis._lanczos import combined, orthonormal
@@ -115,9 +114,9 @@ def trace(
     if method == "xtrace":
         return _xtrace(operator, num_samples // 2, draw_key, rest_key)
     count = num_samples // 3
-    products = products_of(operator, _signs_of(operator, count, draw_key))
+    products = products_of(operator, _signs_of(operator, jax.random.split(draw_key, count)))
     basis, _ = orthonormal(_trees.in_units(products, _trees.unit_of(products)), draw_key)
-    signs = _signs_of(operator, num_samples - 2 * count, rest_key)
+    signs = _signs_of(operator, jax.random.split(rest_key, num_samples - 2 * count))
     rest = jax.tree.map(jnp.subtract, signs, combined(_trees.inner(basis, signs), basis))
     in_space = _trees.row_products(basis, products_of(operator, basis)).sum()
     samples = in_space + _trees.row_products(rest, products_of(operator, rest))
@@ -195,7 +194,7 @@ def diagonal(
         _check_size(operator, num_samples)
         return _xdiag(operator, num_samples // 2, key)
     keys = jax.random.split(key, num_samples)
-    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), _trees.wide_shapes(operator.like))
+    zeros = jax.tree.map(jnp.zeros_like, _trees.wide_shapes(operator.like))
 
     def add(carry: tuple[Any, Any, Array], key: Array) -> tuple[tuple[Any, Any, Array], None]:
         mean, square, count = carry
@@ -256,7 +255,7 @@ def _xtrace(operator: SymmetricOperator, count: int, draw_key: Array, key: Array
     like = _trees.wide_shapes(operator.like)
     vectors = jax.vmap(lambda key: _trees.random_like(key, like, jax.random.normal))(jax.random.split(draw_key, count))
     length = jnp.sqrt(operator.size / _trees.row_products(vectors, vectors))
-    vectors = jax.tree.map(lambda v: v * length.reshape((count,) + (1,) * (v.ndim - 1)).astype(v.dtype), vectors)
+    vectors = jax.tree.map(lambda v: v * _trees.leading(length, v.ndim).astype(v.dtype), vectors)
     found = sketch(operator, vectors, key)
 
     def samples_of(triangle: Array, inner: Array, along: Array, products: Array, squares: Array) -> Array:
@@ -279,7 +278,7 @@ def _xtrace(operator: SymmetricOperator, count: int, draw_key: Array, key: Array
 
 
 def _xdiag(operator: SymmetricOperator, count: int, key: Array) -> DiagonalEstimate:
-    vectors = _signs_of(operator, count, key)
+    vectors = _signs_of(operator, jax.random.split(key, count))
     found = sketch(operator, vectors, key)
 
     def samples_of(triangle: Array, basis: Any, of_basis: Any, vectors: Any) -> Any:
@@ -287,7 +286,7 @@ def _xdiag(operator: SymmetricOperator, count: int, key: Array) -> DiagonalEstim
         factors = (lost * triangle).sum(0)
 
         def of_leaf(q: Array, z: Array, lost: Array, of_lost: Array, v: Array) -> Array:
-            factor = factors.reshape((-1,) + (1,) * (v.ndim - 1)).astype(v.dtype)
+            factor = _trees.leading(factors, v.ndim).astype(v.dtype)
             return (q * z).sum(0, keepdims=True) + lost * (factor * v - of_lost)
 
         return jax.tree.map(of_leaf, basis, of_basis, combined(lost, basis), combined(lost, of_basis), vectors)
@@ -322,8 +321,8 @@ def of_signs(
         return lax.map(sample, keys, batch_size=batch_size)
     found, most = [], batch_size or count
     for i in range(0, count, most):
-        vectors = jax.vmap(lambda key: _signs(key, operator.like))(keys[i : i + most])
-        found.append(jax.vmap(function)(_trees.wide(vectors), products_of(operator, vectors)))
+        vectors = _signs_of(operator, keys[i : i + most])
+        found.append(jax.vmap(function)(vectors, products_of(operator, vectors)))
     return jnp.concatenate(found)
 
 
@@ -332,8 +331,8 @@ def _signs(key: Array, like: Any) -> Any:
     return _trees.random_like(key, like, jax.random.rademacher)
 
 
-def _signs_of(operator: SymmetricOperator, count: int, key: Array) -> Any:
-    return _trees.wide(jax.vmap(lambda key: _signs(key, operator.like))(jax.random.split(key, count)))
+def _signs_of(operator: SymmetricOperator, keys: Array) -> Any:
+    return _trees.wide(jax.vmap(lambda key: _signs(key, operator.like))(keys))
 
 
 def estimate(samples: Array, error: Array | None = None) -> TraceEstimate:
@@ -352,6 +351,8 @@ def _of_diagonal(mean: Any, error: Any, count: int, like: Any) -> DiagonalEstima
 
 def quantile(count: int) -> float:
     """Returns Student's t for the 95 % interval of the mean of so many samples; NaN for one."""
+    from scipy.special import stdtrit  # which an import of JAX leaves out
+
     return float(stdtrit(count - 1, 0.5 + _LEVEL / 2)) if count > 1 else math.nan
 
 
