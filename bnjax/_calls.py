@@ -109,15 +109,29 @@ def is_running(module: Any, options: Mapping[str, Any]) -> bool:
     return bool(module.use_running_average if use_running_average is None else use_running_average)
 
 
+def moving_norms(call: Callable[[], Any]) -> frozenset[str]:
+    """Returns the names of the batch norms that use the batch's statistics in a model's call, which is only traced."""
+    names = set()
+
+    def note(module: Any, call_norm: Call, x: Any, options: dict[str, Any]) -> Any:
+        if not is_running(module, options):
+            names.add(name_of(module.path))
+        return call_norm(x, **options)
+
+    with intercept(is_norm, note):
+        jax.eval_shape(call)
+    return frozenset(names)
+
+
 def taking_batch_statistics(module: Any, call: Call, x: Any, options: dict[str, Any]) -> Any:
-    """Calls a batch norm so that it puts the batch's statistics in place of the running ones, if it would move these.
+    """Calls a batch norm so that it puts the batch's statistics in place of the running ones, without noise.
 
     Derivatives go through the statistics.
     """
+    set_attribute(module, "use_running_average", None)
+    options = {**options, "use_running_average": False}
     if hasattr(module, "takes_batch_statistics"):
         set_attribute(module, "takes_batch_statistics", True)
-        return call(x, **options)
-    if is_running(module, options):
         return call(x, **options)
     if isinstance(module, nn.Module):
         set_attribute(module, "momentum", 0.0)

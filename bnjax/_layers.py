@@ -124,9 +124,12 @@ def call_layer(
     Returns:
       The output, the running statistics after the call, and the moments towards which they moved, None if they did not.
       Where there are several kinds the moments too have a leading axis, with a count of zero for the others. A layer
-      whose `takes_batch_statistics` is set has the batch's statistics in place of running ones afterwards.
+      whose `takes_batch_statistics` is set has the batch's statistics in place of running ones afterwards, and no
+      noise.
     """
     declared, kinds = layer.declared, layer.statistics.kinds
+    if layer.takes_batch_statistics and declared.needs_key:
+        declared = BATCH_NORM
     own = {name: options.pop(name) for name in declared.options if name in options}
     call = check_call(
         x,

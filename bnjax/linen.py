@@ -79,7 +79,7 @@ class _Normalizer(nn.BatchNorm):
             axis_name=None if self.is_initializing() else self.axis_name,
             axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
             dtype=dtype,
-            key=None if use_running_average else self._key(),
+            key=None if use_running_average or self.takes_batch_statistics else self._key(),
             **self._own_options(not use_running_average),
             **call_options,
         )

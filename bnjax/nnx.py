@@ -98,7 +98,7 @@ class _Normalizer(nnx.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             dtype=dtype,
-            key=None if use_running_average else self._key(),
+            key=None if use_running_average or self.takes_batch_statistics else self._key(),
             **self._own_options(not use_running_average),
             **call_options,
         )

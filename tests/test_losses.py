@@ -177,6 +177,45 @@ def test_dropout_is_one_function():
     assert loss(variables["params"], X, Y) == loss(variables["params"], X, Y)
 
 
+class DropoutBefore(nn.Module):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, *, training):
+        x = nn.Dropout(self.rate, deterministic=not training)(nn.Dense(4)(x))
+        x = bnjax.linen.BatchNorm(use_running_average=not training)(x)
+        return nn.BatchNorm(use_running_average=True)(x)  # which no phase moves
+
+
+class NnxDropoutBefore(nnx.Module):
+    def __init__(self, rate, rngs):
+        self.dense, self.dropout = nnx.Linear(3, 4, rngs=rngs), nnx.Dropout(rate, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.dropout(self.dense(x)))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "reestimated"])
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_statistics_are_taken_without_dropout_and_without_its_keys(api, mode):
+    options = {"mode": mode, "at": X}
+    if api == "linen":
+        variables = DropoutBefore(0.0).init(jax.random.key(0), X, training=False)
+        of = [(DropoutBefore(rate), variables, training.cross_entropy) for rate in (0.5, 0.0)]
+        noisy, (without, batch) = (
+            losses.linen_loss(*of[0], **options),
+            (losses.linen_loss(*of[1], **how) for how in (options, {})),
+        )
+        params = variables["params"]
+    else:
+        models = [NnxDropoutBefore(rate, nnx.Rngs(0)) for rate in (0.5, 0.0)]
+        noisy, params = losses.nnx_loss(models[0], training.cross_entropy, **options)
+        without, batch = (losses.nnx_loss(models[1], training.cross_entropy, **how)[0] for how in (options, {}))
+    np.testing.assert_array_equal(noisy(params, X, Y), without(params, X, Y))
+    np.testing.assert_allclose(noisy(params, X, Y), batch(params, X, Y), rtol=1e-5)
+
+
 def test_layers_in_order():
     variables_of = lambda model, x: jax.eval_shape(lambda: model.init(jax.random.key(0), x, training=False))
     x = jnp.ones((1, 32, 32, 3))
@@ -459,6 +498,11 @@ class NnxDeep(nnx.Module):
         return self.norm_1(self.dense_1(x), mask=mask, **further)
 
 
+def without_noise(kind):
+    """The kind of layer by which statistics are taken."""
+    return "BatchNorm" if kind == "NoisyBatchNorm" else kind
+
+
 def own_statistics(kind, h):
     """The statistics of a batch that a layer is shown, in float64."""
     h = np.asarray(h, np.float64)
@@ -522,12 +566,12 @@ def test_every_linen_layer_in_every_mode(kind):
     variables["batch_stats"] = {"norm_0": start, "norm_1": start}
     params = variables["params"]
 
-    def train(params, x):
+    def train(params, x, model=model):
         options = {"rngs": rngs, "mutable": ["batch_stats", "intermediates"], "capture_intermediates": True}
         return model.apply({**variables, "params": params}, x, training=True, **options)
 
     def shown(params, x):
-        seen = train(params, x)[1]["intermediates"]
+        seen = train(params, x, Deep(without_noise(kind)))[1]["intermediates"]
         return [seen[f"dense_{i}"]["__call__"][0] for i in (0, 1)]
 
     own = training.cross_entropy(train(shift(params), X)[0], Y)[0].mean()
@@ -555,6 +599,8 @@ def test_every_nnx_layer_in_every_mode(kind):
 
     def shown(params, x):
         copy, further = copy_with(params), {"split": 1} if kind == "SplitBatchNorm" else {}
+        if kind == "NoisyBatchNorm":
+            copy.norm_0.__class__ = bnjax.nnx.BatchNorm
         first = copy.dense_0(x)
         return [first, copy.dense_1(copy.norm_0(first, **further))]
 

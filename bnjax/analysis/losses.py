@@ -9,7 +9,7 @@ The function that is measured depends on how the batch norms normalize. With W t
     'reestimated'  L(W; S(W)), S(W) being the statistics of a given batch at the same W, such as on a path of solutions
 
 These functions have different gradients and Hessians. Only in mode 'batch' the model is in its training phase, with the
-noise of dropout and of `bnjax.linen.NoisyBatchNorm`. (On a mesh global and each device's statistics differ too: see
+noise of dropout and of `bnjax.linen.NoisyBatchNorm`; statistics of a batch are taken without it. (On a mesh global and each device's statistics differ too: see
 `bnjax.analysis.shard_loss`.)
 """
 
@@ -145,12 +145,28 @@ def linen_batch_stats(
 def _batch_stats_of(
     apply: Callable[..., Any], variables: Mapping[str, Any], x: Any, weights: Any, argument: Any, rngs: Any
 ) -> Any:
-    """Returns the statistics of one batch, of a model in its functional form."""
-    masked = mask_options(apply, weights, is_needed=True)
+    """Returns the statistics of one batch, of a model in its functional form.
+
+    They are of the function without the noise of training: of a call as in inference, but for the batch norms that use
+    the batch's statistics in training.
+    """
     keys = {} if rngs is None else {"rngs": rngs}
     mutable = [name for name in variables if name != "params"]
-    with _calls.intercept(_calls.is_norm, _calls.taking_batch_statistics):
-        updates = apply(variables, *inputs_of(x), **phase(argument, True), **masked, **keys, mutable=mutable)[1]
+
+    def call(training: bool, keys: Mapping[str, Any], **options: Any) -> Any:
+        return apply(variables, *inputs_of(x), **phase(argument, training), **options, **keys, mutable=mutable)[1]
+
+    any_keys = keys if isinstance(rngs, str) else {"rngs": {"params": jax.random.key(0), **(rngs or {})}}
+    moving = _calls.moving_norms(lambda: call(True, any_keys))
+
+    def replace(module: Any, call: _calls.Call, x: Any, options: dict[str, Any]) -> Any:
+        if name_of(module.path) in moving:
+            return _calls.taking_batch_statistics(module, call, x, options)
+        return call(x, **options)
+
+    masked = mask_options(apply, weights, is_needed=True)
+    with _calls.intercept(_calls.is_norm, replace):
+        updates = call(False, keys, **masked)
     return updates.get("batch_stats", {})
 
 
