@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
+from flax import linen as nn
 
 import bnjax
 from bnjax import analysis
@@ -63,6 +65,24 @@ def dense_hessian(loss, params, *args):
 
 class TestGradientProbe:
     steps = np.array([-0.3, 0.1, 0.5])
+
+    @pytest.mark.parametrize(
+        ("dtype", "steps"), [(jnp.float32, [1e-9, 1e-7, 3e-7, 1e-3]), (jnp.bfloat16, [1e-4, 1e-2, 3e-2, 0.7])]
+    )
+    @pytest.mark.parametrize("run", [jax.jit, lambda f: f], ids=["jit", "eager"])
+    def test_smoothness_is_over_the_distance_that_was_moved(self, dtype, steps, run):
+        """2 ‖w‖², whose gradient 4 w is exact, has β = 4 at any step, however coarsely it is rounded."""
+        w = jnp.linspace(0.9, 3.0, 301).astype(dtype)
+        probe = run(functools.partial(analysis.gradient_probe, lambda w: 2 * jnp.square(w.astype(jnp.float32)).sum()))(
+            w, jnp.asarray(steps)
+        )
+        assert np.isnan(probe.smoothness[0]) and probe.distance_moved[0] == 0  # below half the spacing
+        np.testing.assert_allclose(probe.smoothness[1:], 4, rtol=1e-6)
+        np.testing.assert_allclose(probe.max_smoothness, 4, rtol=1e-6)
+        there = (np.asarray(w, np.float32) - np.float32(steps[1]) * 4 * np.asarray(w, np.float32)).astype(dtype)
+        moved = np.linalg.norm(np.asarray(there, np.float64) - np.asarray(w, np.float64))
+        np.testing.assert_allclose(probe.distance_moved[1], moved, rtol=1e-4)
+        assert abs(moved / (steps[1] * float(probe.direction_norm)) - 1) > 1e-3  # which is not the nominal distance
 
     def test_closed_form_along_the_gradient(self, quadratic):
         loss, params, a = quadratic
@@ -227,7 +247,17 @@ ABSOLUTE = analysis.SymmetricOperator(jnp.abs, jnp.ones(2))
         (lambda: analysis.trajectory_plane(jnp.ones((3, 3)), 3), ValueError, "num_directions"),
         (lambda: analysis.gradient_noise_scale(jnp.sum, 1.0, jnp.ones(5), num_batches=2), ValueError, "divide the 5"),
         (lambda: analysis.gradient_confusion(jnp.sum, 1.0, num_batches=2), ValueError, "args must be arrays"),
-        (lambda: analysis.sam_sharpness(jnp.sum, 1.0, 0.1, num_steps=0), ValueError, "num_steps"),
+        (lambda: analysis.sam_sharpness(jnp.sum, 1.0, num_steps=0), ValueError, "num_steps"),
+        (lambda: analysis.sam_sharpness(jnp.sum, 1.0, radius=-0.1), ValueError, "radius must not be"),
+        (lambda: analysis.linear_path(jnp.sum, 1.0, 2.0, coordinates=jnp.array([0.5, 1])), ValueError, "from 0 to 1"),
+        (lambda: analysis.linear_path(jnp.sum, 1.0, 2.0, coordinates=np.array([0, 0.7, 0.3, 1])), ValueError, "0 to 1"),
+        (lambda: analysis.linear_path(jnp.sum, 1.0, 2.0, coordinates=jnp.zeros(1)), ValueError, "at least 2 numbers"),
+        (lambda: analysis.trajectory_plane(jnp.ones((3, 3)), center="first"), ValueError, "'mean' or 'last'"),
+        (
+            lambda: analysis.filter_normalize(jnp.ones((3, 3)), jnp.ones((3, 3)), filter_axis=2),
+            ValueError,
+            "filter_axis must be axes of the kernel",
+        ),
         (lambda: analysis.scale_invariance(jnp.sum, jnp.ones(3)), ValueError, "kernels"),
         (lambda: analysis.activation_statistics({"a": jnp.ones(3)}, jnp.tanh), ValueError, "preactivations.*for a"),
         (lambda: analysis.measured_scan(max, 0, jnp.ones(5), measure=max, every=2), ValueError, "divide the 5 steps"),
@@ -506,15 +536,55 @@ class TestSurface:
         np.testing.assert_allclose(rows["kernel"], 2 * params["kernel"], rtol=1e-6)
         assert np.isfinite(analysis.filter_normalize(jax.tree.map(jnp.zeros_like, params), params)["kernel"]).all()
 
-    def test_trajectory_plane_against_svd(self, x64):
+    def test_filters_of_attention(self):
+        """Against the plain matrices that the kernels stand for, whose columns are the filters."""
+        model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, out_features=6)
+        x = jnp.ones((1, 3, 5))
+        params = model.init(jax.random.key(0), x, x)["params"]
+        params = jax.tree.map(lambda p: p + jax.random.normal(jax.random.key(p.size), p.shape), params)
+        found = analysis.random_direction(jax.random.key(1), params)
+        for name in ("query", "key", "value"):
+            assert params[name]["kernel"].shape == (5, 2, 4) and not found[name]["bias"].any()
+            columns = [np.linalg.norm(tree[name]["kernel"].reshape((5, 8)), axis=0) for tree in (found, params)]
+            np.testing.assert_allclose(*columns, rtol=1e-5)
+        columns = [np.linalg.norm(tree["out"]["kernel"].reshape((8, 6)), axis=0) for tree in (found, params)]
+        np.testing.assert_allclose(*columns, rtol=1e-5)
+        gradient = analysis.scale_invariance(
+            lambda p: sum(p[n]["kernel"][:, 0].sum() for n in ("query", "out")), params
+        )
+        assert gradient.layers == ("key/kernel", "out/kernel", "query/kernel", "value/kernel")
+
+    @pytest.mark.parametrize(
+        ("filter_axis", "inputs"),
+        [((0, 2), (1,)), ({"a/*": (0, 2), "b": 0}, (1,)), ({"b/*": 0}, (0, 1)), (0, (1, 2))],
+    )
+    def test_filters_along_several_axes_and_by_patterns(self, filter_axis, inputs):
+        w = jax.random.normal(jax.random.key(0), (3, 4, 5))
+        found = analysis.filter_normalize({"a": {"w": jnp.ones_like(w)}}, {"a": {"w": w}}, filter_axis=filter_axis)
+        norms = [np.linalg.norm(v, axis=inputs) if len(inputs) < 3 else 0 for v in (found["a"]["w"], w)]
+        np.testing.assert_allclose(*norms, rtol=1e-5)
+
+    def test_trajectory_plane_is_that_of_scikit_learn(self, x64):
+        decomposition = pytest.importorskip("sklearn.decomposition")
+        points = np.random.default_rng(1).normal(size=(7, 9)) * np.arange(1, 10)
+        pca = decomposition.PCA(3).fit(points - points[-1])  # what the cited authors' program does
+        plane = analysis.trajectory_plane({"w": jnp.asarray(points).reshape((7, 3, 3))}, 3)
+        np.testing.assert_allclose(plane.explained_variance, pca.explained_variance_ratio_, rtol=1e-10)
+        rows = np.stack([flat(d) for d in plane.directions])
+        np.testing.assert_allclose(abs((rows * pca.components_).sum(1)), 1, rtol=1e-10)
+        np.testing.assert_allclose(plane.coordinates, (points - points[-1]) @ rows.T, atol=1e-10)
+
+    @pytest.mark.parametrize("center", ["mean", "last"])
+    def test_trajectory_plane_against_svd(self, x64, center):
         rng = np.random.default_rng(0)
         path = [
             {"a": jnp.asarray(rng.normal(size=(2, 3))), "n": 3, "b": jnp.asarray(rng.normal(size=5))} for _ in range(6)
         ]
-        plane = analysis.trajectory_plane(jax.tree.map(lambda *p: jnp.stack(jnp.asarray(p)), *path), 3)
+        stacked = jax.tree.map(lambda *p: jnp.stack(jnp.asarray(p)), *path)
+        plane = analysis.trajectory_plane(stacked, 3, center=center)
         points = np.stack([np.concatenate([np.ravel(p["a"]), p["b"]]) for p in path])
         offsets = points - points[-1]
-        _, sizes, rows = np.linalg.svd(offsets, full_matrices=False)
+        _, sizes, rows = np.linalg.svd(points - (points.mean(0) if center == "mean" else points[-1]))
         np.testing.assert_allclose(plane.explained_variance, (sizes**2 / (sizes**2).sum())[:3], rtol=1e-10)
         for i, direction in enumerate(plane.directions):
             vector = np.concatenate([np.ravel(direction["a"]), direction["b"]])
@@ -523,7 +593,7 @@ class TestSurface:
             np.testing.assert_allclose(plane.coordinates[:, i], offsets @ vector, atol=1e-10)
         assert plane.coordinates[-1].tolist() == pytest.approx([0, 0, 0], abs=1e-7)
         stacked = {k: jnp.stack([jnp.asarray(p[k]) for p in path]) for k in ("a", "b")}
-        again = jax.jit(analysis.trajectory_plane)(stacked)
+        again = jax.jit(functools.partial(analysis.trajectory_plane, center=center))(stacked)
         np.testing.assert_allclose(again.coordinates, plane.coordinates[:, :2], atol=1e-10)
 
     def test_trajectories_of_lists_and_on_a_line(self):
@@ -539,7 +609,13 @@ class TestSurface:
         a, b = {"a": jnp.array(-np.pi), "b": jnp.array(0.0)}, {"a": jnp.array(np.pi), "b": jnp.array(1.0)}
         path = analysis.linear_path(loss, a, b, coordinates=jnp.linspace(0, 1, 101))
         np.testing.assert_allclose(path.loss, np.cos(np.linspace(-np.pi, np.pi, 101)) + path.coordinates, atol=1e-12)
-        np.testing.assert_allclose(path.barrier, 2, rtol=1e-12)
+        np.testing.assert_allclose(path.excess, 2, rtol=1e-12)
+        np.testing.assert_allclose(path.barrier, path.loss.max() - (path.loss[0] + path.loss[-1]) / 2, rtol=1e-12)
+        along = analysis.linear_path(lambda w: 3 * w, jnp.array(0.0), jnp.array(2.0))
+        np.testing.assert_allclose([along.barrier, along.excess], [3, 0], atol=1e-12)
+        traced = jax.jit(lambda t: analysis.linear_path(lambda w: 3 * w, 0.0, 2.0, coordinates=t))
+        np.testing.assert_allclose(traced(jnp.array([0.0, 0.5, 1.0])).barrier, 3)
+        assert np.isnan(traced(jnp.array([0.5, 1.0])).barrier) and np.isnan(traced(jnp.array([0.0, 0.5])).excess)
 
 
 class TestGradients:
@@ -565,6 +641,66 @@ class TestGradients:
         found = analysis.gradient_noise_scale(loss, jnp.zeros(5), jnp.asarray(x), num_batches=8)
         np.testing.assert_allclose(found.trace, 8 * parts.var(0, ddof=1).sum(), rtol=1e-12)
 
+    @pytest.mark.parametrize(("num_batches", "size"), [(5, 1), (10, 2), (23, 1)])
+    def test_noise_scale_interval_against_the_jackknife(self, x64, num_batches, size):
+        """Written down from all inner products, with scipy's quantile and roots of the polynomial."""
+        x = np.random.default_rng(0).normal(size=(num_batches * size, 4)) + [6, 0, 0, 0]
+        loss = lambda w, x: (x @ w).mean()
+        found = analysis.gradient_noise_scale(loss, jnp.zeros(4), jnp.asarray(x), num_batches=num_batches)
+        gram = (lambda g: g @ g.T)(x.reshape((num_batches, size, 4)).mean(1))
+
+        def estimates(kept):
+            square, n = gram[np.ix_(kept, kept)], kept.sum()
+            between = (square.sum() - np.trace(square)) / (n * (n - 1))
+            return np.array([size * (np.trace(square) / n - between), between])
+
+        groups = min(num_batches, 10)
+        group_of = np.arange(num_batches) * groups // num_batches
+        whole, h = estimates(np.full(num_batches, True)), num_batches / np.bincount(group_of)
+        pseudo = np.stack([h[j] * whole - (h[j] - 1) * estimates(group_of != j) for j in range(groups)])
+        offset = (pseudo - pseudo.mean(0)) / np.sqrt(h - 1)[:, None]
+        (aa, ab), (_, bb) = offset.T @ offset / groups
+        square = scipy.stats.t.ppf(0.975, groups - 1) ** 2
+        a, b = whole
+        ends = np.roots([b * b - square * bb, -2 * (a * b - square * ab), a * a - square * aa])
+        np.testing.assert_allclose([found.low, found.high], np.maximum(np.sort(ends), 0), rtol=1e-8)
+        np.testing.assert_allclose([found.trace, found.squared_norm, found.scale], [a, b, a / b], rtol=1e-10)
+
+    @pytest.mark.parametrize("scale", [1.0, 0.2, 0.01])
+    @pytest.mark.parametrize("num_batches", [8, 32])
+    def test_noise_scale_interval_covers(self, num_batches, scale):
+        """In 1,000 simulated batches the interval holds the true scale as often as promised, 90 to 99 %, or more."""
+        deviations = jnp.sqrt(0.8 ** jnp.arange(20.0))
+        signal = jnp.sqrt((deviations**2).sum() / scale / num_batches)
+
+        @jax.vmap
+        def interval(key):
+            x = deviations[None] * jax.random.normal(key, (num_batches, 20))
+            noise = analysis.gradient_noise_scale(
+                lambda w, x: (x @ w).mean(), jnp.zeros(20), x.at[:, 3].add(signal), num_batches=num_batches
+            )
+            return noise.low, noise.high
+
+        low, high = jax.jit(interval)(jax.random.split(jax.random.key(0), 1000))
+        truth = scale * num_batches
+        assert 0.9 <= np.mean((low <= truth) & (truth <= high)) <= (1 if scale == 1 else 0.99)
+        assert np.isfinite(high).all() if scale == 0.01 else True
+
+    def test_noise_scale_of_two_parts_has_no_interval_and_of_no_noise_no_width(self):
+        loss = lambda w, x: (x * w).mean()
+        two = analysis.gradient_noise_scale(loss, 1.0, jnp.array([1.0, 3.0]), num_batches=2)
+        assert np.isnan([two.low, two.high]).all() and two.scale == pytest.approx(2 / 3)
+        alike = analysis.gradient_noise_scale(loss, 1.0, jnp.full(6, 2.0), num_batches=6)
+        assert (alike.scale, alike.low, alike.high, alike.squared_norm) == (0, 0, 0, 4)
+
+    def test_noise_scale_in_bfloat16(self):
+        x = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=(4096, 3)) + 2, jnp.bfloat16), np.float64)
+        found = analysis.gradient_noise_scale(
+            lambda w, x: (x @ w).mean(), jnp.zeros(3, jnp.bfloat16), jnp.asarray(x, jnp.bfloat16), num_batches=4096
+        )
+        trace = x.var(0, ddof=1).sum()
+        np.testing.assert_allclose(found.scale, trace / (np.square(x.mean(0)).sum() - trace / 4096), rtol=1e-4)
+
     def test_confusion(self, network):
         loss, params, (x, y) = network
         found = jax.jit(functools.partial(analysis.gradient_confusion, loss, num_batches=4))(params, x, y)
@@ -583,14 +719,30 @@ class TestGradients:
         g = np.asarray(values) * w
         there = w + 0.1 * g / np.linalg.norm(g)
         expected = loss(there) - loss(w)
-        np.testing.assert_allclose(analysis.sam_sharpness(loss, jnp.asarray(w), 0.1), expected, rtol=1e-12)
+        np.testing.assert_allclose(analysis.sam_sharpness(loss, jnp.asarray(w), radius=0.1), expected, rtol=1e-12)
         angles = np.linspace(0, 2 * np.pi, 20001)
         ball = w + 0.1 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         worst = (0.5 * np.square(ball) @ np.asarray(values)).max() - loss(w)
-        many = analysis.sam_sharpness(loss, jnp.asarray(w), 0.1, num_steps=200)
+        many = analysis.sam_sharpness(loss, jnp.asarray(w), radius=0.1, num_steps=200)
         assert expected < many <= worst
         np.testing.assert_allclose(many, worst, rtol=1e-3)
-        assert analysis.sam_sharpness(loss, jnp.zeros(2), 0.1) == 0
+        assert analysis.sam_sharpness(loss, jnp.zeros(2), radius=0.1) == 0
+        assert np.isnan(jax.jit(lambda r: analysis.sam_sharpness(loss, jnp.asarray(w), radius=r))(-1.0))
+
+    def test_sam_sharpness_is_that_of_the_worst_point_seen(self, x64):
+        """On a ripple, whose ascent from 0 passes a crest and ends lower."""
+        loss = lambda w: jnp.sin(20 * w) - w
+        points, offset = [], 0.0
+        for _ in range(4):
+            points.append(offset)
+            slope = 20 * np.cos(20 * offset) - 1
+            offset = float(np.clip(offset + 0.12 / 4 * 2 * np.sign(slope), -0.12, 0.12))
+        points = np.array([*points, offset])
+        values = np.sin(20 * points) - points
+        assert values.max() > values[-1] + 0.1
+        found = analysis.sam_sharpness(loss, jnp.array(0.0), radius=0.12, num_steps=4)
+        np.testing.assert_allclose(found, values.max() - values[0], rtol=1e-10)
+        assert analysis.sam_sharpness(lambda w: jnp.sin(20 * w), jnp.array(0.07), radius=0.3) == 0  # below W, so W
 
     def test_scale_invariance_of_an_empty_kernel_and_of_half_precision(self):
         found = analysis.scale_invariance(lambda p: sum(w.sum() for w in p), [jnp.zeros((3, 0)), jnp.ones((2, 2))])

@@ -252,6 +252,8 @@ def test_linear_path_marks_the_barrier(ax):
     assert lines["well"].get_label() == "well (barrier 1)"
     (arrow,) = ax.texts
     np.testing.assert_allclose([*arrow.xy, *arrow.xyann], [0.5, 1.0, 0.5, 0.0], atol=1e-6)
+    dotted = next(line for line in ax.lines if line.get_linestyle() == ":")
+    np.testing.assert_allclose(dotted.get_ydata(), 0, atol=1e-6)  # the mean of -0.1 and 0.1
     seeds = jax.tree.map(lambda v: jnp.stack([v, v]), path)
     np.testing.assert_allclose(plots.linear_path(ax, {"s": seeds})["s"].get_ydata(), path.loss, rtol=1e-6)
 
@@ -330,7 +332,7 @@ def test_anything_can_be_drawn(value, shape, trained, plane):
     steps = np.arange(shape[1])
     figure = Figure(figsize=(8, 8))
     axes = figure.subplots(4, 3).ravel()
-    probes = analysis.GradientProbe(*(full,) * 4, *(full[..., 0],) * 2, full, full[..., 0])
+    probes = analysis.GradientProbe(*(full,) * 4, *(full[..., 0],) * 2, full, full[..., 0], full)
     for ax, quantity in zip(axes, ("loss", "gradient_distance", "gradient_cosine", "smoothness"), strict=False):
         plots.gradient_probe(ax, {"p": probes}, steps, quantity=quantity, log=True)
     plots.layer_map(axes[4], {"a": full[..., 0], "b": full[..., 0]}, steps, log=True)
@@ -342,7 +344,7 @@ def test_anything_can_be_drawn(value, shape, trained, plane):
     line = full[0, :, 0]
     density = analysis.SpectralDensity(steps, line, line, full[0], full[0], np.ones(()), line, line)
     plots.spectral_density(axes[8], {"d": density})
-    plots.linear_path(axes[9], {"l": analysis.LinearPath(rates, full[..., 0], seeds)}, log=True)
+    plots.linear_path(axes[9], {"l": analysis.LinearPath(rates, full[..., 0], seeds, seeds)}, log=True)
     grid = np.arange(3.0), np.arange(2.0)
     plots.loss_surface(axes[10], np.full((3, 2), value), grid)
     plots.loss_surface(axes[11], np.full((3, 2), value), grid, log=True)

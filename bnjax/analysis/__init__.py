@@ -19,17 +19,9 @@ from bnjax.analysis.curvature import (
     hessian_product,
 )
 from bnjax.analysis.eigen import Eigenpairs, eigenpairs, hessian_eigenpairs, layer_eigenpairs
-from bnjax.analysis.gradients import (
-    GradientConfusion,
-    GradientNoise,
-    ScaleInvariance,
-    gradient_confusion,
-    gradient_noise_scale,
-    gradient_norms,
-    sam_sharpness,
-    scale_invariance,
-)
+from bnjax.analysis.gradients import ScaleInvariance, gradient_norms, sam_sharpness, scale_invariance
 from bnjax.analysis.loop import LearningRateRange, learning_rate_range, measured_scan
+from bnjax.analysis.noise import GradientConfusion, GradientNoise, gradient_confusion, gradient_noise_scale
 from bnjax.analysis.operators import SymmetricOperator
 from bnjax.analysis.probe import GradientProbe, gradient_probe
 from bnjax.analysis.sharding import shard_loss

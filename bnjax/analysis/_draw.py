@@ -259,12 +259,12 @@ def path(ax: Axes, where: Sequence[np.ndarray], label: str) -> Line2D:
     return line
 
 
-def barrier(ax: Axes, t: np.ndarray, loss: np.ndarray, chord: np.ndarray, color: Any) -> None:
-    """Draws a dotted chord, and an arrow from it to where the loss is farthest above it."""
-    top = np.argmax(loss - chord)
+def barrier(ax: Axes, t: np.ndarray, loss: np.ndarray, color: Any) -> None:
+    """Draws a dotted line at the mean of a loss's ends, and an arrow from it to the largest loss."""
+    top, mean = np.argmax(loss), (loss[0] + loss[-1]) / 2
     arrow = {"arrowstyle": "<->", "color": color, "shrinkA": 0, "shrinkB": 0}
-    ax.plot(t, chord, color=color, linewidth=0.8, linestyle=":")
-    ax.annotate("", (t[top], loss[top]), (t[top], chord[top]), arrowprops=arrow)
+    ax.plot(t[[0, -1]], [mean, mean], color=color, linewidth=0.8, linestyle=":")
+    ax.annotate("", (t[top], loss[top]), (t[top], mean), arrowprops=arrow)
 
 
 def grid(title: str, count: int, size: tuple[float, float], columns: int, **shared: Any) -> tuple[Figure, np.ndarray]:

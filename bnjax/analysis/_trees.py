@@ -1,5 +1,6 @@
 """Parameters as vectors: the floating-point leaves of a pytree, their inner products, and the layers they belong to."""
 
+import fnmatch
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,12 @@ from jaxtyping import Array
 LossFn = Callable[..., Array]
 """A loss `loss_fn(params, *args) -> scalar`."""
 Layer = str | Sequence[str]
-"""A subtree of the parameters by its path, such as 'Conv_0' or 'block/Dense_1', or several that form a layer."""
+"""A subtree of the parameters by its path, such as 'Conv_0' or 'block/Dense_1', or several that form a layer.
+
+In patterns * stands for any text, ? for any character and [ab] for a or b: '*/query', 'Block_[0-3]'.
+"""
+FilterAxis = int | Sequence[int] | Mapping[str, int | Sequence[int]]
+"""The axis, or axes, of a kernel that count its filters; or those of the kernels at some paths or patterns of paths."""
 
 
 def differentiable(loss_fn: LossFn, params: Any) -> tuple[LossFn, Any]:
@@ -172,9 +178,32 @@ def leading(weights: Array, ndim: int) -> Array:
     return weights.reshape(weights.shape + (1,) * (ndim - weights.ndim))
 
 
-def input_axes(kernel: Array, filter_axis: int) -> tuple[int, ...]:
-    """Returns all axes of a kernel but the one that counts its filters."""
-    return tuple(a for a in range(kernel.ndim) if a != filter_axis % kernel.ndim)
+def input_axes(path: str, leaf: Array, filter_axis: FilterAxis) -> tuple[int, ...] | None:
+    """Returns the axes of a kernel that do not count its filters; None for a leaf that is no kernel.
+
+    Vectors are none, nor is what is called bias or scale. The kernels of Flax's attention for queries, keys and values
+    have an axis of heads beside that of a head's units, unless `filter_axis` says otherwise.
+    """
+    *parents, name = ["", *path.split("/")]
+    if leaf.ndim < 2 or name in ("bias", "scale"):
+        return None
+    if isinstance(filter_axis, Mapping):
+        filter_axis = next((axes for pattern, axes in filter_axis.items() if is_at(path, pattern)), -1)
+    axes = (filter_axis,) if isinstance(filter_axis, int) else tuple(filter_axis)
+    if axes == (-1,) and name == "kernel" and parents[-1] in ("query", "key", "value") and leaf.ndim == 3:
+        axes = (-2, -1)
+    if any(not -leaf.ndim <= axis < leaf.ndim for axis in axes):
+        raise ValueError(f"filter_axis must be axes of the kernel {list(leaf.shape)} at {path!r}, got {filter_axis}.")
+    filters = {axis % leaf.ndim for axis in axes}
+    return tuple(axis for axis in range(leaf.ndim) if axis not in filters)
+
+
+def filter_norms(kernel: Array, inputs: tuple[int, ...]) -> Array:
+    """Computes the norm of each filter over the axes of its inputs, which are kept, in float32 at least."""
+    kernel = wide(kernel)
+    largest = jnp.abs(kernel).max(inputs, keepdims=True, initial=0)
+    unit = jnp.where(largest == 0, 1, largest)
+    return unit * jnp.sqrt(jnp.square(kernel / unit).sum(inputs, keepdims=True))
 
 
 def subtract(a: Any, b: Any) -> Any:
@@ -183,8 +212,21 @@ def subtract(a: Any, b: Any) -> Any:
 
 
 def moved(params: Any, step: Array, direction: Any) -> Any:
-    """Computes `params + step · direction` in the dtypes of `params`."""
-    return jax.tree.map(lambda p, d: (p + step.astype(d.dtype) * d).astype(p.dtype), params, direction)
+    """Computes `params + step · direction`, rounded once to the dtypes of `params`."""
+
+    def of_leaves(p: Array, d: Array) -> Array:
+        dtype = jnp.promote_types(jnp.promote_types(p.dtype, d.dtype), step.dtype)
+        return _rounded(p.astype(dtype) + step.astype(dtype) * d.astype(dtype), p.dtype)
+
+    return jax.tree.map(of_leaves, params, direction)
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    """Rounds to a dtype, also where the compiler may keep the excess precision of what it computes further with."""
+    bits = jnp.finfo(dtype)
+    if bits.bits < jnp.finfo(x.dtype).bits:
+        x = lax.reduce_precision(x, bits.nexp, bits.nmant)
+    return x.astype(dtype)
 
 
 def path_name(path: Any) -> str:
@@ -222,7 +264,7 @@ def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[
     numbers: dict[str, list[int]] = {}
     for layer in layers:
         parts = (layer,) if isinstance(layer, str) else tuple(layer)
-        leaves = [i for i, path in enumerate(paths) if any(path == p or path.startswith(f"{p}/") for p in parts)]
+        leaves = [i for i, path in enumerate(paths) if any(is_at(path, part) for part in parts)]
         twice = [paths[i] for i in leaves if any(i in others for others in numbers.values())]
         if not leaves or twice:
             problem = f"{twice[0]} is in two of them" if twice else f"nothing is at {layer!r}"
@@ -231,13 +273,22 @@ def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[
     return numbers
 
 
+def is_at(path: str, place: str) -> bool:
+    """Returns whether a leaf is in the subtree at a path, or at a path that has the pattern `place`."""
+    if path == place or path.startswith(f"{place}/"):
+        return True
+    names = path.split("/")
+    return any(fnmatch.fnmatchcase("/".join(names[: i + 1]), place) for i in range(len(names)))
+
+
 def restrict(loss_fn: LossFn, params: Any, layers: Sequence[Layer]) -> tuple[LossFn, dict[str, Any]]:
     """Returns the loss as a function of some layers' parameters, the others frozen, for any measurement.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`.
       params: pytree of arrays.
-      layers: paths of the parameters that are not frozen, such as 'Conv_0' or 'Dense_1/kernel'.
+      layers: paths of the parameters that are not frozen, such as 'Conv_0' or 'Dense_1/kernel', or patterns of paths:
+        '*/lora_[ab]' (see `Layer`).
 
     Returns:
       `loss(arrays, *args)` and `arrays`, the parameters of the layers by their paths.

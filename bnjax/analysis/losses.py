@@ -9,8 +9,8 @@ The function that is measured depends on how the batch norms normalize. With W t
     'reestimated'  L(W; S(W)), S(W) being the statistics of a given batch at the same W, such as on a path of solutions
 
 These functions have different gradients and Hessians. Only in mode 'batch' the model is in its training phase, with the
-noise of dropout and of `bnjax.linen.NoisyBatchNorm`; statistics of a batch are taken without it. (On a mesh global and each device's statistics differ too: see
-`bnjax.analysis.shard_loss`.)
+noise of dropout and of `bnjax.linen.NoisyBatchNorm`; statistics of a batch are taken without it. (On a mesh global and
+each device's statistics differ too: see `bnjax.analysis.shard_loss`.)
 """
 
 import contextlib

@@ -319,7 +319,7 @@ def spectral_density(ax: Axes, densities: Mapping[str, SpectralDensity], *, floo
 
 
 def linear_path(ax: Axes, paths: Mapping[str, LinearPath], *, log: bool = False) -> Lines:
-    """Draws the loss between two solutions, a dotted line between its ends, and an arrow from there to the barrier.
+    """Draws the loss between two solutions, a dotted line at the mean of its ends, and an arrow up to the barrier.
 
     The legend shows the barrier, with seeds the mean of theirs, while the arrow is that of the mean loss.
 
@@ -338,8 +338,7 @@ def linear_path(ax: Axes, paths: Mapping[str, LinearPath], *, log: bool = False)
         text = f"{label} (barrier {np.mean(np.asarray(path.barrier, float)):.3g})"
         line = lines[label] = _draw.draw_band(ax, i, text, t, mean, low, high)
         if np.isfinite(mean).all():
-            chord = (1 - t) * mean[0] + t * mean[-1]
-            _draw.barrier(ax, t, mean, chord, line.get_color())
+            _draw.barrier(ax, t, mean, line.get_color())
     _draw.set_scale(ax, log, lines)
     ax.set(xlabel="position t between the solutions A (0) and B (1)", ylabel="loss L((1 − t) A + t B)")
     return lines

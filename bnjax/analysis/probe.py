@@ -21,11 +21,12 @@ class GradientProbe(NamedTuple):
       loss: L(W − a d), `[K]`.
       gradient_distance: ‖∇L(W − a d) − ∇L(W)‖₂, `[K]`: gradient predictiveness, the smaller the better.
       gradient_cosine: cosine of the angle between the two gradients, `[K]`; our addition. NaN where one is zero.
-      smoothness: gradient_distance / (|a| ‖d‖₂), `[K]`; its maximum is the effective β. NaN where nothing moved.
+      smoothness: gradient_distance / distance_moved, `[K]`; its maximum is the effective β. NaN where nothing moved.
       base_loss: L(W).
       gradient_norm: ‖∇L(W)‖₂.
       step_sizes: a, `[K]`.
       direction_norm: ‖d‖₂.
+      distance_moved: ‖(W − a d) − W‖₂ of the rounded parameters, `[K]`: |a| ‖d‖₂ up to their precision.
     """
 
     loss: Values
@@ -36,6 +37,7 @@ class GradientProbe(NamedTuple):
     gradient_norm: Values
     step_sizes: Values
     direction_norm: Values
+    distance_moved: Values
 
     @property
     def loss_min(self) -> Values:
@@ -70,7 +72,7 @@ class GradientProbe(NamedTuple):
     @property
     def max_smoothness(self) -> Values:
         """The effective β of Fig. 4 (c): the largest `smoothness` of the points that moved; NaN where none did."""
-        moved = self.step_sizes * self.direction_norm[..., None] != 0
+        moved = self.distance_moved != 0
         largest = jnp.where(moved, self.smoothness, -jnp.inf).max(-1)
         return jnp.where(moved.any(-1), largest, jnp.nan)
 
@@ -87,7 +89,7 @@ def gradient_probe(
 
     With W the parameters, g = ∇L(W) and the direction d (g by default), for each step size a:
 
-        loss = L(W − a d)        distance = ‖∇L(W − a d) − g‖        smoothness = distance / (|a| ‖d‖)
+        loss = L(W − a d)        distance = ‖∇L(W − a d) − g‖        smoothness = distance / ‖(W − a d) − W‖
 
     The range of the loss is the loss variation, the range of the distance the gradient predictiveness, and the largest
     smoothness the effective β-smoothness of Santurkar et al. ("maximum difference in gradient over distance moved").
@@ -105,9 +107,9 @@ def gradient_probe(
         small; one after the other by default. Static.
 
     Returns:
-      A `GradientProbe` of float32 (float64 for such parameters). Where the direction is zero, nothing moves: distances
-      are zero, smoothness NaN. A loss that is NaN somewhere makes the numbers NaN there. Parameters of 16 bits lose
-      steps below half their spacing (2⁻⁹ |W| in bfloat16): probe small steps at `float32` copies of them.
+      A `GradientProbe` of float32 (float64 for such parameters). Where nothing moves, since the direction is zero or
+      the steps are below half the spacing of the parameters (2⁻²⁵ |W| in float32, 2⁻⁹ |W| in bfloat16), distances are
+      zero and smoothness NaN. A loss that is NaN somewhere makes the numbers NaN there.
 
     Raises:
       TypeError, ValueError: for parameters without floating-point arrays, a loss that is no real scalar, no step sizes,
@@ -139,16 +141,19 @@ def gradient_probe(
     gradient_norm, direction_norm = _trees.norm(gradient), _trees.norm(direction)
     steps = steps.astype(direction_norm.dtype)
 
-    def at(step: Array) -> tuple[Array, Array, Array]:
-        loss, there = jax.value_and_grad(loss_fn)(_trees.moved(free, -step, direction), *args)
-        measured = _trees.norm(_trees.subtract(there, gradient)), _trees.cosine(there, gradient)
-        distance, cosine = (jnp.where(jnp.isnan(loss), jnp.nan, v) for v in measured)
-        return loss, distance, cosine
+    def at(step: Array) -> tuple[Array, Array, Array, Array]:
+        place = _trees.moved(free, -step, direction)
+        loss, there = jax.value_and_grad(loss_fn)(place, *args)
+        distance, cosine = (
+            _trees.norm(_trees.subtract(_trees.wide(there), _trees.wide(gradient))),
+            _trees.cosine(there, gradient),
+        )
+        distance, cosine = (jnp.where(jnp.isnan(loss), jnp.nan, v) for v in (distance, cosine))
+        return loss, distance, cosine, _trees.norm(_trees.subtract(_trees.wide(place), _trees.wide(free)))
 
-    loss, distance, cosine = lax.map(at, steps, batch_size=batch_size)
-    lengths = jnp.abs(steps) * direction_norm
-    smoothness = jnp.where(lengths == 0, jnp.nan, distance / jnp.where(lengths == 0, 1, lengths))
-    return GradientProbe(loss, distance, cosine, smoothness, base_loss, gradient_norm, steps, direction_norm)
+    loss, distance, cosine, moved = lax.map(at, steps, batch_size=batch_size)
+    smoothness = jnp.where(moved == 0, jnp.nan, distance / jnp.where(moved == 0, 1, moved))
+    return GradientProbe(loss, distance, cosine, smoothness, base_loss, gradient_norm, steps, direction_norm, moved)
 
 
 def check_batch_size(batch_size: int | None) -> None:

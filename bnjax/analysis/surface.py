@@ -1,5 +1,6 @@
 """Directions in the space of parameters, and the loss over lines and planes through it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Key
 
 from bnjax.analysis import _trees
-from bnjax.analysis._trees import LossFn
+from bnjax.analysis._trees import FilterAxis, LossFn
 from bnjax.analysis.probe import check_batch_size
 
 
@@ -19,7 +20,7 @@ class TrajectoryPlane(NamedTuple):
       origin: pytree of parameters, the last of the trajectory.
       directions: the d principal components, orthonormal pytrees.
       coordinates: coordinates of the T points of the trajectory from the origin along the directions, `[T, d]`.
-      explained_variance: fraction of the trajectory's variance along each direction, `[d]`.
+      explained_variance: fraction of the points' squared distances from their center along each direction, `[d]`.
     """
 
     origin: Any
@@ -34,22 +35,26 @@ class LinearPath(NamedTuple):
     Attributes:
       coordinates: t from the first solution (0) to the second (1), `[K]`.
       loss: L((1 − t) A + t B), `[K]`.
-      barrier: the largest excess of the loss over the line between the losses at the ends.
+      barrier: the largest loss less the mean of those at the ends; positive also where these differ.
+      excess: the largest excess of the loss over the line between the losses at the ends; zero on any line.
     """
 
     coordinates: Array
     loss: Array
     barrier: Array
+    excess: Array
 
 
-def random_direction(key: Key[Array, ""], params: Any, *, filter_normalized: bool = True, filter_axis: int = -1) -> Any:
+def random_direction(
+    key: Key[Array, ""], params: Any, *, filter_normalized: bool = True, filter_axis: FilterAxis = -1
+) -> Any:
     """Draws a random Gaussian direction, by default with each filter scaled to the norm of the parameters' filter.
 
     Args:
       key: random key.
       params: pytree of arrays.
       filter_normalized: whether to apply `filter_normalize`; static.
-      filter_axis: axis that counts filters, as in `filter_normalize`; static.
+      filter_axis: axes that count filters, as in `filter_normalize`; static.
 
     Returns:
       A pytree like `params`, with zeros for leaves that are not floating-point.
@@ -70,18 +75,20 @@ def random_direction(key: Key[Array, ""], params: Any, *, filter_normalized: boo
     return filter_normalize(direction, params, filter_axis=filter_axis) if filter_normalized else direction
 
 
-def filter_normalize(direction: Any, params: Any, *, filter_axis: int = -1) -> Any:
+def filter_normalize(direction: Any, params: Any, *, filter_axis: FilterAxis = -1) -> Any:
     """Scales each filter of a direction to the norm of the parameters' filter: `d_f ← d_f ‖W_f‖ / ‖d_f‖`.
 
-    Vectors and scalars (biases, and the scales and biases of normalizers) become zero.
+    Vectors and scalars, and what is called bias or scale, become zero.
 
     Args:
       direction: pytree like `params`.
       params: pytree of arrays.
-      filter_axis: axis of a kernel that counts its filters: the last, as in Flax; 0 for PyTorch's layout. Static.
+      filter_axis: axis of a kernel that counts its filters: the last, as in Flax (for the queries, keys and values of
+        its attention the last two, heads and their units); 0 for PyTorch's layout; a tuple where several do; or those
+        of the kernels at some paths or patterns, as in `{'*/qkv/kernel': (-2, -1)}`, the last elsewhere. Static.
 
     Raises:
-      ValueError: if `direction` is not like `params`.
+      ValueError: if `direction` is not like `params`, or a kernel lacks such an axis.
 
     References:
       Li et al. 2018 (arXiv 1712.09913), section 4: filter-wise normalized directions.
@@ -94,16 +101,14 @@ def filter_normalize(direction: Any, params: Any, *, filter_axis: int = -1) -> A
     _, free = _trees.differentiable(lambda params: jnp.zeros(()), params)
     direction = _trees.free_part("direction", direction, free)
 
-    def scaled(d: Array, w: Array) -> Array:
-        if w.ndim < 2:
+    def scaled(path: Any, w: Array, d: Array) -> Array:
+        inputs = _trees.input_axes(_trees.path_name(path), w, filter_axis)
+        if inputs is None:
             return jnp.zeros_like(d)
-        axes, units = _trees.input_axes(w, filter_axis), [_trees.unit_of(v) for v in (w, d)]
-        w, unit_direction = (_trees.in_units(v, unit) for v, unit in zip((w, d), units, strict=True))
-        sizes = [jnp.sqrt(jnp.square(v).sum(axes, keepdims=True)) for v in (w, unit_direction)]
-        ratio = sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1)
-        return (unit_direction * ratio * units[0]).astype(d.dtype)
+        sizes = _trees.filter_norms(d, inputs)
+        return (d / jnp.where(sizes > 0, sizes, 1) * _trees.filter_norms(w, inputs)).astype(d.dtype)
 
-    return _trees.filled(jax.tree.map(scaled, direction, free), params)
+    return _trees.filled(jax.tree.map_with_path(scaled, free, direction), params)
 
 
 def loss_surface(
@@ -152,7 +157,7 @@ def loss_surface(
             f"directions must be one or two pytrees like params, with a vector of coordinates each, got "
             f"{len(directions)} directions and {len(coordinates)} vectors."
         )
-    directions = [_trees.free_part("directions", direction, free) for direction in directions]
+    directions = [_trees.wide(_trees.free_part("directions", direction, free)) for direction in directions]
     axes = [jnp.asarray(values) for values in coordinates]
     if any(values.ndim != 1 for values in axes):
         raise ValueError(f"coordinates must be vectors, got shapes {[values.shape for values in axes]}.")
@@ -160,21 +165,22 @@ def loss_surface(
     grid = jnp.stack([v.ravel() for v in jnp.meshgrid(*(v.astype(dtype) for v in axes), indexing="ij")], axis=1)
 
     def at(point: Array) -> Array:
-        there = free
-        for i, direction in enumerate(directions):
-            there = _trees.moved(there, point[i], direction)
-        return loss_fn(there, *args)
+        zeros = jax.tree.map(jnp.zeros_like, directions[0])
+        offset = functools.reduce(lambda sum_, i: _trees.moved(sum_, point[i], directions[i]), range(len(axes)), zeros)
+        return loss_fn(_trees.moved(free, jnp.ones((), dtype), offset), *args)
 
     return lax.map(at, grid, batch_size=batch_size).reshape([v.size for v in axes])
 
 
-def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlane:
-    """Computes the principal components of a training trajectory about its last point, and the path projected on them.
+def trajectory_plane(trajectory: Any, num_directions: int = 2, *, center: str = "mean") -> TrajectoryPlane:
+    """Computes the principal components of a training trajectory, and the path projected on the plane that they span.
 
     Args:
       trajectory: pytree of parameters with a leading axis of T ≥ 2 points everywhere. (Stack a list of them by
         `jax.tree.map(lambda *points: jnp.stack(points), *trajectory)`.)
       num_directions: d, up to T − 1; static.
+      center: the point from which differences are decomposed: 'mean', the mean of all points, which is principal
+        component analysis; or 'last', the last point, so that no plane through it is nearer to the others. Static.
 
     Returns:
       A `TrajectoryPlane`: `loss_surface(loss_fn, plane.origin, plane.directions, …)` is the loss around the path. The
@@ -182,15 +188,18 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlan
       direction that the points do not span, up to the rounding errors of these products, is zero.
 
     Raises:
-      ValueError: for fewer than two points, or more directions than T − 1.
+      ValueError: for fewer than two points, more directions than T − 1, or another center.
 
     References:
-      Li et al. 2018 (arXiv 1712.09913), section 7: PCA of the differences to the last point.
+      Li et al. 2018 (arXiv 1712.09913), section 7: PCA of the differences to the last point, which the authors' program
+      centers, as PCA does.
 
     >>> from bnjax import analysis
     >>> plane = analysis.trajectory_plane(jnp.array([[4.0, 0.0], [2.0, 1.0], [0.0, 0.0]]))
-    >>> print(abs(plane.coordinates).round(2)[0], plane.explained_variance.round(2))
-    [3.98 0.41] [0.96 0.04]
+    >>> print(abs(plane.coordinates).round(2), plane.explained_variance.round(2))
+    [[4. 0.]
+     [2. 1.]
+     [0. 0.]] [0.92 0.08]
     """
     leaves = jax.tree.leaves(trajectory)
     points = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in leaves}
@@ -199,32 +208,30 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2) -> TrajectoryPlan
     (count,) = points
     if not 1 <= num_directions < count:
         raise ValueError(f"num_directions must be from 1 to {count - 1} for {count} points, got {num_directions}.")
+    if center not in ("mean", "last"):
+        raise ValueError(f"center must be 'mean' or 'last', got {center!r}.")
     _, free = _trees.differentiable(lambda params: jnp.zeros(()), trajectory)
     origin = jax.tree.map(lambda p: p[-1], trajectory)
-    offsets = jax.tree.map(lambda p: (p - p[-1:]).reshape((count, -1)), free)
-    dtype = _trees.norm(free).dtype
-    gram = sum(
-        (jnp.matmul(o, o.T, precision="highest", preferred_element_type=dtype) for o in jax.tree.leaves(offsets)),
-        jnp.zeros((count, count), dtype),
-    )
+    unit = _trees.unit_of(free)
+    offsets = jax.tree.map(lambda p: _trees.in_units(p, unit).reshape((count, -1)), free)
+    offsets = jax.tree.map(lambda o: o - o[-1:], offsets)
+    centered = offsets if center == "last" else jax.tree.map(lambda o: o - o.mean(0, keepdims=True), offsets)
+    gram = _trees.inner(centered, centered)
     values, vectors = jnp.linalg.eigh(gram)
     values, vectors = values[::-1], vectors[:, ::-1]
     # A direction that the path does not span is lost in the rounding errors of the inner products, and becomes zero.
-    values = jnp.where(values > 10 * count * jnp.finfo(dtype).eps * values[0], values, 0)
+    values = jnp.where(values > 10 * count * jnp.finfo(values.dtype).eps * values[0], values, 0)
     lengths = jnp.sqrt(values[:num_directions])
     inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
-    weights = vectors[:, :num_directions] * inverse[None]
-
-    def direction(i: int) -> Any:
-        def of_leaf(offset, like):
-            row = jnp.matmul(weights[:, i].astype(offset.dtype), offset, precision="highest")
-            return row.reshape(like.shape[1:])
-
-        return _trees.filled(jax.tree.map(of_leaf, offsets, free), origin)
-
+    weights = (vectors[:, :num_directions] * inverse[None]).T
+    rows = jax.tree.map(lambda c: jnp.matmul(weights.astype(c.dtype), c, precision="highest"), centered)
+    coordinates = _trees.inner(offsets, rows) * unit
     total = values.sum()
     explained = values[:num_directions] / jnp.where(total > 0, total, 1)
-    coordinates = vectors[:, :num_directions] * lengths[None]
+
+    def direction(i: int) -> Any:
+        return _trees.filled(jax.tree.map(lambda r, like: r[i].reshape(like.shape[1:]), rows, free), origin)
+
     return TrajectoryPlane(origin, tuple(direction(i) for i in range(num_directions)), coordinates, explained)
 
 
@@ -238,7 +245,8 @@ def linear_path(
 ) -> LinearPath:
     """Computes the loss on the straight line from one solution to another, and its barrier.
 
-        L((1 − t) A + t B)        barrier = max_t L((1 − t) A + t B) − (1 − t) L(A) − t L(B)
+        L((1 − t) A + t B)        barrier = max_t L((1 − t) A + t B) − (L(A) + L(B)) / 2
+                                  excess = max_t L((1 − t) A + t B) − (1 − t) L(A) − t L(B)
 
     With batch norm, running statistics of the ends are wrong between them: use a loss in mode 'batch' or 'reestimated'
     (see `bnjax.analysis.losses`), which takes them anew at every point.
@@ -248,24 +256,36 @@ def linear_path(
       params: pytree of arrays, A; leaves that are not floating-point are constants.
       other_params: pytree like `params`, B.
       *args: further arguments of `loss_fn`.
-      coordinates: t, increasing, the first 0 and the last 1, `[K]`; 25 equal steps by default.
+      coordinates: t, increasing, the first 0 and the last 1, `[K]`; 25 equal steps by default. Where they are traced
+        and not so, the results are NaN.
       batch_size: number of points computed at once by vmap; one after the other by default. Static.
 
     Raises:
-      TypeError, ValueError: for bad parameters, a loss that is no real scalar, or ends that differ in structure.
+      TypeError, ValueError: for bad parameters, a loss that is no real scalar, ends that differ in structure, or
+        coordinates that do not run from 0 to 1.
 
     References:
       Goodfellow, Vinyals & Saxe 2015 (arXiv 1412.6544); Frankle et al. 2020 (arXiv 1912.05671), section 2, for the
-      barrier.
+      barrier (of errors there, and called linear interpolation instability); Entezari et al. 2022 (arXiv 2110.06296),
+      Definition 2.1, for the excess.
 
     >>> from bnjax import analysis
     >>> path = analysis.linear_path(lambda w: jnp.cos(w), jnp.array(0.0), jnp.array(2 * jnp.pi))
     >>> print(path.loss.shape, path.barrier)
     (25,) 0.0
+    >>> print(analysis.linear_path(lambda w: w, 0.0, 1.0).barrier)
+    0.5
     """
     _, free = _trees.differentiable(loss_fn, params)
     other = _trees.free_part("other_params", other_params, free)
     t = jnp.linspace(0, 1, 25) if coordinates is None else jnp.asarray(coordinates)
+    if t.ndim != 1 or t.size < 2:
+        raise ValueError(f"coordinates must be a vector of at least 2 numbers, got shape {t.shape}.")
+    runs = (t[0] == 0) & (t[-1] == 1) & (t[1:] >= t[:-1]).all()
+    if not isinstance(runs, jax.core.Tracer) and not runs:
+        raise ValueError(f"coordinates must increase from 0 to 1, which are the two solutions, got {t}.")
     direction = _trees.filled(_trees.subtract(other, free), params)
-    losses = loss_surface(loss_fn, params, (direction,), t, *args, batch_size=batch_size)
-    return LinearPath(t, losses, (losses - (1 - t) * losses[0] - t * losses[-1]).max())
+    losses = jnp.where(runs, loss_surface(loss_fn, params, (direction,), t, *args, batch_size=batch_size), jnp.nan)
+    first, last = losses[0], losses[-1]
+    excess = (losses - (1 - t) * first - t * last).max()
+    return LinearPath(t, losses, losses.max() - (first + last) / 2, excess)

@@ -83,7 +83,7 @@ def at_the_end(
             "hessian_trace": analysis.hessian_trace(*at, x, y, key=trace, num_samples=TRACE_SAMPLES).estimate,
             "noise_scale": analysis.gradient_noise_scale(*at, x, y, num_batches=PARTS).scale,
             "confusion_cosine": analysis.gradient_confusion(*at, x, y, num_batches=PARTS).min_cosine,
-            "sam_sharpness": analysis.sam_sharpness(*at, RADIUS, x, y),
+            "sam_sharpness": analysis.sam_sharpness(*at, x, y, radius=RADIUS),
             "scale_cosine": analysis.scale_invariance(*at, x, y, layers=kernels).cosine.max(),
         }
 
