@@ -24,7 +24,7 @@ FLOORS = """
     linen nnx
     _calls
     analysis: _draw _trees _iterate _conjugate _lanczos operators _batches curvature eigen _sketch traces spectrum
-    analysis: probe activations shift sharding gradients noise loop surface . plots
+    analysis: vocabulary probe activations shift sharding gradients noise loop surface . plots
     analysis: losses
     models: layers networks .
     convert: state arrays _framework nnx torch keras haiku equinox .

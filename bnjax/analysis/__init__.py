@@ -44,6 +44,7 @@ from bnjax.analysis.traces import (
     hessian_trace,
     trace,
 )
+from bnjax.analysis.vocabulary import chunked_cross_entropy
 
 __all__ = [
     "ActivationStatistics",
@@ -61,6 +62,7 @@ __all__ = [
     "TraceEstimate",
     "TrajectoryPlane",
     "activation_statistics",
+    "chunked_cross_entropy",
     "covariate_shift",
     "diagonal",
     "eigenpairs",

@@ -82,12 +82,12 @@ def free_part(name: str, tree: Any, free: Any) -> Any:
 
 
 def filled(free: Any, params: Any) -> Any:
-    """Returns `free` in the structure of `params`, with zeros where a leaf is not differentiated."""
+    """Returns `free` in the structure of `params`, with zeros where a number is not differentiated."""
     if jax.tree.structure(free) == jax.tree.structure(params):
         return free
 
     def fill(leaf, old):
-        return leaf if leaf is not None or old is None else jnp.zeros_like(old)
+        return leaf if leaf is not None or not is_number(old) else jnp.zeros_like(old)
 
     return jax.tree.map(fill, free, params, is_leaf=_is_none)
 
@@ -342,9 +342,14 @@ def _natural(name: str) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+def is_number(leaf: Any) -> bool:
+    """Returns whether a leaf is an array or a number, and not, say, a function in a module of Equinox."""
+    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+
+
 def _kind(leaf: Any, kind: Any) -> bool:
-    if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
-        return False  # such as a function, in a module of Equinox
+    if not is_number(leaf):
+        return False
     return jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), kind)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Key
 
 from bnjax.analysis import _batches, _trees
@@ -117,8 +118,10 @@ def gauss_newton_operator(
     _, free = _trees.differentiable(lambda p, *batch: output_loss(model_fn(p, *batch), *batch), params)
 
     def product(free: Any, vector: Any, _: Any, *batch: Any) -> Any:
-        outputs, pullback, tangent = _linear(model_fn, params, free, vector, batch)
-        return pullback(jax.jvp(jax.grad(lambda z: output_loss(z, *batch)), (outputs,), (tangent,))[1])
+        outputs, tangent, pullback = _linear(
+            lambda free: model_fn(_trees.merged(free, params), *batch), (free,), (vector,)
+        )
+        return pullback(jax.jvp(jax.grad(lambda z: output_loss(z, *batch)), (outputs,), (tangent,))[1])[0]
 
     return _batches.operator(product, free, args, batches, weights, progress)
 
@@ -130,6 +133,8 @@ def fisher_operator(
     distribution: str = "categorical",
     samples: int | None = None,
     key: Key[Array, ""] | None = None,
+    head: Callable[[Any, Array], Array] | None = None,
+    chunk_size: int = 128,
     batches: Batches | None = None,
     weights: Weights | None = None,
     progress: Progress | None = None,
@@ -149,13 +154,17 @@ def fisher_operator(
       samples: number of labels that are drawn for each example, the same ones in every product, in place of the exact
         expectation; static.
       key: random key of the samples.
+      head: the model's last layer, `head(params, features) -> z`, where `model_fn` returns the features `[batch, …, d]`
+        before it. It is called with `[chunk_size, d]`, so that no array of all tokens times classes is kept, and its
+        parameters count as the others do.
+      chunk_size: number of examples or tokens in each call of `head`; static.
       batches: a data set in place of `args`, as in `hessian_operator`.
       weights: weights of examples, as in `hessian_operator`: arrays that broadcast to `z.shape[:-1]`.
       progress: function that is told of each batch, as in `hessian_operator`.
 
     Raises:
       TypeError, ValueError: for bad parameters, outputs that are no array with an axis of classes, an unknown
-        distribution, or samples without a key.
+        distribution, samples without a key, or a chunk size below 1.
 
     References:
       Martens 2020 (arXiv 1412.1193), sections 5 and 9; Kunstner, Balles & Hennig 2019 (arXiv 1905.12558).
@@ -173,17 +182,46 @@ def fisher_operator(
         raise ValueError(f"samples must be at least 1, got {samples}.")
     free = _trees.free_leaves(params)
 
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+
+    def of_outputs(z: Array, tangent: Array, key: Any) -> Array:
+        """Computes the product of the Fisher matrix of each example's outputs and their tangent."""
+        if samples is None or key is None:
+            return _inner(distribution, z, tangent)
+        drawn = _scores(distribution, z, samples, key)
+        return (drawn * (drawn * tangent[None]).sum(-1, keepdims=True)).mean(0)
+
+    def through_head(free: Any, vector: Any, key: Any, tokens: Any) -> tuple[Any, Array]:
+        """Returns the part of the product in the head's own parameters, and the cotangents of its features."""
+
+        def add(total: Any, chunk: Any) -> tuple[Any, Array]:
+            features, tangent, shares, number = chunk
+            z, of_vector, pullback = _linear(head_of_free, (free, features), (vector, tangent))
+            own, cotangent = pullback(shares[:, None] * of_outputs(z, of_vector, _folded(key, number)))
+            return jax.tree.map(lambda t, o: t + o.astype(t.dtype), total, own), cotangent
+
+        count = tokens[2].size
+        chunks = -(-count // min(chunk_size, max(count, 1)))
+        padded = jax.tree.map(lambda v: jnp.pad(v, [(0, -count % chunks), *[(0, 0)] * (v.ndim - 1)]), tokens)
+        chunked = jax.tree.map(lambda v: v.reshape((chunks, -1, *v.shape[1:])), padded)
+        zeros = jax.tree.map(jnp.zeros_like, _trees.wide(free))
+        total, cotangents = lax.scan(add, zeros, (*chunked, jnp.arange(chunks)))
+        return total, cotangents.reshape((-1, *cotangents.shape[2:]))[:count]
+
+    def head_of_free(free: Any, features: Array) -> Array:
+        return head(_trees.merged(free, params), features)  # pyright: ignore[reportOptionalCall]
+
     def product(free: Any, vector: Any, index: Any, *batch: Any) -> Any:
-        z, pullback, tangent = _linear(model_fn, params, free, vector, batch)
+        z, tangent, pullback = _linear(lambda free: model_fn(_trees.merged(free, params), *batch), (free,), (vector,))
         if not hasattr(z, "ndim") or not z.ndim:
             raise TypeError(f"model_fn must return an array [batch, …, classes], got {jax.tree.structure(z)}.")
-        shares = _shares(weights, batch, z.shape[:-1], z.dtype)[..., None]
-        if samples is None or key is None:
-            along = _inner(distribution, z, tangent)
-        else:
-            drawn = _scores(distribution, z, samples, jax.random.fold_in(key, index))
-            along = (drawn * (drawn * tangent[None]).sum(-1, keepdims=True)).mean(0)
-        return pullback(shares * along)
+        shares, key_of_batch = _shares(weights, batch, z.shape[:-1], z.dtype), _folded(key, index)
+        if head is None:
+            return pullback(shares[..., None] * of_outputs(z, tangent, key_of_batch))[0]
+        tokens = *(v.reshape((-1, v.shape[-1])) for v in (z, tangent)), shares.ravel()
+        own, cotangents = through_head(free, vector, key_of_batch, tokens)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), own, pullback(cotangents.reshape(z.shape))[0])
 
     return _batches.operator(product, free, args, batches, weights, progress)
 
@@ -312,10 +350,14 @@ def gauss_newton_product(
     return _trees.filled(gauss_newton_operator(model_fn, output_loss, params, *args)(vector), params)
 
 
-def _linear(model_fn: Callable[..., Any], params: Any, free: Any, vector: Any, batch: Any) -> tuple[Any, Any, Any]:
-    """Returns outputs, the product with the transposed Jacobian, and the Jacobian's product with a vector."""
-    outputs, linear = jax.linearize(lambda free: model_fn(_trees.merged(free, params), *batch), free)
-    return outputs, lambda cotangent: jax.linear_transpose(linear, free)(cotangent)[0], linear(vector)
+def _linear(function: Callable[..., Any], at: tuple, tangents: tuple) -> tuple[Any, Any, Any]:
+    """Returns the value, the Jacobian's product with tangents, and the product with its transpose."""
+    value, linear = jax.linearize(function, *at)
+    return value, linear(*tangents), lambda cotangent: jax.linear_transpose(linear, *at)(cotangent)
+
+
+def _folded(key: Any, number: Any) -> Any:
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 def _shares(weights: Weights | None, batch: Any, shape: tuple[int, ...], dtype: Any) -> Array:

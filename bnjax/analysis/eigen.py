@@ -164,7 +164,7 @@ def hessian_eigenpairs(
     """
     operator = hessian_operator(loss_fn, params, *args, method="linearized")
     pairs = eigenpairs(operator, k, key=key, **options)
-    like = jax.tree.map(lambda p: jnp.broadcast_to(p, (k, *jnp.shape(p))), params)
+    like = jax.tree.map(lambda p: jnp.broadcast_to(p, (k, *jnp.shape(p))) if _trees.is_number(p) else None, params)
     return pairs._replace(vectors=_trees.filled(pairs.vectors, like))
 
 

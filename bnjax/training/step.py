@@ -56,8 +56,8 @@ def binary_cross_entropy(logits: Float[Array, "batch 1"], labels: Shaped[Array, 
     return optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype)), (logits > 0) == (labels > 0)
 
 
-def cross_entropy(logits: Float[Array, "batch classes"], labels: Shaped[Array, " batch"]):
-    """Computes the cross-entropy of a softmax output: `−log softmax(logits)[label]`."""
+def cross_entropy(logits: Float[Array, "*batch classes"], labels: Shaped[Array, "*batch"]):
+    """Computes the cross-entropy of a softmax output, of each example or token: `−log softmax(logits)[label]`."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels), logits.argmax(-1) == labels
 
 
