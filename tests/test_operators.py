@@ -254,27 +254,46 @@ def test_what_a_data_set_is_read_for():
     )
 
 
-@pytest.mark.parametrize("what", ["eigenpairs", "density"])
+RESUMABLE = {
+    "eigenpairs": lambda operator, **kept: analysis.eigenpairs(operator, 3, tolerance=1e-9, **kept),
+    "density": lambda operator, **kept: analysis.spectral_density(operator, num_probes=2, num_steps=12, **kept),
+    "trace": lambda operator, **kept: analysis.trace(operator, num_samples=11, batch_size=1, **kept),
+    "norm": lambda operator, **kept: analysis.frobenius_norm(operator, num_samples=11, batch_size=1, **kept),
+    "diagonal": lambda operator, **kept: analysis.diagonal(operator, num_samples=11, batch_size=1, **kept),
+    "Hutch++": lambda operator, **kept: analysis.trace(operator, num_samples=10, method="hutch++", **kept),
+    "XTrace": lambda operator, **kept: analysis.trace(operator, num_samples=10, method="xtrace", **kept),
+    "XDiag": lambda operator, **kept: analysis.diagonal(operator, num_samples=10, method="xdiag", **kept),
+}
+
+
+@pytest.mark.parametrize("what", RESUMABLE)
 def test_an_interrupted_measurement_goes_on(tmp_path, what):
     def run(data, resumed=True):
         operator = MAKERS["Hessian"](batches=data)
         with Checkpoints(tmp_path, {"what": what}, every=0) as checkpoints:
-            options = {"key": jax.random.key(0), "checkpoints": checkpoints if resumed else None}
-            if what == "eigenpairs":
-                return analysis.eigenpairs(operator, 3, tolerance=1e-9, **options)
-            return analysis.spectral_density(operator, num_probes=2, num_steps=12, **options)
+            return RESUMABLE[what](operator, key=jax.random.key(0), checkpoints=checkpoints if resumed else None)
 
     batches = [(X[part], Y[part]) for part in PARTS]
-    whole, expected = Reader(batches), run(batches, resumed=False)
+    counted = Reader(batches)
+    expected = run(counted, resumed=False)
+    before = 1 if counted.read == 6 else 6  # whole passes before the interruption
     with pytest.raises(KeyboardInterrupt):
-        run(Reader(batches, most=20))  # within the seventh pass
-    found = run(whole)
-    passes = int(expected.products) if what == "eigenpairs" else 12
-    assert whole.read == 3 * (passes - 6)
+        run(Reader(batches, most=3 * before + 2))
+    rest = Reader(batches)
+    found = run(rest)
+    assert rest.read == counted.read - 3 * before
     chex.assert_trees_all_equal(found, expected)
     done = Reader(batches)
     chex.assert_trees_all_equal(run(done), expected)
     assert done.read == 0
+
+
+def test_checkpoints_are_for_the_host(tmp_path):
+    operator = MAKERS["Hessian"](X, Y)
+    with Checkpoints(tmp_path, {}, every=0) as checkpoints:
+        for run in RESUMABLE.values():
+            with pytest.raises(ValueError, match="checkpoints are for operators that read batches on the host"):
+                run(operator, key=jax.random.key(0), checkpoints=checkpoints)
 
 
 def test_memory_does_not_grow_with_the_number_of_batches():

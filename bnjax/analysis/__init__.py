@@ -18,6 +18,7 @@ from bnjax.analysis.curvature import (
     hessian_operator,
     hessian_product,
 )
+from bnjax.analysis.diagonals import DiagonalEstimate, diagonal, hessian_diagonal
 from bnjax.analysis.eigen import Eigenpairs, eigenpairs, hessian_eigenpairs, layer_eigenpairs
 from bnjax.analysis.gradients import ScaleInvariance, gradient_norms, sam_sharpness, scale_invariance
 from bnjax.analysis.loop import LearningRateRange, learning_rate_range, measured_scan
@@ -36,14 +37,7 @@ from bnjax.analysis.surface import (
     random_direction,
     trajectory_plane,
 )
-from bnjax.analysis.traces import (
-    DiagonalEstimate,
-    TraceEstimate,
-    diagonal,
-    hessian_diagonal,
-    hessian_trace,
-    trace,
-)
+from bnjax.analysis.traces import TraceEstimate, hessian_trace, trace
 from bnjax.analysis.vocabulary import chunked_cross_entropy
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -93,10 +94,9 @@ def iterate(operator: Operator, algorithm: Algorithm, state: Any, checkpoints: C
       state: where to begin, unless there is a checkpoint.
       checkpoints: where the state is kept, for an operator on the host.
     """
+    check_checkpoints(operator, checkpoints)
     if operator.on_host:
         return _on_host(operator, algorithm, state, checkpoints)
-    if checkpoints is not None:
-        raise ValueError("checkpoints are for operators that read batches on the host, got one that is compiled.")
 
     def step(state: Any) -> Any:
         return algorithm.absorb(state, operator.product(algorithm.vector(state)))
@@ -107,6 +107,29 @@ def iterate(operator: Operator, algorithm: Algorithm, state: Any, checkpoints: C
 
     # The restarts stand in a loop of their own, since a condition copies what passes through it.
     return lax.while_loop(lambda state: ~algorithm.is_done(state), cycle, state)
+
+
+def in_passes(passes: Sequence[Callable[[Any], Any]], state: Any, checkpoints: Checkpoints | None = None) -> Any:
+    """Returns the state after some passes, functions of it, from that on which a checkpoint has.
+
+    Args:
+      passes: what to do, one after the other.
+      state: where to begin, of the structure, shapes and dtypes that each pass returns.
+      checkpoints: where the state is kept.
+    """
+    found = None if checkpoints is None else checkpoints.restore(state)
+    done, state = (0, state) if found is None else found
+    for number, one in enumerate(passes[done:], done + 1):
+        state = one(state)
+        if checkpoints is not None:
+            checkpoints.save(number, state, force=number == len(passes))
+    return state
+
+
+def check_checkpoints(operator: Operator, checkpoints: Checkpoints | None) -> None:
+    """Raises `ValueError` for checkpoints of what is compiled as a whole."""
+    if checkpoints is not None and not operator.on_host:
+        raise ValueError("checkpoints are for operators that read batches on the host, got one that is compiled.")
 
 
 def _on_host(operator: Operator, algorithm: Algorithm, state: Any, checkpoints: Checkpoints | None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from bnjax.analysis import _trees
@@ -98,7 +99,7 @@ def sam_sharpness(loss_fn: LossFn, params: Any, *args: Any, radius: ArrayLike = 
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
     radius = jnp.asarray(radius, _trees.norm(free).dtype)
-    if not isinstance(radius, jax.core.Tracer) and not radius >= 0:
+    if not isinstance(radius, Tracer) and not radius >= 0:
         raise ValueError(f"radius must not be negative, got {radius}.")
     radius = jnp.where(radius >= 0, radius, jnp.nan)
     length, one = radius if num_steps == 1 else 2 * radius / num_steps, jnp.ones((), radius.dtype)

@@ -14,7 +14,7 @@ from bnjax.analysis._sketch import standard_error
 from bnjax.analysis._trees import LossFn
 from bnjax.analysis.curvature import hessian_operator
 from bnjax.analysis.operators import SymmetricOperator
-from bnjax.analysis.traces import TraceEstimate, check_count, estimate, of_signs, quantile
+from bnjax.analysis.traces import TraceEstimate, check_count, estimate, over_signs, quantile
 
 _AROUND = 33  # points of the grid within eight deviations of each node, where the density is as good as zero
 
@@ -150,7 +150,14 @@ def log_determinant(
     return estimate(operator.size * (weights * logarithms).sum(1))
 
 
-def frobenius_norm(operator: SymmetricOperator, *, key: Key[Array, ""], num_samples: int) -> TraceEstimate:
+def frobenius_norm(
+    operator: SymmetricOperator,
+    *,
+    key: Key[Array, ""],
+    num_samples: int,
+    batch_size: int | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> TraceEstimate:
     """Estimates `‖A‖_F`, the root of the sum of the squared eigenvalues, by the mean of `‖A v‖²` over random signs v.
 
     (The spectral norm is the eigenvalue of `eigenpairs(…, which='magnitude')`.)
@@ -158,7 +165,9 @@ def frobenius_norm(operator: SymmetricOperator, *, key: Key[Array, ""], num_samp
     Args:
       operator: A.
       key: random key.
-      num_samples: number of products; static. An operator on the host reads its data once for all.
+      num_samples: number of products; static.
+      batch_size: number of vectors at once, as in `trace`. Static.
+      checkpoints: where the state of an operator on the host is kept, as in `trace`.
 
     Returns:
       `TraceEstimate` of the norm: its samples are `‖A v‖`, and its interval is the root of that of the mean square.
@@ -175,7 +184,7 @@ def frobenius_norm(operator: SymmetricOperator, *, key: Key[Array, ""], num_samp
     5.0
     """
     check_count("num_samples", num_samples)
-    norms = of_signs(operator, lambda v, product: _trees.norm(product), num_samples, key)
+    norms = over_signs(operator, lambda v, product: _trees.norm(product), num_samples, key, batch_size, checkpoints)
     unit = _trees.unit_of(norms)
     squares = estimate(jnp.square(norms / unit))
     root = jnp.sqrt(squares.estimate)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Key
 
 from bnjax.analysis import _trees
@@ -282,7 +283,7 @@ def linear_path(
     if t.ndim != 1 or t.size < 2:
         raise ValueError(f"coordinates must be a vector of at least 2 numbers, got shape {t.shape}.")
     runs = (t[0] == 0) & (t[-1] == 1) & (t[1:] >= t[:-1]).all()
-    if not isinstance(runs, jax.core.Tracer) and not runs:
+    if not isinstance(runs, Tracer) and not runs:
         raise ValueError(f"coordinates must increase from 0 to 1, which are the two solutions, got {t}.")
     direction = _trees.filled(_trees.subtract(other, free), params)
     losses = jnp.where(runs, loss_surface(loss_fn, params, (direction,), t, *args, batch_size=batch_size), jnp.nan)
