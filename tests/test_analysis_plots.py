@@ -1,5 +1,6 @@
 """What the figures of the measurements show, from results of tiny problems and from broken ones."""
 
+import re
 import subprocess
 import sys
 
@@ -245,6 +246,70 @@ def test_spectral_density_is_clipped_at_its_floor(ax):
     np.testing.assert_allclose(marks[0].get_xdata(), [1, 3], rtol=1e-5)
 
 
+def test_spectral_density_with_the_largest_eigenvalues(ax):
+    key = jax.random.key(0)
+    density = analysis.spectral_density(quadratic, jnp.ones(2), key=key, num_probes=3, num_steps=2)
+    pairs = analysis.hessian_eigenpairs(quadratic, jnp.ones(2), 2, key=key)
+    lines = plots.spectral_density(ax, {"a": density, "b": density}, pairs={"b": pairs})
+    assert lines["a"].get_label() == "a (Ritz values 1 to 3)"
+    assert lines["b"].get_label() == "b (2 eigenvalues, 1 to 3)"
+    (marks,) = (line for line in ax.lines if line.get_marker() == "^")
+    np.testing.assert_allclose(marks.get_xdata(), pairs.values)
+    assert marks.get_color() == lines["b"].get_color()
+    stems = ax.collections[-2].get_segments()
+    np.testing.assert_allclose([stem[0][0] for stem in stems], pairs.values)
+    wide = pairs._replace(residuals=jnp.array([0.5, 0.25]))
+    plots.spectral_density(ax, {"b": density}, pairs={"b": wide})
+    whiskers = ax.collections[-1].get_segments()
+    np.testing.assert_allclose([whisker[:, 0] for whisker in whiskers], [[2.5, 3.5], [0.75, 1.25]], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"pairs must have labels of densities, \['b'\], got \['c'\]"):
+        plots.spectral_density(ax, {"b": density}, pairs={"c": pairs})
+
+
+LAYERS = {"first": jnp.array([[3.0], [0.0], [1.0]]), "second": {"w": jnp.array([[4.0, 0], [0, 2], [1, 1]])}}
+
+
+def test_layers_of_eigenvectors(ax):
+    weights = analysis.layer_weights(LAYERS)
+    np.testing.assert_allclose(weights["first"], [0.36, 0, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(weights["second"], [0.64, 1, 2 / 3], rtol=1e-6)
+    shown = plots.layer_weights(ax, weights)
+    np.testing.assert_allclose(shown.get_array(), np.stack(list(weights.values())))
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["first", "second"]
+    assert ax.get_yticks()[0] < ax.get_yticks()[1] and not ax.yaxis_inverted()
+    assert shown.get_clim() == (0, 1)
+    scaled = analysis.layer_weights(jax.tree.map(lambda v: 1e-30 * v, LAYERS), ["second"])
+    np.testing.assert_allclose(scaled["second"], weights["second"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_traces_of_layers(ax, log):
+    matrix = jnp.array([[2.0, 1, 0.5], [1, 3, 1], [0.5, 1, 4]])
+
+    def loss(w):
+        vector = jnp.concatenate([w["a"], w["b"]])
+        return 0.5 * vector @ matrix @ vector
+
+    params = {"a": jnp.ones(2), "b": jnp.ones(1)}
+    operator = analysis.hessian_operator(loss, params)
+    traces = analysis.layer_traces(operator, key=jax.random.key(1), num_samples=40)
+    for name, block in {"a": matrix[:2, :2], "b": matrix[2:, 2:]}.items():
+        assert traces[name].low <= jnp.trace(block) <= traces[name].high
+    whole = analysis.trace(operator, key=jax.random.key(1), num_samples=40)
+    np.testing.assert_allclose(sum(t.estimate for t in traces.values()), whole.estimate, rtol=1e-5)
+    bars = plots.layer_traces(ax, traces, log=log)
+    np.testing.assert_allclose([bar.get_width() for bar in bars], [t.estimate for t in traces.values()], rtol=1e-6)
+    segments = bars.errorbar.lines[2][0].get_segments()
+    np.testing.assert_allclose(segments[0][:, 0], [traces["a"].low, traces["a"].high], rtol=1e-5)
+    assert ax.yaxis_inverted() and ax.get_xscale() == ("log" if log else "linear")
+
+
+def test_traces_of_one_sample_have_no_whiskers(ax):
+    operator = analysis.SymmetricOperator(lambda v: v, {"a": jnp.zeros(2)})
+    bars = plots.layer_traces(ax, analysis.layer_traces(operator, key=jax.random.key(0), num_samples=1))
+    np.testing.assert_allclose(bars.errorbar.lines[2][0].get_segments()[0][:, 0], [2, 2])
+
+
 def test_linear_path_marks_the_barrier(ax):
     path = analysis.linear_path(lambda w: (w**2 - 1) ** 2 + 0.1 * w, jnp.array(-1.0), jnp.array(1.0))
     lines = plots.linear_path(ax, {"well": path})
@@ -264,6 +329,24 @@ def plane():
     found = analysis.trajectory_plane(path)
     grid = (jnp.linspace(-3, 3, 13), jnp.linspace(-1, 1, 5))
     return found, analysis.loss_surface(quadratic, found.origin, found.directions, grid), grid
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_page_with_a_surface_that_turns(plane, tmp_path, log):
+    pytest.importorskip("plotly")
+    found, losses, grid = plane
+    losses = losses.at[0, 0].set(jnp.nan).at[1, 1].set(-1.0)
+    figure = plots.explore(losses, grid, tmp_path / "surface.html", plane=found, title="A loss", log=log)
+    surface, path = figure.data
+    shown = np.log10(np.where(losses > 0, losses, np.nan)) if log else np.asarray(losses)
+    np.testing.assert_allclose(surface.z, shown.T, rtol=1e-5)
+    np.testing.assert_array_equal(surface.x, grid[0])
+    np.testing.assert_array_equal(surface.y, grid[1])
+    assert np.isnan(surface.z[0, 0]) and np.isnan(surface.z[1, 1]) == log
+    np.testing.assert_allclose(np.stack([path.x, path.y], 1), found.coordinates, rtol=1e-6)
+    page = (tmp_path / "surface.html").read_text()
+    assert page.count("<script") and "src=" not in page.split("<body>")[0] and "A loss" in page
+    assert not re.search(r"<(script|link)[^>]*(src|href)=", page)  # nothing from the network
 
 
 def test_contours_have_the_levels_asked_for(ax, plane):

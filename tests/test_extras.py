@@ -12,9 +12,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What the extras install, by the names under which it is imported.
 BLOCKED = ["matplotlib", "mpl_toolkits", "sklearn", "PIL", "tensorflow_datasets", "array_record", "importlib_resources"]
-BLOCKED += ["jinja2", "IPython", "safetensors", "tensorboardX", "wandb", "chex", "torch", "keras", "haiku", "equinox"]
+BLOCKED += [
+    "plotly",
+    "jinja2",
+    "IPython",
+    "safetensors",
+    "tensorboardX",
+    "wandb",
+    "chex",
+    "torch",
+    "keras",
+    "haiku",
+    "equinox",
+]
 NEEDS_EXTRAS = {  # modules that can't be imported without, and the extra that their message names
     "bnjax.analysis._draw": "plots",
+    "bnjax.analysis.curvature_plots": "plots",
     "bnjax.analysis.plots": "plots",
     "bnjax.studies.accelerating": "studies",
     "bnjax.studies.activations": "studies",

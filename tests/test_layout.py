@@ -25,7 +25,7 @@ FLOORS = """
     _calls
     analysis: _draw _trees _iterate _conjugate _lanczos operators _batches curvature eigen _sketch traces diagonals
     analysis: spectrum
-    analysis: vocabulary probe activations shift sharding gradients noise loop surface . plots
+    analysis: vocabulary probe activations shift sharding gradients noise loop surface . curvature_plots plots
     analysis: losses
     models: layers networks .
     convert: state arrays _framework nnx torch keras haiku equinox .

@@ -19,7 +19,7 @@ from bnjax.analysis.curvature import (
     hessian_product,
 )
 from bnjax.analysis.diagonals import DiagonalEstimate, diagonal, hessian_diagonal
-from bnjax.analysis.eigen import Eigenpairs, eigenpairs, hessian_eigenpairs, layer_eigenpairs
+from bnjax.analysis.eigen import Eigenpairs, eigenpairs, hessian_eigenpairs, layer_eigenpairs, layer_weights
 from bnjax.analysis.gradients import ScaleInvariance, gradient_norms, sam_sharpness, scale_invariance
 from bnjax.analysis.loop import LearningRateRange, learning_rate_range, measured_scan
 from bnjax.analysis.noise import GradientConfusion, GradientNoise, gradient_confusion, gradient_noise_scale
@@ -37,7 +37,7 @@ from bnjax.analysis.surface import (
     random_direction,
     trajectory_plane,
 )
-from bnjax.analysis.traces import TraceEstimate, hessian_trace, trace
+from bnjax.analysis.traces import TraceEstimate, hessian_trace, layer_traces, trace
 from bnjax.analysis.vocabulary import chunked_cross_entropy
 
 __all__ = [
@@ -76,6 +76,8 @@ __all__ = [
     "hessian_product",
     "hessian_trace",
     "layer_eigenpairs",
+    "layer_traces",
+    "layer_weights",
     "learning_rate_range",
     "linear_path",
     "log_determinant",

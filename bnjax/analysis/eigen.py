@@ -213,6 +213,33 @@ def layer_eigenpairs(
     return pairs
 
 
+def layer_weights(vectors: Any, layers: Sequence[Layer] | None = None) -> dict[str, Array]:
+    """Computes how much of each vector lies in each layer, `‖v_l‖² / ‖v‖²`.
+
+    Args:
+      vectors: k vectors, a pytree like the parameters with a leading axis, such as `vectors` of `Eigenpairs`.
+      layers: paths of the layers' parameters, or patterns; by default each child of the root is a layer.
+
+    Returns:
+      Parts `[k]` by the layer's name, which sum to 1 where the layers hold all parameters; NaN for a zero vector.
+
+    Raises:
+      ValueError: for layers that are unknown or overlap.
+
+    >>> from bnjax import analysis
+    >>> print(analysis.layer_weights({'a': jnp.array([[3.0], [0.0]]), 'b': jnp.array([[4.0], [2.0]])}))
+    {'a': Array([0.36, 0.  ], dtype=float32), 'b': Array([0.64, 1.  ], dtype=float32)}
+    """
+    groups = _trees.layer_leaves(vectors, layers)
+
+    def of_vector(vector: Any) -> Array:
+        size = _trees.norm(vector)
+        return jnp.stack([jnp.square(_trees.norm(_trees.of_leaves(vector, n)) / size) for n in groups.values()])
+
+    parts = jax.vmap(of_vector)(vectors)
+    return {name: parts[:, i] for i, name in enumerate(groups)}
+
+
 def _first(operator: SymmetricOperator, start: Any, key: Array) -> Any:
     """Returns the first vector: random, or the sum of given ones."""
     if start is None:

@@ -27,11 +27,11 @@ from bnjax.analysis import (
     GradientProbe,
     LearningRateRange,
     LinearPath,
-    SpectralDensity,
     TrajectoryPlane,
     _draw,
 )
 from bnjax.analysis._draw import COLOR_MAP, COLORS, STYLES, Lines, line_style  # noqa: F401
+from bnjax.analysis.curvature_plots import explore, layer_traces, layer_weights, spectral_density  # noqa: F401
 
 with needs("plots"):
     from matplotlib.axes import Axes
@@ -289,32 +289,6 @@ def learning_rate_range(ax: Axes, ranges: Mapping[str, LearningRateRange]) -> Li
     _draw.explain(ax, {"o": "did not train" * has_failed, "x": "not finite, or above ten times the first" * lost})
     _draw.set_scale(ax, True, lines)
     ax.set(xlabel="learning rate", ylabel="loss after training", xscale="log")
-    return lines
-
-
-def spectral_density(ax: Axes, densities: Mapping[str, SpectralDensity], *, floor: float | None = None) -> Lines:
-    """Draws the density of a Hessian's eigenvalues, the band of its intervals, and marks at extreme Ritz values.
-
-    Args:
-      densities: densities by label, `[points]`, without further axes.
-      floor: the lowest density shown; by default a millionth of the highest.
-
-    References:
-      Ghorbani, Krishnan & Xiao 2019 (arXiv 1901.10159), Figures 1 to 3.
-    """
-    named = {k: _draw.checked(f"densities[{k!r}].density", d.density, "points") for k, d in densities.items()}
-    peak = max(density.max(initial=0, where=np.isfinite(density)) for density in named.values())
-    lowest, lines = float(floor or 1e-6 * peak or 1e-6), {}
-    for i, (label, density) in enumerate(named.items()):
-        grid, low, high, nodes = (
-            np.asarray(getattr(densities[label], k), float) for k in ("grid", "low", "high", "nodes")
-        )
-        ends = np.array([nodes.min(), nodes.max()])
-        shown = [np.maximum(np.where(np.isfinite(v), v, density), lowest) for v in (density, low, high)]
-        lines[label] = _draw.draw_band(ax, i, f"{label} (Ritz values {ends[0]:.3g} to {ends[1]:.3g})", grid, *shown)
-        color, place = lines[label].get_color(), ax.get_xaxis_transform()
-        ax.plot(ends, np.full(2, 0.03 + 0.05 * i), "v^Ds"[i % 4], color=color, transform=place)
-    ax.set(xlabel="eigenvalue of the Hessian", ylabel="density", yscale="log", ylim=(lowest, None))
     return lines
 
 

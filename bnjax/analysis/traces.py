@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from bnjax.analysis._sketch import (
     sketch,
     standard_error,
 )
-from bnjax.analysis._trees import LossFn
+from bnjax.analysis._trees import Layer, LossFn
 from bnjax.analysis.curvature import hessian_operator
 from bnjax.analysis.operators import SymmetricOperator
 
@@ -151,6 +151,51 @@ def hessian_trace(
     return trace(operator, key=key, num_samples=num_samples, method=method, batch_size=batch_size)
 
 
+def layer_traces(
+    operator: SymmetricOperator,
+    *,
+    key: Key[Array, ""],
+    num_samples: int,
+    layers: Sequence[Layer] | None = None,
+    batch_size: int | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> dict[str, TraceEstimate]:
+    """Estimates the traces of all layers' blocks of an operator from the same products, by Hutchinson's estimator.
+
+    A layer's sample is `v_lᵀ (A v)_l`, whose mean is the trace of its block, since signs of different parameters are
+    independent.
+
+    Args:
+      operator: A, of P parameters.
+      key: random key.
+      num_samples: number of products; static.
+      layers: paths of the layers' parameters, or patterns; by default each child of the root is a layer.
+      batch_size: number of vectors at once, as in `trace`. Static.
+      checkpoints: where the state of an operator on the host is kept, as in `trace`.
+
+    Returns:
+      `TraceEstimate` by the layer's name; the estimates of all layers sum to Hutchinson's of the whole trace.
+
+    Raises:
+      ValueError: for no samples, or layers that are unknown or overlap.
+
+    >>> from bnjax import analysis
+    >>> a = analysis.SymmetricOperator(lambda v: {'a': 2 * v['a'], 'b': -v['b']}, {'a': jnp.zeros(3), 'b': 0.0})
+    >>> found = analysis.layer_traces(a, key=jax.random.key(0), num_samples=2)
+    >>> print({layer: trace.estimate.item() for layer, trace in found.items()})
+    {'a': 6.0, 'b': -1.0}
+    """
+    check_count("num_samples", num_samples)
+    groups = _trees.layer_leaves(operator.like, layers)
+
+    def of_layers(v: Any, product: Any) -> Array:
+        parts = [[_trees.of_leaves(tree, numbers) for tree in (v, product)] for numbers in groups.values()]
+        return jnp.stack([_trees.dot(*part) for part in parts])
+
+    samples = over_signs(operator, of_layers, num_samples, key, batch_size, checkpoints)
+    return {name: estimate(samples[:, i]) for i, name in enumerate(groups)}
+
+
 def _xtrace(
     operator: SymmetricOperator, count: int, draw_key: Array, key: Array, checkpoints: Checkpoints | None
 ) -> TraceEstimate:
@@ -203,7 +248,8 @@ def over_signs(
         return found.at[first : first + len(keys)].set(jax.vmap(function)(vectors, products_of(operator, vectors)))
 
     like = _trees.wide_shapes(operator.like)
-    zeros = jnp.zeros((count,), jax.eval_shape(function, like, like).dtype)
+    of_one = jax.eval_shape(function, like, like)
+    zeros = jnp.zeros((count, *of_one.shape), of_one.dtype)
     passes = [functools.partial(several, first, part) for first, part in parts_of(keys, batch_size)]
     return in_passes(passes, zeros, checkpoints)
 
