@@ -67,9 +67,10 @@ class Pair:
         self.params, self.variables = variables["params"], variables
         self.loss = losses.linen_loss(self.model, variables, training.cross_entropy)
         self.batch = jnp.asarray(self.x), jnp.asarray(self.y)
-        order = [path for layer in losses.layers_in_order(self.model, variables, self.x[:1]) for path in layer]
+        layers = losses.layers_in_order(self.model, variables, self.x[:1])
+        self._order = [path for layer in layers for path in layer]
         self.module = self._torch_module(name, width)
-        self._copy(order)
+        self._copy()
         images = torch.from_numpy(self.x)
         self.images = images if images.ndim == 2 else images.permute(0, 3, 1, 2).contiguous()
         self.labels = torch.from_numpy(self.y).long()
@@ -92,11 +93,20 @@ class Pair:
         head = [nn.Linear(dense, dense), nn.ReLU(), nn.Linear(dense, dense), nn.ReLU(), nn.Linear(dense, 10)]
         return nn.Sequential(*layers, nn.Flatten(), *head)
 
-    def _copy(self, order: list[str]) -> None:
+    def train(self, steps: int, rate: float) -> None:
+        """Trains the network on its batch by gradient descent, in both libraries' copies."""
+
+        def step(params, _):
+            return jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(self.loss)(params, *self.batch)), None
+
+        self.params = jax.jit(lambda params: jax.lax.scan(step, params, None, steps)[0])(self.params)
+        self._copy()
+
+    def _copy(self) -> None:
         """Copies the weights to PyTorch; as images are 1 × 1 after the last pool, flattening needs no permutation."""
         modules = [module for module in self.module if list(module.parameters())]
         with torch.no_grad():
-            for name, module in zip(order, modules, strict=True):
+            for name, module in zip(self._order, modules, strict=True):
                 ours = {key: np.asarray(value) for key, value in self.params[name].items()}
                 weight = ours.get("kernel", ours.get("scale"))
                 axes = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[weight.ndim]

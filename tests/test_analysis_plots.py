@@ -277,7 +277,7 @@ def test_layers_of_eigenvectors(ax):
     np.testing.assert_allclose(shown.get_array(), np.stack(list(weights.values())))
     assert [text.get_text() for text in ax.get_yticklabels()] == ["first", "second"]
     assert ax.get_yticks()[0] < ax.get_yticks()[1] and not ax.yaxis_inverted()
-    assert shown.get_clim() == (0, 1)
+    assert shown.get_clim() == (0, 1)  # the largest part
     scaled = analysis.layer_weights(jax.tree.map(lambda v: 1e-30 * v, LAYERS), ["second"])
     np.testing.assert_allclose(scaled["second"], weights["second"], rtol=1e-6)
 

@@ -72,7 +72,7 @@ def layer_weights(ax: Axes, weights: Mapping[str, Any]) -> ScalarMappable:
       The map, for `figure.colorbar(map, ax=ax, label="part of the squared norm")`.
     """
     rows = [_draw.checked(f"weights[{k!r}]", v, "k") for k, v in weights.items()]
-    image = ax.pcolormesh(np.stack(rows), vmin=0, vmax=1, cmap=_draw.COLOR_MAP)
+    image = ax.pcolormesh(np.stack(rows), vmin=0, cmap=_draw.COLOR_MAP)
     count = len(rows[0])
     ax.set_yticks(np.arange(len(rows)) + 0.5, list(weights), fontsize=8)
     ax.set_xticks(np.arange(count) + 0.5, [str(i + 1) for i in range(count)])
