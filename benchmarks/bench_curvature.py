@@ -1,6 +1,6 @@
 """A benchmark of curvature beside the other libraries for it, in one run, in which they take turns.
 
-    pip install -e ".[bench,rivals]" && python benchmarks/bench_curvature.py [--questions …] [--json FILE]
+    pip install -e ".[bench]" && python benchmarks/bench_curvature.py [--questions …] [--json FILE]
 
 curvlinops, hessian-eigenthings and PyHessian are PyTorch's, matfree is JAX's. Networks and batches are those of
 `bench_analysis.py`, in PyTorch without running statistics: with them curvlinops raises an error in training mode, and
@@ -19,6 +19,8 @@ PyHessian, which measures in evaluation mode, would measure another function. Fo
 """
 
 import argparse
+import ctypes
+import gc
 import inspect
 import json
 import os
@@ -41,6 +43,7 @@ from common import device, save
 from jax.flatten_util import ravel_pytree
 from matfree import decomp, eig, stochtrace
 from scipy.sparse.linalg import eigsh
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnjax import analysis
 
@@ -306,19 +309,24 @@ def torch_transformer_product(fused: str | None) -> Callable[[], Any]:
         hessian_eigenthings.hf_lm_loss_of_output(**({"fused": fused} if fused else {})),
     )
     vector = torch.randn(operator.size)
-    return lambda: operator.matvec(vector)
+
+    def product() -> Any:
+        with sdpa_kernel(SDPBackend.MATH):  # others have no derivative along a tangent
+            return operator.matvec(vector)
+
+    return product
 
 
 MEMORY: dict[str, Callable[[], Callable[[], Any]]] = {
     "ours, head in chunks": lambda: our_transformer_product(chunked=True),
     "ours, all logits": lambda: our_transformer_product(chunked=False),
     "hessian-eigenthings": lambda: torch_transformer_product(None),
-    **({"hessian-eigenthings, compiled": lambda: torch_transformer_product("compile")} if HAS_FUSED else {}),
+    **({"hessian-eigenthings, not fused": lambda: torch_transformer_product("eager")} if HAS_FUSED else {}),
 }
 
 
 def peak_of(name: str) -> int:
-    """Returns by how many bytes a second product raises this process's memory at its height (Linux)."""
+    """Returns by how many bytes a second product raises this process's memory at its height (Linux with glibc)."""
 
     def status(field: str) -> int:
         with open("/proc/self/status") as file:
@@ -326,11 +334,15 @@ def peak_of(name: str) -> int:
 
     product = MEMORY[name]()
     product()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what was freed
+    before = status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the height
-    before = status("VmRSS")
-    product()
-    return status("VmHWM") - before
+    kept = product()
+    height = status("VmHWM")
+    del kept
+    return height - before
 
 
 def memory() -> dict[str, Any]:

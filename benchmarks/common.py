@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 LIBRARIES = ("jax", "flax", "dm-haiku", "equinox", "keras", "torch", "optax")
-RIVALS = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "matfree")
+LIBRARIES += ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "matfree")
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:

@@ -884,3 +884,17 @@ def test_measurements_hold_over_the_range_of_float32(scale):
     np.testing.assert_allclose(confusion.min_cosine, -1, rtol=1e-5)
     normalized = analysis.filter_normalize(jnp.ones((3, 2)), jnp.full((3, 2), scale))
     np.testing.assert_allclose(normalized / scale, 1, rtol=1e-5)
+    noise = analysis.gradient_noise_scale(
+        lambda w, s: loss(w, s.mean()), ones, jnp.asarray([0.5, 1.5, 3.0]), num_batches=3
+    )
+    usual = analysis.gradient_noise_scale(
+        lambda w, s: loss(w, s.mean()) / scale, ones, jnp.asarray([0.5, 1.5, 3.0]), num_batches=3
+    )
+    np.testing.assert_allclose([noise.scale, noise.low], [usual.scale, usual.low], rtol=1e-4)
+    plane = analysis.trajectory_plane(scale * jnp.asarray([[4.0, 0.0], [2.0, 1.0], [0.0, 0.0]]))
+    np.testing.assert_allclose(np.abs(plane.coordinates) / scale, [[4, 0], [2, 1], [0, 0]], atol=1e-5)
+    rise = analysis.sam_sharpness(lambda w: loss(w), ones, radius=1e-2)
+    there = np.asarray(ones, float) + 1e-2 * np.asarray(values, float) / size
+    np.testing.assert_allclose(rise / scale, 0.5 * (np.asarray(values) * (there**2 - 1)).sum(), rtol=1e-3)
+    invariance = analysis.scale_invariance(lambda w: scale * w.sum(), jnp.full((4, 2), scale))
+    np.testing.assert_allclose(invariance.cosine, 1, rtol=1e-5)

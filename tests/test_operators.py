@@ -314,18 +314,15 @@ def test_memory_does_not_grow_with_the_number_of_batches():
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
 @pytest.mark.parametrize("k", [5, 10, 20])
 @pytest.mark.parametrize("which", ["largest", "magnitude", "both", "smallest"])
-@pytest.mark.parametrize("kind", ["clusters", "geometric", "indefinite", "outliers"])
+@pytest.mark.parametrize("kind", ["clusters", "geometric", "indefinite", "outliers", "network", "trained network"])
 def test_no_more_products_than_arpack(kind, which, k, tolerance):
     """From the same first vector: ARPACK forgets more when it restarts, and looks only then whether it is done."""
     rng, size = np.random.default_rng(1), 400
-    values = {
-        "clusters": np.concatenate(
-            [np.repeat([10, 9.5, 9, -8.5], 5) + 1e-2 * rng.normal(size=20), rng.uniform(-1, 1, 380)]
-        ),
-        "geometric": 0.8 ** np.arange(size) - 0.5 * 0.8 ** np.arange(size)[::-1],
-        "indefinite": rng.normal(size=size),
-        "outliers": np.concatenate([[30, 20, 15, 10, 9, 8, -7, -5], 0.1 * rng.standard_t(3, 392)]),
-    }[kind]
+    if kind.endswith("network"):
+        values = of_network(steps=300 if kind == "trained network" else 0)
+        size = len(values)
+    else:
+        values = spectrum(kind, rng, size)
     start, count = rng.normal(size=size), 0
 
     def product(v):
@@ -345,6 +342,34 @@ def test_no_more_products_than_arpack(kind, which, k, tolerance):
     np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(k), atol=1e-11)
     if tolerance == 1e-6:
         np.testing.assert_allclose(np.sort(found.values), np.sort(arpack), rtol=1e-9)
+
+
+def spectrum(kind, rng, size):
+    return {
+        "clusters": np.concatenate(
+            [np.repeat([10, 9.5, 9, -8.5], 5) + 1e-2 * rng.normal(size=20), rng.uniform(-1, 1, size - 20)]
+        ),
+        "geometric": 0.8 ** np.arange(size) - 0.5 * 0.8 ** np.arange(size)[::-1],
+        "indefinite": rng.normal(size=size),
+        "outliers": np.concatenate([[30, 20, 15, 10, 9, 8, -7, -5], 0.1 * rng.standard_t(3, size - 8)]),
+    }[kind]
+
+
+@functools.cache
+def of_network(steps):
+    """Eigenvalues of the Hessian of a network with batch norm, at its start or after gradient descent."""
+    rng = np.random.default_rng(2)
+    x, y = jnp.asarray(rng.normal(size=(64, 10))), jnp.asarray(rng.integers(0, 8, 64))
+    w, unravel = ravel_pytree({"a": rng.normal(size=(10, 20)), "b": rng.normal(size=(20, 8)) / 4, "bias": np.zeros(28)})
+
+    def of_vector(w):
+        w = unravel(w)
+        z = x @ w["a"]
+        z = jax.nn.relu((z - z.mean(0)[None]) / jnp.sqrt(z.var(0) + 1e-5)[None] + w["bias"][None, :20])
+        return cross_entropies(z @ w["b"] + w["bias"][None, 20:], y).mean()
+
+    descend = jax.jit(lambda w: jax.lax.fori_loop(0, steps, lambda _, w: w - 0.1 * jax.grad(of_vector)(w), w))
+    return np.linalg.eigvalsh(jax.jit(jax.hessian(of_vector))(descend(w)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -227,8 +227,9 @@ def layer_weights(vectors: Any, layers: Sequence[Layer] | None = None) -> dict[s
       ValueError: for layers that are unknown or overlap.
 
     >>> from bnjax import analysis
-    >>> print(analysis.layer_weights({'a': jnp.array([[3.0], [0.0]]), 'b': jnp.array([[4.0], [2.0]])}))
-    {'a': Array([0.36, 0.  ], dtype=float32), 'b': Array([0.64, 1.  ], dtype=float32)}
+    >>> weights = analysis.layer_weights({'a': jnp.array([[3.0], [0.0]]), 'b': jnp.array([[4.0], [2.0]])})
+    >>> print([f'{part:.2f}' for part in weights['a']], [f'{part:.2f}' for part in weights['b']])
+    ['0.36', '0.00'] ['0.64', '1.00']
     """
     groups = _trees.layer_leaves(vectors, layers)
 

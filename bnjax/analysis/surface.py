@@ -197,10 +197,10 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2, *, center: str = 
 
     >>> from bnjax import analysis
     >>> plane = analysis.trajectory_plane(jnp.array([[4.0, 0.0], [2.0, 1.0], [0.0, 0.0]]))
-    >>> print(abs(plane.coordinates).round(2), plane.explained_variance.round(2))
+    >>> print(abs(plane.coordinates).round(2), f'{plane.explained_variance[0]:.2f}')
     [[4. 0.]
      [2. 1.]
-     [0. 0.]] [0.92 0.08]
+     [0. 0.]] 0.92
     """
     leaves = jax.tree.leaves(trajectory)
     points = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in leaves}
