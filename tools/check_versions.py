@@ -92,9 +92,8 @@ def run(version: str, python: str, processes: str) -> dict[str, Any]:
     )
     stems = [stem for group in GROUPS for stem in GROUPS[group] if version == LOWEST or group != "extras"]
     if version == LOWEST:
-        needed += [
-            text for extra in ("plots", "explore", "data", "studies", "safetensors", "tensorboard") for text in extras[extra]
-        ]
+        wanted = ("plots", "explore", "data", "studies", "safetensors", "tensorboard")
+        needed += [text for extra in wanted for text in extras[extra]]
         requirements = [text.partition(";")[0].replace(">=", "==") for text in needed if ">=" in text]
         options += ["-o", "filterwarnings=default"]  # the old packages warn of each other
     else:
