@@ -68,6 +68,7 @@ class Declaration(NamedTuple):
       statistics: the kind of running statistics; the layer itself knows for how many kinds of batches it has them.
       or_complex: whether the layer takes complex inputs.
       needs_key: whether the function takes a random key, too.
+      is_of_batch: whether training normalizes by the batch's statistics alone, without noise and without running ones.
     """
 
     function: Callable[..., Result]
@@ -75,6 +76,7 @@ class Declaration(NamedTuple):
     statistics: Statistics = Statistics()
     or_complex: bool = True
     needs_key: bool = False
+    is_of_batch: bool = True
 
 
 def limits_after_warmup(training: bool, steps: Any, warmup_steps: Any, r_max: Any, d_max: Any) -> dict[str, Any]:
@@ -88,11 +90,13 @@ def limits_after_warmup(training: bool, steps: Any, warmup_steps: Any, r_max: An
 
 NOISE = ("unit_shift", "unit_scale", "sample_shift", "sample_scale")
 BATCH_NORM = Declaration(batch_norm_of)
-NOISY = Declaration(noisy_batch_norm_of, NOISE, Statistics(are_given=False), or_complex=False, needs_key=True)
+NOISY = Declaration(
+    noisy_batch_norm_of, NOISE, Statistics(are_given=False), or_complex=False, needs_key=True, is_of_batch=False
+)
 LP = Declaration(lp_batch_norm_of, ("p",), Statistics(is_variance=False, merges=False), or_complex=False)
-RENORM = Declaration(batch_renorm_of, ("r_max", "d_max"), or_complex=False)
+RENORM = Declaration(batch_renorm_of, ("r_max", "d_max"), or_complex=False, is_of_batch=False)
 GHOST = Declaration(ghost_batch_norm_of, ("ghost_size",), Statistics(merges=False), or_complex=False)
-MOVING = Declaration(moving_batch_norm_of)
+MOVING = Declaration(moving_batch_norm_of, is_of_batch=False)
 FROZEN = Declaration(frozen_batch_norm_of, statistics=Statistics(moves=False))
 SPLIT = Declaration(split_batch_norm_of)  # also of the statistics of all kinds, which `call_layer` gives
 
@@ -124,13 +128,13 @@ def call_layer(
     Returns:
       The output, the running statistics after the call, and the moments towards which they moved, None if they did not.
       Where there are several kinds the moments too have a leading axis, with a count of zero for the others. A layer
-      whose `takes_batch_statistics` is set has the batch's statistics in place of running ones afterwards, and no
-      noise.
+      whose `takes_batch_statistics` is set has the batch's statistics in place of running ones afterwards, and is
+      normalized by them alone.
     """
     declared, kinds = layer.declared, layer.statistics.kinds
-    if layer.takes_batch_statistics and declared.needs_key:
-        declared = BATCH_NORM
     own = {name: options.pop(name) for name in declared.options if name in options}
+    if layer.takes_batch_statistics and not declared.is_of_batch:
+        declared = BATCH_NORM
     call = check_call(
         x,
         params,

@@ -549,6 +549,12 @@ class TestSurface:
             np.testing.assert_allclose(*columns, rtol=1e-5)
         columns = [np.linalg.norm(tree["out"]["kernel"].reshape((8, 6)), axis=0) for tree in (found, params)]
         np.testing.assert_allclose(*columns, rtol=1e-5)
+        ones = {**params, "query": {**params["query"], "kernel": jnp.ones((5, 2, 4))}}
+        for axis in (-1, {"*/query/kernel": -1}):  # what is said counts: a filter over all heads
+            over_heads = analysis.filter_normalize(ones, params, filter_axis=axis)["query"]["kernel"]
+            np.testing.assert_allclose(over_heads, over_heads[:1, :1] + jnp.zeros((5, 2, 4)), rtol=1e-6)
+        with pytest.raises(ValueError, match="nothing is at 'typo'"):
+            analysis.filter_normalize(params, params, filter_axis={"typo": 0})
         gradient = analysis.scale_invariance(
             lambda p: sum(p[n]["kernel"][:, 0].sum() for n in ("query", "out")), params
         )
@@ -556,7 +562,7 @@ class TestSurface:
 
     @pytest.mark.parametrize(
         ("filter_axis", "inputs"),
-        [((0, 2), (1,)), ({"a/*": (0, 2), "b": 0}, (1,)), ({"b/*": 0}, (0, 1)), (0, (1, 2))],
+        [((0, 2), (1,)), ({"a/*": (0, 2)}, (1,)), ({"*/a": 0}, (1, 2)), (None, (0, 1)), (0, (1, 2))],
     )
     def test_filters_along_several_axes_and_by_patterns(self, filter_axis, inputs):
         w = jax.random.normal(jax.random.key(0), (3, 4, 5))
@@ -573,6 +579,17 @@ class TestSurface:
         rows = np.stack([flat(d) for d in plane.directions])
         np.testing.assert_allclose(abs((rows * pca.components_).sum(1)), 1, rtol=1e-10)
         np.testing.assert_allclose(plane.coordinates, (points - points[-1]) @ rows.T, atol=1e-10)
+
+    def test_small_components_of_long_trajectories_in_float32(self):
+        """1,000 points whose second component has a ten-thousandth of the first one's variance."""
+        t = np.linspace(0, 1, 1000)
+        points = np.zeros((1000, 50), np.float32)
+        points[:, 3], points[:, 7] = 100 * t, np.cos(20 * t)
+        plane = analysis.trajectory_plane(jnp.asarray(points), 3)
+        exact = np.linalg.svd(points.astype(float) - points.mean(0, dtype=float), compute_uv=False) ** 2
+        np.testing.assert_allclose(plane.explained_variance, exact[:3] / exact.sum(), rtol=1e-3, atol=1e-9)
+        np.testing.assert_allclose(abs(plane.directions[1][7]), 1, rtol=1e-4)
+        assert not plane.directions[2].any()
 
     @pytest.mark.parametrize("center", ["mean", "last"])
     def test_trajectory_plane_against_svd(self, x64, center):
@@ -601,7 +618,7 @@ class TestSurface:
         plane = analysis.trajectory_plane(layers)
         assert plane.coordinates.shape == (5, 2) and [d.shape for d in plane.directions[0]] == [(3, 3), (2,)]
         np.testing.assert_allclose(np.linalg.norm(flat(plane.directions[0])), 1, rtol=1e-5)
-        assert plane.explained_variance.tolist() == [1, 0]
+        np.testing.assert_allclose(plane.explained_variance, [1, 0], rtol=1e-6)
         assert not flat(plane.directions[1]).any() and not plane.coordinates[:, 1].any()
 
     def test_linear_path(self, x64):
@@ -615,6 +632,9 @@ class TestSurface:
         np.testing.assert_allclose([along.barrier, along.excess], [3, 0], atol=1e-12)
         traced = jax.jit(lambda t: analysis.linear_path(lambda w: 3 * w, 0.0, 2.0, coordinates=t))
         np.testing.assert_allclose(traced(jnp.array([0.0, 0.5, 1.0])).barrier, 3)
+        w, v = (jnp.asarray(v, jnp.bfloat16) for v in (1.0, 2.0**-9))
+        half = analysis.linear_path(lambda w: 1.0 * w.astype(jnp.float32), w, v)
+        assert (half.loss[0], half.loss[-1]) == (1, 2.0**-9)
         assert np.isnan(traced(jnp.array([0.5, 1.0])).barrier) and np.isnan(traced(jnp.array([0.0, 0.5])).excess)
 
 
@@ -692,6 +712,14 @@ class TestGradients:
         assert np.isnan([two.low, two.high]).all() and two.scale == pytest.approx(2 / 3)
         alike = analysis.gradient_noise_scale(loss, 1.0, jnp.full(6, 2.0), num_batches=6)
         assert (alike.scale, alike.low, alike.high, alike.squared_norm) == (0, 0, 0, 4)
+
+    def test_noise_scale_where_the_mean_gradient_is_zero_or_a_gradient_is_nan(self):
+        """‖G‖² is then estimated to be negative: nothing bounds the scale from above."""
+        loss = lambda w, x: (x * w).mean()
+        zero = analysis.gradient_noise_scale(loss, 1.0, jnp.tile(jnp.array([1.0, -1.0]), 4), num_batches=8)
+        assert zero.squared_norm < 0 and (zero.low, zero.high) == (0, np.inf)
+        unknown = analysis.gradient_noise_scale(loss, 1.0, jnp.array([1.0, jnp.nan, 2.0, 3.0]), num_batches=4)
+        assert np.isnan([unknown.scale, unknown.low, unknown.high]).all()
 
     def test_noise_scale_in_bfloat16(self):
         x = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=(4096, 3)) + 2, jnp.bfloat16), np.float64)

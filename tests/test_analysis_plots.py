@@ -344,6 +344,7 @@ def test_a_page_with_a_surface_that_turns(plane, tmp_path, log):
     np.testing.assert_array_equal(surface.y, grid[1])
     assert np.isnan(surface.z[0, 0]) and np.isnan(surface.z[1, 1]) == log
     np.testing.assert_allclose(np.stack([path.x, path.y], 1), found.coordinates, rtol=1e-6)
+    assert "%{z" in surface.hovertemplate  # which is the height at the point, not at its mirror image
     page = (tmp_path / "surface.html").read_text()
     assert page.count("<script") and "src=" not in page.split("<body>")[0] and "A loss" in page
     assert not re.search(r"<(script|link)[^>]*(src|href)=", page)  # nothing from the network

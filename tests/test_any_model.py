@@ -48,6 +48,7 @@ class TestPatterns:
             ("*query*", ["block_0/query/kernel", "block_1/query/kernel", "block_1/query_norm/scale"]),
             ("block_?", ["block_0/out/kernel", "block_0/query/kernel", "block_1/query/kernel"]),
             ("block_[0]/*/kernel", ["block_0/out/kernel", "block_0/query/kernel"]),
+            ("*/block_1/query", ["block_1/query/kernel"]),
             ("block_1", ["block_1/query/kernel", "block_1/query_norm/scale"]),
         ],
     )
@@ -117,6 +118,8 @@ def test_equinox_modules(x64):
     assert direction.activation is None or not jax.tree.leaves(direction.activation)
     surface = analysis.loss_surface(loss, model, (direction,), jnp.zeros(2), x, y)
     np.testing.assert_allclose(surface, loss(model, x, y), rtol=1e-12)
+    np.testing.assert_array_equal(analysis.loss_surface(loss, model, direction, jnp.zeros(2), x, y), surface)
+    assert list(analysis.gradient_norms(loss, model, x, y)) == ["layers"]  # and not the activation function
 
 
 class Transformer(nn.Module):
@@ -225,6 +228,17 @@ def test_fisher_matrices_with_a_head_in_chunks(x64, distribution, chunk_size):
     chunked = analysis.fisher_operator(features, params, TOKENS, KINDS, head=head, chunk_size=chunk_size, **options)
     vector = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
     chex.assert_trees_all_close(jax.jit(chunked)(vector), jax.jit(whole)(vector), rtol=1e-9, atol=1e-12)
+
+
+def test_a_head_that_normalizes_is_not_given_zeros():
+    def normalized(params, h):
+        return h / jnp.linalg.norm(h, axis=-1, keepdims=True) @ params["head"]["kernel"]
+
+    params = {"w": jnp.eye(3), "head": {"kernel": jnp.eye(3, 4)}}
+    x = 1 + jnp.arange(15.0).reshape((5, 3))
+    chunked = analysis.fisher_operator(lambda p: x @ p["w"], params, head=normalized, chunk_size=2)
+    whole = analysis.fisher_operator(lambda p: normalized(p, x @ p["w"]), params)
+    np.testing.assert_allclose(dense(chunked), dense(whole), atol=1e-6)
 
 
 def test_sampled_fisher_matrices_with_a_head_have_the_exact_one_as_their_mean():

@@ -23,8 +23,8 @@ FLOORS = """
     _functional _layers
     linen nnx
     _calls
-    analysis: _draw _trees _iterate _conjugate _lanczos operators _batches curvature eigen _sketch traces diagonals
-    analysis: spectrum
+    analysis: _draw _trees selection _iterate _conjugate _lanczos operators _batches curvature eigen _sketch traces
+    analysis: diagonals spectrum
     analysis: vocabulary probe activations shift sharding gradients noise loop surface . curvature_plots plots
     analysis: losses
     models: layers networks .

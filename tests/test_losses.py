@@ -208,10 +208,21 @@ def test_statistics_are_taken_without_dropout_and_without_its_keys(api, mode):
             (losses.linen_loss(*of[1], **how) for how in (options, {})),
         )
         params = variables["params"]
+        rngs = {"dropout": jax.random.key(1)}
+        stats = [losses.linen_batch_stats(DropoutBefore(0.5), variables, X, rngs=keys) for keys in (None, rngs)]
+        trained = DropoutBefore(0.5).apply(variables, X, training=True, rngs=rngs, mutable=["batch_stats"])[1]
+        of_training = trained["batch_stats"]["BatchNorm_0"]["mean"] / 0.01
+        np.testing.assert_allclose(stats[1]["BatchNorm_0"]["mean"], of_training, rtol=1e-4, atol=1e-6)
+        assert not np.allclose(stats[0]["BatchNorm_0"]["mean"], of_training)
+        np.testing.assert_array_equal(stats[1]["BatchNorm_1"]["mean"], np.zeros(4))
     else:
         models = [NnxDropoutBefore(rate, nnx.Rngs(0)) for rate in (0.5, 0.0)]
         noisy, params = losses.nnx_loss(models[0], training.cross_entropy, **options)
         without, batch = (losses.nnx_loss(models[1], training.cross_entropy, **how)[0] for how in (options, {}))
+        assert not np.allclose(
+            losses.nnx_batch_stats(models[0], X, rngs="own")["norm"]["mean"],
+            losses.nnx_batch_stats(models[0], X)["norm"]["mean"],
+        )
     np.testing.assert_array_equal(noisy(params, X, Y), without(params, X, Y))
     np.testing.assert_allclose(noisy(params, X, Y), batch(params, X, Y), rtol=1e-5)
 
@@ -500,7 +511,7 @@ class NnxDeep(nnx.Module):
 
 def without_noise(kind):
     """The kind of layer by which statistics are taken."""
-    return "BatchNorm" if kind == "NoisyBatchNorm" else kind
+    return "BatchNorm" if kind in ("NoisyBatchNorm", "BatchRenorm", "MovingBatchNorm") else kind
 
 
 def own_statistics(kind, h):
@@ -599,8 +610,7 @@ def test_every_nnx_layer_in_every_mode(kind):
 
     def shown(params, x):
         copy, further = copy_with(params), {"split": 1} if kind == "SplitBatchNorm" else {}
-        if kind == "NoisyBatchNorm":
-            copy.norm_0.__class__ = bnjax.nnx.BatchNorm
+        copy.norm_0.__class__ = getattr(bnjax.nnx, without_noise(kind))
         first = copy.dense_0(x)
         return [first, copy.dense_1(copy.norm_0(first, **further))]
 

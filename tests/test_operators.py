@@ -288,6 +288,43 @@ def test_an_interrupted_measurement_goes_on(tmp_path, what):
     assert done.read == 0
 
 
+@pytest.mark.parametrize("change", ["batch_size", "key", "measurement"])
+def test_the_state_of_another_measurement_is_refused(tmp_path, change):
+    def run(measure=analysis.trace, seed=0, **options):
+        data = Reader([(X[part], Y[part]) for part in PARTS], most=4 if not options and seed == 0 else None)
+        with Checkpoints(tmp_path, {}, every=0) as checkpoints:
+            operator = MAKERS["Hessian"](batches=data)
+            how = {"num_samples": 20, "batch_size": 5, "key": jax.random.key(seed), **options}
+            return measure(operator, checkpoints=checkpoints, **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    other = {"batch_size": {"batch_size": 10}, "key": {"seed": 1}, "measurement": {"measure": analysis.frobenius_norm}}
+    with pytest.raises(ValueError, match="checkpoints must be of the same measurement"):
+        run(**other[change])
+
+
+def test_a_tighter_tolerance_goes_on_from_a_checkpoint(tmp_path):
+    values = jnp.asarray(RNG.normal(size=300))
+    operator = analysis.SymmetricOperator(lambda v: values * v, jnp.zeros(300), on_host=True)
+    find = functools.partial(analysis.eigenpairs, operator, 4, key=jax.random.key(0))
+    for options in ({"tolerance": 1e-2}, {"tolerance": 1e-8, "max_products": 25}, {"tolerance": 1e-8}):
+        with Checkpoints(tmp_path, {}, every=0) as checkpoints:
+            found = find(checkpoints=checkpoints, **options)
+    at_once = find(tolerance=1e-8)
+    assert found.products == at_once.products
+    np.testing.assert_array_equal(found.values, at_once.values)
+
+
+def test_blocks_of_an_operator_read_the_data_once_for_several_vectors():
+    data = Reader([(X[part], Y[part]) for part in PARTS])
+    block = MAKERS["Hessian"](batches=data).restrict(["first"])
+    found = analysis.trace(block, key=jax.random.key(0), num_samples=9)
+    assert data.read == 3
+    of_block = analysis.trace(MAKERS["Hessian"](X, Y).restrict(["first"]), key=jax.random.key(0), num_samples=9)
+    np.testing.assert_allclose(found.samples, of_block.samples)
+
+
 def test_checkpoints_are_for_the_host(tmp_path):
     operator = MAKERS["Hessian"](X, Y)
     with Checkpoints(tmp_path, {}, every=0) as checkpoints:

@@ -45,6 +45,8 @@ def expected(of_data_set):
 
 def check(found, of_data_set):
     for name, value in expected(of_data_set).items():
+        if name not in found:
+            continue
         if name == "vectors":
             parts = jax.tree.map(lambda a, b: np.einsum("kij,kij->k", a, b), found[name], value)
             np.testing.assert_allclose(np.abs(sum(parts.values())), 1, rtol=1e-3)
@@ -120,7 +122,7 @@ def test_inside_shard_map():
 
     run = jax.shard_map(body, mesh=MESH, in_specs=(P(), P("data"), P("data")), out_specs=P())
     found = jax.jit(run)(network.PARAMS, network.X, network.Y)
-    check(expected(of_data_set=False) | found, of_data_set=False)
+    check(found, of_data_set=False)
 
 
 def test_in_two_processes():

@@ -8,7 +8,6 @@ models. Figures are in `bnjax.analysis.plots`. Arrays on a mesh are taken with i
 `bnjax.training.make_mesh` makes them); under explicit axes reshard them to `P()` first.
 """
 
-from bnjax.analysis._trees import restrict
 from bnjax.analysis.activations import ActivationStatistics, activation_statistics
 from bnjax.analysis.curvature import (
     fisher_operator,
@@ -25,6 +24,7 @@ from bnjax.analysis.loop import LearningRateRange, learning_rate_range, measured
 from bnjax.analysis.noise import GradientConfusion, GradientNoise, gradient_confusion, gradient_noise_scale
 from bnjax.analysis.operators import SymmetricOperator
 from bnjax.analysis.probe import GradientProbe, gradient_probe
+from bnjax.analysis.selection import restrict
 from bnjax.analysis.sharding import shard_loss
 from bnjax.analysis.shift import CovariateShift, covariate_shift
 from bnjax.analysis.spectrum import SpectralDensity, frobenius_norm, log_determinant, spectral_density

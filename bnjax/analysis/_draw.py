@@ -45,7 +45,7 @@ PROBE = {
     "loss": ("loss L(W − a d)", False),
     "gradient_distance": ("gradient distance\n‖∇L(W − a d) − ∇L(W)‖₂", False),
     "gradient_cosine": ("cosine of ∇L(W − a d)\nand ∇L(W)", False),
-    "smoothness": ("effective β-smoothness\nmax ‖Δ∇L‖₂ / ‖a d‖₂", True),
+    "smoothness": ("effective β-smoothness\nmax ‖Δ∇L‖₂ / ‖ΔW‖₂", True),
 }
 SANTURKAR = ("loss", "gradient_distance", "smoothness")  # the panels of their Figure 4
 SHIFT = {"distance": ("shift ‖G − G′‖₂", True), "cosine": ("cosine of G and G′", False)}
@@ -185,6 +185,14 @@ def checked_grid(losses: Any, coordinates: Sequence[Any]) -> tuple[np.ndarray, n
         raise ValueError(f"losses must be of 2 by 2 points at least, with 2 coordinates, got {list(z.shape)}.")
     a, b = (increasing(f"coordinates[{i}]", coordinates[i], z.shape[i]) for i in range(2))
     return a, b, z
+
+
+def checked_plane(plane: Any) -> np.ndarray:
+    """Returns the coordinates of a plane, checked to have two directions at least."""
+    points = checked("plane.coordinates", plane.coordinates, "T, d")
+    if points.shape[1] < 2:
+        raise ValueError(f"plane must have at least 2 directions, got {points.shape[1]}. Use num_directions=2.")
+    return points
 
 
 def heights_at(heights: Any, points: np.ndarray) -> np.ndarray:

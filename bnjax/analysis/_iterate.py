@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -36,6 +38,45 @@ class Checkpoints(Protocol):
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Returns the newest number of products and state, of the structure of `like`."""
         ...
+
+
+class Kept:
+    """The states of one measurement in checkpoints, which are refused to any other.
+
+    Args:
+      checkpoints: where they are kept.
+      identity: what the measurement is: its name, options and key, which the state depends on.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, identity: Sequence[Any]):
+        parts = [np.asarray(jax.random.key_data(p)).tolist() if isinstance(p, jax.Array) else p for p in identity]
+        self._checkpoints, self._identity = checkpoints, np.asarray(zlib.crc32(repr(parts).encode()), np.uint32)
+
+    def restore(self, state: Any) -> tuple[int, Any] | None:
+        """Returns the newest number and state; raises `ValueError` for that of another measurement."""
+        found = self._checkpoints.restore((self._identity, state))
+        if found is None:
+            return None
+        step, (identity, state) = found
+        if int(identity) != int(self._identity):
+            raise ValueError(
+                "checkpoints must be of the same measurement, with the same options and key, got those of another one. "
+                "Give each measurement its own directory."
+            )
+        return step, state
+
+    def save(self, step: int, state: Any, *, force: bool = False) -> None:
+        """Saves a state, where that is due or forced."""
+        self._checkpoints.save(step, (self._identity, state), force=force)
+
+
+def kept_in(checkpoints: Checkpoints | None, operator: Operator, *identity: Any) -> Kept | None:
+    """Returns where a measurement's states are kept; raises `ValueError` for one that is compiled as a whole."""
+    if checkpoints is None:
+        return None
+    if not operator.on_host:
+        raise ValueError("checkpoints are for operators that read batches on the host, got one that is compiled.")
+    return Kept(checkpoints, identity)
 
 
 @runtime_checkable
@@ -85,18 +126,17 @@ class Several:
         return jax.vmap(self.one.restarted)(state)
 
 
-def iterate(operator: Operator, algorithm: Algorithm, state: Any, checkpoints: Checkpoints | None = None) -> Any:
+def iterate(operator: Operator, algorithm: Algorithm, state: Any, kept: Kept | None = None) -> Any:
     """Returns the state when the algorithm is done: compiled, or step by step where the operator is on the host.
 
     Args:
       operator: what gives the products.
       algorithm: what to do.
       state: where to begin, unless there is a checkpoint.
-      checkpoints: where the state is kept, for an operator on the host.
+      kept: where the state is kept, for an operator on the host.
     """
-    check_checkpoints(operator, checkpoints)
     if operator.on_host:
-        return _on_host(operator, algorithm, state, checkpoints)
+        return _on_host(operator, algorithm, state, kept)
 
     def step(state: Any) -> Any:
         return algorithm.absorb(state, operator.product(algorithm.vector(state)))
@@ -109,39 +149,35 @@ def iterate(operator: Operator, algorithm: Algorithm, state: Any, checkpoints: C
     return lax.while_loop(lambda state: ~algorithm.is_done(state), cycle, state)
 
 
-def in_passes(passes: Sequence[Callable[[Any], Any]], state: Any, checkpoints: Checkpoints | None = None) -> Any:
+def in_passes(passes: Sequence[Callable[[Any], Any]], state: Any, kept: Kept | None = None) -> Any:
     """Returns the state after some passes, functions of it, from that on which a checkpoint has.
 
     Args:
       passes: what to do, one after the other.
       state: where to begin, of the structure, shapes and dtypes that each pass returns.
-      checkpoints: where the state is kept.
+      kept: where the state is kept.
     """
-    found = None if checkpoints is None else checkpoints.restore(state)
+    found = None if kept is None else kept.restore(state)
     done, state = (0, state) if found is None else found
     for number, one in enumerate(passes[done:], done + 1):
         state = one(state)
-        if checkpoints is not None:
-            checkpoints.save(number, state, force=number == len(passes))
+        if kept is not None:
+            kept.save(number, state, force=number == len(passes))
     return state
 
 
-def check_checkpoints(operator: Operator, checkpoints: Checkpoints | None) -> None:
-    """Raises `ValueError` for checkpoints of what is compiled as a whole."""
-    if checkpoints is not None and not operator.on_host:
-        raise ValueError("checkpoints are for operators that read batches on the host, got one that is compiled.")
-
-
-def _on_host(operator: Operator, algorithm: Algorithm, state: Any, checkpoints: Checkpoints | None) -> Any:
-    found = None if checkpoints is None else checkpoints.restore(state)
-    state = state if found is None else found[1]
+def _on_host(operator: Operator, algorithm: Algorithm, state: Any, kept: Kept | None) -> Any:
+    found = None if kept is None else kept.restore(state)
+    if found is not None:
+        judged = getattr(algorithm, "judged", lambda state: state)  # by a tolerance that may be another one
+        state = judged(found[1])
     while not _is_done(algorithm, state):
         state, vector = _asked(algorithm, state)
         state = _absorb(algorithm, state, operator.product(vector))
-        if checkpoints is not None:
-            checkpoints.save(_products(state), state)
-    if checkpoints is not None:
-        checkpoints.save(_products(state), state, force=True)
+        if kept is not None:
+            kept.save(_products(state), state)
+    if kept is not None:
+        kept.save(_products(state), state, force=True)
     return state
 
 

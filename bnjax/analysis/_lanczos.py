@@ -75,7 +75,8 @@ class Lanczos:
         vector = _trees.wide(vector)
         first = _trees.in_units(vector, _trees.unit_of(vector))
         zero, none = jnp.zeros((), _trees.dot(first, first).dtype), jnp.zeros((), jnp.int32)
-        basis = jax.tree.map(lambda v: jnp.zeros((self.room, *v.shape), v.dtype), first)
+        rows = jax.tree.map(lambda v: jax.ShapeDtypeStruct((self.room, *v.shape), v.dtype), first)
+        basis = _trees.zeros(rows, first)
         for i, row_key in enumerate(jax.random.split(key, self.block)):
             row = _trees.random_like(row_key, first, jax.random.normal) if i else first
             basis = _with_row(basis, i, *_orthogonal(basis, row, i, row_key)[1:])

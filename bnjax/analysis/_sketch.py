@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnjax.analysis import _trees
-from bnjax.analysis._iterate import Checkpoints, check_checkpoints, in_passes
+from bnjax.analysis._iterate import Kept, in_passes
 from bnjax.analysis._lanczos import orthonormal
 from bnjax.analysis.operators import SymmetricOperator
 
@@ -29,13 +29,13 @@ class Sketch(NamedTuple):
     squares: Array  # ‖ω_i‖²
 
 
-def sketch(operator: SymmetricOperator, vectors: Any, key: Array, checkpoints: Checkpoints | None) -> Sketch:
+def sketch(operator: SymmetricOperator, vectors: Any, key: Array, kept: Kept | None) -> Sketch:
     """Returns the products with vectors that have a leading axis, and with the basis of these products."""
 
     def basis_of(products: Any) -> tuple[Any, Array]:
         return orthonormal(_trees.in_units(products, _trees.unit_of(products)), key)
 
-    products, of_basis = in_two_passes(operator, vectors, lambda products: basis_of(products)[0], checkpoints)
+    products, of_basis = in_two_passes(operator, vectors, lambda products: basis_of(products)[0], kept)
     (basis, triangle), unit = basis_of(products), _trees.unit_of(products)
     of_basis = _trees.in_units(of_basis, unit)
     inner, along = _trees.inner(basis, of_basis), _trees.inner(basis, vectors)
@@ -44,16 +44,16 @@ def sketch(operator: SymmetricOperator, vectors: Any, key: Array, checkpoints: C
 
 
 def in_two_passes(
-    operator: SymmetricOperator, vectors: Any, others: Callable[[Any], Any], checkpoints: Checkpoints | None
+    operator: SymmetricOperator, vectors: Any, others: Callable[[Any], Any], kept: Kept | None
 ) -> tuple[Any, Any]:
     """Returns the products with some vectors, and those with others that are made of these products."""
-    check_checkpoints(operator, checkpoints)
     shapes = _trees.wide_shapes(jax.eval_shape(lambda v: (v, others(_trees.wide(v))), vectors))
+    zeros = tuple(_trees.zeros(of, operator.like) for of in shapes)
     passes = (
         lambda state: (products_of(operator, vectors), state[1]),
         lambda state: (state[0], products_of(operator, others(state[0]))),
     )
-    return in_passes(passes, jax.tree.map(jnp.zeros_like, shapes), checkpoints)
+    return in_passes(passes, zeros, kept)
 
 
 def left_out(triangle: Array) -> Array:

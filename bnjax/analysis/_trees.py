@@ -1,25 +1,18 @@
 """Parameters as vectors: the floating-point leaves of a pytree, their inner products, and the layers they belong to."""
 
-import fnmatch
 import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 LossFn = Callable[..., Array]
 """A loss `loss_fn(params, *args) -> scalar`."""
-Layer = str | Sequence[str]
-"""A subtree of the parameters by its path, such as 'Conv_0' or 'block/Dense_1', or several that form a layer.
-
-In patterns * stands for any text, ? for any character and [ab] for a or b: '*/query', 'Block_[0-3]'.
-"""
-FilterAxis = int | Sequence[int] | Mapping[str, int | Sequence[int]]
-"""The axis, or axes, of a kernel that count its filters; or those of the kernels at some paths or patterns of paths."""
 
 
 def differentiable(loss_fn: LossFn, params: Any) -> tuple[LossFn, Any]:
@@ -65,20 +58,25 @@ def free_leaves(params: Any) -> Any:
 
 def merged(free: Any, params: Any) -> Any:
     """Returns `params` with the leaves of `free` in place of their own, where it has one."""
-    return jax.tree.map(lambda new, old: old if new is None else new, free, params, is_leaf=_is_none)
+    return jax.tree.map(lambda new, old: old if new is None else new, free, params, is_leaf=is_none)
 
 
 def free_part(name: str, tree: Any, free: Any) -> Any:
     """Returns the leaves of `tree` beside those of `free`; raises `ValueError` where structure or shapes differ."""
-    expected, structure = jax.tree.structure(free, is_leaf=_is_none), jax.tree.structure(tree, is_leaf=_is_none)
+    expected, structure = jax.tree.structure(free, is_leaf=is_none), jax.tree.structure(tree, is_leaf=is_none)
     if expected != structure:
         raise ValueError(f"{name} must have the structure of params, {expected}, got {structure}.")
-    pairs = zip(jax.tree.leaves_with_path(tree, is_leaf=_is_none), jax.tree.leaves(free, is_leaf=_is_none), strict=True)
+    pairs = zip(jax.tree.leaves_with_path(tree, is_leaf=is_none), jax.tree.leaves(free, is_leaf=is_none), strict=True)
     for (path, leaf), like in pairs:
         if like is not None and (leaf is None or jnp.shape(leaf) != like.shape):
             shape = "nothing" if leaf is None else f"shape {jnp.shape(leaf)}"
             raise ValueError(f"{name} must have the shapes of params, {like.shape} at {path_name(path)}, got {shape}.")
-    return jax.tree.map(lambda like, leaf: None if like is None else jnp.asarray(leaf), free, tree, is_leaf=_is_none)
+    return jax.tree.map(lambda like, leaf: None if like is None else jnp.asarray(leaf), free, tree, is_leaf=is_none)
+
+
+def have_one_structure(tree: Any, params: Any) -> bool:
+    """Returns whether a tree has the structure of the parameters, with or without what is no number there."""
+    return jax.tree.structure(tree, is_leaf=is_none) == jax.tree.structure(params, is_leaf=is_none)
 
 
 def filled(free: Any, params: Any) -> Any:
@@ -89,7 +87,7 @@ def filled(free: Any, params: Any) -> Any:
     def fill(leaf, old):
         return leaf if leaf is not None or not is_number(old) else jnp.zeros_like(old)
 
-    return jax.tree.map(fill, free, params, is_leaf=_is_none)
+    return jax.tree.map(fill, free, params, is_leaf=is_none)
 
 
 def dot(a: Any, b: Any) -> Array:
@@ -132,15 +130,40 @@ def wide(tree: Any) -> Any:
 
 
 def wide_shapes(tree: Any) -> Any:
-    """Returns the shapes of a tree in float32 at least."""
-    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, jnp.promote_types(v.dtype, jnp.float32)), tree)
+    """Returns the shapes of a tree in float32 at least, with its sharding over a mesh."""
+
+    def of_leaf(v: Any) -> Any:
+        return jax.ShapeDtypeStruct(v.shape, jnp.promote_types(v.dtype, jnp.float32), sharding=sharding_of(v))
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def sharding_of(leaf: Any, leading: int = 0) -> Any:
+    """Returns the sharding over a mesh of an array, with further leading axes; None for what is traced or not split."""
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * leading, *sharding.spec))
+
+
+def zeros(shapes: Any, like: Any) -> Any:
+    """Returns zeros of some shapes, which are those of `like` with a leading axis, split over a mesh as these."""
+    return jax.tree.map(lambda s, leaf: jnp.zeros(s.shape, s.dtype, device=sharding_of(leaf, 1)), shapes, like)
 
 
 def random_like(key: Array, like: Any, draw: Callable[..., Array]) -> Any:
-    """Draws a random tree by `draw(key, shape, dtype)`."""
+    """Draws a random tree by `draw(key, shape, dtype)`, split over a mesh as `like` is."""
     leaves, tree = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(tree, [draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
+
+    def drawn(key: Array, leaf: Any) -> Array:
+        def of_key(key: Array) -> Array:
+            return draw(key, leaf.shape, leaf.dtype)
+
+        sharding = sharding_of(leaf)
+        return of_key(key) if sharding is None else jax.jit(of_key, out_shardings=sharding)(key)
+
+    return jax.tree.unflatten(tree, [drawn(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])
 
 
 def unit_of(tree: Any) -> Array:
@@ -178,34 +201,6 @@ def leading(weights: Array, ndim: int) -> Array:
     return weights.reshape(weights.shape + (1,) * (ndim - weights.ndim))
 
 
-def input_axes(path: str, leaf: Array, filter_axis: FilterAxis) -> tuple[int, ...] | None:
-    """Returns the axes of a kernel that do not count its filters; None for a leaf that is no kernel.
-
-    Vectors are none, nor is what is called bias or scale. The kernels of Flax's attention for queries, keys and values
-    have an axis of heads beside that of a head's units, unless `filter_axis` says otherwise.
-    """
-    *parents, name = ["", *path.split("/")]
-    if leaf.ndim < 2 or name in ("bias", "scale"):
-        return None
-    if isinstance(filter_axis, Mapping):
-        filter_axis = next((axes for pattern, axes in filter_axis.items() if is_at(path, pattern)), -1)
-    axes = (filter_axis,) if isinstance(filter_axis, int) else tuple(filter_axis)
-    if axes == (-1,) and name == "kernel" and parents[-1] in ("query", "key", "value") and leaf.ndim == 3:
-        axes = (-2, -1)
-    if any(not -leaf.ndim <= axis < leaf.ndim for axis in axes):
-        raise ValueError(f"filter_axis must be axes of the kernel {list(leaf.shape)} at {path!r}, got {filter_axis}.")
-    filters = {axis % leaf.ndim for axis in axes}
-    return tuple(axis for axis in range(leaf.ndim) if axis not in filters)
-
-
-def filter_norms(kernel: Array, inputs: tuple[int, ...]) -> Array:
-    """Computes the norm of each filter over the axes of its inputs, which are kept, in float32 at least."""
-    kernel = wide(kernel)
-    largest = jnp.abs(kernel).max(inputs, keepdims=True, initial=0)
-    unit = jnp.where(largest == 0, 1, largest)
-    return unit * jnp.sqrt(jnp.square(kernel / unit).sum(inputs, keepdims=True))
-
-
 def subtract(a: Any, b: Any) -> Any:
     """Computes `a − b` of trees."""
     return jax.tree.map(jnp.subtract, a, b)
@@ -234,114 +229,6 @@ def path_name(path: Any) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
-def ordered_layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
-    """Returns the leaves (by their number) of each layer, with the layers in the order of the network.
-
-    Args:
-      params: parameters.
-      layers: layers in the order in which the network applies them; by default the order of a list, or of names that
-        count, such as 'Dense_0', 'Dense_1'.
-
-    Raises:
-      ValueError: if the order is not known, a layer holds nothing, or a leaf belongs to two.
-    """
-    if layers is None:
-        layers = _counted_children(params)
-    return layer_leaves(params, layers)
-
-
-def layer_leaves(params: Any, layers: Sequence[Layer] | None) -> dict[str, list[int]]:
-    """Returns the leaves (by number) of each layer; by default each child of the root is a layer, in natural order."""
-    keys = [path for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_none)]
-    paths = [path_name(path) for path in keys]
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(
-            f"params must have leaves of different paths, got {twice!r} twice. Rename keys that hold a '/'."
-        )
-    if layers is None:
-        layers = sorted({path_name(path[:1]) for path in keys}, key=_natural)
-    numbers: dict[str, list[int]] = {}
-    for layer in layers:
-        parts = (layer,) if isinstance(layer, str) else tuple(layer)
-        leaves = [i for i, path in enumerate(paths) if any(is_at(path, part) for part in parts)]
-        twice = [paths[i] for i in leaves if any(i in others for others in numbers.values())]
-        if not leaves or twice:
-            problem = f"{twice[0]} is in two of them" if twice else f"nothing is at {layer!r}"
-            raise ValueError(f"layers must name disjoint parts of params by their paths; {problem}. There are {paths}.")
-        numbers[parts[0]] = leaves
-    return numbers
-
-
-def is_at(path: str, place: str) -> bool:
-    """Returns whether a leaf is in the subtree at a path, or at a path that has the pattern `place`."""
-    if path == place or path.startswith(f"{place}/"):
-        return True
-    names = path.split("/")
-    return any(fnmatch.fnmatchcase("/".join(names[: i + 1]), place) for i in range(len(names)))
-
-
-def restrict(loss_fn: LossFn, params: Any, layers: Sequence[Layer]) -> tuple[LossFn, dict[str, Any]]:
-    """Returns the loss as a function of some layers' parameters, the others frozen, for any measurement.
-
-    Args:
-      loss_fn: `loss_fn(params, *args) -> scalar`.
-      params: pytree of arrays.
-      layers: paths of the parameters that are not frozen, such as 'Conv_0' or 'Dense_1/kernel', or patterns of paths:
-        '*/lora_[ab]' (see `Layer`).
-
-    Returns:
-      `loss(arrays, *args)` and `arrays`, the parameters of the layers by their paths.
-
-    Raises:
-      ValueError: for paths that lead to nothing, or that overlap.
-
-    >>> from bnjax import analysis
-    >>> loss, chosen = analysis.restrict(lambda w: w['a'] * w['b'] ** 2, {'a': 3.0, 'b': 2.0}, ['b'])
-    >>> print(analysis.gradient_probe(loss, chosen, 0.1).gradient_norm)
-    12.0
-    """
-    parts, embed = parts_of(params, layers)
-    return lambda arrays, *args: loss_fn(embed(arrays, params), *args), parts
-
-
-def parts_of(params: Any, layers: Sequence[Layer]) -> tuple[dict[str, Any], Callable[[Any, Any], Any]]:
-    """Returns some layers' arrays by their paths, and `embed(arrays, others)`, which puts such arrays into a tree."""
-    paths, leaves = zip(*jax.tree.leaves_with_path(params, is_leaf=_is_none), strict=True)
-    numbers = [n for group in layer_leaves(params, layers).values() for n in group if leaves[n] is not None]
-    tree, names = jax.tree.structure(params, is_leaf=_is_none), [path_name(path) for path in paths]
-
-    def embed(arrays: Mapping[str, Any], others: Any) -> Any:
-        rest = jax.tree.leaves(others, is_leaf=_is_none)
-        return jax.tree.unflatten(tree, [arrays.get(name, leaf) for name, leaf in zip(names, rest, strict=True)])
-
-    return {names[n]: leaves[n] for n in numbers}, embed
-
-
-def of_leaves(tree: Any, numbers: Sequence[int]) -> list[Any]:
-    """Returns some leaves of a tree, by their numbers among all (None counts as a leaf)."""
-    leaves = jax.tree.leaves(tree, is_leaf=_is_none)
-    return [leaves[i] for i in numbers if leaves[i] is not None]
-
-
-def _counted_children(params: Any) -> list[str]:
-    if isinstance(params, list | tuple) and not hasattr(params, "_fields"):
-        return [str(i) for i, layer in enumerate(params) if jax.tree.leaves(layer)]
-    if isinstance(params, Mapping):
-        names = [re.fullmatch(r"(.*?)(\d+)", str(key)) for key in params]
-        if all(names) and len({match[1] for match in names if match}) == 1:
-            return sorted(map(str, params), key=_natural)
-    keys = sorted(map(str, params)) if isinstance(params, Mapping) else [type(params).__name__]
-    raise ValueError(
-        f"layers must be given in the network's order, which the names {keys} do not tell; for a model of Flax "
-        "bnjax.analysis.losses.layers_in_order(model, variables, x) finds it."
-    )
-
-
-def _natural(name: str) -> list[Any]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def is_number(leaf: Any) -> bool:
     """Returns whether a leaf is an array or a number, and not, say, a function in a module of Equinox."""
     return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
@@ -353,5 +240,6 @@ def _kind(leaf: Any, kind: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), kind)
 
 
-def _is_none(leaf: Any) -> bool:
+def is_none(leaf: Any) -> bool:
+    """Returns whether a leaf is None, which stands for what is not differentiated."""
     return leaf is None

@@ -155,9 +155,9 @@ def fisher_operator(
         expectation; static.
       key: random key of the samples.
       head: the model's last layer, `head(params, features) -> z`, where `model_fn` returns the features `[batch, …, d]`
-        before it. It is called with `[chunk_size, d]`, so that no array of all tokens times classes is kept, and its
-        parameters count as the others do.
-      chunk_size: number of examples or tokens in each call of `head`; static.
+        before it. It is called with at most `[chunk_size, d]`, so that no array of all tokens times classes is kept,
+        and its parameters count as the others do.
+      chunk_size: largest number of examples or tokens in a call of `head`; static.
       batches: a data set in place of `args`, as in `hessian_operator`.
       weights: weights of examples, as in `hessian_operator`: arrays that broadcast to `z.shape[:-1]`.
       progress: function that is told of each batch, as in `hessian_operator`.
@@ -203,7 +203,8 @@ def fisher_operator(
 
         count = tokens[2].size
         chunks = -(-count // min(chunk_size, max(count, 1)))
-        padded = jax.tree.map(lambda v: jnp.pad(v, [(0, -count % chunks), *[(0, 0)] * (v.ndim - 1)]), tokens)
+        ends = [(0, -count % max(chunks, 1)), (0, 0)]
+        padded = *(jnp.pad(v, ends, "edge") for v in tokens[:2]), jnp.pad(tokens[2], ends[:1])
         chunked = jax.tree.map(lambda v: v.reshape((chunks, -1, *v.shape[1:])), padded)
         zeros = jax.tree.map(jnp.zeros_like, _trees.wide(free))
         total, cotangents = lax.scan(add, zeros, (*chunked, jnp.arange(chunks)))

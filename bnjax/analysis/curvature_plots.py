@@ -87,9 +87,13 @@ def layer_traces(ax: Axes, traces: Mapping[str, TraceEstimate], *, log: bool = F
       traces: estimates by layer, as `bnjax.analysis.layer_traces` gives them.
       log: whether the axis of traces is logarithmic, of traces that are positive.
     """
-    means, low, high = (
-        np.array([float(np.asarray(getattr(t, k))) for t in traces.values()]) for k in ("estimate", "low", "high")
-    )
+    named = {
+        k: [_draw.checked(f"traces[{name!r}].{k}", np.ravel(getattr(t, k)), "1") for name, t in traces.items()]
+        for k in ("estimate", "low", "high")
+    }
+    if any(len(value) > 1 for values in named.values() for value in values):
+        raise ValueError("traces must be single estimates, without further axes. Select one.")
+    means, low, high = (np.concatenate(values) for values in named.values())
     errors = np.where(np.isfinite([low, high]), np.abs(np.stack([means - low, high - means])), 0)
     bars = ax.barh(np.arange(len(means)), means, xerr=errors, color=_draw.COLORS[0], capsize=3, height=0.7)
     ax.set_yticks(np.arange(len(means)), list(traces), fontsize=8)
@@ -132,13 +136,11 @@ def explore(
     z = np.where(np.isfinite(z) & ((z > 0) | (not log)), z, np.nan)
     heights = np.log10(z) if log else z
     name = "log₁₀ loss" if log else "loss"
-    text = "a %{x:.4g}<br>b %{y:.4g}<br>loss %{customdata:.4g}<extra></extra>"
-    surface = go.Surface(
-        x=a, y=b, z=heights.T, customdata=z.T, colorscale="Viridis", colorbar={"title": name}, hovertemplate=text
-    )
+    text = f"a %{{x:.4g}}<br>b %{{y:.4g}}<br>{name} %{{z:.4g}}<extra></extra>"
+    surface = go.Surface(x=a, y=b, z=heights.T, colorscale="Viridis", colorbar={"title": name}, hovertemplate=text)
     drawn: list[Any] = [surface]
     if plane is not None:
-        points = _draw.checked("plane.coordinates", plane.coordinates, "T, d")
+        points = _draw.checked_plane(plane)
         above = _draw.heights_at((heights, (a, b)), points)
         steps = np.arange(len(points))
         drawn.append(

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Key
 
 from bnjax.analysis import _trees
-from bnjax.analysis._iterate import Checkpoints, check_checkpoints, in_passes
+from bnjax.analysis._iterate import Checkpoints, Kept, in_passes, kept_in
 from bnjax.analysis._lanczos import combined
 from bnjax.analysis._sketch import (
     error_of_exchangeable,
@@ -83,9 +83,10 @@ def diagonal(
     """
     check_count("num_samples", num_samples)
     check_method(method, _METHODS, num_samples)
+    kept = kept_in(checkpoints, operator, "diagonal", method, num_samples, batch_size, key)
     if method == "xdiag":
         check_size(operator, num_samples)
-        return _xdiag(operator, num_samples // 2, key, checkpoints)
+        return _xdiag(operator, num_samples // 2, key, kept)
     keys = jax.random.split(key, num_samples)
     zeros = jax.tree.map(jnp.zeros_like, _trees.wide_shapes(operator.like))
 
@@ -105,11 +106,10 @@ def diagonal(
         vectors = several_signs(operator, keys)
         return lax.scan(add, carry, (vectors, products_of(operator, vectors)))[0]
 
-    check_checkpoints(operator, checkpoints)
     carry = zeros, zeros, jnp.zeros((), jnp.int32)
     if operator.on_host:
         passes = [functools.partial(several, part) for _, part in parts_of(keys, batch_size)]
-        carry = in_passes(passes, carry, checkpoints)
+        carry = in_passes(passes, carry, kept)
     else:
         carry = lax.scan(one, carry, keys)[0]
     mean, square, _ = carry
@@ -152,9 +152,9 @@ def hessian_diagonal(
     return _trees.filled(diagonal(operator, key=key, num_samples=num_samples).estimate, params)
 
 
-def _xdiag(operator: SymmetricOperator, count: int, key: Array, checkpoints: Checkpoints | None) -> DiagonalEstimate:
+def _xdiag(operator: SymmetricOperator, count: int, key: Array, kept: Kept | None) -> DiagonalEstimate:
     vectors = several_signs(operator, jax.random.split(key, count))
-    found = sketch(operator, vectors, key, checkpoints)
+    found = sketch(operator, vectors, key, kept)
 
     def samples_of(triangle: Array, basis: Any, of_basis: Any, vectors: Any) -> Any:
         lost = left_out(triangle)

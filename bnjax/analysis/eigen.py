@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from bnjax.analysis import _trees
-from bnjax.analysis._iterate import Checkpoints, iterate
+from bnjax.analysis import _trees, selection
+from bnjax.analysis._iterate import Checkpoints, iterate, kept_in
 from bnjax.analysis._lanczos import LanczosState, ThickRestart
-from bnjax.analysis._trees import Layer, LossFn
+from bnjax.analysis._trees import LossFn
 from bnjax.analysis.curvature import hessian_operator
 from bnjax.analysis.operators import SymmetricOperator
+from bnjax.analysis.selection import Layer
 
 _WHICH = ("largest", "smallest", "both", "magnitude")
 _LEAST_SUBSPACE = 40
@@ -79,7 +80,9 @@ def eigenpairs(
       state: where to go on from, a state of the same operator and options but for tolerance and max_products.
       return_state: whether to return the state; static.
       checkpoints: where the state of an operator on the host is kept, such as `bnjax.training.checkpoint.Checkpoints`,
-        so that a call that was interrupted goes on from there.
+        so that a call that was interrupted goes on from there, if it has the same options (but for the tolerance and
+        max_products) and key; what it is of, parameters and data, the caller vouches for. Each measurement needs a
+        directory of its own, and in several processes each must hold the whole state.
 
     Returns:
       `Eigenpairs`; a multiple eigenvalue may come fewer times than it is multiple.
@@ -118,6 +121,7 @@ def eigenpairs(
         raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}.")
     if max_products < k:
         raise ValueError(f"max_products must be at least k = {k}, got {max_products}.")
+    kept = kept_in(checkpoints, operator, "eigenpairs", which, k, subspace, block_size, key)
     method = ThickRestart(subspace, k, which, float(tolerance), max_products, block=block_size)
     if block_size > 1:
         operator = SymmetricOperator(operator.of_several, operator.like, operator.on_host)
@@ -126,7 +130,7 @@ def eigenpairs(
         begun = method.start(_first(operator, start, first_key), key)
     else:
         begun = method.judged(state)
-    found: LanczosState = iterate(operator, method, begun, checkpoints)
+    found: LanczosState = iterate(operator, method, begun, kept)
     ritz = method.ritz(found)
     vectors = method.vectors(found, ritz.vectors[:, :k])
     values, residuals = ritz.values[:k] * found.unit, ritz.residuals[:k] * found.unit
@@ -202,13 +206,13 @@ def layer_eigenpairs(
     {'a': [4.0], 'b': [4.0]}
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
-    groups = _trees.layer_leaves(free, layers)  # raises for layers that overlap
+    groups = selection.layer_leaves(free, layers)  # raises for layers that overlap
     if layers is None:
-        layers = [name for name, leaves in groups.items() if _trees.of_leaves(free, leaves)]
+        layers = [name for name, leaves in groups.items() if selection.of_leaves(free, leaves)]
     pairs = {}
     for i, layer in enumerate(layers):
         parts = (layer,) if isinstance(layer, str) else tuple(layer)
-        restricted = _trees.restrict(loss_fn, free, parts)
+        restricted = selection.restrict(loss_fn, free, parts)
         pairs[parts[0]] = hessian_eigenpairs(*restricted, k, *args, key=jax.random.fold_in(key, i), **options)
     return pairs
 
@@ -231,11 +235,11 @@ def layer_weights(vectors: Any, layers: Sequence[Layer] | None = None) -> dict[s
     >>> print([f'{part:.2f}' for part in weights['a']], [f'{part:.2f}' for part in weights['b']])
     ['0.36', '0.00'] ['0.64', '1.00']
     """
-    groups = _trees.layer_leaves(vectors, layers)
+    groups = selection.layer_leaves(vectors, layers)
 
     def of_vector(vector: Any) -> Array:
         size = _trees.norm(vector)
-        return jnp.stack([jnp.square(_trees.norm(_trees.of_leaves(vector, n)) / size) for n in groups.values()])
+        return jnp.stack([jnp.square(_trees.norm(selection.of_leaves(vector, n)) / size) for n in groups.values()])
 
     parts = jax.vmap(of_vector)(vectors)
     return {name: parts[:, i] for i, name in enumerate(groups)}

@@ -11,8 +11,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from bnjax.analysis import _trees
-from bnjax.analysis._trees import FilterAxis, Layer, LossFn
+from bnjax.analysis import _trees, selection
+from bnjax.analysis._trees import LossFn
+from bnjax.analysis.selection import FilterAxis, Layer
 
 
 @functools.partial(
@@ -64,8 +65,8 @@ def gradient_norms(loss_fn: LossFn, params: Any, *args: Any, layers: Sequence[La
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
     gradient = jax.grad(loss_fn)(free, *args)
-    groups = _trees.layer_leaves(free, layers)
-    return {name: _trees.norm(_trees.of_leaves(gradient, numbers)) for name, numbers in groups.items()}
+    groups = selection.layer_leaves(free, layers)
+    return {name: _trees.norm(selection.of_leaves(gradient, numbers)) for name, numbers in groups.items()}
 
 
 def sam_sharpness(loss_fn: LossFn, params: Any, *args: Any, radius: ArrayLike = 0.05, num_steps: int = 1) -> Array:
@@ -123,7 +124,7 @@ def scale_invariance(
     *args: Any,
     layers: Sequence[str] | None = None,
     learning_rate: ArrayLike | None = None,
-    filter_axis: FilterAxis = -1,
+    filter_axis: FilterAxis = None,
 ) -> ScaleInvariance:
     """Measures whether each kernel's scale matters to the loss, and how fast its direction learns.
 
@@ -155,7 +156,8 @@ def scale_invariance(
     gradient = jax.grad(loss_fn)(free, *args)
     pairs = zip(jax.tree.leaves_with_path(free), jax.tree.leaves(gradient), strict=True)
     of_paths = [(_trees.path_name(path), w, g) for (path, w), g in pairs]
-    all_inputs = [_trees.input_axes(path, w, filter_axis) for path, w, _ in of_paths]
+    selection.check_patterns(filter_axis, [path for path, _, _ in of_paths])
+    all_inputs = [selection.input_axes(path, w, filter_axis) for path, w, _ in of_paths]
     kernels = {path: (w, g, inputs) for (path, w, g), inputs in zip(of_paths, all_inputs, strict=True) if inputs}
     names = tuple(kernels) if layers is None else tuple(layers)
     unknown = [name for name in names if name not in kernels]

@@ -127,7 +127,7 @@ def linen_batch_stats(
       x: inputs of the batch.
       weights: weights of the examples, as the batch norms' `mask`.
       argument: name of the call's argument, as in `linen_loss`.
-      rngs: random keys, as in `linen_loss`.
+      rngs: random keys by name, with which dropout is on, as in training; by default it is off.
 
     Returns:
       Means and biased variances, in the structure of `variables['batch_stats']`.
@@ -139,16 +139,23 @@ def linen_batch_stats(
     >>> losses.linen_batch_stats(model, variables, x, argument='use_running_average')
     {'mean': Array([2.], dtype=float32), 'var': Array([1.], dtype=float32)}
     """
-    return _batch_stats_of(model.apply, variables, x, weights, argument, rngs)
+    return _batch_stats_of(model.apply, variables, x, weights, argument, rngs, has_noise=rngs is not None)
 
 
 def _batch_stats_of(
-    apply: Callable[..., Any], variables: Mapping[str, Any], x: Any, weights: Any, argument: Any, rngs: Any
+    apply: Callable[..., Any],
+    variables: Mapping[str, Any],
+    x: Any,
+    weights: Any,
+    argument: Any,
+    rngs: Any,
+    *,
+    has_noise: bool = False,
 ) -> Any:
     """Returns the statistics of one batch, of a model in its functional form.
 
-    They are of the function without the noise of training: of a call as in inference, but for the batch norms that use
-    the batch's statistics in training.
+    Without noise they are those of a call as in inference, but for the batch norms that use the batch's statistics in
+    training; these are normalized by them alone.
     """
     keys = {} if rngs is None else {"rngs": rngs}
     mutable = [name for name in variables if name != "params"]
@@ -156,7 +163,8 @@ def _batch_stats_of(
     def call(training: bool, keys: Mapping[str, Any], **options: Any) -> Any:
         return apply(variables, *inputs_of(x), **phase(argument, training), **options, **keys, mutable=mutable)[1]
 
-    any_keys = keys if isinstance(rngs, str) else {"rngs": {"params": jax.random.key(0), **(rngs or {})}}
+    # What is only traced may take any keys: in linen that of 'params' stands for all others, an nnx model has its own.
+    any_keys = {"rngs": "own" if hasattr(apply, "argument") else {"params": jax.random.key(0), **(rngs or {})}}
     moving = _calls.moving_norms(lambda: call(True, any_keys))
 
     def replace(module: Any, call: _calls.Call, x: Any, options: dict[str, Any]) -> Any:
@@ -166,7 +174,7 @@ def _batch_stats_of(
 
     masked = mask_options(apply, weights, is_needed=True)
     with _calls.intercept(_calls.is_norm, replace):
-        updates = call(False, keys, **masked)
+        updates = call(has_noise, keys, **masked)
     return updates.get("batch_stats", {})
 
 
@@ -350,7 +358,8 @@ def nnx_batch_stats(
       x: inputs of the batch.
       weights: weights of the examples, as the batch norms' `mask`.
       argument: name of the call's argument, as in `nnx_loss`.
-      rngs: random keys, as in `nnx_loss`.
+      rngs: random keys by name, or 'own' for the model's own random states, with which dropout is on, as in training;
+        by default it is off.
 
     Returns:
       Means and biased variances, in the structure of the 'batch_stats' of `bnjax.nnx.functional`.
@@ -362,7 +371,8 @@ def nnx_batch_stats(
     {'mean': Array([2.], dtype=float32), 'var': Array([1.], dtype=float32)}
     """
     apply, variables = functional(model, argument=argument)
-    return _batch_stats_of(apply, variables, x, weights, apply.argument, "own" if rngs is None else rngs)
+    keys = "own" if rngs is None else rngs
+    return _batch_stats_of(apply, variables, x, weights, apply.argument, keys, has_noise=rngs is not None)
 
 
 def _mean(objective: Objective, outputs: Any, labels: Any, weights: Any, axis_name: Any) -> Array:

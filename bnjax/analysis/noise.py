@@ -146,8 +146,12 @@ def _interval_of_ratio(found: Array, without: Array, counts: Array) -> tuple[Arr
     safe = jnp.where(p == 0, 1, p)
     lower, upper = (q - root) / safe, (q + root) / safe  # in this order where p > 0, else in the other
     # Elsewhere the set is what lies outside of the two roots; its negative part cannot be true.
-    low = jnp.where(p > 0, lower, jnp.where((root > 0) & (upper < 0), lower, 0))
-    return jnp.maximum(low, 0), jnp.where(p > 0, upper, jnp.inf)
+    is_bounded = (p > 0) & (b > 0)
+    low = jnp.where(is_bounded, lower, jnp.where((p < 0) & (root > 0) & (upper < 0), lower, 0))
+    is_known = ~jnp.isnan(a + b)
+    return jnp.where(is_known, jnp.maximum(low, 0), jnp.nan), jnp.where(
+        is_known, jnp.where(is_bounded, upper, jnp.inf), jnp.nan
+    )
 
 
 def gradient_confusion(loss_fn: LossFn, params: Any, *args: Any, num_batches: int) -> GradientConfusion:

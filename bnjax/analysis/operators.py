@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from bnjax.analysis import _trees
+from bnjax.analysis import _trees, selection
 from bnjax.analysis._conjugate import solve
-from bnjax.analysis._trees import Layer
+from bnjax.analysis.selection import Layer
 
 Product = Callable[[Any], Any]
 """The product `v → A v` of pytrees."""
@@ -118,13 +118,17 @@ class SymmetricOperator:
         >>> print(a.restrict(['a'])({'a': 3.0}))
         {'a': Array(3., dtype=float32...)}
         """
-        parts, embed = _trees.parts_of(self.like, layers)
+        parts, embed = selection.parts_of(self.like, layers)
 
         def product(v: Any) -> Any:
             zeros = jax.tree.map(jnp.zeros_like, self.like)
-            return _trees.parts_of(self.product(embed(v, zeros)), layers)[0]
+            return selection.parts_of(self.product(embed(v, zeros)), layers)[0]
 
-        return SymmetricOperator(product, parts, self.on_host)
+        def of_several(vectors: Any) -> Any:
+            products = self.of_several(jax.vmap(lambda v: embed(v, jax.tree.map(jnp.zeros_like, self.like)))(vectors))
+            return jax.vmap(lambda tree: selection.parts_of(tree, layers)[0])(products)
+
+        return SymmetricOperator(product, parts, self.on_host, of_several)
 
     def inverse(
         self, damping: float = 0.0, *, tolerance: float = 1e-5, max_products: int = 1000

@@ -359,9 +359,7 @@ def trajectory(
     References:
       Li et al. 2018 (arXiv 1712.09913), section 7 and Figure 9.
     """
-    points = _draw.checked("plane.coordinates", plane.coordinates, "T, d")
-    if points.shape[1] < 2:
-        raise ValueError(f"plane must have at least 2 directions, got {points.shape[1]}. Use num_directions=2.")
+    points = _draw.checked_plane(plane)
     where = [points[:, 0], points[:, 1]]
     if isinstance(ax, Axes3D):
         where.append(_draw.shown_height(_draw.heights_at(heights, points), log))

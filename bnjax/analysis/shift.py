@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from bnjax.analysis import _trees
-from bnjax.analysis._trees import Layer, LossFn
+from bnjax.analysis import _trees, selection
+from bnjax.analysis._trees import LossFn
+from bnjax.analysis.selection import Layer
 
 
 @functools.partial(
@@ -73,7 +74,7 @@ def covariate_shift(
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
     following = _trees.free_part("next_params", next_params, free)
-    leaves = _trees.ordered_layer_leaves(free, layers)
+    leaves = selection.ordered_layer_leaves(free, layers)
     number = {leaf: i for i, numbers in enumerate(leaves.values()) for leaf in numbers}
     tree = jax.tree.structure(free, is_leaf=lambda leaf: leaf is None)
     # The tree holds the layer's number of each leaf; leaves of no layer come after all.
@@ -95,12 +96,12 @@ def covariate_shift(
 
     def of_layer(i: Array) -> tuple[Array, Array]:
         there = gradient_after(i)
-        pairs = [(_trees.of_leaves(there, numbers), _trees.of_leaves(gradient, numbers)) for numbers in groups]
+        pairs = [(selection.of_leaves(there, numbers), selection.of_leaves(gradient, numbers)) for numbers in groups]
         distances = jnp.stack([_trees.norm(_trees.subtract(a, b)) for a, b in pairs])
         cosines = jnp.stack([_trees.cosine(a, b) for a, b in pairs])
         return distances[i], cosines[i]
 
-    norms = jnp.stack([_trees.norm(_trees.of_leaves(gradient, numbers)) for numbers in groups])
+    norms = jnp.stack([_trees.norm(selection.of_leaves(gradient, numbers)) for numbers in groups])
     zero = jnp.zeros((1,), norms.dtype)
     distance, cosine = zero, jnp.where(norms[:1] > 0, 1, jnp.nan).astype(norms.dtype)
     if len(groups) > 1:

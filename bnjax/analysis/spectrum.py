@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Key
 
 from bnjax.analysis import _trees
-from bnjax.analysis._iterate import Checkpoints, Several, iterate
+from bnjax.analysis._iterate import Checkpoints, Kept, Several, iterate, kept_in
 from bnjax.analysis._lanczos import Lanczos
 from bnjax.analysis._sketch import standard_error
 from bnjax.analysis._trees import LossFn
@@ -90,7 +90,8 @@ def spectral_density(
     check_count("num_points", num_points)
     if isinstance(bandwidth, int | float) and not bandwidth > 0:
         raise ValueError(f"bandwidth must be positive, got {bandwidth}.")
-    nodes, weights = quadratures(operator, num_probes, num_steps, key, checkpoints)
+    kept = kept_in(checkpoints, operator, "quadrature", num_probes, num_steps, key)
+    nodes, weights = quadratures(operator, num_probes, num_steps, key, kept)
     low, high = nodes.min(), nodes.max()
     # Where all Ritz values are equal, up to rounding, there is no range, and 1 % of their size is taken.
     size = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)), jnp.finfo(nodes.dtype).tiny * 1e6)
@@ -145,7 +146,8 @@ def log_determinant(
     2.7726
     """
     _check_counts(operator, num_probes, num_steps)
-    nodes, weights = quadratures(operator, num_probes, num_steps, key, checkpoints)
+    kept = kept_in(checkpoints, operator, "quadrature", num_probes, num_steps, key)
+    nodes, weights = quadratures(operator, num_probes, num_steps, key, kept)
     logarithms = jnp.log(jnp.where(nodes + damping > 0, nodes + damping, jnp.nan))
     return estimate(operator.size * (weights * logarithms).sum(1))
 
@@ -184,7 +186,8 @@ def frobenius_norm(
     5.0
     """
     check_count("num_samples", num_samples)
-    norms = over_signs(operator, lambda v, product: _trees.norm(product), num_samples, key, batch_size, checkpoints)
+    kept = kept_in(checkpoints, operator, "norm", num_samples, batch_size, key)
+    norms = over_signs(operator, lambda v, product: _trees.norm(product), num_samples, key, batch_size, kept)
     unit = _trees.unit_of(norms)
     squares = estimate(jnp.square(norms / unit))
     root = jnp.sqrt(squares.estimate)
@@ -199,7 +202,7 @@ def _check_counts(operator: SymmetricOperator, num_probes: int, num_steps: int) 
 
 
 def quadratures(
-    operator: SymmetricOperator, num_probes: int, num_steps: int, key: Array, checkpoints: Checkpoints | None = None
+    operator: SymmetricOperator, num_probes: int, num_steps: int, key: Array, kept: Kept | None = None
 ) -> tuple[Array, Array]:
     """Returns Ritz values of random vectors, and the squares of their vectors' components along these, for each."""
     method, like = Lanczos(num_steps), _trees.wide_shapes(operator.like)
@@ -211,6 +214,6 @@ def quadratures(
     keys = jax.random.split(key, num_probes)
     if operator.on_host:
         several = SymmetricOperator(operator.of_several, like, True)
-        states = iterate(several, Several(method), jax.vmap(start)(keys), checkpoints)
+        states = iterate(several, Several(method), jax.vmap(start)(keys), kept)
         return jax.vmap(method.quadrature)(states)
-    return lax.map(lambda key: method.quadrature(iterate(operator, method, start(key), checkpoints)), keys)
+    return lax.map(lambda key: method.quadrature(iterate(operator, method, start(key))), keys)

@@ -9,9 +9,10 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Key
 
-from bnjax.analysis import _trees
-from bnjax.analysis._trees import FilterAxis, LossFn
+from bnjax.analysis import _trees, selection
+from bnjax.analysis._trees import LossFn
 from bnjax.analysis.probe import check_batch_size
+from bnjax.analysis.selection import FilterAxis
 
 
 class TrajectoryPlane(NamedTuple):
@@ -47,7 +48,7 @@ class LinearPath(NamedTuple):
 
 
 def random_direction(
-    key: Key[Array, ""], params: Any, *, filter_normalized: bool = True, filter_axis: FilterAxis = -1
+    key: Key[Array, ""], params: Any, *, filter_normalized: bool = True, filter_axis: FilterAxis = None
 ) -> Any:
     """Draws a random Gaussian direction, by default with each filter scaled to the norm of the parameters' filter.
 
@@ -76,7 +77,7 @@ def random_direction(
     return filter_normalize(direction, params, filter_axis=filter_axis) if filter_normalized else direction
 
 
-def filter_normalize(direction: Any, params: Any, *, filter_axis: FilterAxis = -1) -> Any:
+def filter_normalize(direction: Any, params: Any, *, filter_axis: FilterAxis = None) -> Any:
     """Scales each filter of a direction to the norm of the parameters' filter: `d_f ← d_f ‖W_f‖ / ‖d_f‖`.
 
     Vectors and scalars, and what is called bias or scale, become zero.
@@ -101,13 +102,14 @@ def filter_normalize(direction: Any, params: Any, *, filter_axis: FilterAxis = -
     """
     _, free = _trees.differentiable(lambda params: jnp.zeros(()), params)
     direction = _trees.free_part("direction", direction, free)
+    selection.check_patterns(filter_axis, [_trees.path_name(path) for path, _ in jax.tree.leaves_with_path(free)])
 
     def scaled(path: Any, w: Array, d: Array) -> Array:
-        inputs = _trees.input_axes(_trees.path_name(path), w, filter_axis)
+        inputs = selection.input_axes(_trees.path_name(path), w, filter_axis)
         if inputs is None:
             return jnp.zeros_like(d)
-        sizes = _trees.filter_norms(d, inputs)
-        return (d / jnp.where(sizes > 0, sizes, 1) * _trees.filter_norms(w, inputs)).astype(d.dtype)
+        sizes = selection.filter_norms(d, inputs)
+        return (d / jnp.where(sizes > 0, sizes, 1) * selection.filter_norms(w, inputs)).astype(d.dtype)
 
     return _trees.filled(jax.tree.map_with_path(scaled, free, direction), params)
 
@@ -149,7 +151,7 @@ def loss_surface(
     """
     loss_fn, free = _trees.differentiable(loss_fn, params)
     check_batch_size(batch_size)
-    if jax.tree.structure(directions) == jax.tree.structure(params):
+    if _trees.have_one_structure(directions, params):
         directions, coordinates = (directions,), (coordinates,)
     elif len(directions) == 1 and not isinstance(coordinates, tuple | list):
         coordinates = (coordinates,)
@@ -184,9 +186,9 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2, *, center: str = 
         component analysis; or 'last', the last point, so that no plane through it is nearer to the others. Static.
 
     Returns:
-      A `TrajectoryPlane`: `loss_surface(loss_fn, plane.origin, plane.directions, …)` is the loss around the path. The
-      T × T inner products of the points are decomposed, so that P parameters cost T P numbers and T² P operations. A
-      direction that the points do not span, up to the rounding errors of these products, is zero.
+      A `TrajectoryPlane`: `loss_surface(loss_fn, plane.origin, plane.directions, …)` is the loss around the path. For
+      each direction the T × T inner products of the points are decomposed, so that P parameters cost T P numbers and
+      d T² P operations. A direction that the points do not span, up to their rounding errors, is zero.
 
     Raises:
       ValueError: for fewer than two points, more directions than T − 1, or another center.
@@ -217,23 +219,34 @@ def trajectory_plane(trajectory: Any, num_directions: int = 2, *, center: str = 
     offsets = jax.tree.map(lambda p: _trees.in_units(p, unit).reshape((count, -1)), free)
     offsets = jax.tree.map(lambda o: o - o[-1:], offsets)
     centered = offsets if center == "last" else jax.tree.map(lambda o: o - o.mean(0, keepdims=True), offsets)
-    gram = _trees.inner(centered, centered)
-    values, vectors = jnp.linalg.eigh(gram)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    # A direction that the path does not span is lost in the rounding errors of the inner products, and becomes zero.
-    values = jnp.where(values > 10 * count * jnp.finfo(values.dtype).eps * values[0], values, 0)
-    lengths = jnp.sqrt(values[:num_directions])
-    inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
-    weights = (vectors[:, :num_directions] * inverse[None]).T
-    rows = jax.tree.map(lambda c: jnp.matmul(weights.astype(c.dtype), c, precision="highest"), centered)
-    coordinates = _trees.inner(offsets, rows) * unit
-    total = values.sum()
-    explained = values[:num_directions] / jnp.where(total > 0, total, 1)
+    total = _trees.row_products(centered, centered).sum()
+    rows, values = [], []
+    for _ in range(num_directions):  # each from what the ones before leave, whose rounding errors are small beside it
+        value, row = _largest_component(centered, rows)
+        # What is left of a path that spans no more directions are its rounding errors, and its direction becomes zero.
+        least = (8 * jnp.finfo(value.dtype).eps) ** 2 * count * total
+        row = jax.tree.map(lambda r, is_real=value > least: jnp.where(is_real, r, 0), row)
+        along = _trees.products(centered, row)
+        centered = jax.tree.map(lambda c, r, a=along: c - a[:, None].astype(c.dtype) * r[None], centered, row)
+        rows.append(row)
+        values.append(jnp.where(value > least, value, 0))
+    coordinates = jnp.stack([_trees.products(offsets, row) for row in rows], 1) * unit
+    explained = jnp.stack(values) / jnp.where(total > 0, total, 1)
 
     def direction(i: int) -> Any:
-        return _trees.filled(jax.tree.map(lambda r, like: r[i].reshape(like.shape[1:]), rows, free), origin)
+        return _trees.filled(jax.tree.map(lambda r, like: r.reshape(like.shape[1:]), rows[i], free), origin)
 
     return TrajectoryPlane(origin, tuple(direction(i) for i in range(num_directions)), coordinates, explained)
+
+
+def _largest_component(points: Any, others: list[Any]) -> tuple[Array, Any]:
+    """Returns the largest eigenvalue of the points' second moments, and its direction, orthogonal to others."""
+    values, vectors = jnp.linalg.eigh(_trees.inner(points, points))
+    row = jax.tree.map(lambda p: jnp.matmul(vectors[:, -1].astype(p.dtype), p, precision="highest"), points)
+    for other in others:
+        row = _trees.moved(row, -_trees.dot(row, other), other)
+    size = _trees.norm(row)
+    return values[-1], jax.tree.map(lambda r: r / jnp.where(size > 0, size, 1).astype(r.dtype), row)
 
 
 def linear_path(
@@ -285,7 +298,7 @@ def linear_path(
     runs = (t[0] == 0) & (t[-1] == 1) & (t[1:] >= t[:-1]).all()
     if not isinstance(runs, Tracer) and not runs:
         raise ValueError(f"coordinates must increase from 0 to 1, which are the two solutions, got {t}.")
-    direction = _trees.filled(_trees.subtract(other, free), params)
+    direction = _trees.filled(_trees.subtract(_trees.wide(other), _trees.wide(free)), params)
     losses = jnp.where(runs, loss_surface(loss_fn, params, (direction,), t, *args, batch_size=batch_size), jnp.nan)
     first, last = losses[0], losses[-1]
     excess = (losses - (1 - t) * first - t * last).max()

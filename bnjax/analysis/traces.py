@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Key
 
-from bnjax.analysis import _trees
-from bnjax.analysis._iterate import Checkpoints, check_checkpoints, in_passes
+from bnjax.analysis import _trees, selection
+from bnjax.analysis._iterate import Checkpoints, Kept, in_passes, kept_in
 from bnjax.analysis._lanczos import combined, orthonormal
 from bnjax.analysis._sketch import (
     error_of_exchangeable,
@@ -23,9 +23,10 @@ from bnjax.analysis._sketch import (
     sketch,
     standard_error,
 )
-from bnjax.analysis._trees import Layer, LossFn
+from bnjax.analysis._trees import LossFn
 from bnjax.analysis.curvature import hessian_operator
 from bnjax.analysis.operators import SymmetricOperator
+from bnjax.analysis.selection import Layer
 
 _METHODS = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}  # and their fewest products
 _LEVEL = 0.95
@@ -93,12 +94,13 @@ def trace(
     """
     check_count("num_samples", num_samples)
     check_method(method, _METHODS, num_samples)
+    kept = kept_in(checkpoints, operator, "trace", method, num_samples, batch_size, key)
     if method == "hutchinson":
-        return estimate(over_signs(operator, _trees.dot, num_samples, key, batch_size, checkpoints))
+        return estimate(over_signs(operator, _trees.dot, num_samples, key, batch_size, kept))
     check_size(operator, num_samples)
     draw_key, rest_key = jax.random.split(key)
     if method == "xtrace":
-        return _xtrace(operator, num_samples // 2, draw_key, rest_key, checkpoints)
+        return _xtrace(operator, num_samples // 2, draw_key, rest_key, kept)
     count = num_samples // 3
     signs = several_signs(operator, jax.random.split(rest_key, num_samples - 2 * count))
 
@@ -110,7 +112,7 @@ def trace(
         return jax.tree.map(lambda *v: jnp.concatenate(v), *basis_and_rest(products))
 
     vectors = several_signs(operator, jax.random.split(draw_key, count))
-    products, of_both = in_two_passes(operator, vectors, both, checkpoints)
+    products, of_both = in_two_passes(operator, vectors, both, kept)
     along = _trees.row_products(both(products), of_both)
     return estimate(along[:count].sum() + along[count:])
 
@@ -186,24 +188,23 @@ def layer_traces(
     {'a': 6.0, 'b': -1.0}
     """
     check_count("num_samples", num_samples)
-    groups = _trees.layer_leaves(operator.like, layers)
+    groups = selection.layer_leaves(operator.like, layers)
 
     def of_layers(v: Any, product: Any) -> Array:
-        parts = [[_trees.of_leaves(tree, numbers) for tree in (v, product)] for numbers in groups.values()]
+        parts = [[selection.of_leaves(tree, numbers) for tree in (v, product)] for numbers in groups.values()]
         return jnp.stack([_trees.dot(*part) for part in parts])
 
-    samples = over_signs(operator, of_layers, num_samples, key, batch_size, checkpoints)
+    kept = kept_in(checkpoints, operator, "traces of layers", list(groups), num_samples, batch_size, key)
+    samples = over_signs(operator, of_layers, num_samples, key, batch_size, kept)
     return {name: estimate(samples[:, i]) for i, name in enumerate(groups)}
 
 
-def _xtrace(
-    operator: SymmetricOperator, count: int, draw_key: Array, key: Array, checkpoints: Checkpoints | None
-) -> TraceEstimate:
+def _xtrace(operator: SymmetricOperator, count: int, draw_key: Array, key: Array, kept: Kept | None) -> TraceEstimate:
     like = _trees.wide_shapes(operator.like)
     vectors = jax.vmap(lambda key: _trees.random_like(key, like, jax.random.normal))(jax.random.split(draw_key, count))
     length = jnp.sqrt(operator.size / _trees.row_products(vectors, vectors))
     vectors = jax.tree.map(lambda v: v * _trees.leading(length, v.ndim).astype(v.dtype), vectors)
-    found = sketch(operator, vectors, key, checkpoints)
+    found = sketch(operator, vectors, key, kept)
 
     def samples_of(triangle: Array, inner: Array, along: Array, products: Array, squares: Array) -> Array:
         lost = left_out(triangle)
@@ -230,10 +231,9 @@ def over_signs(
     count: int,
     key: Array,
     batch_size: int | None = None,
-    checkpoints: Checkpoints | None = None,
+    kept: Kept | None = None,
 ) -> Array:
     """Returns `function(v, A v)` of random signs v, stacked."""
-    check_checkpoints(operator, checkpoints)
     keys = jax.random.split(key, count)
 
     def sample(key: Array) -> Array:
@@ -251,7 +251,7 @@ def over_signs(
     of_one = jax.eval_shape(function, like, like)
     zeros = jnp.zeros((count, *of_one.shape), of_one.dtype)
     passes = [functools.partial(several, first, part) for first, part in parts_of(keys, batch_size)]
-    return in_passes(passes, zeros, checkpoints)
+    return in_passes(passes, zeros, kept)
 
 
 def parts_of(keys: Array, batch_size: int | None) -> list[tuple[int, Array]]:

@@ -30,7 +30,8 @@ def chunked_cross_entropy(
       chunk_size: number of tokens at once, at least 1; static.
 
     Returns:
-      Losses `[…]` in float32 at least. Leave tokens out by weights: `(w * losses).sum() / w.sum()`.
+      Losses `[…]` in float32 at least. Leave tokens out by weights, with any label in range for them, as zero times NaN
+      is NaN: `(w * losses).sum() / w.sum()`.
 
     Raises:
       ValueError: for a chunk size below 1.

@@ -34,7 +34,6 @@ def with_population_statistics(network: Variant, states: Any, x: Any, *, has_own
     if not jax.tree.leaves(states.batch_stats):
         return states
     model = network.model
-    model = model.clone(dropout_rate=0.0) if getattr(model, "dropout_rate", 0.0) else model
     model = model.clone(norm=_as_batch_norm(model.norm))
 
     def of_state(pair: Any) -> Any:
