@@ -372,7 +372,9 @@ class TestCurvature:
         np.testing.assert_allclose(gram, np.eye(5), atol=1e-4 if dtype == np.float32 else 1e-12)
         assert (np.linalg.norm(a @ found.vectors.T - found.vectors.T * found.values[None], axis=0) < 1e-4).all()
 
-    @pytest.mark.parametrize(("num_steps", "block_size"), [(12, 1), (60, 3), (160, 8)])
+    @pytest.mark.parametrize(
+        ("num_steps", "block_size"), [(12, 1), (60, 3), pytest.param(160, 8, marks=pytest.mark.exhaustive)]
+    )
     def test_residuals_bound_the_error(self, x64, num_steps, block_size):
         values = jnp.linspace(0, 1, 3000)
         run = functools.partial(
@@ -398,7 +400,9 @@ class TestCurvature:
         np.testing.assert_allclose(found.values, values[:6], rtol=1e-9)  # all four of one value
         np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(6), atol=1e-12)
 
-    @pytest.mark.parametrize("kind", ["even", "outliers", "geometric"])
+    @pytest.mark.parametrize(
+        "kind", ["outliers", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("even", "geometric"))]
+    )
     def test_all_pairs_of_blocks_in_float32(self, kind):
         outliers = jnp.concatenate([jnp.linspace(100, 10, 20), jnp.linspace(0.1, 0, 180)])
         even = jnp.linspace(1, 0, 200)

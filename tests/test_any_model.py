@@ -163,8 +163,6 @@ def test_losses_over_tokens_of_a_transformer_with_several_inputs():
         loss, params, *batch, layers=[f"{attention}/{n}/kernel" for n in ("key", "out")]
     )
     assert (invariance.weight_norm > 0).all() and (invariance.cosine <= 1).all()
-    pairs = jax.jit(lambda p: analysis.hessian_eigenpairs(loss, p, 1, *batch, key=KEY))(params)
-    assert pairs.residuals[0] <= 1e-3 * abs(pairs.values[0])
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 24, 100])

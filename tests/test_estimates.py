@@ -89,7 +89,7 @@ def test_fewer_products_where_some_eigenvalues_are_large():
     assert error(analysis.diagonal, "xdiag") < 0.5 * error(analysis.diagonal, "hutchinson")
 
 
-@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
 def test_what_has_few_eigenvalues_is_found_exactly(scale):
     matrix = scale * (ROTATION[:, :3] * [5.0, 3, -1]) @ ROTATION[:, :3].T
     for operator in (operator_of(matrix), operator_of(matrix, on_host=True)):
@@ -129,7 +129,7 @@ DIAGONAL = analysis.SymmetricOperator(lambda v: jnp.linspace(-2, 2, 40) * v, np.
 POSITIVE = analysis.SymmetricOperator(lambda v: jnp.linspace(0.5, 4, 40) * v, np.zeros(40))
 
 
-@pytest.mark.parametrize("probes", [5, 10])
+@pytest.mark.parametrize("probes", [5, pytest.param(10, marks=pytest.mark.exhaustive)])
 def test_bands_of_a_density_have_their_coverage(probes):
     """With all steps the quadrature is exact, so that only the probes are random."""
     run = functools.partial(analysis.spectral_density, DIAGONAL, num_probes=probes, num_steps=40, bandwidth=0.3)
