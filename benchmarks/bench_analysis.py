@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from common import take_turns
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -39,18 +39,7 @@ BATCH, PROBES, EIGENPAIRS, EVERY, TOLERANCE = 128, 8, (5, 10, 20), 10, 1e-3
 STEPS = tuple(float(step) for step in np.linspace(0.05, 0.4, PROBES))
 
 
-def interleaved(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Measures seconds of each contestant in alternating runs, after one run that warms up."""
-    for run in contestants.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, run in contestants.items():
-            time.sleep(0.3)  # PyTorch's threads spin for a while after their work, which would slow the next contestant
-            clock = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - clock)
-    return times
+turns = functools.partial(take_turns, warm_up=1, pause=0.3)
 
 
 class Pair:
@@ -169,7 +158,7 @@ def probes(pair: Pair, repeats: int) -> dict[str, Any]:
         float(np.abs(np.asarray(values) / np.array(theirs)[:, i] - 1).max())
         for i, values in enumerate((ours.loss, ours.gradient_distance, ours.gradient_cosine))
     )
-    times = interleaved(contestants, repeats)
+    times = turns(contestants, repeats)
     best = min(statistics.median(v) for name, v in times.items() if name.startswith("torch"))
     mine = min(statistics.median(times[name]) for name in times if name in list(contestants)[:2] and "nine" not in name)
     nine = statistics.median(times["ours, nine gradients"])
@@ -219,7 +208,7 @@ def eigenpairs(pair: Pair, repeats: int, count: int) -> dict[str, Any]:
     def run_torch():
         found["torch"] = arpack(pair, last, count, start)
 
-    times = interleaved({"ours": run_ours, "torch": run_torch}, repeats)
+    times = turns({"ours": run_ours, "torch": run_torch}, repeats)
     ours, (values, products) = found["ours"], found["torch"]
     difference = np.abs(np.sort(np.asarray(ours.values)) / np.sort(values) - 1).max()
     return {
@@ -245,7 +234,7 @@ def loop(pair: Pair, repeats: int) -> dict[str, Any]:
     with_ = jax.jit(lambda p: analysis.measured_scan(step, p, count, measure=measure, every=EVERY))
     without = jax.jit(lambda p: jax.lax.scan(step, p, count))
     runs = {"measured": with_, "plain": without}
-    times = interleaved(
+    times = turns(
         {name: lambda run=run: jax.block_until_ready(run(pair.params)) for name, run in runs.items()}, repeats
     )
     return {

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyhessian
 import torch
-from bench_analysis import TOLERANCE, Pair, interleaved
+from bench_analysis import TOLERANCE, Pair, turns
 from common import device, save
 from jax.flatten_util import ravel_pytree
 from matfree import decomp, eig, stochtrace
@@ -107,7 +107,7 @@ def products(rivals: Rivals, repeats: int) -> dict[str, Any]:
 
         return run
 
-    times = interleaved(
+    times = turns(
         {
             "ours": lambda: jax.block_until_ready(ten(pair.params, first, *pair.batch)),
             "curvlinops": repeated(lambda: rivals.curvlinops @ vector),
@@ -167,7 +167,7 @@ def eigenpairs(rivals: Rivals, repeats: int, count: int) -> dict[str, Any]:
     contestants = {"ours": ours, "matfree": matfree, "curvlinops": of_curvlinops, "hessian-eigenthings": eigenthings}
     if count == 5:
         contestants["PyHessian"] = of_pyhessian
-    times = interleaved(contestants, repeats)
+    times = turns(contestants, repeats)
     values = np.sort(np.asarray(found["ours"].values))
     differences = {
         name: float(np.abs(np.sort(np.asarray(found[name][0])) / values - 1).max())

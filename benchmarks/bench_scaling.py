@@ -21,9 +21,10 @@ import functools
 import json
 import platform
 import statistics
-import time
+from typing import Any
 
 import jax
+from common import take_turns
 
 NORMS = ("bnjax", "flax")
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # width and blocks of ResNet-50's stages
@@ -67,7 +68,7 @@ def measure(devices: int, depth: int, width: int, way: str, batch: int, repeats:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(batch, width)).astype(np.float32), rng.integers(0, 10, batch).astype(np.int32)
     data = training.shard_batch(training.Batch(x, y), mesh)
-    contestants, result = {}, {}
+    contestants, states, result = {}, {}, {}
     for norm in NORMS:
         model = network(norm, depth, width)
         state = training.create_train_state(model, optax.sgd(1e-3), jax.random.key(0), jnp.asarray(x[:1]))
@@ -76,18 +77,17 @@ def measure(devices: int, depth: int, width: int, way: str, batch: int, repeats:
         compiled = step.compiled.lower(state, data, None).compile()
         operations = collectives(compiled.as_text())
         own = [c for c in operations if c.group_size > 1]
-        result[norm] = {"collectives": len(own), "sent": sum(c.sent * c.times for c in own), "seconds": []}
+        result[norm] = {"collectives": len(own), "sent": sum(c.sent * c.times for c in own)}
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        for _ in range(3):
-            state, _ = step.compiled(state, data, None)
-        contestants[norm] = step, jax.block_until_ready(state)
-    for _ in range(repeats):
-        for norm, (step, state) in contestants.items():
-            start = time.perf_counter()
-            state, metrics = step.compiled(state, data, None)
-            jax.block_until_ready((state, metrics))
-            result[norm]["seconds"].append(time.perf_counter() - start)
-            contestants[norm] = step, state
+        states[norm] = state
+
+        def take_step(norm: str = norm, compiled: Any = step.compiled) -> None:
+            states[norm], metrics = compiled(states[norm], data, None)
+            jax.block_until_ready((states[norm], metrics))
+
+        contestants[norm] = take_step
+    for norm, seconds in take_turns(contestants, repeats, warm_up=3).items():
+        result[norm]["seconds"] = seconds
     ratios = [a / b for a, b in zip(result["bnjax"]["seconds"], result["flax"]["seconds"], strict=True)]
     result["ratio"] = statistics.median(ratios)
     result["spread"] = tuple(statistics.quantiles(ratios, n=4)[::2])

@@ -12,8 +12,18 @@ LIBRARIES = ("jax", "flax", "dm-haiku", "equinox", "keras", "torch", "optax")
 LIBRARIES += ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "matfree")
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Times each call in `rounds` rounds in which each has its turn; a call returns when its result is there."""
+def take_turns(
+    calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """Times each call in `rounds` rounds in which each has its turn; a call returns when its result is there.
+
+    Args:
+      calls: contestants by name.
+      rounds: timed calls of each.
+      warm_up: calls of each before, not timed.
+      pause: seconds before each timed call. PyTorch's threads spin for a while after their work, which would slow the
+        next one.
+    """
     for call in calls.values():
         for _ in range(warm_up):
             call()
@@ -21,6 +31,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 
     names = list(calls)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:  # no call always follows the same other
+            time.sleep(pause)
             start = time.perf_counter()
             calls[name]()
             seconds[name].append(time.perf_counter() - start)
