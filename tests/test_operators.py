@@ -290,6 +290,27 @@ def test_an_interrupted_measurement_goes_on(tmp_path, what):
     assert done.read == 0
 
 
+def test_an_interrupted_inverse_goes_on_and_refuses_another_vector(tmp_path):
+    batches = [(X[part], Y[part]) for part in PARTS]
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+
+    def solve(data, vector, checkpoints=None):
+        return MAKERS["Fisher"](batches=data).inverse(0.1, tolerance=1e-9, checkpoints=checkpoints)(vector)
+
+    counted = Reader(batches)
+    expected = solve(counted, ones)
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, {}, every=0) as checkpoints:
+        solve(Reader(batches, most=3 * 4 + 1), ones, checkpoints)
+    rest = Reader(batches)
+    with Checkpoints(tmp_path, {}, every=0) as checkpoints:
+        chex.assert_trees_all_equal(solve(rest, ones, checkpoints), expected)
+        assert rest.read == counted.read - 3 * 4
+        with pytest.raises(ValueError, match="checkpoints must be of the same measurement"):
+            solve(batches, jax.tree.map(lambda v: 2 * v, ones), checkpoints)
+        with pytest.raises(ValueError, match="checkpoints are for operators that read batches on the host"):
+            MAKERS["Fisher"](X, Y).inverse(0.1, checkpoints=checkpoints)(ones)
+
+
 @pytest.mark.parametrize("change", ["batch_size", "key", "measurement"])
 def test_the_state_of_another_measurement_is_refused(tmp_path, change):
     def run(measure=analysis.trace, seed=0, **options):

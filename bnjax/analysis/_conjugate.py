@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnjax.analysis import _trees
-from bnjax.analysis._iterate import Operator, iterate
+from bnjax.analysis._iterate import Kept, Operator, iterate
 
 
 class _State(NamedTuple):
@@ -55,9 +55,9 @@ class _ConjugateGradients:
         return state
 
 
-def solve(operator: Operator, vector: Any, tolerance: float, max_products: int) -> Any:
+def solve(operator: Operator, vector: Any, tolerance: float, max_products: int, kept: Kept | None = None) -> Any:
     """Returns the solution x of `A x = v`, NaN where it is not found (see `SymmetricOperator.inverse`)."""
     method, unit = _ConjugateGradients(tolerance, max_products), _trees.unit_of(vector)
-    state = iterate(operator, method, method.start(_trees.wide(_trees.in_units(vector, unit))))
+    state = iterate(operator, method, method.start(_trees.wide(_trees.in_units(vector, unit))), kept)
     is_found = state.is_definite & (state.square <= state.goal)
     return jax.tree.map(lambda x: jnp.where(is_found, x * unit.astype(x.dtype), jnp.nan), state.solution)

@@ -5,16 +5,19 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from bnjax.analysis import _trees, selection
 from bnjax.analysis._conjugate import solve
+from bnjax.analysis._iterate import Checkpoints, kept_in
 from bnjax.analysis.selection import Layer
 
 Product = Callable[[Any], Any]
@@ -131,7 +134,12 @@ class SymmetricOperator:
         return SymmetricOperator(product, parts, self.on_host, of_several)
 
     def inverse(
-        self, damping: float = 0.0, *, tolerance: float = 1e-5, max_products: int = 1000
+        self,
+        damping: float = 0.0,
+        *,
+        tolerance: float = 1e-5,
+        max_products: int = 1000,
+        checkpoints: Checkpoints | None = None,
     ) -> "SymmetricOperator":
         """Returns `(A + damping · I)⁻¹`, each of whose products is found by the method of conjugate gradients.
 
@@ -139,6 +147,8 @@ class SymmetricOperator:
           damping: number that is added to all eigenvalues of A, which must then be positive.
           tolerance: norm of what is left of a vector, `v − (A + damping I) x`, over its own; static.
           max_products: number of products with A for each; static.
+          checkpoints: where the state of one product is kept, for an operator that reads its data on the host, such as
+            `bnjax.training.checkpoint.Checkpoints`; of another vector it is refused.
 
         Returns:
           An operator whose products are NaN where the tolerance is not reached, or `A + damping I` shows itself not to
@@ -158,7 +168,15 @@ class SymmetricOperator:
         if tolerance <= 0 or max_products < 1:
             raise ValueError(f"tolerance and max_products must be positive, got {tolerance} and {max_products}.")
         damped = self.shifted(damping)
-        return SymmetricOperator(lambda v: solve(damped, v, tolerance, max_products), self.like, self.on_host)
+
+        def product(v: Any) -> Any:
+            kept = None
+            if checkpoints is not None:
+                sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(v)] if self.on_host else []
+                kept = kept_in(checkpoints, damped, "inverse", damping, tolerance, sums)
+            return solve(damped, v, tolerance, max_products, kept)
+
+        return SymmetricOperator(product, self.like, self.on_host)
 
     def to_scipy(self) -> Any:
         """Returns the operator as a `scipy.sparse.linalg.LinearOperator` of flat NumPy vectors, in A's precision.
@@ -168,7 +186,6 @@ class SymmetricOperator:
         >>> print(a.to_scipy() @ [1.0, 3.0])
         [2. 6.]
         """
-        import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
         flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, self.like))
