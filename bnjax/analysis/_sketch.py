@@ -31,29 +31,34 @@ class Sketch(NamedTuple):
 
 def sketch(operator: SymmetricOperator, vectors: Any, key: Array, kept: Kept | None) -> Sketch:
     """Returns the products with vectors that have a leading axis, and with the basis of these products."""
-
-    def basis_of(products: Any) -> tuple[Any, Array]:
-        return orthonormal(_trees.in_units(products, _trees.unit_of(products)), key)
-
-    products, of_basis = in_two_passes(operator, vectors, lambda products: basis_of(products)[0], kept)
-    (basis, triangle), unit = basis_of(products), _trees.unit_of(products)
+    products, (basis, triangle), of_basis = in_two_passes(operator, vectors, lambda y: basis_of(y, key), kept)
+    unit = _trees.unit_of(products)
     of_basis = _trees.in_units(of_basis, unit)
     inner, along = _trees.inner(basis, of_basis), _trees.inner(basis, vectors)
     squares = _trees.row_products(vectors, vectors)
     return Sketch(unit, basis, of_basis, triangle, inner, along, _trees.inner(of_basis, vectors), squares)
 
 
+def basis_of(products: Any, key: Array) -> tuple[Any, Array]:
+    """Returns an orthonormal basis Q of products, and R of `Q R`, which are the products in units of their size."""
+    return orthonormal(_trees.in_units(products, _trees.unit_of(products)), key)
+
+
 def in_two_passes(
-    operator: SymmetricOperator, vectors: Any, others: Callable[[Any], Any], kept: Kept | None
-) -> tuple[Any, Any]:
-    """Returns the products with some vectors, and those with others that are made of these products."""
-    shapes = _trees.wide_shapes(jax.eval_shape(lambda v: (v, others(_trees.wide(v))), vectors))
+    operator: SymmetricOperator, vectors: Any, others: Callable[[Any], tuple[Any, Any]], kept: Kept | None
+) -> tuple[Any, tuple[Any, Any], Any]:
+    """Returns the products with some vectors, others made of these (with what else comes of it), and their products."""
+    shapes = _trees.wide_shapes(jax.eval_shape(lambda v: (v, others(_trees.wide(v))[0]), vectors))
     zeros = tuple(_trees.zeros(of, operator.like) for of in shapes)
-    passes = (
-        lambda state: (products_of(operator, vectors), state[1]),
-        lambda state: (state[0], products_of(operator, others(state[0]))),
-    )
-    return in_passes(passes, zeros, kept)
+    made = []
+
+    def second(state: Any) -> Any:
+        made.append(others(state[0]))
+        return state[0], products_of(operator, made[0][0])
+
+    passes = (lambda state: (products_of(operator, vectors), state[1]), second)
+    products, of_others = in_passes(passes, zeros, kept)
+    return products, made[0] if made else others(products), of_others
 
 
 def left_out(triangle: Array) -> Array:

@@ -190,6 +190,11 @@ def norm(tree: Any) -> Array:
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square))) * unit.astype(square.dtype)
 
 
+def distance(a: Any, b: Any) -> Array:
+    """Computes the Euclidean distance of two trees, in float32 at least."""
+    return norm(subtract(wide(a), wide(b)))
+
+
 def cosine(a: Any, b: Any) -> Array:
     """Computes the cosine of the angle between two trees; NaN where one is zero."""
     a, b = (in_units(tree, unit_of(tree)) for tree in (a, b))

@@ -166,12 +166,7 @@ def scale_invariance(
 
     def measured(w: Array, g: Array, inputs: tuple[int, ...]) -> tuple[Array, Array, Array]:
         w, g = _trees.wide(w), _trees.wide(g)
-
-        def scaled(v: Array) -> Array:  # scales each unit's weights, lest their squares underflow
-            largest = jnp.abs(v).max(inputs, keepdims=True, initial=0)
-            return v / jnp.where(largest == 0, 1, largest)
-
-        a, b = scaled(w), scaled(g)
+        a, b = (v / selection.filter_units(v, inputs) for v in (w, g))  # lest their squares underflow
         sizes = jnp.sqrt(jnp.square(a).sum(inputs) * jnp.square(b).sum(inputs))
         counted = ~(sizes <= 0)  # NaN counts
         cosines = jnp.where(counted, jnp.abs((a * b).sum(inputs)) / jnp.where(counted, sizes, 1), -1)

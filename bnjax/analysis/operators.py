@@ -123,15 +123,16 @@ class SymmetricOperator:
         """
         parts, embed = selection.parts_of(self.like, layers)
 
-        def product(v: Any) -> Any:
-            zeros = jax.tree.map(jnp.zeros_like, self.like)
-            return selection.parts_of(self.product(embed(v, zeros)), layers)[0]
+        def whole(v: Any) -> Any:
+            return embed(v, jax.tree.map(jnp.zeros_like, self.like))
+
+        def block(product: Any) -> Any:
+            return selection.parts_of(product, layers)[0]
 
         def of_several(vectors: Any) -> Any:
-            products = self.of_several(jax.vmap(lambda v: embed(v, jax.tree.map(jnp.zeros_like, self.like)))(vectors))
-            return jax.vmap(lambda tree: selection.parts_of(tree, layers)[0])(products)
+            return jax.vmap(block)(self.of_several(jax.vmap(whole)(vectors)))
 
-        return SymmetricOperator(product, parts, self.on_host, of_several)
+        return SymmetricOperator(lambda v: block(self.product(whole(v))), parts, self.on_host, of_several)
 
     def inverse(
         self,

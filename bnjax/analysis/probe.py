@@ -144,12 +144,9 @@ def gradient_probe(
     def at(step: Array) -> tuple[Array, Array, Array, Array]:
         place = _trees.moved(free, -step, direction)
         loss, there = jax.value_and_grad(loss_fn)(place, *args)
-        distance, cosine = (
-            _trees.norm(_trees.subtract(_trees.wide(there), _trees.wide(gradient))),
-            _trees.cosine(there, gradient),
-        )
-        distance, cosine = (jnp.where(jnp.isnan(loss), jnp.nan, v) for v in (distance, cosine))
-        return loss, distance, cosine, _trees.norm(_trees.subtract(_trees.wide(place), _trees.wide(free)))
+        measured = _trees.distance(there, gradient), _trees.cosine(there, gradient)
+        distance, cosine = (jnp.where(jnp.isnan(loss), jnp.nan, v) for v in measured)
+        return loss, distance, cosine, _trees.distance(place, free)
 
     loss, distance, cosine, moved = lax.map(at, steps, batch_size=batch_size)
     smoothness = jnp.where(moved == 0, jnp.nan, distance / jnp.where(moved == 0, 1, moved))

@@ -50,11 +50,16 @@ def check_patterns(filter_axis: FilterAxis, paths: Sequence[str]) -> None:
             raise ValueError(f"filter_axis must name parts of params; nothing is at {pattern!r}. There are {paths}.")
 
 
+def filter_units(kernel: Array, inputs: tuple[int, ...]) -> Array:
+    """Returns the largest element of each filter by size, by which squares stay in range; 1 for zero."""
+    largest = jnp.abs(kernel).max(inputs, keepdims=True, initial=0)
+    return jnp.where(largest == 0, 1, largest)
+
+
 def filter_norms(kernel: Array, inputs: tuple[int, ...]) -> Array:
     """Computes the norm of each filter over the axes of its inputs, which are kept, in float32 at least."""
     kernel = wide(kernel)
-    largest = jnp.abs(kernel).max(inputs, keepdims=True, initial=0)
-    unit = jnp.where(largest == 0, 1, largest)
+    unit = filter_units(kernel, inputs)
     return unit * jnp.sqrt(jnp.square(kernel / unit).sum(inputs, keepdims=True))
 
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Key
 
 from bnjax.analysis import _trees, selection
 from bnjax.analysis._iterate import Checkpoints, Kept, in_passes, kept_in
-from bnjax.analysis._lanczos import combined, orthonormal
+from bnjax.analysis._lanczos import combined
 from bnjax.analysis._sketch import (
+    basis_of,
     error_of_exchangeable,
     in_two_passes,
     left_out,
@@ -104,16 +105,14 @@ def trace(
     count = num_samples // 3
     signs = several_signs(operator, jax.random.split(rest_key, num_samples - 2 * count))
 
-    def basis_and_rest(products: Any) -> tuple[Any, Any]:
-        basis, _ = orthonormal(_trees.in_units(products, _trees.unit_of(products)), draw_key)
-        return basis, jax.tree.map(jnp.subtract, signs, combined(_trees.inner(basis, signs), basis))
-
-    def both(products: Any) -> Any:
-        return jax.tree.map(lambda *v: jnp.concatenate(v), *basis_and_rest(products))
+    def basis_and_rest(products: Any) -> tuple[Any, None]:
+        basis, _ = basis_of(products, draw_key)
+        rest = _trees.subtract(signs, combined(_trees.inner(basis, signs), basis))
+        return jax.tree.map(lambda *v: jnp.concatenate(v), basis, rest), None
 
     vectors = several_signs(operator, jax.random.split(draw_key, count))
-    products, of_both = in_two_passes(operator, vectors, both, kept)
-    along = _trees.row_products(both(products), of_both)
+    _, (both, _), of_both = in_two_passes(operator, vectors, basis_and_rest, kept)
+    along = _trees.row_products(both, of_both)
     return estimate(along[:count].sum() + along[count:])
 
 
