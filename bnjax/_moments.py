@@ -7,13 +7,14 @@ From the outside in:
     _real_moments          carries the rule of derivatives, and merges the devices of a mesh axis
     _moments_of_shards     takes the shards of an automatically partitioned array apart, and merges them
     _moments_of_columns    does so with the parts of the last axis, where these are no whole tiles
-    _local_moments         chooses a provisional mean, and whether to take another
-    _moments_about         sums
+    _by_parts              splits and merges them
+    sampled_moments        sums about the mean of a sample (`_sampled`)
+    exact_moments          sums without a provisional mean, on TPU (`_exact`)
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +22,20 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Shaped
 
-from bnjax import _checks, _dtypes
+from bnjax import _checks, _exact
 from bnjax._checks import Axes, Shape
 from bnjax._compat import is_in_jet
 from bnjax._remat import keeping_arguments
+from bnjax._sampled import SAMPLES, sampled_moments
+from bnjax._sums import count_of, expand, has_weight, reduced_axes, reduced_size, sum_of, weigh, without_masked_extremes
 from bnjax._sync import (
     AxisName,
     Groups,
     Moments,
     by_local_sums,
-    explicitly_sharded,
     group_size,
+    has_explicit_sharding,
     is_mesh_axis,
-    is_split_by_xla,
-    match_explicit_sharding,
     merge_over_mesh_axis,
     merge_over_shards,
     merge_over_vmapped_axis,
@@ -46,12 +47,10 @@ from bnjax._sync import (
     vary_like,
 )
 
-_SAMPLES = 256  # elements per feature whose mean is the provisional mean of the one-pass variance
+_EXACT_ON = ("tpu",)  # platforms on which numbers of bfloat16 are summed exactly: elsewhere it costs more than it saves
 _FEWEST_SAMPLES = 16  # those of a shard
 _FEWEST_OF_COLUMN = 4  # those of an index of an axis
 _ROWS_OF_TILE = 8  # rows of an array that TPU keeps together
-_SMALL_SPREAD = 1e-10  # below it squares are small enough, and dividing them by the count could make them vanish
-_POOR_SHIFT = 64  # under a mask, moments are taken again where (mean − s)² is larger than so many variances
 
 
 def moments(
@@ -68,12 +67,16 @@ def moments(
 
         n = Σ w        mean = Σ w x / n        var = Σ w |x − mean|² / n
 
-    The variance is computed about a provisional mean s, that of some 256 evenly spaced elements, by sums that do not
-    wait for each other, so that one read of `x` can take both (XLA's CPU backend reads once for each):
-    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs. A second read follows where
-    a mask leaves too few of those elements, and under any mask where XLA may have split a larger `x` over devices.
-    All this holds for float32 input of deviations from 10⁻¹⁶ (10⁻¹³ where the sampled elements are all the same) to
-    1.8 · 10¹⁹, the root of float32's largest number.
+    The variance is computed about a provisional mean s, that of some 256 elements, by sums that do not wait for each
+    other, so that one read of `x` can take both (XLA's CPU backend reads once for each):
+    `var = Σ w (x − s)² / n − (mean − s)²`, which loses only what `(s − mean)² / var` costs. The elements are evenly
+    spaced, and with a mask at even shares of its sum; s is the mean itself, which takes a second read, where the mask
+    differs between features or explicit sharding splits `x`. All this holds for float32 input of deviations from 10⁻¹⁶
+    (10⁻¹³ where the sampled elements are all the same) to 1.8 · 10¹⁹, the root of float32's largest number.
+
+    On TPU bfloat16 needs no provisional mean, as float32 adds its numbers and their squares exactly. The variance is
+    right to 10⁻⁶ where the elements lie in one binade, as those of a large mean do, and else to 2⁻²¹ (1 + mean² / var);
+    for numbers from 10⁻¹⁴ to 1.8 · 10¹⁹.
 
     Args:
       x: floating-point array of any shape, empty included; real or complex.
@@ -119,22 +122,17 @@ def _exact_count(
     groups: Groups | None,
 ) -> tuple[Array, Array]:
     """Returns a count and what it lacks by its rounding, where elements are counted that float32 could not count."""
-    size = _reduced_size(shape, axes) * (1 if axis_name is None else group_size(axis_name, groups))
+    size = reduced_size(shape, axes) * (1 if axis_name is None else group_size(axis_name, groups))
     is_float = weights is not None and weights.dtype != bool  # whose sum is as exact as any
     if is_float or count.dtype != jnp.float32 or not isinstance(size, int) or not 2**24 < size < 2**31 - 2**8:
         return count, jnp.zeros_like(count)
     if weights is None:
         exact = jnp.asarray(size, jnp.int32)
     else:
-        exact = psum(_count(weights.astype(jnp.int32), shape, axes), axis_name, groups)
+        exact = psum(count_of(weights.astype(jnp.int32), shape, axes), axis_name, groups)
     exact = vary_like(exact, count)
     rounded = exact.astype(count.dtype)
     return rounded, (exact - rounded.astype(jnp.int32)).astype(count.dtype)
-
-
-def expand(features: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
-    """Puts back the reduced axes, with size one, so that per-feature values broadcast against the input."""
-    return features if features.ndim == 0 else jnp.expand_dims(features, tuple(a for a in range(ndim) if a not in axes))
 
 
 def checked_moments(
@@ -185,11 +183,11 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
     def by_x(x, weights, mean, count, dx):
         n = expand(nonzero(count), x.ndim, axes)
         shares = None if weights is None else weights.astype(mean.dtype) / n
-        weighted = dx.astype(mean.dtype) / n if shares is None else _weigh(dx.astype(mean.dtype), shares)
+        weighted = dx.astype(mean.dtype) / n if shares is None else weigh(dx.astype(mean.dtype), shares)
         centered = x.astype(mean.dtype) - expand(mean, x.ndim, axes)
         if weights is not None:
             centered = jnp.where(has_weight(weights), centered, 0)  # NaN times a zero cotangent would be NaN
-        return _sum(weighted, axes), 2 * _sum(centered * weighted, axes)
+        return sum_of(weighted, axes), 2 * sum_of(centered * weighted, axes)
 
     @keeping_arguments
     def by_weights(x, weights, mean, var, count, dweights):
@@ -198,7 +196,11 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
         dweights = dweights.astype(mean.dtype)
         square = jnp.square(centered) - expand(var, x.ndim, axes)
         n = nonzero(count)
-        return _sum(dweights * centered, axes) / n, _sum(dweights * square, axes) / n, _count(dweights, x.shape, axes)
+        return (
+            sum_of(dweights * centered, axes) / n,
+            sum_of(dweights * square, axes) / n,
+            count_of(dweights, x.shape, axes),
+        )
 
     sums = [jnp.zeros_like(m.mean), jnp.zeros_like(m.var), jnp.zeros_like(m.count)]
     if not isinstance(dx, SymbolicZero):
@@ -214,42 +216,76 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
 def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Computes moments of an array that partitioning by XLA may have split over devices.
 
-    The moments of each shard are taken about a provisional mean of its own, so that only their merging communicates.
-    An axis that could have been split is taken to be. Where it is not, the result is the same.
+    The moments of each shard are taken by themselves, so that only their merging communicates. An axis that could have
+    been split is taken to be. Where it is not, the result is the same.
+
+    Exact sums need no provisional mean of each shard. So only the first axis is taken apart for them: they are sums
+    over the others, however XLA splits these, and of few numbers for each block. Where it does, they are a second
+    collective.
     """
-    reduced = [a for a in range(x.ndim) if a not in axes]
+    about_samples = functools.partial(_sampled_moments_of_shards, axes=axes)
+    if not _exact.can_sum(x, weights, axes):
+        return about_samples(x, weights)
+
+    def exactly(x: Array, weights: Array | None) -> Moments:
+        parts = shards_of(x, reduced_axes(x, axes)[:1])
+        return _by_parts(x, weights, parts, lambda x, weights, _: _exact.exact_moments(x, weights, axes))
+
+    return lax.platform_dependent(x, weights, default=about_samples, **dict.fromkeys(_EXACT_ON, exactly))
+
+
+def _sampled_moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+    """Computes moments of an array that XLA may have split, those of each part about a provisional mean of its own."""
+    reduced = reduced_axes(x, axes)
     parts = shards_of(x, reduced)
-    if not parts:
-        return _local_moments(x, weights, axes)
+    samples = max(_FEWEST_SAMPLES, SAMPLES // math.prod(list(parts.values())[1:]))
+    if weights is not None and (has_explicit_sharding(x) or has_explicit_sharding(weights)):
+        samples = None  # JAX does not know how what picks elements is to be sharded
+    last = reduced[-1] if reduced else None
+    if last in parts and len(reduced) > 1 and x.shape[last] // parts[last] % _ROWS_OF_TILE:
+        of_columns = functools.partial(_moments_of_columns, axes=axes, axis=last, parts=parts[last], samples=samples)
+        return _by_parts(x, weights, parts, of_columns, unsplit=last)
+    return _by_parts(x, weights, parts, lambda x, weights, _: sampled_moments(x, weights, axes, samples))
+
+
+def _by_parts(
+    x: Array, weights: Array | None, parts: dict[int, int], of_part: Callable[..., Moments], unsplit: int | None = None
+) -> Moments:
+    """Splits axes of `x` into parts, and merges the moments of all of them.
+
+    Args:
+      x: array.
+      weights: its mask.
+      parts: into how many parts which axes are divided.
+      of_part: computes the moments of a part of `x` and of `weights`, and the axes along which a vmap lays them.
+      unsplit: the last axis where it is left to `of_part`, whose moments then have a first axis of its parts.
+    """
     counts_differ = weights is not None and any(weights.shape[axis] != 1 for axis in parts)
-    samples = max(_FEWEST_SAMPLES, _SAMPLES // math.prod(list(parts.values())[1:]))
-    last = reduced[-1]
-    columns = last if last in parts and len(reduced) > 1 and x.shape[last] // parts[last] % _ROWS_OF_TILE else None
     of_axes = Moments(0, 0, 0 if counts_differ else None, None)  # pyright: ignore[reportArgumentType]
 
-    def of_parts(x: Array, weights: Array | None, axes_to_split: tuple[int, ...]) -> Moments:
+    def split(x: Array, weights: Array | None, axes_to_split: list[int]) -> Moments:
         if not axes_to_split:
-            return _local_moments(x, weights, axes, samples)
+            return of_part(x, weights, of_axes)
         axis, *others = axes_to_split
-        if axis == columns:
-            return _moments_of_columns(x, weights, axes, axis, parts[axis], samples, of_axes)
         x, weights_axis = split_axis(x, axis, parts[axis]), None
         if weights is not None and weights.shape[axis] != 1:
             weights, weights_axis = split_axis(shard_like(weights, x, axis), axis, parts[axis]), axis
-        return jax.vmap(lambda x, w: of_parts(x, w, tuple(others)), (axis, weights_axis), of_axes)(x, weights)
+        return jax.vmap(lambda x, w: split(x, w, others), (axis, weights_axis), of_axes)(x, weights)
 
-    return merge_over_shards(of_parts(x, weights, tuple(parts)), len(parts), counts_differ=counts_differ)
+    m = split(x, weights, [axis for axis in parts if axis != unsplit])
+    return merge_over_shards(m, len(parts), counts_differ=counts_differ)
 
 
 def _moments_of_columns(
-    x: Array, weights: Array | None, axes: tuple[int, ...], axis: int, parts: int, samples: int, of_axes: Moments
+    x: Array, weights: Array | None, of_axes: Moments, axes: tuple[int, ...], axis: int, parts: int, samples: int | None
 ) -> Moments:
     """Computes the moments of equal parts of an axis by merging those of its single indices.
 
     The result is that of splitting the axis, for which TPU's compiler would copy `x` where a part is no whole tile.
     """
     columns = tuple(sorted((*axes, axis)))
-    m = _local_moments(x, weights, columns, max(_FEWEST_OF_COLUMN, samples * parts // x.shape[axis]))
+    of_column = None if samples is None else max(_FEWEST_OF_COLUMN, samples * parts // x.shape[axis])
+    m = sampled_moments(x, weights, columns, of_column)
     split = [split_axis(jnp.moveaxis(v, columns.index(axis), 0), 0, parts) if v.ndim else v for v in m[:3]]
     counts_differ = weights is not None and weights.shape[axis] != 1
     if weights is None or not counts_differ:
@@ -258,143 +294,3 @@ def _moments_of_columns(
         split[2] = split[2].reshape((*split[2].shape[:2], -1))[..., 0]
     in_axes = 0, 0, 0 if counts_differ else None
     return jax.vmap(lambda *m: by_local_sums(Moments(*m), m[2], counts_differ), in_axes, of_axes)(*split)
-
-
-def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...], samples: int = _SAMPLES) -> Moments:
-    """Computes moments of the local batch in one read of `x` about a provisional mean, that of sampled elements."""
-    dtype = _dtypes.wide(x.dtype)
-    steps = _sampling(x, axes, samples)
-    sampled = _thin(x, steps).astype(dtype)
-    if weights is None:
-        n = _reduced_size(x.shape, axes)
-        shift = _sum(sampled, axes) / nonzero(jnp.asarray(_reduced_size(sampled.shape, axes), dtype))
-        return _moments_about(shift, _spread(sampled, None, shift, axes), x, None, axes, jnp.asarray(n, dtype))[0]
-    weights, unit = _of_size_one(weights, dtype, x.shape, axes)
-    sampled_weights = _thin(weights, steps)
-    sampled_count = nonzero(_count(sampled_weights.astype(dtype), sampled.shape, axes))
-    shift = _sum(_weigh(sampled, sampled_weights), axes) / sampled_count
-    relative_count = _count(weights.astype(dtype), x.shape, axes)
-    spread = _spread(sampled, has_weight(sampled_weights), shift, axes)
-    m, offset = _moments_about(shift, spread, x, weights, axes, relative_count)
-    count = relative_count if unit is None else relative_count * unit
-    if all(step == slice(None) for step in steps):
-        return m._replace(count=count)
-
-    # The weights may have hidden most or all of the sample; then the moments are taken again, about the first mean.
-    # Where XLA splits x, this is no condition: its branch would hold XLA's sums over devices, and devices of another,
-    # manual axis may decide differently, so that some would wait for the others forever.
-    def again(m: Moments) -> Moments:
-        return _moments_about(m.mean, jnp.sqrt(m.var), x, weights, axes, relative_count)[0]
-
-    is_poor = ~jnp.all(jnp.square(offset) <= _POOR_SHIFT * m.var)  # also where the squares overflow
-    m = again(m) if is_split_by_xla(x) else lax.cond(is_poor, again, lambda m: m, m)
-    return m._replace(count=count)
-
-
-def _moments_about(
-    shift: Array, spread: Array, x: Array, weights: Array | None, axes: tuple[int, ...], count: Array
-) -> tuple[Moments, Array]:
-    """Computes moments from two sums about a shift, which XLA takes in one read, and the mean's offset from it.
-
-    A sum of squares overflows where the variance is representable still. What is squared is therefore made smaller by
-    the root of the count, rounded to a power of two; but not where the spread says that its square would vanish.
-    """
-    unit = lax.reduce_precision(lax.rsqrt(nonzero(count)), jnp.finfo(count.dtype).nexp, 0)
-    is_small = ((spread > 0) & (spread < _SMALL_SPREAD)).astype(unit.dtype)
-    unit = is_small + (1 - is_small) * unit  # jax 0.11's vmap of a `where` loses the mesh of explicit sharding
-    shift_of_mean = expand(shift, x.ndim, axes)
-    # XLA does not see that this is the same shift, since 0 · s may be NaN. Its CPU backend would else write out the
-    # difference, which is as large as x, for both sums. (JAX's `jet` has no rule for `lax.optimization_barrier`.)
-    shift_of_square = shift_of_mean + 0 * shift_of_mean
-    offset = _sum(_weigh(x.astype(shift.dtype) - shift_of_mean, weights), axes) / nonzero(count)
-    scaled = (x.astype(shift.dtype) - shift_of_square) * expand(unit, x.ndim, axes)
-    square = _sum(_weigh(jnp.square(scaled), weights), axes) / (nonzero(count) * unit * unit)
-    return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count), offset
-
-
-def _spread(sampled: Array, is_seen: Array | None, shift: Array, axes: tuple[int, ...]) -> Array:
-    """Returns the largest distance of each feature's sampled elements from the shift, of those that a mask leaves."""
-    distances = _weigh(jnp.abs(sampled - expand(shift, sampled.ndim, axes)), is_seen)
-    return distances.max([a for a in range(sampled.ndim) if a not in axes], initial=0)
-
-
-def _sampling(x: Array, axes: tuple[int, ...], samples: int) -> list[slice]:
-    """Returns slices that leave about so many elements per feature, thinning trailing axes first.
-
-    Axes that explicit sharding splits are not thinned, since a slice with steps would move data between devices; nor is
-    anything where the size is a symbol of `jax.export`, of which it is not known how many elements are enough.
-    """
-    shape = x.shape
-    if not all(isinstance(size, int) for size in shape):
-        return [slice(None)] * len(shape)
-    reduced = [a for a in range(len(shape)) if a not in axes and not explicitly_sharded(x, a)]
-    excess = _reduced_size(shape, axes) // samples
-    steps = [slice(None)] * len(shape)
-    for a in reversed(reduced):
-        if excess > 1 and shape[a] > 1:
-            stride = min(excess, shape[a])
-            steps[a] = slice((shape[a] - 1) % stride // 2, None, stride)
-            excess //= stride
-    return steps
-
-
-def _thin(values: Array, steps: list[slice]) -> Array:
-    return values[tuple(slice(None) if size == 1 else step for size, step in zip(values.shape, steps, strict=True))]
-
-
-def _sum(values: Array, axes: tuple[int, ...]) -> Array:
-    """Sums over all but the feature axes."""
-    return values.sum(tuple(a for a in range(values.ndim) if a not in axes))
-
-
-def _reduced_size(shape: Shape, axes: tuple[int, ...]) -> Any:
-    return math.prod(size for a, size in enumerate(shape) if a not in axes)
-
-
-def _weigh(values: Array, weights: Array | None) -> Array:
-    """Returns `weights · values`, and zero where the weight is zero, whatever the value is there."""
-    if weights is None:
-        return values
-    weights = match_explicit_sharding(weights, values)
-    kept = jnp.where(has_weight(weights), values, 0)
-    return kept if weights.dtype == bool else kept * weights.astype(values.dtype)
-
-
-def _of_size_one(weights: Array, dtype: Any, shape: Shape, axes: tuple[int, ...]) -> tuple[Array, Array | None]:
-    """Returns weights of at most three and the power of two by which they are less: no product over- or underflows."""
-    if weights.dtype == bool:
-        return weights, None
-    reduced = tuple(a for a in range(weights.ndim) if a not in axes)
-    largest = weights.astype(dtype).max(reduced, keepdims=True, initial=0)
-    bits = jnp.finfo(dtype)
-    unit = lax.reduce_precision(jnp.maximum(largest / 2, bits.tiny), bits.nexp, 0)
-    return weights.astype(dtype) / unit, _of_features(unit.squeeze(reduced), shape, axes)
-
-
-def _count(weights: Array, shape: Shape, axes: tuple[int, ...]) -> Array:
-    """Computes the total weight of each feature, as a scalar where the weights are common to all features."""
-    repeats = math.prod(
-        s for a, (s, w) in enumerate(zip(shape, weights.shape, strict=True)) if a not in axes and w == 1
-    )
-    total = _sum(weights, axes) * jnp.asarray(repeats, weights.dtype)
-    return _of_features(total, shape, axes)
-
-
-def _of_features(values: Array, shape: Shape, axes: tuple[int, ...]) -> Array:
-    """Returns values of the features, as a scalar where they are common to all."""
-    is_common = all(size == 1 for size in values.shape)
-    return values.reshape(()) if is_common else jnp.broadcast_to(values, tuple(shape[a] for a in axes))
-
-
-def has_weight(weights: Array) -> Array:
-    """Returns where the weights are positive."""
-    return weights if weights.dtype == bool else weights > 0
-
-
-def without_masked_extremes(x: Array, weights: Array) -> Array:
-    """Returns `x` with zero where the weight is zero and `x` is NaN, or so large that its square overflows.
-
-    Such values would turn zero cotangents into NaN; other masked values are normalized like the rest, as in Flax.
-    """
-    weights = match_explicit_sharding(weights, x)
-    return jnp.where(has_weight(weights) | (jnp.abs(x) < math.sqrt(jnp.finfo(x.dtype).max)), x, 0)

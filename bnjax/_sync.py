@@ -338,12 +338,6 @@ def shards_of(x: jax.Array, axes: Sequence[int]) -> dict[int, int]:
     return parts
 
 
-def is_split_by_xla(x: jax.Array) -> bool:
-    """Returns whether XLA may have split `x` over several devices, and so puts collectives into what is made of it."""
-    mesh = jax.typeof(x).sharding.mesh
-    return any(s > 1 and t != AxisType.Manual for s, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
-
-
 def split_axis(x: jax.Array, axis: int, parts: Any, size: int = -1) -> jax.Array:
     """Splits an axis into equal parts along a new axis before it; a symbolic number needs the size of a part."""
     return x.reshape((*x.shape[:axis], parts, size, *x.shape[axis + 1 :]))
@@ -360,13 +354,14 @@ def _explicit_spec(x: jax.Array, axis: int) -> Any:
     return spec[axis] if axis < len(spec) else None
 
 
-def _has_explicit_sharding(x: jax.Array) -> bool:
+def has_explicit_sharding(x: jax.Array) -> bool:
+    """Returns whether any axis is split by explicit sharding."""
     return any(explicitly_sharded(x, axis) for axis in range(x.ndim))
 
 
 def match_explicit_sharding(values: jax.Array, x: jax.Array) -> jax.Array:
     """Returns `values` in the shape and the explicit sharding of `x`, or as they are where neither has any."""
-    if not (_has_explicit_sharding(x) or _has_explicit_sharding(values)):
+    if not (has_explicit_sharding(x) or has_explicit_sharding(values)):
         return values
     sharding = jax.typeof(x).sharding
     mesh = jax.typeof(values).sharding.mesh if sharding.mesh.empty else sharding.mesh

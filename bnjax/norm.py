@@ -16,14 +16,14 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 from bnjax import _checks, _dtypes
 from bnjax._checks import Axes
 from bnjax._compat import is_in_jet
-from bnjax._moments import checked_moments, expand, without_masked_extremes
+from bnjax._moments import checked_moments
 from bnjax._remat import keeping_arguments, named_input
+from bnjax._sums import expand, without_masked_extremes
 from bnjax._sync import AxisName, Groups, Moments, match_explicit_sharding, select, vary_like
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
 BatchStats = Mapping[str, Any]
-Result = tuple[Array, BatchStats, Moments | None]
-"""The output, the running statistics, and the moments towards which the statistics moved (None if they did not)."""
+Result = tuple[Array, BatchStats, Moments | None]  # output, new statistics, moments that moved them (None for none)
 
 
 class Options(TypedDict, total=False):

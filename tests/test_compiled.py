@@ -181,10 +181,22 @@ def test_the_provisional_mean_is_that_of_some_hundred_elements(shape, axis):
     assert 256 <= count < 3 * 256
 
 
-@pytest.mark.parametrize(("n", "again"), [(511, False), (5000, True)])
-def test_only_a_mask_over_more_than_the_sample_may_need_a_second_read(n, again):
-    found = program((n, 3), -1, jax.ShapeDtypeStruct((n,), bool))
-    assert any(e.primitive.name == "cond" for e in found) is again
+@pytest.mark.parametrize(
+    ("shape", "axis", "of_mask"),
+    [
+        ((5000, 3), -1, (5000,)),
+        ((64, 28, 28, 3), -1, (64,)),
+        ((64, 28, 28, 3), -1, (1, 28, 28, 1)),
+        ((64, 28, 3, 28), 2, (64, 28, 1, 28)),
+        ((3, 100_000), 0, (1, 100_000)),
+        ((70_000, 2, 3), -1, (70_000, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [bool, jnp.float32])
+def test_under_a_mask_some_hundred_elements_are_picked_and_nothing_depends_on_a_condition(shape, axis, of_mask, dtype):
+    found = program(shape, axis, jax.ShapeDtypeStruct(of_mask, dtype))
+    assert not any(e.primitive.name == "cond" for e in found)
+    assert any(e.primitive.name == "gather" and e.outvars[0].aval.size == 3 * 256 for e in found)
 
 
 def test_no_derivative_is_computed_by_what_is_held_fixed():

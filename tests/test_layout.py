@@ -15,8 +15,7 @@ PACKAGE = Path(bnjax.__file__).parent
 # The floors of the house, from the ground up. Each module may import those before it, and no others.
 FLOORS = """
     _compat _extras _objective _checks _dtypes _remat
-    _sync
-    _moments
+    _sync _sums _sampled _exact _moments
     norm
     <root>
     variants: frozen ghost lp moving noisy renorm split .

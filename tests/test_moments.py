@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from versions import JAX
 
 import bnjax
-from bnjax import Moments, merge_moments, moments
+from bnjax import Moments, _exact, merge_moments, moments
 
 pytestmark = pytest.mark.core
 
@@ -321,3 +321,156 @@ def test_counts_are_exact_as_far_as_32_bits_count(size):
     assert found == count
     is_exact = 2**24 < size < 2**31 - 2**8
     assert remainder == (size - int(np.float32(size)) if is_exact else 0)
+
+
+# --- picked samples, under a mask -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0, 1e5], ids=["no mean", "large mean"])
+@pytest.mark.parametrize("kind", ["one row", "last two percent", "weights", "pixels", "outlier", "every 256th"])
+def test_the_provisional_mean_serves_every_mask(kind, ratio):
+    rng = np.random.default_rng(0)
+    shape = (64, 16, 16, 3) if kind in ("one row", "pixels") else (2**18, 3)
+    x = (rng.standard_normal(shape) + ratio).astype(np.float32)
+    if kind == "outlier":
+        x[7] += 1e4
+    mask = {
+        "one row": (np.arange(64) == 41)[:, None, None, None],
+        "last two percent": np.arange(2**18) > 0.98 * 2**18,
+        "weights": rng.exponential(size=2**18).astype(np.float32) ** 4,
+        "pixels": rng.random((64, 16, 16, 1)) < 0.01,
+        "outlier": rng.random(2**18) < 0.3,
+        "every 256th": np.arange(2**18) % 256 == 13,
+    }[kind]
+    w = np.asarray(mask, np.float64).reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
+    w = np.broadcast_to(w, shape).reshape(-1, 3)
+    exact = x.astype(np.float64).reshape(-1, 3)
+    mean = (w * exact).sum(0) / w.sum(0)
+    var = (w * (exact - mean) ** 2).sum(0) / w.sum(0)
+    found = jitted(x, mask=mask)
+    np.testing.assert_allclose(found.var, var, rtol=3e-5 if kind == "outlier" else 2e-6)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-6, atol=1e-6 * var.max() ** 0.5)
+
+
+# --- exact sums of bfloat16 -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exactly(monkeypatch):
+    """Takes the exact sums on CPU too, where programs choose others."""
+    monkeypatch.setattr(bnjax._moments, "_EXACT_ON", ("tpu", "cpu"))
+
+
+def of_bfloat16(x):
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+BLOCKS = [(16, 16, 16, 4), (2, 128, 128, 2), (48, 7, 7, 8), (3, 200, 112, 2), (16384, 4), (20_000, 4), (32, 4, 8, 5)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from(BLOCKS),
+    ratio=st.floats(0, 1e5),
+    scale=st.integers(-20, 20),
+    kind=st.sampled_from(["normal", "rectified", "sparse", "outlier", "in one binade", "one near zero"]),
+    share=st.sampled_from([None, 0.9, 0.1, 0.002]),
+    seed=st.integers(0, 99),
+)
+def test_sums_of_bfloat16_are_exact(shape, ratio, scale, kind, share, seed):
+    """In one binade to the last bits; else about as the mean square demands."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    if kind == "in one binade":
+        x = 1 + rng.random(shape) * 2.0 ** -rng.integers(1, 8)
+    elif kind == "one near zero":
+        x = np.ones(shape)
+        x[0] *= 1.5 * 2.0 ** -rng.integers(1, 14)
+    else:
+        x = np.abs(x) if kind == "rectified" else x * (rng.random(shape) < 0.01) if kind == "sparse" else x
+        x[0] *= 1e3 if kind == "outlier" else 1
+        x = x + ratio
+    x = of_bfloat16(x * 2.0**scale)
+    mask = None if share is None else rng.random((*shape[:-1], 1)) < share
+    seen = np.ones(shape) if mask is None else np.broadcast_to(mask, shape)
+    filled = np.where(seen, x, rng.choice([np.nan, np.inf, 1e30, 0], shape))
+    axes = (len(shape) - 1,)
+    m = _exact.exact_moments(jnp.asarray(filled, jnp.bfloat16), None if mask is None else jnp.asarray(mask), axes)
+    reduced = tuple(range(len(shape) - 1))
+    n = seen.sum(reduced)
+    assert np.all(np.asarray(m.count) == n)
+    mean = np.where(seen, x, 0).sum(reduced) / np.maximum(n, 1)
+    var = (np.where(seen, x - mean, 0) ** 2).sum(reduced) / np.maximum(n, 1)
+    binades = np.where(seen.astype(bool) & (x != 0), np.frexp(x)[1], np.nan)
+    bounds = np.where(
+        np.nanmax(binades, reduced, initial=-999) == np.nanmin(binades, reduced, initial=999), 0, 2.0**-21
+    )
+    error = np.abs(np.asarray(m.var, np.float64) - var)
+    assert (error <= 1e-6 * var + bounds * (var + mean**2)).all(), (error / var).max()
+    np.testing.assert_allclose(m.mean, mean, rtol=5e-7, atol=5e-7 * var.max() ** 0.5)
+
+
+@pytest.mark.parametrize(("odd", "share"), [(2.0**-10 * 1.5, 1e-3), (0.0, 1e-6), (1.5, 1e-6), (2.0**-4, 1e-4)])
+def test_the_worst_of_exact_sums_is_one_element_near_zero(odd, share):
+    x = np.ones((4, 128, 128, 1))
+    x[0, 0, 0] = odd
+    m = _exact.exact_moments(jnp.asarray(x, jnp.bfloat16), None, (3,))
+    np.testing.assert_allclose(m.var, x.var((0, 1, 2)), rtol=share)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "found"),
+    [
+        ((8, 56, 56, 64), (3,), ((2, 1), 0, 4)),
+        ((8, 7, 7, 64), (3,), ((2, 1, 0), None, 1)),
+        ((8, 64, 7, 7), (1,), ((3, 2, 0), None, 1)),
+        ((8, 224, 224, 3), (3,), ((2,), 1, 56)),
+        ((16_384, 3), (1,), ((0,), None, 1)),
+        ((65_536, 3), (1,), ((), 0, 16_384)),
+        ((3, 2 * 10_007), (0,), ((), 1, 10_007)),
+        ((16_411, 3), (1,), None),  # a prime number of elements
+        ((2, 16_411, 3), (2,), None),
+        ((1, 1, 3), (2,), None),
+        ((0, 4, 3), (2,), None),
+    ],
+)
+def test_the_blocks_of_exact_sums(shape, axes, found):
+    assert _exact._block(shape, axes) == found
+
+
+def test_what_has_exact_sums():
+    x = jnp.ones((8, 4, 4, 3), jnp.bfloat16)
+    assert _exact.can_sum(x, None, (3,)) and _exact.can_sum(x, jnp.ones((8, 1, 1, 1), bool), (3,))
+    assert not _exact.can_sum(x.astype(jnp.float16), None, (3,))
+    assert not _exact.can_sum(x, jnp.ones((8, 1, 1, 1)), (3,))
+
+
+@pytest.mark.parametrize("mask", [None, "examples", "pixels", "features"])
+def test_exact_sums_in_training_on_many_devices(exactly, mask):
+    """Values, running statistics and gradients are those of float32, on every way to split the batch."""
+    rng = np.random.default_rng(0)
+    x = of_bfloat16(rng.standard_normal((32, 8, 8, 4)) * 3 + 100).astype(np.float32)
+    of_mask = {"examples": (32,), "pixels": (32, 8, 8), "features": (32, 1, 1, 4), None: ()}[mask]
+    mask = None if mask is None else rng.random(of_mask) < 0.7
+    params, stats = bnjax.init_batch_norm(4)
+
+    def loss(x, params, mask, **options):
+        y, new = bnjax.batch_norm(x, params, stats, training=True, mask=mask, dtype=jnp.float32, **options)
+        weights = jnp.arange(y[0].size).reshape(y[0].shape) % 5 - 2.0
+        keep = 1 if mask is None else mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        return (y**2 * weights[None] * keep).sum(), new
+
+    wanted, of_params = jax.value_and_grad(loss, (0, 1), has_aux=True)(jnp.asarray(x), params, mask)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    low = jnp.asarray(x, jnp.bfloat16)
+    assert "reduce_precision" in str(jax.make_jaxpr(loss)(low, params, mask))
+    for spec in (None, jax.P("a"), jax.P(("a", "b")), jax.P("a", "b"), jax.P(None, None, "a", "b")):
+        placed = low if spec is None else jax.device_put(low, jax.NamedSharding(mesh, spec))
+        with jax.set_mesh(mesh):
+            found, of_these = step(placed, params, mask)
+        chex.assert_trees_all_close(jax.device_get(found), jax.device_get(wanted), rtol=2e-4, atol=2e-3)
+        chex.assert_trees_all_close(
+            jax.device_get(jax.tree.map(lambda v: v.astype(jnp.float32), of_these)),
+            jax.device_get(of_params), rtol=2e-2, atol=2e-2,
+        )  # fmt: skip

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from versions import needs_jax_0_8
 
 import bnjax
-from bnjax import _sync, linen, training
+from bnjax import linen, training
 from bnjax._compat import as_varying
 from bnjax.linen import BatchNorm, LpBatchNorm
 from bnjax.models import Perceptron
@@ -643,18 +643,3 @@ def test_host_arrays_come_back_whole():
     placed = training.replicate(tree, mesh)
     assert placed["a"].is_fully_replicated
     assert placed["key"] == tree["key"]
-
-
-@pytest.mark.parametrize(("devices", "is_split"), [(1, False), (2, True)])
-def test_what_xla_may_have_split(devices, is_split):
-    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    found = []
-
-    def f(x):
-        found.append(_sync.is_split_by_xla(x))
-        return x
-
-    with jax.set_mesh(mesh):
-        jax.jit(f)(jnp.ones(4))
-        jax.jit(jax.shard_map(f, in_specs=P("batch"), out_specs=P("batch")))(jnp.ones(4))
-    assert found == [is_split, False]

@@ -55,15 +55,6 @@ def test_the_parts_of_an_array(shape, sizes, types, spec, parts):
     assert on_mesh(lambda x: _sync.shards_of(x, range(len(shape) - 1)), shape, sizes, types, *spec) == parts
 
 
-@pytest.mark.parametrize(
-    ("sizes", "types", "is_split"),
-    [((1,), (AUTO,), False), ((2,), (AUTO,), True), ((2,), (EXPLICIT,), True), ((2,), (MANUAL,), False)]
-    + [((2, 2), (MANUAL, AUTO), True), ((2, 1), (MANUAL, AUTO), False)],
-)
-def test_what_xla_may_split(sizes, types, is_split):
-    assert on_mesh(_sync.is_split_by_xla, (4, 3), sizes, types) is is_split
-
-
 @pytest.mark.parametrize(("size", "summed"), [(2, "2,3"), (256, "256,3"), (257, "3")])
 def test_among_many_devices_a_second_sum_takes_the_place_of_a_list(size, summed):
     def f(x):

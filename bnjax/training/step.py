@@ -17,7 +17,6 @@ from bnjax import _calls
 from bnjax._calls import statistics_of
 from bnjax._functional import NOISE, name_of
 from bnjax._layers import MOMENTS_OF_CALLS
-from bnjax._moments import has_weight
 from bnjax._objective import (
     Objective,
     as_weights,
@@ -28,6 +27,7 @@ from bnjax._objective import (
     phase,
     weights_of_losses,
 )
+from bnjax._sums import has_weight
 from bnjax._sync import AxisName, merge_moments, vary_like
 from bnjax.norm import moved_batch_stats, unbiased_var
 from bnjax.training.state import TrainState

@@ -10,8 +10,9 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _dtypes
-from bnjax._moments import checked_moments, expand, has_weight, without_masked_extremes
+from bnjax._moments import checked_moments
 from bnjax._remat import keeping_arguments
+from bnjax._sums import expand, has_weight, without_masked_extremes
 from bnjax._sync import (
     AxisName,
     Groups,
