@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import linen, nnx
-from bnjax._functional import INTERCEPTORS, is_of_library, name_of, split_arguments
+from bnjax._functional import INTERCEPTORS, is_of_library, name_of, split_arguments, taking_products
 from bnjax._layers import Statistics
 from bnjax._moments import moments
 
@@ -113,6 +113,7 @@ def moving_norms(call: Callable[[], Any]) -> frozenset[str]:
     """Returns the names of the batch norms that use the batch's statistics in a model's call, which is only traced."""
     names = set()
 
+    @taking_products
     def note(module: Any, call_norm: Call, x: Any, options: dict[str, Any]) -> Any:
         if not is_running(module, options):
             names.add(name_of(module.path))

@@ -109,7 +109,7 @@ def check_dtype(dtype: Any, *, or_complex: bool = False) -> None:
         raise TypeError(f"dtype must be a {kind} dtype, got {jnp.dtype(dtype)}. Pass jnp.float32, say.")
 
 
-def check_complex(x: jax.Array, params: Any, batch_stats: Any, dtype: Any) -> None:
+def check_complex(x: Any, params: Any, batch_stats: Any, dtype: Any) -> None:
     """Raises `TypeError` where the dtypes do not fit a complex `x`, or another array is complex and `x` is not."""
     dtypes = {"batch_stats['mean']": batch_stats["mean"].dtype, "dtype": x.dtype if dtype is None else jnp.dtype(dtype)}
     are_complex = {name: jnp.issubdtype(kind, jnp.complexfloating) for name, kind in dtypes.items()}

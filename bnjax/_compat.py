@@ -90,3 +90,10 @@ def set_value(variable: Any, value: Any) -> None:
         variable.set_value(value)
     else:  # Flax 0.11
         variable.value = value
+
+
+def promoted(layer: Any, x: Any, kernel: Any, bias: Any) -> Any:
+    """Returns the input of an nnx layer in the dtype in which the layer computes."""
+    from flax.nnx.nn import dtypes
+
+    return getattr(layer, "promote_dtype", dtypes.promote_dtype)((x, kernel, bias), dtype=layer.dtype)[0]

@@ -21,7 +21,6 @@ References:
   Dekker 1971, "A floating-point technique for extending the available precision", for the halves.
 """
 
-import functools
 import math
 
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from jaxtyping import Array
 
 from bnjax._checks import Shape
 from bnjax._compat import is_in_jet
-from bnjax._sums import count_of, expand, reduced_axes, reduced_size, repeats
+from bnjax._sums import expand, of_size_one, reduced_axes, repeats
 from bnjax._sync import Moments, nonzero, split_axis
 
 _MOST = 2**14  # elements of a block, whose sums are exact
@@ -47,49 +46,56 @@ def can_sum(x: Array, weights: Array | None, axes: tuple[int, ...]) -> bool:
 
 def exact_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Computes the moments of an array for which `can_sum` holds."""
-    if weights is None:
-        count = jnp.asarray(reduced_size(x.shape, axes), jnp.float32)
-    else:
-        count = count_of(weights.astype(jnp.float32), x.shape, axes)
-    x, weights, axes, block = _in_blocks(x, weights, axes)
-    to_bfloat16 = functools.partial(lax.reduce_precision, exponent_bits=_EXPONENT, mantissa_bits=_MANTISSA)
-    values = to_bfloat16(x.astype(jnp.float32)) * _SCALE  # XLA may have kept more bits of what x was rounded from
-    k = jnp.asarray(math.prod(x.shape[a] for a in block), jnp.float32)
-    if weights is not None:
-        values = jnp.where(weights, values, 0)
-        others = tuple(a for a in range(x.ndim) if a not in block)
-        k = weights.astype(jnp.float32).sum(block, keepdims=True) * repeats(weights.shape, x.shape, others)
+    _, count, _ = of_size_one(weights, jnp.float32, x.shape, axes)
+    values, k, axes, block = _in_blocks(x, weights, axes)
+    values = values * _SCALE
     squares = values * values
-    upper = to_bfloat16(squares)
+    upper = _to_bfloat16(squares)
     sums, uppers, lowers = (v.sum(block, keepdims=True) for v in (values, upper, squares - upper))
-    n = expand(nonzero(count), x.ndim, axes)
+    n = expand(nonzero(count), values.ndim, axes)
 
     def total(of_blocks: Array) -> Array:
-        return of_blocks.sum(reduced_axes(x, axes), keepdims=True)
+        return of_blocks.sum(reduced_axes(values, axes), keepdims=True)
 
-    s = to_bfloat16(total(sums) / n)
+    s = _to_bfloat16(total(sums) / n)
     about_s = sums - k * s
     upper_sums = lax.reduce_precision(sums, _EXPONENT, _OF_SUM)
     squares_about_s = (uppers - s * upper_sums) + lowers - s * (sums - upper_sums) - s * about_s
     offset = total(about_s) / n
     var = total(squares_about_s / n) - jnp.square(offset)
-    mean, var = (v.squeeze(reduced_axes(x, axes)) for v in ((s + offset) / _SCALE, jnp.maximum(var, 0) / _SCALE**2))
+    mean, var = (
+        v.squeeze(reduced_axes(values, axes)) for v in ((s + offset) / _SCALE, jnp.maximum(var, 0) / _SCALE**2)
+    )
     return Moments(mean, var, count)
 
 
 def _in_blocks(
     x: Array, weights: Array | None, axes: tuple[int, ...]
-) -> tuple[Array, Array | None, tuple[int, ...], tuple[int, ...]]:
-    """Splits an axis where a block needs that; returns arrays, feature axes, and the axes over which blocks extend."""
+) -> tuple[Array, Array, tuple[int, ...], tuple[int, ...]]:
+    """Returns the elements in float32, zero where the mask is false, maybe with an axis that is split in two.
+
+    The others are the number of elements of each block that count, the feature axes, and those that a block extends
+    over.
+    """
     found = _block(x.shape, axes)
     assert found is not None
-    whole, axis, part = found
-    if axis is None:
-        return x, weights, axes, whole
-    if weights is not None:
-        weights = split_axis(weights, axis, *((-1, part) if weights.shape[axis] > 1 else (1, 1)))
-    moved = tuple(a + (a > axis) for a in axes)
-    return split_axis(x, axis, -1, part), weights, moved, (*(a + (a > axis) for a in whole), axis + 1)
+    block, axis, part = found
+    if axis is not None:
+        x = split_axis(x, axis, -1, part)
+        if weights is not None:
+            weights = split_axis(weights, axis, *((-1, part) if weights.shape[axis] > 1 else (1, 1)))
+        axes = tuple(a + (a > axis) for a in axes)
+        block = (*(a + (a > axis) for a in block), axis + 1)
+    values = _to_bfloat16(x.astype(jnp.float32))  # XLA may have kept more bits of what x was rounded from
+    if weights is None:
+        return values, jnp.asarray(math.prod(x.shape[a] for a in block), jnp.float32), axes, block
+    others = tuple(a for a in range(x.ndim) if a not in block)
+    k = weights.astype(jnp.float32).sum(block, keepdims=True) * repeats(weights.shape, x.shape, others)
+    return jnp.where(weights, values, 0), k, axes, block
+
+
+def _to_bfloat16(values: Array) -> Array:
+    return lax.reduce_precision(values, _EXPONENT, _MANTISSA)
 
 
 def _block(shape: Shape, axes: tuple[int, ...]) -> tuple[tuple[int, ...], int | None, int] | None:

@@ -26,6 +26,12 @@ INTERCEPTORS: ContextVar[tuple[tuple[Callable[[Any], bool], Replace], ...]] = Co
 """What stands for the calls of which modules, in every call of a functional model; `bnjax._calls.intercept` sets it."""
 
 
+def taking_products(replace: Any) -> Any:
+    """Marks what stands for calls of batch norms as one to which an input may be a `bnjax._product.Product`."""
+    replace.takes_products = True
+    return replace
+
+
 def functional(model: nnx.Module, *, argument: str | None = "training") -> tuple["Apply", dict[str, Any]]:
     """Returns an nnx model as a pure function and its variables, as linen has them.
 
@@ -220,6 +226,7 @@ class Apply:
             collections["others"] = unflatten_dict({path: v for path, v in others.items() if path in self.paths})
         return outputs, collections
 
+    @taking_products
     def _check_phase(self, trains: bool, module: Any, call: Callable[..., Any], x: Any, options: dict[str, Any]) -> Any:
         """Calls a batch norm, unless the model's call says that it is in another phase than the model."""
         is_running = options.get("use_running_average")

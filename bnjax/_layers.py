@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bnjax._fold import product_batch_norm_of
+from bnjax._product import Product
 from bnjax._sync import Moments, match_explicit_sharding, with_counts_of_features
 from bnjax.norm import BatchStats, Result, batch_norm_of, check_call, update_batch_stats
 from bnjax.variants.frozen import frozen_batch_norm_of
@@ -117,7 +119,7 @@ def call_layer(
     Args:
       layer: layer of linen or nnx, with `declared`, `statistics`, `takes_batch_statistics`, and attributes that are
         named in its declaration; its `bessel_correction` counts where it has one.
-      x: the input.
+      x: the input, or the product that it would be, for layers that compute `batch_norm`.
       params: 'scale' and 'bias'.
       batch_stats: running 'mean' and 'var', of all kinds.
       training: whether to use the batch's statistics.
@@ -149,7 +151,8 @@ def call_layer(
         named["key"] = key
     if kinds is not None:
         named |= {"batch_stats": batch_stats, "split": split}
-    y, moved, m = declared.function(call, **named)
+    function = product_batch_norm_of if isinstance(x, Product) else declared.function
+    y, moved, m = function(call, **named)
     if m is not None and layer.takes_batch_statistics:
         moved = update_batch_stats(batch_stats, m, momentum=0)  # biased, as inference by them would be training
     return y, moved, m

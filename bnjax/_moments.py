@@ -7,7 +7,7 @@ From the outside in:
     _real_moments          carries the rule of derivatives, and merges the devices of a mesh axis
     _moments_of_shards     takes the shards of an automatically partitioned array apart, and merges them
     _moments_of_columns    does so with the parts of the last axis, where these are no whole tiles
-    _by_parts              splits and merges them
+    by_parts               splits and merges them
     sampled_moments        sums about the mean of a sample (`_sampled`)
     exact_moments          sums without a provisional mean, on TPU (`_exact`)
 """
@@ -146,26 +146,36 @@ def checked_moments(
         return Moments(lax.complex(m.mean[..., 0], m.mean[..., 1]), m.var.sum(-1), count)
     real_moments = _moments_without_rule if is_in_jet(x) else _real_moments
     if axis_name is None or is_mesh_axis(axis_name):
-        return real_moments(x, weights, axes, axis_name, groups)
-    local = real_moments(x, weights, axes, None, None)
+        return real_moments(x, weights, axes, axis_name, groups, _moments_of_shards)
+    local = real_moments(x, weights, axes, None, None, _moments_of_shards)
     return merge_over_vmapped_axis(local, axis_name, groups, counts_differ=weights is not None)
 
 
+def moments_of_part(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+    """Computes moments of a real array that nothing splits, as of one part of a batch within `by_parts`."""
+    return _real_moments(x, weights, axes, None, None, _local_moments)
+
+
 def _moments_without_rule(
-    x: Array, weights: Array | None, axes: tuple[int, ...], axis_name: AxisName | None, groups: Groups | None
+    x: Array,
+    weights: Array | None,
+    axes: tuple[int, ...],
+    axis_name: AxisName | None,
+    groups: Groups | None,
+    local_moments: Callable[..., Moments],
 ) -> Moments:
-    """Computes moments of real `x`, over all members of a mesh axis or local."""
-    local = _moments_of_shards(x, weights, axes)
+    """Computes moments of real `x`, over all members of a mesh axis or local, given what computes the local ones."""
+    local = local_moments(x, weights, axes)
     if axis_name is None:
         return local
     return merge_over_mesh_axis(local, axis_name, groups, counts_differ=weights is not None)
 
 
-_real_moments = jax.custom_jvp(_moments_without_rule, nondiff_argnums=(2, 3, 4))
+_real_moments = jax.custom_jvp(_moments_without_rule, nondiff_argnums=(2, 3, 4, 5))
 
 
 @functools.partial(_real_moments.defjvp, symbolic_zeros=True)
-def _moments_jvp(axes, axis_name, groups, primals, tangents):
+def _moments_jvp(axes, axis_name, groups, local_moments, primals, tangents):
     """Computes the derivatives of the moments by a hand-made rule, in which mean and var are the merged ones.
 
     JAX's own rule would keep x − mean for the backward pass. The merging over a vmapped axis stays outside of this one,
@@ -176,7 +186,7 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
     (∂mean has no part in ∂var, since Σ w (x − mean) = 0.)
     """
     (x, weights), (dx, dweights) = primals, tangents
-    m = _real_moments(x, weights, axes, axis_name, groups)
+    m = _real_moments(x, weights, axes, axis_name, groups, local_moments)
 
     # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass.
     @keeping_arguments
@@ -213,6 +223,12 @@ def _moments_jvp(axes, axis_name, groups, primals, tangents):
     return m, Moments(both[0], both[1], sums[2], jnp.zeros_like(m.remainder))
 
 
+def _local_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+    """Computes moments of one part."""
+    about_a_sample = functools.partial(sampled_moments, axes=axes)
+    return _exactly_or(about_a_sample, functools.partial(_exact.exact_moments, axes=axes), x, weights, axes)
+
+
 def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Computes moments of an array that partitioning by XLA may have split over devices.
 
@@ -223,14 +239,24 @@ def _moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -
     over the others, however XLA splits these, and of few numbers for each block. Where it does, they are a second
     collective.
     """
-    about_samples = functools.partial(_sampled_moments_of_shards, axes=axes)
-    if not _exact.can_sum(x, weights, axes):
-        return about_samples(x, weights)
 
     def exactly(x: Array, weights: Array | None) -> Moments:
         parts = shards_of(x, reduced_axes(x, axes)[:1])
-        return _by_parts(x, weights, parts, lambda x, weights, _: _exact.exact_moments(x, weights, axes))
+        return by_parts(x, weights, parts, lambda x, weights, _: _exact.exact_moments(x, weights, axes))
 
+    return _exactly_or(functools.partial(_sampled_moments_of_shards, axes=axes), exactly, x, weights, axes)
+
+
+def _exactly_or(
+    about_samples: Callable[..., Moments],
+    exactly: Callable[..., Moments],
+    x: Array,
+    weights: Array | None,
+    axes: tuple[int, ...],
+) -> Moments:
+    """Computes moments exactly where the dtype and the platform have such sums, and elsewhere about samples' means."""
+    if not _exact.can_sum(x, weights, axes):
+        return about_samples(x, weights)
     return lax.platform_dependent(x, weights, default=about_samples, **dict.fromkeys(_EXACT_ON, exactly))
 
 
@@ -244,11 +270,11 @@ def _sampled_moments_of_shards(x: Array, weights: Array | None, axes: tuple[int,
     last = reduced[-1] if reduced else None
     if last in parts and len(reduced) > 1 and x.shape[last] // parts[last] % _ROWS_OF_TILE:
         of_columns = functools.partial(_moments_of_columns, axes=axes, axis=last, parts=parts[last], samples=samples)
-        return _by_parts(x, weights, parts, of_columns, unsplit=last)
-    return _by_parts(x, weights, parts, lambda x, weights, _: sampled_moments(x, weights, axes, samples))
+        return by_parts(x, weights, parts, of_columns, unsplit=last)
+    return by_parts(x, weights, parts, lambda x, weights, _: sampled_moments(x, weights, axes, samples))
 
 
-def _by_parts(
+def by_parts(
     x: Array, weights: Array | None, parts: dict[int, int], of_part: Callable[..., Moments], unsplit: int | None = None
 ) -> Moments:
     """Splits axes of `x` into parts, and merges the moments of all of them.

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from bnjax import _dtypes
 from bnjax._checks import Shape
 from bnjax._compat import is_in_jet
-from bnjax._sums import count_of, expand, has_weight, of_size_one, reduced_axes, reduced_size, sum_of, weigh
+from bnjax._sums import expand, has_weight, of_size_one, reduced_axes, reduced_size, sum_of, weigh
 from bnjax._sync import Moments, explicitly_sharded, nonzero
 
 SAMPLES = 256  # elements per feature
@@ -28,21 +28,9 @@ def sampled_moments(x: Array, weights: Array | None, axes: tuple[int, ...], samp
     A sum of squares overflows where the variance is representable still. What is squared is therefore made smaller by
     the root of the count, rounded to a power of two; but not where the spread says that its square would vanish.
     """
-    dtype, scale_of_count = _dtypes.wide(x.dtype), None
-    if weights is None:
-        count = jnp.asarray(reduced_size(x.shape, axes), dtype)
-    else:
-        weights, scale_of_count = of_size_one(weights, dtype, x.shape, axes)
-        count = count_of(weights.astype(dtype), x.shape, axes)
-    sampled, sampled_weights, of_sample = _sample(x, weights, axes, samples)
-    sampled = sampled.astype(dtype)
-    if sampled_weights is None:
-        sampled_count, is_seen = jnp.asarray(reduced_size(sampled.shape, of_sample), dtype), None
-    else:
-        sampled_count = count_of(sampled_weights.astype(dtype), sampled.shape, of_sample)
-        is_seen = has_weight(sampled_weights)
-    shift = sum_of(weigh(sampled, sampled_weights), of_sample) / nonzero(sampled_count)
-    spread = _spread(sampled, is_seen, shift, of_sample)
+    dtype = _dtypes.wide(x.dtype)
+    weights, count, unit_of_weights = of_size_one(weights, dtype, x.shape, axes)
+    shift, spread = provisional_mean(x, weights, axes, samples)
     unit = lax.reduce_precision(lax.rsqrt(nonzero(count)), jnp.finfo(dtype).nexp, 0)
     is_small = ((spread > 0) & (spread < _SMALL_SPREAD)).astype(unit.dtype)
     unit = is_small + (1 - is_small) * unit  # jax 0.11's vmap of a `where` loses the mesh of explicit sharding
@@ -53,14 +41,21 @@ def sampled_moments(x: Array, weights: Array | None, axes: tuple[int, ...], samp
     offset = sum_of(weigh(x.astype(dtype) - shift_of_mean, weights), axes) / nonzero(count)
     scaled = (x.astype(dtype) - shift_of_square) * expand(unit, x.ndim, axes)
     square = sum_of(weigh(jnp.square(scaled), weights), axes) / (nonzero(count) * unit * unit)
-    count = count if scale_of_count is None else count * scale_of_count
+    count = count if unit_of_weights is None else count * unit_of_weights
     return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count)
 
 
-def _spread(sampled: Array, is_seen: Array | None, shift: Array, axes: tuple[int, ...]) -> Array:
-    """Returns the largest distance of each feature's sampled elements from the shift, of those that a mask leaves."""
+def provisional_mean(
+    x: Array, weights: Array | None, axes: tuple[int, ...], samples: int | None = SAMPLES
+) -> tuple[Array, Array]:
+    """Returns the mean of a sample of each feature, and the largest distance of a sampled element from it."""
+    sampled, weights, axes = _sample(x, weights, axes, samples)
+    sampled = sampled.astype(_dtypes.wide(x.dtype))
+    is_seen = None if weights is None else has_weight(weights)
+    weights, count, _ = of_size_one(weights, sampled.dtype, sampled.shape, axes)
+    shift = sum_of(weigh(sampled, weights), axes) / nonzero(count)
     distances = weigh(jnp.abs(sampled - expand(shift, sampled.ndim, axes)), is_seen)
-    return distances.max(reduced_axes(sampled, axes), initial=0)
+    return shift, distances.max(reduced_axes(sampled, axes), initial=0)
 
 
 def _sample(

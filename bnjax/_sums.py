@@ -55,15 +55,23 @@ def weigh(values: Array, weights: Array | None) -> Array:
     return kept if weights.dtype == bool else kept * weights.astype(values.dtype)
 
 
-def of_size_one(weights: Array, dtype: Any, shape: Shape, axes: tuple[int, ...]) -> tuple[Array, Array | None]:
-    """Returns weights of at most three and the power of two by which they are less: no product over- or underflows."""
-    if weights.dtype == bool:
-        return weights, None
-    reduced = reduced_axes(weights, axes)
-    largest = weights.astype(dtype).max(reduced, keepdims=True, initial=0)
-    bits = jnp.finfo(dtype)
-    unit = lax.reduce_precision(jnp.maximum(largest / 2, bits.tiny), bits.nexp, 0)
-    return weights.astype(dtype) / unit, of_features(unit.squeeze(reduced), shape, axes)
+def of_size_one(
+    weights: Array | None, dtype: Any, shape: Shape, axes: tuple[int, ...]
+) -> tuple[Array | None, Array, Array | None]:
+    """Returns weights of at most three, so that no product over- or underflows, their sum, and the power of two left.
+
+    The sum is that of each feature, as a scalar where the weights are common to all. Without weights each is one.
+    """
+    if weights is None:
+        return None, jnp.asarray(reduced_size(shape, axes), dtype), None
+    unit = None
+    if weights.dtype != bool:
+        reduced = reduced_axes(weights, axes)
+        largest = weights.astype(dtype).max(reduced, keepdims=True, initial=0)
+        bits = jnp.finfo(dtype)
+        of_all = lax.reduce_precision(jnp.maximum(largest / 2, bits.tiny), bits.nexp, 0)
+        weights, unit = weights.astype(dtype) / of_all, of_features(of_all.squeeze(reduced), shape, axes)
+    return weights, count_of(weights.astype(dtype), shape, axes), unit
 
 
 def count_of(weights: Array, shape: Shape, axes: tuple[int, ...]) -> Array:

@@ -11,6 +11,9 @@ from jaxtyping import ArrayLike
 
 from bnjax import _checks, _layers
 from bnjax._layers import MOMENTS_OF_CALLS, Statistics, kept_moments
+from bnjax._linen_pairs import ConvBatchNorm as ConvBatchNorm
+from bnjax._linen_pairs import DenseBatchNorm as DenseBatchNorm
+from bnjax._product import Product
 
 
 def statistics_of(module: nn.Module) -> Statistics | None:
@@ -53,7 +56,7 @@ class _Normalizer(nn.BatchNorm):
     def _call(self, x, use_running_average, mask, **call_options):
         """Calls the layer's function, with `call_options` besides the attributes."""
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = jnp.asarray(x)
+        x = x if isinstance(x, Product) else jnp.asarray(x)
         features = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.ndim))
         kinds = () if self.statistics.kinds is None else (self.statistics.kinds,)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
@@ -65,10 +68,10 @@ class _Normalizer(nn.BatchNorm):
             params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
-        dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
+        dtype = dtypes.canonicalize_dtype(jnp.zeros((), x.dtype), *params.values(), dtype=self.dtype)
         y, batch_stats, m = _layers.call_layer(
             self,
-            x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
+            x if isinstance(x, Product) or jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
             params,
             {"mean": mean.value.astype(mean_dtype) if jnp.iscomplexobj(x) else mean.value, "var": var.value},
             training=not use_running_average,

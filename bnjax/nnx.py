@@ -11,11 +11,15 @@ from jaxtyping import ArrayLike
 from bnjax import _checks, _compat, _layers
 from bnjax._functional import functional, update
 from bnjax._layers import MOMENTS_OF_CALLS, Statistics, kept_moments
+from bnjax._nnx_pairs import ConvBatchNorm, DenseBatchNorm
+from bnjax._product import Product
 from bnjax.variants import init_split_batch_norm
 
 __all__ = [
     "BatchNorm",
     "BatchRenorm",
+    "ConvBatchNorm",
+    "DenseBatchNorm",
     "FrozenBatchNorm",
     "GhostBatchNorm",
     "LpBatchNorm",
@@ -69,7 +73,7 @@ class _Normalizer(nnx.BatchNorm):
             error_msg=f"use_running_average must be given to {type(self).__name__}'s constructor, to its call, or by "
             "the model's train() or eval().",
         )
-        x = jnp.asarray(x)
+        x = x if isinstance(x, Product) else jnp.asarray(x)
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
         values = (x, self.mean[...], self.var[...], scale, bias)
         promote = _compat.promotion_of_ones_own(self)
@@ -78,8 +82,8 @@ class _Normalizer(nnx.BatchNorm):
             dtype = promoted[0].dtype
             values = (promoted[0], *values[1:3], *promoted[3:])  # the running statistics move unrounded, as in Flax
         else:
-            dtype = _compat.result_dtype(self, *values)
-            if not jnp.issubdtype(x.dtype, jnp.inexact):
+            dtype = _compat.result_dtype(self, jnp.zeros((), x.dtype), *values[1:])
+            if not isinstance(x, Product) and not jnp.issubdtype(x.dtype, jnp.inexact):
                 values = (x.astype(dtype), *values[1:])
         x, mean, var, scale, bias = values
         if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):

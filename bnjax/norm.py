@@ -2,23 +2,21 @@
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Mapping, MutableMapping
 from typing import Any, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
-from bnjax import _checks, _dtypes
+from bnjax import _affine, _checks, _dtypes
 from bnjax._checks import Axes
 from bnjax._compat import is_in_jet
 from bnjax._moments import checked_moments
-from bnjax._remat import keeping_arguments, named_input
-from bnjax._sums import expand, without_masked_extremes
+from bnjax._product import Product
+from bnjax._remat import named_input
+from bnjax._sums import expand
 from bnjax._sync import AxisName, Groups, Moments, match_explicit_sharding, select, vary_like
 
 Params = Mapping[str, Any]  # arrays of the shape of the feature axes
@@ -190,7 +188,7 @@ def check_call(
     """Checks the arguments of `batch_norm`, names its input and returns them; `or_complex` allows a complex `x`."""
     if unknown:
         raise TypeError(f"the options are {', '.join(Options.__annotations__)}, got {', '.join(unknown)}. Rename it.")
-    x = _checks.check_input(x, or_complex=or_complex)
+    x = x if isinstance(x, Product) else _checks.check_input(x, or_complex=or_complex)
     axes = _checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
     weights = _checks.sample_weights(mask, x.shape, axes)
@@ -203,8 +201,9 @@ def check_call(
         _checks.check_dtype(dtype, or_complex=or_complex)
     _checks.check_complex(x, params, batch_stats, dtype)
     groups = _checks.check_axis_name(axis_name, axis_index_groups) if training else None
+    x = named_input(x) if training and not isinstance(x, Product) else x
     return Call(
-        named_input(x) if training else x, params, batch_stats, bool(training), axes, weights, groups,
+        x, params, batch_stats, bool(training), axes, weights, groups,
         momentum, epsilon, axis_name, dtype, bessel_correction,
     )  # fmt: skip
 
@@ -213,7 +212,7 @@ def check_call(
 class Call:
     """A call of `batch_norm` or of a variant, its arguments checked by `check_call`."""
 
-    x: Array
+    x: Any  # array, or a `Product` in its place
     params: Params
     batch_stats: BatchStats
     training: bool
@@ -253,7 +252,8 @@ class Call:
         if self.axis_name is None:
             return mean, var
         # One array, so that one sum serves both; of a complex input they differ in dtype.
-        mean, var = vary_like((mean, var) if jnp.iscomplexobj(self.x) else jnp.stack([mean, var]), self.x)
+        of_member = self.x.inputs if isinstance(self.x, Product) else self.x
+        mean, var = vary_like((mean, var) if jnp.iscomplexobj(self.x) else jnp.stack([mean, var]), of_member)
         return mean, var
 
     def moved(self, m: Moments) -> BatchStats:
@@ -266,16 +266,23 @@ class Call:
         dtype = self.x.dtype if self.dtype is None else self.dtype
         compute = _dtypes.wide(self.x.dtype, dtype)
         real = _dtypes.real(compute)
-        has_rule = self.training and not is_in_jet(self.x)
-        rules: Any = (_inverse_root, _scale_and_shift) if has_rule else (lax.rsqrt, _plain_scale_and_shift)
-        inverse_root, scale_and_shift = rules
-        multiplier = inverse_root(var.astype(real) + jnp.asarray(self.epsilon, real))
-        if "scale" in params:
-            multiplier *= params["scale"].astype(compute if jnp.iscomplexobj(params["scale"]) else real)
-        bias = params["bias"].astype(compute) if "bias" in params else jnp.zeros_like(multiplier)
+        multiplier, bias = self.multiplier_and_bias(var.astype(real), params, compute)
         per_feature = [expand(v, self.x.ndim, self.axes) for v in (mean.astype(compute), multiplier, bias)]
+        scale_and_shift: Any = _affine.scale_and_shift if self._has_rules() else _affine.plain_scale_and_shift
         # The weights weigh nothing here: masked NaN and extremes become zero, which keeps them out of derivatives.
         return scale_and_shift(self.x, self.weights, *per_feature, dtype)
+
+    def multiplier_and_bias(self, var: Array, params: Params, dtype: Any) -> tuple[Array, Array]:
+        """Returns `scale / sqrt(var + epsilon)` in the dtype of `var`, or complex, and the bias in `dtype`."""
+        inverse_root: Any = _affine.inverse_root if self._has_rules() else lax.rsqrt
+        multiplier = inverse_root(var + jnp.asarray(self.epsilon, var.dtype))
+        if "scale" in params:
+            multiplier *= params["scale"].astype(dtype if jnp.iscomplexobj(params["scale"]) else var.dtype)
+        return multiplier, params["bias"].astype(dtype) if "bias" in params else jnp.zeros_like(multiplier)
+
+    def _has_rules(self) -> bool:
+        """Returns whether derivatives are taken by rules of our own: in training, except by `jet`."""
+        return self.training and not is_in_jet(self.x)
 
     def inference(self) -> Result:
         """Returns the result of inference: the input normalized by the running statistics, which stay as they are."""
@@ -344,57 +351,3 @@ def moved_batch_stats(batch_stats: BatchStats, m: Moments, momentum: Any) -> Bat
 def unbiased_var(m: Moments) -> Array:
     """Returns the variance with Bessel's correction, `n / (n − 1) · var`, or the variance itself where n ≤ 1."""
     return m.var * jnp.where(m.count > 1, m.count / jnp.where(m.count > 1, m.count - 1, 1), 1)
-
-
-_inverse_root = jax.custom_jvp(lax.rsqrt)
-
-
-@_inverse_root.defjvp
-def _inverse_root_jvp(primals, tangents):
-    """Computes the derivative `−∂v · r³ / 2` of r = 1 / √v, one factor at a time, as r³ may lie outside the range."""
-    root = _inverse_root(*primals)
-    return root, tangents[0] * root * root * (-0.5 * root)
-
-
-def _plain_scale_and_shift(
-    x: Array, weights: Array | None, mean: Array, multiplier: Array, bias: Array, dtype: DTypeLike
-) -> Array:
-    """Computes `(x − mean) · multiplier + bias` with per-feature values that have `x`'s number of axes."""
-    x = x.astype(mean.dtype)
-    if weights is not None:
-        x = without_masked_extremes(x, weights)
-    return ((x - mean) * multiplier + bias).astype(dtype)
-
-
-_scale_and_shift = jax.custom_jvp(_plain_scale_and_shift, nondiff_argnums=(5,))
-
-
-@functools.partial(_scale_and_shift.defjvp, symbolic_zeros=True)
-def _scale_and_shift_jvp(dtype, primals, tangents):
-    """Computes derivatives by a rule whose transpose takes two sums: of the cotangent, and of it times x − mean.
-
-    ∂y = multiplier · ∂x + (x − mean) · ∂multiplier + (∂bias − multiplier · ∂mean)
-    """
-    x, weights, mean, multiplier, bias = primals
-    dx, _, dmean, dmultiplier, dbias = (None if isinstance(t, SymbolicZero) else t for t in tangents)
-    shift = jnp.zeros_like(bias) if dbias is None else dbias
-    if dmean is not None:
-        shift = shift - multiplier * dmean
-
-    # The checkpoint makes x itself, not x − mean, the residual that is kept for the backward pass. The result is
-    # rounded in this function, lest a cotangent of higher precision than `dtype` be written out.
-    @keeping_arguments
-    def output_tangent(x, weights, mean, multiplier, dx, dmultiplier, shift):
-        def clean(x):
-            x = x.astype(mean.dtype)
-            return x if weights is None else without_masked_extremes(x, weights)
-
-        dy = jnp.zeros_like(x, mean.dtype) if dx is None else jax.jvp(clean, (x,), (dx,))[1] * multiplier
-        if dmultiplier is not None:
-            # This is the same mean, opaque to XLA, whose CPU backend would write out a difference that is shared.
-            dy = dy + (clean(x) - lax.optimization_barrier(mean)) * dmultiplier
-        return (dy + shift).astype(dtype)
-
-    return _scale_and_shift(x, weights, mean, multiplier, bias, dtype), output_tangent(
-        x, weights, mean, multiplier, dx, dmultiplier, shift
-    )

@@ -15,11 +15,11 @@ PACKAGE = Path(bnjax.__file__).parent
 # The floors of the house, from the ground up. Each module may import those before it, and no others.
 FLOORS = """
     _compat _extras _objective _checks _dtypes _remat
-    _sync _sums _sampled _exact _moments
+    _sync _sums _sampled _exact _moments _product _affine
     norm
     <root>
     variants: frozen ghost lp moving noisy renorm split .
-    _functional _layers
+    _functional _fold _layers _linen_pairs _nnx_pairs
     linen nnx
     _calls
     analysis: _draw _trees selection _iterate _conjugate _lanczos operators _batches curvature eigen _sketch traces
@@ -43,7 +43,7 @@ FLOORS = """
 # What wings that stand by themselves may use, whatever the order.
 APART = {
     "analysis": {"_extras", "analysis"},
-    "models": {"_sync", "models"},
+    "models": {"_sync", "_linen_pairs", "models"},
     "convert": {"_extras", "convert"},
 }
 

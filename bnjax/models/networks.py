@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, Shaped
 
+from bnjax._linen_pairs import ConvBatchNorm
 from bnjax._sync import vary_like
 from bnjax.models.layers import Conv, Dropout, local_response_norm, max_pool
 
@@ -304,6 +305,8 @@ class ResNet(nn.Module):
         convolution alone.
       width: filters of the stem and the first stage; each stage doubles them.
       dtype: dtype of the convolutions, such as bfloat16; inferred by default. Parameters are float32.
+      fold: whether 1 × 1 convolutions are folded with their batch norms in training: 'auto' those with more outputs
+        than inputs, True all, False none (see `bnjax.linen.ConvBatchNorm`). It changes results by rounding alone.
 
     References:
       He et al. 2016, "Deep Residual Learning for Image Recognition", sections 3.3, 4.1 and 4.2; for the initializer,
@@ -323,6 +326,7 @@ class ResNet(nn.Module):
     stem: str = "imagenet"
     width: int = 64
     dtype: Any = None
+    fold: bool | str = "auto"
 
     def __post_init__(self):
         super().__post_init__()
@@ -344,7 +348,8 @@ class ResNet(nn.Module):
             pads = ((size // 2, size // 2),) * 2
             init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
             options = {"use_bias": self.norm is None, "dtype": self.dtype, "kernel_init": init}
-            return _normalize(self.norm, Conv(features, (size, size), stride, pads, **options)(x), training, mask)
+            layer = Conv(features, (size, size), stride, pads, **options)
+            return _normalize(self.norm, x, training, mask, conv=layer, fold=self.fold if size == 1 else False)
 
         def block(x, features: int, stride: int):
             if self.bottleneck:
@@ -381,11 +386,14 @@ def _flat(x: Array) -> Array:
     return x.reshape((x.shape[0], math.prod(x.shape[1:])))
 
 
-def _normalize(norm: Norm | None, x: Array, training: bool, mask: Array | None) -> Array:
-    """Returns `x` normalized by a new normalizer of the calling module, or `x` itself without a `norm`."""
+def _normalize(
+    norm: Norm | None, x: Array, training: bool, mask: Array | None, *, conv: Conv | None = None, fold: Any = False
+) -> Array:
+    """Returns `x`, or its convolution, normalized by a new normalizer of the calling module, if any."""
     if norm is None:
-        return x
+        return x if conv is None else conv(x)
     layer = norm(use_running_average=not training)
+    pair = layer if conv is None else ConvBatchNorm(conv, layer, fold=fold)
     if mask is None or not hasattr(layer, "use_running_average"):  # normalizes each example by itself
-        return layer(x)
-    return layer(x, mask=mask.reshape((-1,) + (1,) * (x.ndim - 1)))
+        return pair(x)
+    return pair(x, mask=mask.reshape((-1,) + (1,) * (x.ndim - 1)))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from bnjax import _calls
-from bnjax._functional import functional, name_of
+from bnjax._functional import functional, name_of, taking_products
 from bnjax._objective import inputs_of, phase
 from bnjax._sync import Moments, merge_moments
 from bnjax.training import mesh as devices
@@ -202,6 +202,7 @@ def check_sync(mesh: Mesh, way: str, checked: set[tuple[Any, ...]]):
     """
     size, groups = mesh.shape[SYNC_AXIS], devices.index_groups(mesh)
 
+    @taking_products
     def check(module, call, x, options):
         statistics = _calls.statistics_of(module)
         assert statistics is not None

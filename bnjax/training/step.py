@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _calls
 from bnjax._calls import statistics_of
-from bnjax._functional import NOISE, name_of
+from bnjax._functional import NOISE, name_of, taking_products
 from bnjax._layers import MOMENTS_OF_CALLS
 from bnjax._objective import (
     Objective,
@@ -275,6 +275,7 @@ def _accumulate(
     return sums, _moved_once(collections, kept) | missing
 
 
+@taking_products
 def _keep_moments(module: Any, call: Any, x: Any, options: dict[str, Any]) -> Any:
     """Calls a batch norm so that it keeps the moments of its input in place of moving its statistics."""
     statistics = statistics_of(module)
