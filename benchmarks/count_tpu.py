@@ -1,8 +1,9 @@
 """A count of passes over memory in batch norm's programs by TPU's own compiler: it needs no TPU and times nothing.
 
 It counts passes over the input (bytes read and written in HBM, over the input's bytes), forward, both directions in one
-program and backward alone, and the bytes kept for the backward pass; then of whole training steps: bytes in HBM, and
-memory on a chip, of the same network with bnjax's batch norm, with Flax's and with none.
+program and backward alone, and the bytes kept for the backward pass; then of whole training steps: bytes in HBM,
+memory on a chip and the compiler's lower bound of the time, of the same network with bnjax's batch norm (also folded
+into the convolutions), with Flax's and with none.
 
     pip install -e ".[tpu]"
     python benchmarks/count_tpu.py --json tpu.json
@@ -21,6 +22,12 @@ SHAPE = (256, 56, 56, 128)
 LARGE = (1024, 56, 56, 128)  # as much on each of four chips as SHAPE on one, whose fast memory holds a quarter of it
 TOPOLOGY, SYNCED = "v5e:1x1", "v5e:2x2"
 NUMBERS = ("forward", "both", "backward", "kept")
+PLAIN, FOLDED, BY_POLICY = "bnjax", "bnjax, folded", "bnjax, by the policy"
+STEPS = {  # which batch norms on which chips
+    "cifar": {TOPOLOGY: (PLAIN, BY_POLICY, "flax", "none")},
+    "resnet50": {TOPOLOGY: (FOLDED, PLAIN, BY_POLICY, "flax", "none")}
+    | dict.fromkeys(("v5e:2x4", "v5e:16x16"), (FOLDED, "flax")),
+}
 
 
 def functions(norm: str, features: int) -> Callable:
@@ -91,8 +98,11 @@ def passes(norm: str, dtype: Any, masked: bool, topology: str, shape: tuple[int,
     }
 
 
-def step(name: str, norm: str) -> dict[str, float]:
-    """Measures the memory of one training step of a study's network on one chip."""
+def step(name: str, norm: str, topology: str = TOPOLOGY) -> dict[str, float]:
+    """Measures the memory of one training step of a study's network, on each of the chips that share the batch.
+
+    Each chip has as many examples as one alone.
+    """
     from flax import linen as nn
 
     import bnjax
@@ -113,10 +123,11 @@ def step(name: str, norm: str) -> dict[str, float]:
             return x
 
     network = steps.network_of(name)
-    layer = {"bnjax": linen.BatchNorm, "bnjax, by the policy": linen.BatchNorm, "flax": nn.BatchNorm, "none": Nothing}
+    layer = {"flax": nn.BatchNorm, "none": Nothing}.get(norm, linen.BatchNorm)
     given = {key: value for key, value in network.model.norm.keywords.items() if key in ("epsilon", "dtype")}
-    model = network.model.clone(norm=functools.partial(layer[norm], **given))
-    if norm == "bnjax, by the policy":
+    folding = {"fold": "auto" if norm == FOLDED else False} if hasattr(network.model, "fold") else {}
+    model = network.model.clone(norm=functools.partial(layer, **given), **folding)
+    if norm == BY_POLICY:
         inner = model
 
         class Checkpointed(nn.Module):
@@ -132,21 +143,47 @@ def step(name: str, norm: str) -> dict[str, float]:
                 return run(inner.clone(norm=self.norm, parent=self), x)
 
         model = Checkpointed(model.norm)
-    mesh = training.make_mesh(devices=topology_devices(TOPOLOGY))
+    mesh = training.make_mesh(devices=topology_devices(topology))
     compiled, args = steps.abstract_step(dataclasses.replace(network, model=model), mesh, parallel_by="jit")
-    report = compile_report(compiled, *args, topology=TOPOLOGY)
+    report = compile_report(compiled, *args, topology=topology)
     if report.memory is None:
         raise RuntimeError(f"{name} with {norm} does not compile: {report.error}")
-    return {"GiB": report.hbm_bytes / 2**30, "memory": report.memory.total / 2**30}
+    return {"GiB": report.hbm_bytes / 2**30, "memory": report.memory.total / 2**30, "bound": 1000 * report.bound}
+
+
+def layers_table(layers: list[dict[str, Any]]) -> str:
+    """Returns the table of the passes of one layer."""
+    from bnjax.studies.evidence.results import markdown_table
+
+    head = ["", "input", "dtype", "mask", "chips", "forward", "both in one program", "backward alone", "kept for it"]
+    cells = [
+        [r["norm"], "×".join(map(str, r["shape"])), r["dtype"], "yes" if r["masked"] else "no", r["topology"]]
+        + [f"{r[n]:.2f}" for n in NUMBERS]
+        for r in layers
+    ]
+    return markdown_table(head, cells)
+
+
+def steps_table(networks: list[dict[str, Any]]) -> str:
+    """Returns the table of whole training steps."""
+    from bnjax.studies.evidence.results import markdown_table
+
+    flax = {(r["step"], r["topology"]): r for r in networks if r["norm"] == "flax"}
+    head = ["step", "chips", "batch norm", "GiB read and written", "to Flax's", "GiB on the chip", "to Flax's", "ms"]
+    cells = []
+    for r in networks:
+        of_flax = flax[r["step"], r["topology"]]
+        ratios = [t for unit in ("GiB", "memory") for t in (f"{r[unit]:.2f}", f"{r[unit] / of_flax[unit]:.2f}")]
+        cells.append([r["step"], r["topology"], r["norm"], *ratios, f"{r['bound']:.2f}"])
+    return markdown_table(head, cells)
 
 
 def main() -> None:
     """Prints the tables; with --json it saves them too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default="cifar,resnet50", help="training steps (default %(default)s; '' for none)")
+    parser.add_argument("--steps", default=",".join(STEPS), help="training steps (default %(default)s; '' for none)")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
     options = parser.parse_args()
-    from bnjax.studies.evidence.results import markdown_table
     from bnjax.training.ahead_of_time import tpu_environment
 
     os.environ.update(tpu_environment())
@@ -162,26 +199,14 @@ def main() -> None:
                 for norm in norms:
                     settings = {"norm": norm, "dtype": dtype.__name__, "masked": masked, "topology": topology}
                     layers.append({**settings, "shape": shape, **passes(norm, dtype, masked, topology, shape)})
-    head = ["", "input", "dtype", "mask", "chips", "forward", "both in one", "backward alone", "kept for it"]
-    cells = [
-        [r["norm"], "×".join(map(str, r["shape"])), r["dtype"], "yes" if r["masked"] else "no", r["topology"]]
-        + [f"{r[n]:.2f}" for n in NUMBERS]
-        for r in layers
-    ]
-    print(f"passes over the input\n\n{markdown_table(head, cells)}\n", flush=True)
+    print(f"passes over the input\n\n{layers_table(layers)}\n", flush=True)
     for name in filter(None, options.steps.split(",")):
-        for norm in ("bnjax", "bnjax, by the policy", "flax", "none"):
-            networks.append({"step": name, "norm": norm, **step(name, norm)})
-            print(networks[-1], flush=True)
-    head = ["training step", "batch norm", "GiB read and written", "to Flax's", "GiB on the chip", "to Flax's"]
-    flax = {r["step"]: r for r in networks if r["norm"] == "flax"}
-    cells = [
-        [r["step"], r["norm"]]
-        + [text for unit in ("GiB", "memory") for text in (f"{r[unit]:.2f}", f"{r[unit] / flax[r['step']][unit]:.2f}")]
-        for r in networks
-    ]
-    print(f"\n{markdown_table(head, cells)}")
-    save(options.json, {"topology": TOPOLOGY, "layers": layers, "steps": networks})
+        for topology, norms in STEPS[name].items():
+            for norm in norms:
+                networks.append({"step": name, "norm": norm, "topology": topology, **step(name, norm, topology)})
+                print(networks[-1], flush=True)
+    print(f"\n{steps_table(networks)}")
+    save(options.json, {"layers": layers, "steps": networks})
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from jaxtyping import Array
 
 from bnjax._checks import Shape
 from bnjax._compat import is_in_jet
+from bnjax._counts import nonzero, product_of
 from bnjax._sums import expand, of_size_one, reduced_axes, repeats
-from bnjax._sync import Moments, nonzero, split_axis
+from bnjax._sync import Moments, split_axis
 
 _MOST = 2**14  # elements of a block, whose sums are exact
 _EXPONENT, _MANTISSA = 8, 7  # explicit bits of bfloat16
@@ -62,7 +63,7 @@ def exact_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Mom
     upper_sums = lax.reduce_precision(sums, _EXPONENT, _OF_SUM)
     squares_about_s = (uppers - s * upper_sums) + lowers - s * (sums - upper_sums) - s * about_s
     offset = total(about_s) / n
-    var = total(squares_about_s / n) - jnp.square(offset)
+    var = total(squares_about_s / n) - product_of(offset, offset)
     mean, var = (
         v.squeeze(reduced_axes(values, axes)) for v in ((s + offset) / _SCALE, jnp.maximum(var, 0) / _SCALE**2)
     )

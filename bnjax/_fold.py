@@ -25,7 +25,7 @@ from bnjax._product import Product, matmul, product_moments
 from bnjax._remat import named_input
 from bnjax._sums import expand, without_masked_extremes
 from bnjax._sync import Moments, select, vary_like
-from bnjax.norm import BatchStats, Call, batch_norm_of
+from bnjax.norm import BatchStats, Call, Result, batch_norm_of, trained
 
 # What a layer's product may not have; where the layer has no such attribute, it has none of this.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -40,8 +40,12 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def product_batch_norm_of(call: Call) -> tuple[Array, BatchStats, Moments]:
+def product_batch_norm_of(call: Call) -> Result:
     """Computes `batch_norm` in training of a checked call whose input is a `Product`."""
+    return trained(call, _train)
+
+
+def _train(call: Call) -> tuple[Array, BatchStats, Moments]:
     product: Any = call.x
     inputs, kernel = product.inputs, product.kernel
     if call.weights is not None:

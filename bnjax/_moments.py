@@ -25,6 +25,7 @@ from jaxtyping import Array, ArrayLike, Shaped
 from bnjax import _checks, _exact
 from bnjax._checks import Axes, Shape
 from bnjax._compat import is_in_jet
+from bnjax._counts import nonzero
 from bnjax._remat import keeping_arguments
 from bnjax._sampled import SAMPLES, sampled_moments
 from bnjax._sums import count_of, expand, has_weight, reduced_axes, reduced_size, sum_of, weigh, without_masked_extremes
@@ -39,7 +40,6 @@ from bnjax._sync import (
     merge_over_mesh_axis,
     merge_over_shards,
     merge_over_vmapped_axis,
-    nonzero,
     psum,
     shard_like,
     shards_of,
@@ -47,7 +47,7 @@ from bnjax._sync import (
     vary_like,
 )
 
-_EXACT_ON = ("tpu",)  # platforms on which numbers of bfloat16 are summed exactly: elsewhere it costs more than it saves
+EXACT_ON = ("tpu",)  # platforms on which numbers of bfloat16 are summed exactly: elsewhere it costs more than it saves
 _FEWEST_SAMPLES = 16  # those of a shard
 _FEWEST_OF_COLUMN = 4  # those of an index of an axis
 _ROWS_OF_TILE = 8  # rows of an array that TPU keeps together
@@ -165,10 +165,17 @@ def _moments_without_rule(
     local_moments: Callable[..., Moments],
 ) -> Moments:
     """Computes moments of real `x`, over all members of a mesh axis or local, given what computes the local ones."""
-    local = local_moments(x, weights, axes)
+    # Within `jet` there are no programs, since what it has no rules for could not be told there.
+    local = (local_moments if is_in_jet(x) else _shared_program(local_moments, EXACT_ON))(x, weights, axes)
     if axis_name is None:
         return local
     return merge_over_mesh_axis(local, axis_name, groups, counts_differ=weights is not None)
+
+
+@functools.cache
+def _shared_program(local_moments: Callable[..., Moments], exact_on: tuple[str, ...]) -> Callable[..., Moments]:
+    """Returns a program of local moments, traced once for its derivatives and for all layers of one shape."""
+    return jax.jit(lambda x, weights, axes: local_moments(x, weights, axes), static_argnums=2)
 
 
 _real_moments = jax.custom_jvp(_moments_without_rule, nondiff_argnums=(2, 3, 4, 5))
@@ -257,7 +264,7 @@ def _exactly_or(
     """Computes moments exactly where the dtype and the platform have such sums, and elsewhere about samples' means."""
     if not _exact.can_sum(x, weights, axes):
         return about_samples(x, weights)
-    return lax.platform_dependent(x, weights, default=about_samples, **dict.fromkeys(_EXACT_ON, exactly))
+    return lax.platform_dependent(x, weights, default=about_samples, **dict.fromkeys(EXACT_ON, exactly))
 
 
 def _sampled_moments_of_shards(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:

@@ -29,6 +29,7 @@ from jax import lax
 from jaxtyping import Array
 
 from bnjax import _dtypes
+from bnjax._counts import nonzero
 from bnjax._moments import by_parts, moments_of_part
 from bnjax._remat import keeping_arguments
 from bnjax._sums import expand, has_weight, of_size_one, weigh
@@ -39,7 +40,6 @@ from bnjax._sync import (
     is_mesh_axis,
     merge_over_mesh_axis,
     merge_over_vmapped_axis,
-    nonzero,
     shards_of,
 )
 
@@ -48,6 +48,7 @@ _FAR = 64  # variances in the square of a mean that counts as far from zero
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # of a few numbers for each channel
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Product:
     """A product `inputs @ kernel + bias` that stands for itself as the input of a batch norm.
@@ -105,15 +106,14 @@ def product_moments(
 def _moments_of_part(inputs: Array, weights: Array | None, kernel: Array) -> Moments:
     """Computes the moments of a product's features, and behind these its inputs', of one part of a batch."""
     axes = (inputs.ndim - 1,)
-    weights, count, unit = of_size_one(weights, _dtypes.wide(inputs.dtype), inputs.shape, axes)
     of_inputs = moments_of_part(inputs, weights, axes)
+    weights, count, _ = of_size_one(weights, of_inputs.mean.dtype, inputs.shape, axes)
     mean, kernel = of_inputs.mean, kernel.astype(of_inputs.mean.dtype)
     shift = _shift(of_inputs, inputs.dtype)
     offset = mean - shift
     covariance = _squares_about(inputs, weights, shift) / nonzero(count) - offset[:, None] * offset[None, :]
     var = jnp.concatenate([(kernel * matmul(covariance, kernel)).sum(0), jnp.zeros_like(mean)])  # of y alone
-    m = Moments(jnp.concatenate([matmul(mean, kernel), mean]), jnp.maximum(var, 0), count)
-    return m if unit is None else m._replace(count=count * unit)
+    return Moments(jnp.concatenate([matmul(mean, kernel), mean]), jnp.maximum(var, 0), of_inputs.count)
 
 
 def _shift(m: Moments, dtype: Any) -> Array:

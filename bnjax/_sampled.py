@@ -14,8 +14,9 @@ from jaxtyping import Array
 from bnjax import _dtypes
 from bnjax._checks import Shape
 from bnjax._compat import is_in_jet
-from bnjax._sums import expand, has_weight, of_size_one, reduced_axes, reduced_size, sum_of, weigh
-from bnjax._sync import Moments, explicitly_sharded, nonzero
+from bnjax._counts import nonzero, product_of
+from bnjax._sums import count_of, expand, has_weight, of_size_one, reduced_axes, reduced_size, sum_of, weigh
+from bnjax._sync import Moments, explicitly_sharded
 
 SAMPLES = 256  # elements per feature
 _GOLDEN = (math.sqrt(5) - 1) / 2  # the steps of which leave no large gap, wherever they end
@@ -42,17 +43,23 @@ def sampled_moments(x: Array, weights: Array | None, axes: tuple[int, ...], samp
     scaled = (x.astype(dtype) - shift_of_square) * expand(unit, x.ndim, axes)
     square = sum_of(weigh(jnp.square(scaled), weights), axes) / (nonzero(count) * unit * unit)
     count = count if unit_of_weights is None else count * unit_of_weights
-    return Moments(shift + offset, jnp.maximum(square - jnp.square(offset), 0), count)
+    return Moments(shift + offset, jnp.maximum(square - product_of(offset, offset), 0), count)
 
 
 def provisional_mean(
     x: Array, weights: Array | None, axes: tuple[int, ...], samples: int | None = SAMPLES
 ) -> tuple[Array, Array]:
-    """Returns the mean of a sample of each feature, and the largest distance of a sampled element from it."""
+    """Returns the mean of a sample of each feature, and the largest distance of a sampled element from it.
+
+    The weights are those that `of_size_one` returns. Taken once more by it they would be 0 / 0 where all are zero, as
+    XLA makes one division of two.
+    """
     sampled, weights, axes = _sample(x, weights, axes, samples)
     sampled = sampled.astype(_dtypes.wide(x.dtype))
-    is_seen = None if weights is None else has_weight(weights)
-    weights, count, _ = of_size_one(weights, sampled.dtype, sampled.shape, axes)
+    if weights is None:
+        is_seen, count = None, jnp.asarray(reduced_size(sampled.shape, axes), sampled.dtype)
+    else:
+        is_seen, count = has_weight(weights), count_of(weights.astype(sampled.dtype), sampled.shape, axes)
     shift = sum_of(weigh(sampled, weights), axes) / nonzero(count)
     distances = weigh(jnp.abs(sampled - expand(shift, sampled.ndim, axes)), is_seen)
     return shift, distances.max(reduced_axes(sampled, axes), initial=0)

@@ -21,11 +21,10 @@ moments, which among many devices costs more than a second sum. (A single sum of
 mean² / var costs, and a second one in that case alone would be a collective under a condition, for which devices that
 decide differently wait forever.)
 
-Under vmap, where JAX may trace a derivative rule when the axis is no longer bound, a second sum costs nothing. The
-shards of an array that XLA partitions are no mapped axis at all: they are split off by a reshape, and the sum over the
-new axis becomes XLA's collective, where it is split. Ghost batches don't become one batch: their statistics are
-averaged, without what their means differ by. (Groups of devices that train with statistics of their own are merged pair
-by pair, by `bnjax.training.merge_batch_stats`.)
+Under vmap, where JAX may trace a derivative rule when the axis is no longer bound, a second sum costs nothing. Shards
+that XLA makes are no mapped axis: they are split off by a reshape, and the sum over the new axis becomes XLA's
+collective where it is split. Ghost batches don't become one: their statistics are averaged, without what their means
+differ by. (Groups of devices with statistics of their own are merged by `bnjax.training.merge_batch_stats`.)
 
 Reference: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
 """
@@ -44,6 +43,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Inexact
 
 from bnjax._compat import as_varying, varying_axes
+from bnjax._counts import add_counts, nonzero, product_of
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -107,26 +107,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     delta = b.mean - a.mean
     mean = a.mean + delta * t
     parts = (delta.real, delta.imag) if jnp.iscomplexobj(delta) else (delta,)
-    between = sum((part * t) * (part * (1 - t)) for part in parts)  # a square alone could overflow
+    between = sum(product_of(part * t, part * (1 - t)) for part in parts)  # a square alone could overflow
     var = a.var * (1 - t) + b.var * t + between
     return Moments(mean, var, count, remainder)
-
-
-def add_counts(a: Any, a_remainder: Any, b: Any, b_remainder: Any = 0.0) -> tuple[Array, Array]:
-    """Adds counts that are each given by a rounded value and its remainder; returns the sum in the same form.
-
-    In float32 a sum of counts would stand still at 2^24. The remainder of the sum is computed without error, as
-
-        s = a + b        b' = s − a        remainder = (a − (s − b')) + (b − b')
-
-    References:
-      Knuth 1997, "The Art of Computer Programming", volume 2, section 4.2.2, theorem B.
-    """
-    rounded = a + b
-    of_b = rounded - a
-    remainder = (a - (rounded - of_b)) + (b - of_b) + (a_remainder + b_remainder)
-    count = rounded + remainder
-    return count, remainder - (count - rounded)
 
 
 def merge_over_mesh_axis(local: Moments, axis_name: AxisName, groups: Groups | None, *, counts_differ: bool) -> Moments:
@@ -188,7 +171,7 @@ def _by_two_sums(local: Moments, total: Callable[[Array], Array], size: int, cou
     share = local.count / nonzero(count)
     mean = total(share * local.mean)
     offset = jnp.where(local.count > 0, local.mean - mean, 0)  # the square of an empty part's may be infinite
-    return Moments(mean, total(share * local.var + (share * offset) * offset), count)
+    return Moments(mean, total(share * local.var + product_of(share * offset, offset)), count)
 
 
 def by_local_sums(parts: Moments, count: Array, counts_differ: bool) -> Moments:
@@ -254,11 +237,6 @@ def with_counts_of_features(m: Moments) -> Moments:
         match_explicit_sharding(jnp.broadcast_to(v, m.mean.shape), m.mean) for v in (m.count, jnp.asarray(m.remainder))
     )
     return m._replace(count=count, remainder=vary_like(remainder.astype(count.dtype), count))
-
-
-def nonzero(count: Array) -> Array:
-    """Returns the count, with one in place of zero, to divide by."""
-    return jnp.where(count > 0, count, 1)
 
 
 # --- sums over mapped axes, the same under vmap, pmap and shard_map ---------------------------------------------------

@@ -2,15 +2,17 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+import functools
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, DTypeLike, Inexact, Shaped
 
-from bnjax import _affine, _checks, _dtypes
+from bnjax import _affine, _checks, _dtypes, _moments
 from bnjax._checks import Axes
 from bnjax._compat import is_in_jet
 from bnjax._moments import checked_moments
@@ -162,10 +164,48 @@ def batch_norm(
 
 def batch_norm_of(call: "Call") -> Result:
     """Computes `batch_norm` of a checked call; its variants each have a function in its place."""
-    if not call.training:
-        return call.inference()
+    return trained(call, _train) if call.training else call.inference()
+
+
+def _train(call: "Call") -> tuple[Array, BatchStats, Moments]:
     m = call.moments()
     return call.output(*call.batch_statistics(m)), call.moved(m), m
+
+
+def trained(call: "Call", compute: Callable[["Call"], tuple[Array, BatchStats, Moments]]) -> Result:
+    """Computes a call in training by a program that all layers of the same shapes and options share.
+
+    So JAX traces and lowers it once, and calls outside of any program are compiled as a whole. `jet` looks into no such
+    program for what it has rules for.
+
+    Args:
+      call: the checked call.
+      compute: what computes it, a function of the module's level.
+    """
+    x = call.x.inputs if isinstance(call.x, Product) else call.x
+    if is_in_jet(x):
+        return compute(call)
+    numbers = {name: getattr(call, name) for name in ("momentum", "epsilon")}
+    known = tuple((name, value) for name, value in numbers.items() if isinstance(value, int | float))
+    dtype = None if call.dtype is None else jnp.dtype(call.dtype)
+    fixed = (call.axes, call.groups, call.axis_name, dtype, call.bessel_correction, known, _moments.EXACT_ON)
+    traced = {name: value for name, value in numbers.items() if not isinstance(value, int | float)}
+    arrays = {name: jnp.asarray(value) for name, value in call.params.items()}
+    y, moved, m = _shared_program(compute, fixed, call.x, call.weights, arrays, call.running(), traced)
+    return y, _with_statistics(call.batch_stats, moved), m
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _shared_program(compute, fixed, x, weights, params, running, traced):
+    axes, groups, axis_name, dtype, bessel_correction, known, _ = fixed
+    batch_stats: BatchStats = dict(zip(("mean", "var"), running, strict=True))
+    numbers = dict(known) | traced
+    return compute(
+        Call(
+            x, params, batch_stats, True, axes, weights, groups,
+            numbers["momentum"], numbers["epsilon"], axis_name, dtype, bessel_correction,
+        )
+    )  # fmt: skip
 
 
 def check_call(
@@ -340,7 +380,11 @@ def moved_batch_stats(batch_stats: BatchStats, m: Moments, momentum: Any) -> Bat
     running = {name: jnp.asarray(batch_stats[name]) for name in ("mean", "var")}
     moved = {n: move(running[n], match_explicit_sharding(getattr(m, n), running[n])) for n in running}
     usable = (m.count > 0) & jnp.isfinite(moved["mean"]) & jnp.isfinite(moved["var"])
-    moved = {name: select(usable, value, running[name]) for name, value in moved.items()}
+    return _with_statistics(batch_stats, {n: select(usable, value, running[n]) for n, value in moved.items()})
+
+
+def _with_statistics(batch_stats: BatchStats, moved: Mapping[str, Array]) -> BatchStats:
+    """Returns running statistics with others in their place, in a mapping of the same kind."""
     if isinstance(batch_stats, MutableMapping):
         new = copy.copy(batch_stats)
         new.update(moved)

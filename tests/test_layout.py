@@ -15,7 +15,7 @@ PACKAGE = Path(bnjax.__file__).parent
 # The floors of the house, from the ground up. Each module may import those before it, and no others.
 FLOORS = """
     _compat _extras _objective _checks _dtypes _remat
-    _sync _sums _sampled _exact _moments _product _affine
+    _counts _sync _sums _sampled _exact _moments _product _affine
     norm
     <root>
     variants: frozen ghost lp moving noisy renorm split .

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from bnjax._compat import check_pmap, enable_x64
+from bnjax._counts import add_counts
 from bnjax._functional import NOISE
 from bnjax._objective import Objective, inputs_of, losses_and_correctness, num_examples, phase, weights_of_losses
-from bnjax._sync import add_counts
 from bnjax.training import mesh as devices
 from bnjax.training.mesh import GROUP_AXIS, SYNC_AXIS
 from bnjax.training.state import TrainState, check_groups, check_statistics, check_sync, place_state

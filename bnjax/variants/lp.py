@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnjax import _dtypes
+from bnjax._counts import nonzero, product_of
 from bnjax._moments import checked_moments
 from bnjax._remat import keeping_arguments
 from bnjax._sums import expand, has_weight, without_masked_extremes
@@ -20,7 +21,6 @@ from bnjax._sync import (
     group_size,
     index_in_group,
     match_explicit_sharding,
-    nonzero,
     placed,
     psum,
 )
@@ -93,7 +93,8 @@ def lp_batch_norm_of(call: Call, p: Any) -> Result:
     elif p == 1:
         local = _moments_of_magnitude(call.x, call.weights, call.axes)
         share = local.count / nonzero(m.count)
-        m = m._replace(var=jnp.square(psum(share * local.mean, call.axis_name, call.groups)))
+        magnitude = psum(share * local.mean, call.axis_name, call.groups)
+        m = m._replace(var=product_of(magnitude, magnitude))
     else:
         norm = _largest_magnitude(call.x, call.weights, call.axes, call.axis_name, call.groups)
         m = m._replace(var=jnp.square(norm))

@@ -1,0 +1,78 @@
+"""Accuracies of networks trained in bfloat16 with folded batch norms and with the plain pairs, from the same seeds.
+
+It trains ResNet-18, of which the projections are folded, and a network of bottlenecks, of which each block's last
+convolution is, for CIFAR-10, and says whether the accuracies differ: by the 95 % interval of the paired differences.
+
+    python benchmarks/compare_folding.py --json folding.json
+"""
+
+import argparse
+import functools
+
+from common import device, save
+
+
+def accuracies(build, seeds: int, epochs: int, examples: int, fold, images) -> list[float]:
+    """Returns the accuracy on the test set for each seed."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from bnjax import training
+    from bnjax.linen import BatchNorm
+
+    norm = functools.partial(BatchNorm, momentum=0.9, dtype=jnp.bfloat16)
+    model = build(10, norm, stem="cifar", width=16, dtype=jnp.bfloat16, fold=fold)
+    steps = epochs * (examples // 64)
+    optimizer = optax.sgd(optax.cosine_decay_schedule(0.05, steps), momentum=0.9, nesterov=True)
+    epoch = jax.jit(functools.partial(training.train_epoch, batch_size=64, objective=training.cross_entropy))
+
+    def to_numbers(x):
+        return jnp.asarray(x / 255 - 0.5, jnp.bfloat16)
+
+    x, y = to_numbers(images.train.x[:examples]), images.train.y[:examples]
+    of_test = to_numbers(images.test.x), images.test.y
+    found = []
+    for seed in range(seeds):
+        key = jax.random.key(seed)
+        state = training.create_train_state(model, optimizer, key, jnp.zeros((1, 32, 32, 3), jnp.bfloat16))
+        for number in range(epochs):
+            state, _ = epoch(state, jax.random.fold_in(key, number), x, y)
+        metrics = training.evaluate_in_batches(state, *of_test, objective=training.cross_entropy, batch_size=500)
+        found.append(float(metrics.accuracy))
+        print(f"{build.__name__}, fold={fold!r}, seed {seed}: {found[-1]:.4f}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Prints accuracies and their differences; with --json it saves them too."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each network (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="passes over the examples (default %(default)s)")
+    parser.add_argument("--examples", type=int, default=12800, help="images of the training set (default %(default)s)")
+    parser.add_argument("--data-dir", help="where TensorFlow Datasets keeps CIFAR-10")
+    parser.add_argument("--json", metavar="FILE", help="save the numbers")
+    options = parser.parse_args()
+    import numpy as np
+
+    from bnjax import models
+    from bnjax.studies import data
+    from bnjax.studies.evidence.statistics import interval
+
+    def bottlenecks(classes, norm, **others):
+        return models.ResNet(classes, norm, (1, 1, 1), bottleneck=True, **others)
+
+    images = data.images("cifar10", options.data_dir)
+    measured = {}
+    for build in (models.resnet18, bottlenecks):
+        settings = options.seeds, options.epochs, options.examples
+        of_fold = {fold: accuracies(build, *settings, fold, images) for fold in ("auto", False)}
+        found = {"folded": of_fold["auto"], "pair": of_fold[False]}
+        difference = interval(np.subtract(found["folded"], found["pair"]))
+        measured[build.__name__] = {**found, "difference": difference._asdict()}
+        print(f"{build.__name__}, folded less pair: {difference.text()}", flush=True)
+    save(options.json, {"device": device(), "epochs": options.epochs, "examples": options.examples, **measured})
+
+
+if __name__ == "__main__":
+    main()
