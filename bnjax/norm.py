@@ -185,25 +185,24 @@ def trained(call: "Call", compute: Callable[["Call"], tuple[Array, BatchStats, M
     x = call.x.inputs if isinstance(call.x, Product) else call.x
     if is_in_jet(x):
         return compute(call)
-    numbers = {name: getattr(call, name) for name in ("momentum", "epsilon")}
-    known = tuple((name, value) for name, value in numbers.items() if isinstance(value, int | float))
+    forgets = isinstance(call.momentum, int | float) and call.momentum == 0  # a rule of its own, not a number
     dtype = None if call.dtype is None else jnp.dtype(call.dtype)
-    fixed = (call.axes, call.groups, call.axis_name, dtype, call.bessel_correction, known, _moments.EXACT_ON)
-    traced = {name: value for name, value in numbers.items() if not isinstance(value, int | float)}
-    arrays = {name: jnp.asarray(value) for name, value in call.params.items()}
-    y, moved, m = _shared_program(compute, fixed, call.x, call.weights, arrays, call.running(), traced)
+    fixed = (call.axes, call.groups, call.axis_name, dtype, call.bessel_correction, forgets, _moments.EXACT_ON)
+    numbers = () if forgets else (call.momentum,), call.epsilon
+    params = {name: jnp.asarray(value) for name, value in call.params.items()}
+    y, moved, m = _shared_program(compute, fixed, call.x, call.weights, params, call.running(), numbers)
     return y, _with_statistics(call.batch_stats, moved), m
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _shared_program(compute, fixed, x, weights, params, running, traced):
-    axes, groups, axis_name, dtype, bessel_correction, known, _ = fixed
+def _shared_program(compute, fixed, x, weights, params, running, numbers):
+    axes, groups, axis_name, dtype, bessel_correction, forgets, _ = fixed
+    momentum, epsilon = 0 if forgets else numbers[0][0], numbers[1]
     batch_stats: BatchStats = dict(zip(("mean", "var"), running, strict=True))
-    numbers = dict(known) | traced
     return compute(
         Call(
             x, params, batch_stats, True, axes, weights, groups,
-            numbers["momentum"], numbers["epsilon"], axis_name, dtype, bessel_correction,
+            momentum, epsilon, axis_name, dtype, bessel_correction,
         )
     )  # fmt: skip
 

@@ -681,6 +681,16 @@ def test_bad_input_is_a_clear_error_at_trace_time(case):
         f() if case == "text" else jax.eval_shape(f)
 
 
+def test_calls_of_one_shape_are_compiled_once():
+    """Whatever the momentum, the epsilon and the values; outside of any program too."""
+    x = jnp.arange(77.0).reshape(11, 7)
+    params, stats = init_batch_norm(7)
+    before = bnjax.norm._shared_program._cache_size()
+    for step in range(1, 5):
+        _, stats = batch_norm(x + step, params, stats, training=True, momentum=1 - 1 / (step + 1), epsilon=0.1 / step)
+    assert bnjax.norm._shared_program._cache_size() == before + 1
+
+
 def test_traced_training_is_an_error():
     arguments = {**GOOD}
     x, _ = arguments.pop("x"), arguments.pop("training")
