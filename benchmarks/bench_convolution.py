@@ -16,7 +16,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from common import device, save, spread, take_turns
+import tables
+from common import device, save, take_turns
 
 STEPS = 2
 NETWORKS = ("cifar", "smoothness", "accelerating")
@@ -83,8 +84,7 @@ def main() -> None:
         ratios[network] = {
             way: [a / b for a, b in zip(values, published, strict=True)] for way, values in seconds.items()
         }
-        for way in WAYS:
-            print(f"{network:13} {way:18} {spread(ratios[network][way])} times the published way", flush=True)
+        print(tables.convolution({"ratios": {network: ratios[network]}}), flush=True)
     medians = {n: {way: round(statistics.median(v), 2) for way, v in r.items()} for n, r in ratios.items()}
     save(options.json, {"device": device(), "steps": STEPS, "medians": medians, "ratios": ratios})
 

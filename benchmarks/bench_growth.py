@@ -226,7 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 16)
     keep_freed_memory()
-    from bnjax.studies.evidence.results import markdown_table
+    import tables
 
     measured = []
     for question in options.questions.split(","):
@@ -236,9 +236,9 @@ def main() -> None:
             f"{size:,}: {r:.2f}" for size, r in zip(result["sizes"], result["to the first"], strict=True)
         )
         print(f"{result['what']}, to the first size: {growth} ({result['took']:.0f} s)", flush=True)
-    rows = [[f["what"], f["of"], f"{f['exponent']:.2f}", f"{f['exponent of the larger']:.2f}"] for f in measured]
-    print(f"\n{markdown_table(['time of', 'against', 'exponent', 'of the larger half'], rows)}")
-    save(options.json, {"device": device(), "measured": measured})
+    result = {"device": device(), "measured": measured}
+    print(f"\n{tables.growth(result)}")
+    save(options.json, result)
 
 
 if __name__ == "__main__":

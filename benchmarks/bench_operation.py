@@ -15,11 +15,11 @@ import argparse
 import functools
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from common import device, save, spread, take_turns, torch_place
+from common import PEERS, device, save, take_turns, torch_place
 
 SHAPES = ("64x56x56x64", "128x28x28x128", "32x112x112x64", "256x7x7x2048", "4096x1024", "65536x256")
 EPSILON = 1e-5
@@ -34,13 +34,10 @@ def reference(x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, rsigma * (g - g.mean(0) - x * (g * x).mean(0))
 
 
-def jax_contestants(features: int, ndim: int) -> dict[str, tuple[Callable, bool]]:
-    """Returns functions `(x, params) -> (y, state)`, and whether their features come second."""
-    import equinox as eqx
-    import haiku as hk
+def jax_contestants(features: int, ndim: int, peers: Sequence[str]) -> dict[str, tuple[Callable, bool]]:
+    """Returns functions `(x, params) -> (y, state)` of bnjax and its peers, and whether their features come second."""
     import jax
     import jax.numpy as jnp
-    import keras
     from flax import linen as nn
     from flax import nnx
 
@@ -57,37 +54,52 @@ def jax_contestants(features: int, ndim: int) -> dict[str, tuple[Callable, bool]
         layer.scale[...], layer.bias[...] = params["scale"], params["bias"]
         return layer(x), (layer.mean[...], layer.var[...])
 
-    def haiku(x, params):
-        f = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.99)(x, is_training=True))
-        _, state = f.init(None, jnp.zeros((1,) * (ndim - 1) + (features,)))
-        scale, offset = (
-            params[name].astype(x.dtype).reshape((1,) * (ndim - 1) + (features,)) for name in ("scale", "bias")
-        )
-        return f.apply({"batch_norm": {"scale": scale, "offset": offset}}, state, None, x)
+    def of_haiku():
+        import haiku as hk
 
-    def equinox(x, params):
-        layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(features, "batch", mode="batch")
-        layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (params["scale"], params["bias"]))
-        y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
-        return y.astype(x.dtype), jax.tree.leaves(state)
+        def call(x, params):
+            f = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.99)(x, is_training=True))
+            _, state = f.init(None, jnp.zeros((1,) * (ndim - 1) + (features,)))
+            shape = (1,) * (ndim - 1) + (features,)
+            scale, offset = (params[name].astype(x.dtype).reshape(shape) for name in ("scale", "bias"))
+            return f.apply({"batch_norm": {"scale": scale, "offset": offset}}, state, None, x)
 
-    keras_layer = keras.layers.BatchNormalization(epsilon=EPSILON)
-    keras_layer.build((1,) * (ndim - 1) + (features,))
+        return call
 
-    def of_keras(x, params):
-        moving = [v.value for v in keras_layer.non_trainable_variables]
-        y, moving = keras_layer.stateless_call([params["scale"], params["bias"]], moving, x, training=True)
-        return y.astype(x.dtype), moving
+    def of_equinox():
+        import equinox as eqx
 
-    return {
-        "bnjax": (lambda x, params: bnjax.batch_norm(x, params, stats, training=True), False),
-        "flax linen": (linen, False),
-        "flax linen, two-pass": (functools.partial(linen, use_fast_variance=False), False),
-        "flax nnx": (of_nnx, False),
-        "haiku": (haiku, False),
-        "equinox": (equinox, True),
+        def call(x, params):
+            layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(features, "batch", mode="batch")
+            layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (params["scale"], params["bias"]))
+            y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+            return y.astype(x.dtype), jax.tree.leaves(state)
+
+        return call
+
+    def of_keras():
+        import keras
+
+        layer = keras.layers.BatchNormalization(epsilon=EPSILON)
+        layer.build((1,) * (ndim - 1) + (features,))
+
+        def call(x, params):
+            moving = [v.value for v in layer.non_trainable_variables]
+            y, moving = layer.stateless_call([params["scale"], params["bias"]], moving, x, training=True)
+            return y.astype(x.dtype), moving
+
+        return call
+
+    makers: dict[str, tuple[Callable, bool]] = {
+        "bnjax": (lambda: lambda x, params: bnjax.batch_norm(x, params, stats, training=True), False),
+        "flax linen": (lambda: linen, False),
+        "flax linen, two-pass": (lambda: functools.partial(linen, use_fast_variance=False), False),
+        "flax nnx": (lambda: of_nnx, False),
+        "haiku": (of_haiku, False),
+        "equinox": (of_equinox, True),
         "keras": (of_keras, False),
     }
+    return {name: (make(), second) for name, (make, second) in makers.items() if name in ("bnjax", *peers)}
 
 
 def of_jax(f: Callable, x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, second: bool) -> Callable:
@@ -142,25 +154,32 @@ def of_torch(x: np.ndarray, g: np.ndarray, dtype: str, backward: bool, channels_
     return call
 
 
-def limits(x: np.ndarray, dtype: str) -> dict[str, Callable]:
-    """Returns calls that sum and copy an array, by XLA and by PyTorch."""
+def limits(x: np.ndarray, dtype: str, peers: Sequence[str]) -> dict[str, Callable]:
+    """Returns calls that sum and copy an array, by XLA and where it is among the peers by PyTorch."""
     import jax
     import jax.numpy as jnp
+
+    of_jax = jnp.asarray(x).astype(dtype)
+    total, twice = jax.jit(lambda x: x.sum(dtype=jnp.float32)), jax.jit(lambda x: x * 2)
+    calls = {
+        "sum, XLA": lambda: total(of_jax).block_until_ready(),
+        "copy, XLA": lambda: twice(of_jax).block_until_ready(),
+    }
+    if "torch" not in peers:
+        return calls
     import torch
 
     place, wait = torch_place()
     of_torch = torch.from_numpy(x).to(place, getattr(torch, dtype))
-    of_jax = jnp.asarray(x).astype(dtype)
-    total, twice = jax.jit(lambda x: x.sum(dtype=jnp.float32)), jax.jit(lambda x: x * 2)
-    return {
-        "sum, XLA": lambda: total(of_jax).block_until_ready(),
-        "copy, XLA": lambda: twice(of_jax).block_until_ready(),
+    return calls | {
         "sum, PyTorch": lambda: (of_torch.sum(dtype=torch.float32), wait()),
         "copy, PyTorch": lambda: (of_torch * 2, wait()),
     }
 
 
-def measure(shape: tuple[int, ...], dtype: str, backward: bool, rounds: int) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, ...], dtype: str, backward: bool, rounds: int, peers: Sequence[str] = PEERS
+) -> dict[str, Any]:
     """Measures times and errors of all contestants at one shape."""
     rng = np.random.default_rng(0)
     x = rng.normal(1, 2, shape).astype(np.float32)
@@ -172,11 +191,11 @@ def measure(shape: tuple[int, ...], dtype: str, backward: bool, rounds: int) -> 
     shifted = x + 2000
 
     def contestants(x):
-        jax_functions = jax_contestants(shape[-1], len(shape))
+        jax_functions = jax_contestants(shape[-1], len(shape), peers)
         calls = {name: of_jax(f, x, g, dtype, backward, second) for name, (f, second) in jax_functions.items()}
-        calls["torch"] = of_torch(x, g, dtype, backward, False)
-        if len(shape) == 4:
-            calls["torch, channels last"] = of_torch(x, g, dtype, backward, True)
+        for name in ("torch", "torch, channels last"):
+            if name in peers and (name == "torch" or len(shape) == 4):
+                calls[name] = of_torch(x, g, dtype, backward, name != "torch")
         return calls
 
     def errors(calls, x):
@@ -193,42 +212,11 @@ def measure(shape: tuple[int, ...], dtype: str, backward: bool, rounds: int) -> 
         result["hard errors"] = errors(contestants(shifted), shifted)
     calls = contestants(x)
     result["errors"] = errors(calls, x)
-    result["seconds"] = take_turns({**calls, **limits(x, dtype)}, rounds)
+    result["seconds"] = take_turns({**calls, **limits(x, dtype, peers)}, rounds)
     medians = {name: statistics.median(times) for name, times in result["seconds"].items()}
     total, copy = (min(v for name, v in medians.items() if name.startswith(kind)) for kind in ("sum", "copy"))
     result["limit"] = 4 * total + 2 * copy if backward else total + copy
     return result
-
-
-def rows(measurement: dict[str, Any]) -> list[list[str]]:
-    """Returns the rows of the printed table."""
-    ours = measurement["seconds"]["bnjax"]
-    lines = []
-    for name, times in measurement["seconds"].items():
-        if name.startswith(("sum", "copy")):
-            continue
-        ratios = [a / b for a, b in zip(ours, times, strict=True)]
-        lines.append(
-            [
-                name,
-                spread(ratios) if name != "bnjax" else "1",
-                f"{statistics.median(times) / measurement['limit']:.2f}",
-                " / ".join(f"{e:.0e}" for e in measurement["errors"][name]),
-                " / ".join(f"{e:.0e}" for e in measurement["hard errors"][name])
-                if "hard errors" in measurement
-                else "",
-            ]
-        )
-    return lines
-
-
-HEAD = ["", "bnjax's time to its", "to the limit", "error of y / dx", "of a large mean"]
-
-
-def title(measurement: dict[str, Any]) -> str:
-    """Returns the title of one measurement."""
-    direction = "forward + backward" if measurement["backward"] else "forward"
-    return f"{'×'.join(map(str, measurement['shape']))}, {measurement['dtype']}, {direction}"
 
 
 def main() -> None:
@@ -236,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="shapes (default %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="dtypes (default %(default)s)")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, metavar="PEER", help=f"of {PEERS}; all")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contestant (default %(default)s)")
     parser.add_argument("--keep-memory", action="store_true", help="see bnjax.training.host.keep_freed_memory")
     parser.add_argument("--json", metavar="FILE", help="save the numbers")
@@ -246,16 +235,24 @@ def main() -> None:
         from bnjax.training.host import keep_freed_memory
 
         keep_freed_memory()
-    from bnjax.studies.evidence.results import markdown_table
+    import tables
 
     measured = []
     for dtype in options.dtypes.split(","):
         for shape in options.shapes.split(","):
             for backward in (False, True):
-                measurement = measure(tuple(map(int, shape.split("x"))), dtype, backward, options.rounds)
+                measurement = measure(tuple(map(int, shape.split("x"))), dtype, backward, options.rounds, options.peers)
                 measured.append(measurement)
-                print(f"\n{title(measurement)}\n\n{markdown_table(HEAD, rows(measurement))}", flush=True)
-    save(options.json, {"device": device(), "keeps memory": options.keep_memory, "measured": measured})
+                print(f"{dtype}, {shape}, {'forward + backward' if backward else 'forward'}: measured", flush=True)
+    result = {"device": device(), "keeps memory": options.keep_memory, "measured": measured}
+    for dtype in options.dtypes.split(","):
+        of_dtype = [measurement for measurement in measured if measurement["dtype"] == dtype]
+        print(f"\nbnjax's time to its peers'. {tables.operation({'measured': of_dtype}, dtype)}")
+        for name in ("bnjax", *options.peers):
+            of_peer = [measurement["errors"][name] for measurement in of_dtype if name in measurement["errors"]]
+            if of_peer:
+                print(f"largest error of output and gradient, {name}: {max(map(max, of_peer)):.0e}")
+    save(options.json, result)
 
 
 if __name__ == "__main__":

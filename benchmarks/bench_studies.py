@@ -13,7 +13,6 @@ own that take turns. Keras trains each network once, on JAX and on PyTorch; bnja
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -197,21 +196,6 @@ def ratios(seconds: dict[str, dict[str, list[float]]], backend: str) -> dict[str
     }
 
 
-def rows(measurement: dict[str, Any]) -> list[list[str]]:
-    """Returns the rows of the table, which says how many times less time bnjax takes for a training."""
-    lines = []
-    for backend, by_kind in measurement["ratios"].items():
-        cells = [
-            f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" if (v := by_kind.get(kind)) else ""
-            for kind in ("cold", "cached", "warm")
-        ]
-        lines.append([measurement["study"], f"Keras on {backend}", *cells])
-    return lines
-
-
-HEAD = ["study", "against", "cold", "cold, programs cached", "warm"]
-
-
 def main() -> None:
     """Prints the table; with --json it saves the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,16 +208,15 @@ def main() -> None:
     if options.data_dir:
         CHOICES["mnist"]["data_dir"] = options.data_dir
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from bnjax.studies.evidence.results import markdown_table
+    import tables
 
-    measured, lines = [], []
+    measured = []
     with tempfile.TemporaryDirectory() as scratch:
         for study in options.studies.split(","):
             measured.append(measure(study, options.repeats, options.backends.split(","), Path(scratch)))
-            lines += rows(measured[-1])
-            print(markdown_table(HEAD, rows(measured[-1])), flush=True)
+            print(tables.studies(measured[-1:]), flush=True)
     print("\nhow many times less time bnjax takes for a training\n")
-    print(markdown_table(HEAD, lines))
+    print(tables.studies(measured))
     save(options.json, {"device": device(), "measured": measured})
 
 

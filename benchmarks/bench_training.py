@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from common import device, save, spread, take_turns, torch_place
+from common import device, save, take_turns, torch_place
 
 SIDE = 32
 NETWORKS = ("cifar", "resnet18")
@@ -207,14 +207,13 @@ def main() -> None:
         from bnjax.training.host import keep_freed_memory
 
         keep_freed_memory()
-    from bnjax.studies.evidence.results import markdown_table
+    import tables
 
     measured = []
     for network in options.networks.split(","):
         result = measure(network, options.rounds)
         measured.append(result)
-        rows = [[name, spread(values)] for name, values in result["ratios"].items()]
-        print(f"\n{network}, {result['batch']} images\n\n{markdown_table(['', 'bnjax to it'], rows)}", flush=True)
+        print(f"\n{tables.training({'measured': [result]})}", flush=True)
     save(options.json, {"device": device(), "keeps memory": options.keep_memory, "measured": measured})
 
 

@@ -8,6 +8,17 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+PEERS = (
+    "flax linen",
+    "flax linen, two-pass",
+    "flax nnx",
+    "haiku",
+    "equinox",
+    "keras",
+    "torch",
+    "torch, channels last",
+)
+"""Whose batch norms the operation's benchmark measures."""
 LIBRARIES = ("jax", "flax", "dm-haiku", "equinox", "keras", "torch", "optax")
 LIBRARIES += ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "matfree")
 
@@ -38,10 +49,14 @@ def take_turns(
     return seconds
 
 
-def spread(values: list[float]) -> str:
-    """Returns the median and the quartiles as text."""
+def spread(values: list[float], digits: int = 2) -> str:
+    """Returns the median and the quartiles as text, with few values the extremes, and a single one alone."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    if len(values) < 5:
+        low, high = min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def torch_place() -> tuple[str, Callable[[], Any]]:

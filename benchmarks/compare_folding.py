@@ -71,7 +71,16 @@ def main() -> None:
         difference = interval(np.subtract(found["folded"], found["pair"]))
         measured[build.__name__] = {**found, "difference": difference._asdict()}
         print(f"{build.__name__}, folded less pair: {difference.text()}", flush=True)
-    save(options.json, {"device": device(), "epochs": options.epochs, "examples": options.examples, **measured})
+    save(
+        options.json,
+        {
+            "device": device(),
+            "seeds": options.seeds,
+            "epochs": options.epochs,
+            "examples": options.examples,
+            **measured,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tables
 from common import device, save
 from flax import linen as nn
 
 import bnjax
-from bnjax.studies.evidence.results import markdown_table
 
 SHAPE = (65536, 64)
 FEW, MANY = 4, 12  # blocks
@@ -85,9 +85,9 @@ def main() -> None:
         for dtype in (jnp.float32, jnp.bfloat16)
         for name, how in CONTESTANTS.items()
     ]
-    cells = [[r["norm"], r["dtype"], f"{r['kept']:.2f}", f"{r['growth']:.2f}"] for r in results]
-    print(markdown_table(["batch norm + ReLU", "dtype", "kept", "memory for each further block"], cells))
-    save(options.json, {"device": device(), "shape": SHAPE, "measured": results})
+    found = {"device": device(), "shape": SHAPE, "measured": results}
+    print(tables.memory(found))
+    save(options.json, found)
 
 
 if __name__ == "__main__":

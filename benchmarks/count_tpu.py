@@ -21,7 +21,6 @@ from common import save
 SHAPE = (256, 56, 56, 128)
 LARGE = (1024, 56, 56, 128)  # as much on each of four chips as SHAPE on one, whose fast memory holds a quarter of it
 TOPOLOGY, SYNCED = "v5e:1x1", "v5e:2x2"
-NUMBERS = ("forward", "both", "backward", "kept")
 PLAIN, FOLDED, BY_POLICY = "bnjax", "bnjax, folded", "bnjax, by the policy"
 STEPS = {  # which batch norms on which chips
     "cifar": {TOPOLOGY: (PLAIN, BY_POLICY, "flax", "none")},
@@ -151,33 +150,6 @@ def step(name: str, norm: str, topology: str = TOPOLOGY) -> dict[str, float]:
     return {"GiB": report.hbm_bytes / 2**30, "memory": report.memory.total / 2**30, "bound": 1000 * report.bound}
 
 
-def layers_table(layers: list[dict[str, Any]]) -> str:
-    """Returns the table of the passes of one layer."""
-    from bnjax.studies.evidence.results import markdown_table
-
-    head = ["", "input", "dtype", "mask", "chips", "forward", "both in one program", "backward alone", "kept for it"]
-    cells = [
-        [r["norm"], "×".join(map(str, r["shape"])), r["dtype"], "yes" if r["masked"] else "no", r["topology"]]
-        + [f"{r[n]:.2f}" for n in NUMBERS]
-        for r in layers
-    ]
-    return markdown_table(head, cells)
-
-
-def steps_table(networks: list[dict[str, Any]]) -> str:
-    """Returns the table of whole training steps."""
-    from bnjax.studies.evidence.results import markdown_table
-
-    flax = {(r["step"], r["topology"]): r for r in networks if r["norm"] == "flax"}
-    head = ["step", "chips", "batch norm", "GiB read and written", "to Flax's", "GiB on the chip", "to Flax's", "ms"]
-    cells = []
-    for r in networks:
-        of_flax = flax[r["step"], r["topology"]]
-        ratios = [t for unit in ("GiB", "memory") for t in (f"{r[unit]:.2f}", f"{r[unit] / of_flax[unit]:.2f}")]
-        cells.append([r["step"], r["topology"], r["norm"], *ratios, f"{r['bound']:.2f}"])
-    return markdown_table(head, cells)
-
-
 def main() -> None:
     """Prints the tables; with --json it saves them too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,6 +161,7 @@ def main() -> None:
     os.environ.update(tpu_environment())
     import jax
     import jax.numpy as jnp
+    import tables
 
     jax.config.update("jax_platforms", "cpu")
     layers, networks = [], []
@@ -199,13 +172,13 @@ def main() -> None:
                 for norm in norms:
                     settings = {"norm": norm, "dtype": dtype.__name__, "masked": masked, "topology": topology}
                     layers.append({**settings, "shape": shape, **passes(norm, dtype, masked, topology, shape)})
-    print(f"passes over the input\n\n{layers_table(layers)}\n", flush=True)
+    print(f"passes over the input\n\n{tables.layers_table(layers)}\n", flush=True)
     for name in filter(None, options.steps.split(",")):
         for topology, norms in STEPS[name].items():
             for norm in norms:
                 networks.append({"step": name, "norm": norm, "topology": topology, **step(name, norm, topology)})
                 print(networks[-1], flush=True)
-    print(f"\n{steps_table(networks)}")
+    print(f"\n{tables.steps_table(networks)}")
     save(options.json, {"layers": layers, "steps": networks})
 
 
