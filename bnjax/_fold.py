@@ -9,6 +9,7 @@ This pays where W makes more features than a has: then C takes less time to comp
 again, and y is neither kept for the backward pass nor read in it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "conv_general_dilated_cls": (None,),
     "preferred_element_type": (None,),
 }
+_ROWS = 4  # rows for each channel from which on folding pays: it multiplies matrices of channels and features, too
 
 
 def product_batch_norm_of(call: Call) -> Result:
@@ -102,11 +104,18 @@ def why_not(layer: Any, norm: Any, kernel_shape: Sequence[int], x: Array, mask: 
     return None
 
 
-def is_chosen(fold: Any, reason: str | None, kernel_shape: Sequence[int]) -> bool:
-    """Returns whether to fold, by the option; raises `ValueError` where that is asked for and cannot be."""
+def is_chosen(fold: Any, reason: str | None, kernel_shape: Sequence[int], x: Array) -> bool:
+    """Returns whether to fold, by the option; raises `ValueError` where that is asked for and cannot be.
+
+    It pays where there are more features than channels, and rows enough.
+    """
     if fold is True and reason is not None:
         raise ValueError(f"fold must be 'auto' or False here, got True, but {reason}.")
-    return reason is None and fold is not False and (fold is True or kernel_shape[-1] > kernel_shape[-2])
+    if reason is not None or isinstance(fold, bool):
+        return reason is None and fold is True
+    channels, features = kernel_shape[-2:]
+    rows = math.prod(x.shape[:-1])  # maybe a symbol of `jax.export`
+    return features > channels and isinstance(rows, int) and rows >= _ROWS * channels
 
 
 def check_fold(fold: Any) -> None:

@@ -26,8 +26,9 @@ class ConvBatchNorm(nn.Module):
       conv: convolution, `flax.linen.Conv` or `bnjax.models.layers.Conv`.
       norm: `bnjax.linen.BatchNorm`, with its mask, synchronization and every other option. Any other normalizer is
         called as one of the pair.
-      fold: 'auto' folds kernels of single elements with more outputs than inputs, True all kernels of single elements,
-        False none. Folded or not is decided by shapes alone, in training; never in inference, which XLA fuses as well.
+      fold: 'auto' folds kernels of single elements with more outputs than inputs, where the input has four times as
+        many rows as channels; True all kernels of single elements, False none. So shapes alone decide. In inference
+        nothing is folded, as XLA fuses the pair as well.
 
     Raises:
       ValueError: with `fold=True`, where folding is not possible, with the reason.
@@ -71,7 +72,8 @@ class DenseBatchNorm(nn.Module):
     Attributes:
       dense: dense layer, `flax.linen.Dense`.
       norm: `bnjax.linen.BatchNorm`; any other normalizer is called as one of the pair.
-      fold: 'auto' folds kernels with more outputs than inputs, True all kernels, False none.
+      fold: 'auto' folds kernels with more outputs than inputs, where the input has four times as many rows as
+        channels; True all kernels, False none.
 
     Raises:
       ValueError: with `fold=True`, where folding is not possible, with the reason.
@@ -114,7 +116,7 @@ def _call(layer: Any, norm: Any, fold: Any, x: Any, use_running_average: Any, ma
         x = jnp.asarray(x)
         kernel = layer.get_variable("params", "kernel")
         reason = "there is no kernel" if kernel is None else _fold.why_not(layer, norm, kernel.shape, x, mask)
-        if _fold.is_chosen(fold, reason, kernel.shape if kernel is not None else (0, 0)) and kernel is not None:
+        if _fold.is_chosen(fold, reason, kernel.shape if kernel is not None else (0, 0), x) and kernel is not None:
             bias = layer.get_variable("params", "bias") if layer.use_bias else None
             promote = getattr(layer, "promote_dtype", dtypes.promote_dtype)
             x, _, _ = promote(x, kernel, bias, dtype=layer.dtype)

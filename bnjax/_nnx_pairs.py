@@ -15,8 +15,8 @@ class ConvBatchNorm(nnx.Module):
     Args:
       conv: convolution, `flax.nnx.Conv`.
       norm: `bnjax.nnx.BatchNorm`; any other normalizer is called as one of the pair.
-      fold: 'auto' folds kernels of single elements with more outputs than inputs, True all kernels of single elements,
-        False none.
+      fold: 'auto' folds kernels of single elements with more outputs than inputs, where the input has four times as
+        many rows as channels; True all kernels of single elements, False none.
 
     Raises:
       ValueError: with `fold=True`, where folding is not possible, with the reason.
@@ -52,7 +52,8 @@ class DenseBatchNorm(nnx.Module):
     Args:
       dense: dense layer, `flax.nnx.Linear`.
       norm: `bnjax.nnx.BatchNorm`; any other normalizer is called as one of the pair.
-      fold: 'auto' folds kernels with more outputs than inputs, True all kernels, False none.
+      fold: 'auto' folds kernels with more outputs than inputs, where the input has four times as many rows as
+        channels; True all kernels, False none.
 
     Raises:
       ValueError: with `fold=True`, where folding is not possible, with the reason.
@@ -93,7 +94,7 @@ def _call(layer: Any, norm: Any, fold: Any, x: Any, use_running_average: Any, ma
         reason = "there is no kernel" if kernel is None else _fold.why_not(layer, norm, kernel.shape, x, mask)
         if reason is None and _compat.promotion_of_ones_own(norm) is not None:
             reason = "the batch norm has a promote_dtype of its own"
-        if _fold.is_chosen(fold, reason, kernel.shape if kernel is not None else (0, 0)) and kernel is not None:
+        if _fold.is_chosen(fold, reason, kernel.shape if kernel is not None else (0, 0), x) and kernel is not None:
             kernel, bias = _compat.get_value(kernel), None if layer.bias is None else _compat.get_value(layer.bias)
             x = _compat.promoted(layer, x, kernel, bias)
             return norm(_fold.product_of(x, kernel, bias, getattr(layer, "strides", 1)), **options)

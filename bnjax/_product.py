@@ -149,7 +149,15 @@ def _squares_jvp(primals, tangents):
 
 def _products(a: Array, b: Array) -> Array:
     """Returns `aᵀ b`, over all axes but the last; exact to its sums, in float32 or wider."""
-    rows = tuple(range(a.ndim - 1))
     dtype = _dtypes.wide(a.dtype)
     precision = lax.Precision.HIGHEST if a.dtype == dtype else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, ((rows, rows), ((), ())), precision=precision, preferred_element_type=dtype)
+
+    def product(a: Array, b: Array) -> Array:
+        rows = tuple(range(a.ndim - 1))
+        return lax.dot_general(a, b, ((rows, rows), ((), ())), precision=precision, preferred_element_type=dtype)
+
+    def of_matrices(a: Array, b: Array) -> Array:
+        return product(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+
+    # XLA's CPU backend would transpose what is no matrix; TPU's compiler would copy it to make it one.
+    return lax.platform_dependent(a, b, cpu=of_matrices, default=product)
