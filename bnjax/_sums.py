@@ -80,7 +80,7 @@ def count_of(weights: Array, shape: Shape, axes: tuple[int, ...]) -> Array:
     return of_features(total, shape, axes)
 
 
-def repeats(of_weights: Shape, shape: Shape, axes: tuple[int, ...]) -> int:
+def repeats(of_weights: Shape, shape: Shape, axes: tuple[int, ...]) -> Any:
     """Returns for how many elements of a feature each weight stands, whose array broadcasts to `shape`."""
     return math.prod(s for a, (s, w) in enumerate(zip(shape, of_weights, strict=True)) if a not in axes and w == 1)
 

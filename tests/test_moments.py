@@ -486,7 +486,7 @@ def test_exact_sums_in_training_on_many_devices(exactly, mask):
     step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     low = jnp.asarray(x, jnp.bfloat16)
     assert "reduce_precision" in str(jax.make_jaxpr(loss)(low, params, mask))
-    for spec in (None, jax.P("a"), jax.P(("a", "b")), jax.P("a", "b"), jax.P(None, None, "a", "b")):
+    for spec in (None, jax.P(("a", "b")), jax.P("a", "b"), jax.P(None, None, "a", "b")):
         placed = low if spec is None else jax.device_put(low, jax.NamedSharding(mesh, spec))
         with jax.set_mesh(mesh):
             found, of_these = step(placed, params, mask)
