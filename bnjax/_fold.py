@@ -10,17 +10,18 @@ again, and y is neither kept for the backward pass nor read in it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import lax
 from jaxtyping import Array
 
 from bnjax import _dtypes
 from bnjax._checks import feature_axes
-from bnjax._compat import is_in_jet
+from bnjax._compat import is_in_jet, promotion_of_ones_own
 from bnjax._functional import INTERCEPTORS, is_of_library
 from bnjax._product import Product, matmul, product_moments
 from bnjax._remat import named_input
@@ -69,17 +70,57 @@ def _train(call: Call) -> tuple[Array, BatchStats, Moments]:
     return named_input(y), call.moved(m), m
 
 
-def why_not(layer: Any, norm: Any, kernel_shape: Sequence[int], x: Array, mask: Any) -> str | None:
+def call_pair(
+    layer: Any,
+    norm: Any,
+    fold: Any,
+    x: Any,
+    use_running_average: bool | None,
+    mask: Any,
+    *,
+    kernel: Any,
+    bias: Any,
+    promoted: Callable[[Any], Array],
+) -> Any:
+    """Calls a linear layer and its batch norm, of linen or nnx, as a pair or as one product.
+
+    Args:
+      layer: convolution or dense layer.
+      norm: batch norm of its output.
+      fold: 'auto', True or False.
+      x: the layer's input.
+      use_running_average: option of the batch norm's call, where given.
+      mask: another one.
+      kernel: the layer's kernel, if any.
+      bias: its bias, if any.
+      promoted: returns the input in the dtype in which the layer computes.
+    """
+    options = {"use_running_average": use_running_average, "mask": mask}
+    options = {name: value for name, value in options.items() if value is not None}
+    is_running = getattr(norm, "use_running_average", None) if use_running_average is None else use_running_average
+    if fold is not False and is_running is False and takes_products():
+        x = jnp.asarray(x)
+        if is_chosen(fold, why_not(layer, norm, kernel, x, mask), kernel, x):
+            spatial = kernel.ndim - 2
+            strides = _steps(getattr(layer, "strides", 1), spatial)
+            x = promoted(x)[(..., *(slice(None, None, step) for step in strides), slice(None))]
+            return norm(Product(x, kernel.reshape(kernel.shape[-2:]), bias), **options)
+    return norm(layer(x), **options)
+
+
+def why_not(layer: Any, norm: Any, kernel: Array | None, x: Array, mask: Any) -> str | None:
     """Returns why a layer and its batch norm cannot be folded, None where they can.
 
     Args:
       layer: convolution or dense layer of linen or nnx.
       norm: batch norm of its output.
-      kernel_shape: shape of the layer's kernel.
+      kernel: the layer's kernel, if any.
       x: the layer's input.
       mask: mask of the batch norm.
     """
-    spatial, ndim = kernel_shape[:-2], x.ndim
+    if kernel is None:
+        return "there is no kernel"
+    spatial, ndim = kernel.shape[:-2], x.ndim
     if jnp.iscomplexobj(x) or is_in_jet(x):
         return "the input is complex, or expanded by jet"
     if any(size != 1 for size in spatial):
@@ -97,6 +138,8 @@ def why_not(layer: Any, norm: Any, kernel_shape: Sequence[int], x: Array, mask: 
     is_ours = getattr(getattr(norm, "declared", None), "function", None) is batch_norm_of
     if not is_ours or not is_of_library(type(norm).__call__):
         return f"{type(norm).__name__} is not bnjax's BatchNorm"
+    if not isinstance(norm, nn.Module) and promotion_of_ones_own(norm) is not None:
+        return "the batch norm has a promote_dtype of its own"
     if feature_axes(norm.axis, ndim) != (ndim - 1,):
         return f"axis={norm.axis!r} is not the last"
     if mask is not None and jnp.ndim(mask) == ndim and jnp.shape(mask)[-1] != 1:
@@ -104,7 +147,7 @@ def why_not(layer: Any, norm: Any, kernel_shape: Sequence[int], x: Array, mask: 
     return None
 
 
-def is_chosen(fold: Any, reason: str | None, kernel_shape: Sequence[int], x: Array) -> bool:
+def is_chosen(fold: Any, reason: str | None, kernel: Any, x: Array) -> bool:
     """Returns whether to fold, by the option; raises `ValueError` where that is asked for and cannot be.
 
     It pays where there are more features than channels, and rows enough.
@@ -113,7 +156,7 @@ def is_chosen(fold: Any, reason: str | None, kernel_shape: Sequence[int], x: Arr
         raise ValueError(f"fold must be 'auto' or False here, got True, but {reason}.")
     if reason is not None or isinstance(fold, bool):
         return reason is None and fold is True
-    channels, features = kernel_shape[-2:]
+    channels, features = kernel.shape[-2:]
     rows = math.prod(x.shape[:-1])  # maybe a symbol of `jax.export`
     return features > channels and isinstance(rows, int) and rows >= _ROWS * channels
 
@@ -128,15 +171,6 @@ def takes_products() -> bool:
     """Returns whether nothing that stands for the calls of batch norms needs their inputs as arrays."""
     replacements: list[Any] = [getattr(replace, "func", replace) for _, replace in INTERCEPTORS.get()]
     return all(getattr(replace, "takes_products", False) for replace in replacements)
-
-
-def product_of(inputs: Array, kernel: Array, bias: Array | None, strides: Any) -> Product:
-    """Returns the product that a layer computes of its promoted inputs."""
-    spatial = kernel.ndim - 2
-    if spatial:
-        steps = (slice(None, None, step) for step in _steps(strides, spatial))
-        inputs = inputs[(..., *steps, slice(None))]
-    return Product(inputs, kernel.reshape(kernel.shape[-2:]), bias)
 
 
 def _steps(value: Any, spatial: int) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import dtypes
 from jaxtyping import ArrayLike
@@ -10,7 +9,36 @@ from jaxtyping import ArrayLike
 from bnjax import _fold
 
 
-class ConvBatchNorm(nn.Module):
+class _Pair(nn.Module):
+    """The base of both layers, with their call; each has its linear layer, `norm` and `fold`."""
+
+    def __post_init__(self):
+        _fold.check_fold(self.fold)  # pyright: ignore[reportAttributeAccessIssue]
+        super().__post_init__()
+
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
+        """Computes the linear layer of `x` and normalizes it.
+
+        Args:
+          x: the input of the linear layer.
+          use_running_average: as in `BatchNorm`.
+          mask: which rows or positions of the linear layer's output count, as in `BatchNorm`.
+        """
+        own: Any = self
+        layer = own.conv if hasattr(own, "conv") else own.dense
+        fold = False if layer.is_initializing() else own.fold  # the pair makes the variables
+        kernel = layer.get_variable("params", "kernel")
+        bias = layer.get_variable("params", "bias") if getattr(layer, "use_bias", False) else None
+
+        def promoted(x):
+            promote = getattr(layer, "promote_dtype", dtypes.promote_dtype)
+            return promote(x, kernel, bias, dtype=layer.dtype)[0]
+
+        given = {"kernel": kernel, "bias": bias, "promoted": promoted}
+        return _fold.call_pair(layer, own.norm, fold, x, use_running_average, mask, **given)
+
+
+class ConvBatchNorm(_Pair):
     """A convolution and the batch norm of its output as one layer, with the variables of the two.
 
     By default it is the pair, `norm(conv(x))`, or where that takes less memory and traffic the same by one product: a
@@ -49,22 +77,8 @@ class ConvBatchNorm(nn.Module):
     norm: nn.Module
     fold: bool | str = "auto"
 
-    def __post_init__(self):
-        _fold.check_fold(self.fold)
-        super().__post_init__()
 
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Convolves and normalizes `x`.
-
-        Args:
-          x: the input of the convolution.
-          use_running_average: as in `BatchNorm`.
-          mask: which positions of the convolution's output count, as in `BatchNorm`.
-        """
-        return _call(self.conv, self.norm, self.fold, x, use_running_average, mask)
-
-
-class DenseBatchNorm(nn.Module):
+class DenseBatchNorm(_Pair):
     """A dense layer and the batch norm of its output as one layer, with the variables of the two.
 
     As `ConvBatchNorm`, which describes it.
@@ -91,34 +105,3 @@ class DenseBatchNorm(nn.Module):
     dense: nn.Module
     norm: nn.Module
     fold: bool | str = "auto"
-
-    def __post_init__(self):
-        _fold.check_fold(self.fold)
-        super().__post_init__()
-
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Computes the dense layer of `x` and normalizes it.
-
-        Args:
-          x: the input of the dense layer.
-          use_running_average: as in `BatchNorm`.
-          mask: which rows count, as in `BatchNorm`.
-        """
-        return _call(self.dense, self.norm, self.fold, x, use_running_average, mask)
-
-
-def _call(layer: Any, norm: Any, fold: Any, x: Any, use_running_average: Any, mask: Any) -> Any:
-    """Calls the pair, or folds it."""
-    options = {} if use_running_average is None else {"use_running_average": use_running_average}
-    options |= {} if mask is None else {"mask": mask}
-    is_running = getattr(norm, "use_running_average", None) if use_running_average is None else use_running_average
-    if is_running is False and not layer.is_initializing() and _fold.takes_products():
-        x = jnp.asarray(x)
-        kernel = layer.get_variable("params", "kernel")
-        reason = "there is no kernel" if kernel is None else _fold.why_not(layer, norm, kernel.shape, x, mask)
-        if _fold.is_chosen(fold, reason, kernel.shape if kernel is not None else (0, 0), x) and kernel is not None:
-            bias = layer.get_variable("params", "bias") if layer.use_bias else None
-            promote = getattr(layer, "promote_dtype", dtypes.promote_dtype)
-            x, _, _ = promote(x, kernel, bias, dtype=layer.dtype)
-            return norm(_fold.product_of(x, kernel, bias, getattr(layer, "strides", 1)), **options)
-    return norm(layer(x), **options)

@@ -2,14 +2,36 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import ArrayLike
 
 from bnjax import _compat, _fold
 
 
-class ConvBatchNorm(nnx.Module):
+class _Pair(nnx.Module):
+    """The base of both layers, with their call; each has its linear layer, `norm` and `fold`."""
+
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
+        """Computes the linear layer of `x` and normalizes it.
+
+        Args:
+          x: the input of the linear layer.
+          use_running_average: as in `BatchNorm`.
+          mask: which rows or positions of the linear layer's output count, as in `BatchNorm`.
+        """
+        own: Any = self
+        layer = own.conv if hasattr(own, "conv") else own.dense
+        variables = (getattr(layer, name, None) for name in ("kernel", "bias"))
+        kernel, bias = (None if v is None else _compat.get_value(v) for v in variables)
+
+        def promoted(x):
+            return _compat.promoted(layer, x, kernel, bias)
+
+        given = {"kernel": kernel, "bias": bias, "promoted": promoted}
+        return _fold.call_pair(layer, own.norm, own.fold, x, use_running_average, mask, **given)
+
+
+class ConvBatchNorm(_Pair):
     """A convolution and the batch norm of its output as one layer; `bnjax.linen.ConvBatchNorm` describes it.
 
     Args:
@@ -35,18 +57,8 @@ class ConvBatchNorm(nnx.Module):
         _fold.check_fold(fold)
         self.conv, self.norm, self.fold = conv, norm, fold
 
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Convolves and normalizes `x`.
 
-        Args:
-          x: the input of the convolution.
-          use_running_average: as in `BatchNorm`.
-          mask: which positions of the convolution's output count, as in `BatchNorm`.
-        """
-        return _call(self.conv, self.norm, self.fold, x, use_running_average, mask)
-
-
-class DenseBatchNorm(nnx.Module):
+class DenseBatchNorm(_Pair):
     """A dense layer and the batch norm of its output as one layer; `bnjax.linen.ConvBatchNorm` describes it.
 
     Args:
@@ -71,31 +83,3 @@ class DenseBatchNorm(nnx.Module):
     def __init__(self, dense: nnx.Module, norm: nnx.Module, *, fold: bool | str = "auto"):
         _fold.check_fold(fold)
         self.dense, self.norm, self.fold = dense, norm, fold
-
-    def __call__(self, x, use_running_average: bool | None = None, *, mask: ArrayLike | None = None):
-        """Computes the dense layer of `x` and normalizes it.
-
-        Args:
-          x: the input of the dense layer.
-          use_running_average: as in `BatchNorm`.
-          mask: which rows count, as in `BatchNorm`.
-        """
-        return _call(self.dense, self.norm, self.fold, x, use_running_average, mask)
-
-
-def _call(layer: Any, norm: Any, fold: Any, x: Any, use_running_average: Any, mask: Any) -> Any:
-    """Calls the pair, or folds it."""
-    options = {} if use_running_average is None else {"use_running_average": use_running_average}
-    options |= {} if mask is None else {"mask": mask}
-    is_running = getattr(norm, "use_running_average", None) if use_running_average is None else use_running_average
-    if is_running is False and _fold.takes_products():
-        x = jnp.asarray(x)
-        kernel = getattr(layer, "kernel", None)
-        reason = "there is no kernel" if kernel is None else _fold.why_not(layer, norm, kernel.shape, x, mask)
-        if reason is None and _compat.promotion_of_ones_own(norm) is not None:
-            reason = "the batch norm has a promote_dtype of its own"
-        if _fold.is_chosen(fold, reason, kernel.shape if kernel is not None else (0, 0), x) and kernel is not None:
-            kernel, bias = _compat.get_value(kernel), None if layer.bias is None else _compat.get_value(layer.bias)
-            x = _compat.promoted(layer, x, kernel, bias)
-            return norm(_fold.product_of(x, kernel, bias, getattr(layer, "strides", 1)), **options)
-    return norm(layer(x), **options)
