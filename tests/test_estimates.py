@@ -63,7 +63,8 @@ def test_traces_have_no_bias_and_intervals_their_coverage(method, products, name
     half = stats.t.ppf(0.975, count - 1) * found.standard_error
     chex.assert_trees_all_close((found.low, found.high), (found.estimate - half, found.estimate + half))
     coverage = ((found.low <= trace) & (trace <= found.high)).mean()
-    assert 0.93 <= coverage <= (0.985 if method == "xtrace" else 0.97), coverage
+    sampled = 2 * np.sqrt(0.95 * 0.05 / REPEATS)  # of 30,000 the least is 0.932, Hutch++'s of few samples
+    assert 0.93 - sampled <= coverage <= (0.985 if method == "xtrace" else 0.97), coverage
 
 
 @pytest.mark.parametrize("name", SPECTRA)

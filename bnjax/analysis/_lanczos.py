@@ -76,10 +76,16 @@ class Lanczos:
         first = _trees.in_units(vector, _trees.unit_of(vector))
         zero, none = jnp.zeros((), _trees.dot(first, first).dtype), jnp.zeros((), jnp.int32)
         rows = jax.tree.map(lambda v: jax.ShapeDtypeStruct((self.room, *v.shape), v.dtype), first)
-        basis = _trees.zeros(rows, first)
-        for i, row_key in enumerate(jax.random.split(key, self.block)):
-            row = _trees.random_like(row_key, first, jax.random.normal) if i else first
-            basis = _with_row(basis, i, *_orthogonal(basis, row, i, row_key)[1:])
+        keys = jax.random.split(key, self.block)
+
+        def add(i: Array, basis: Any) -> Any:
+            row = first
+            if self.block > 1:
+                random = _trees.random_like(keys[i], first, jax.random.normal)
+                row = jax.tree.map(lambda v, r: jnp.where(i == 0, v, r), first, random)
+            return _with_row(basis, i, *_orthogonal(basis, row, i, keys[i])[1:])
+
+        basis = lax.fori_loop(0, self.block, add, _trees.zeros(rows, first))
         remainder, projected = (
             jnp.zeros((self.block, self.block), zero.dtype),
             jnp.zeros((self.size, self.size), zero.dtype),
@@ -99,15 +105,19 @@ class Lanczos:
         unit = jnp.where(state.products == 0, _trees.unit_of(products), state.unit).astype(state.unit.dtype)
         products, basis, projected = _trees.in_units(products, unit), state.basis, state.projected
         remainder, next_ = jnp.zeros_like(state.remainder), state.filled + self.block
-        for i in range(self.block):
+
+        def add(i: Array, so_far: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
+            basis, projected, remainder = so_far
             column, key = state.filled + i, jax.random.fold_in(state.key, state.products + i)
-            row = jax.tree.map(lambda v, i=i: v[i], products)
+            row = jax.tree.map(lambda v: v[i], products)
             along, rest, size = _orthogonal(basis, row, next_ + i, key, column)
             basis = _with_row(basis, next_ + i, rest, size)
             of_next = lax.dynamic_slice_in_dim(along, next_, self.block).at[i].set(jnp.where(size > 0, size, 0))
             remainder = remainder.at[:, i].set(of_next.astype(remainder.dtype))
             along = jnp.where(jnp.arange(self.room) < next_, along, 0)[: self.size].astype(projected.dtype)
-            projected = projected.at[:, column].set(along).at[column].set(along)
+            return basis, projected.at[:, column].set(along).at[column].set(along), remainder
+
+        basis, projected, remainder = lax.fori_loop(0, self.block, add, (basis, projected, remainder))
         return state._replace(
             basis=basis,
             projected=projected,
@@ -250,29 +260,34 @@ def _orthogonal(basis: Any, vector: Any, count: Any, key: Array, near: Array | N
         row = jax.tree.map(lambda rows, i=i: rows[i], basis)
         part = _trees.dot(row, vector)
         along, vector = along.at[i].add(part), _trees.moved(vector, -part, row)
-    before = _norm(vector)
-    more, vector = _without(basis, vector, count)
-    size = _norm(vector)
 
-    def enough(vector: Any) -> tuple[Array, Any, Array]:
-        return jnp.zeros_like(along), vector, size
-
-    def again(vector: Any) -> tuple[Array, Any, Array]:
-        more, vector = _without(basis, vector, count)
-        size = _norm(vector)
+    def project(tries: _Tries) -> _Tries:
+        more, rest = _without(basis, tries.vector, count)
+        size, is_first, is_second = _norm(rest), tries.number == 0, tries.number == 1
+        # What a projection leaves has rounding errors of what it was given in the basis.
+        is_enough = is_first & (size > 0.7 * tries.size)
         is_of_use = size > _ROUNDING * jnp.finfo(size.dtype).eps * whole
-        vector = lax.cond(is_of_use, lambda vector: vector, outside, vector)
-        return more, vector, jnp.where(is_of_use, size, -_norm(vector))
+        rest = lax.cond(is_second & ~is_of_use, outside, lambda vector: vector, rest)
+        along = tries.along + jnp.where(tries.number < 2, more, 0)
+        is_done = is_enough | (is_second & is_of_use) | (tries.number == 3)
+        return _Tries(tries.number + 1, along, rest, size, is_done)
 
     def outside(like: Any) -> Any:
-        vector = _trees.random_like(key, like, jax.random.normal)
-        for _ in range(2):
-            vector = _without(basis, vector, count)[1]
-        return vector
+        return _trees.random_like(key, like, jax.random.normal)
 
-    # What a projection leaves has rounding errors of what it was given in the basis.
-    extra, vector, size = lax.cond(size > 0.7 * before, enough, again, vector)
-    return along + more + extra, vector, size
+    start = _Tries(jnp.zeros((), jnp.int32), along, vector, _norm(vector), jnp.zeros((), bool))
+    tries = lax.while_loop(lambda tries: ~tries.is_done, project, start)
+    return tries.along, tries.vector, jnp.where(tries.number > 2, -tries.size, tries.size)
+
+
+class _Tries(NamedTuple):
+    """What is left of a vector after so many projections, of which the third and fourth are of a random one."""
+
+    number: Array
+    along: Array
+    vector: Any
+    size: Array
+    is_done: Array
 
 
 def _with_row(basis: Any, index: Any, vector: Any, size: Array) -> Any:

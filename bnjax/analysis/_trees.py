@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+_DRAWN_TOGETHER = 2**20  # elements of the leaves that are drawn as one array
 
 LossFn = Callable[..., Array]
 """A loss `loss_fn(params, *args) -> scalar`."""
@@ -152,18 +155,34 @@ def zeros(shapes: Any, like: Any) -> Any:
 
 
 def random_like(key: Array, like: Any, draw: Callable[..., Array]) -> Any:
-    """Draws a random tree by `draw(key, shape, dtype)`, split over a mesh as `like` is."""
+    """Draws a random tree by `draw(key, shape, dtype)`, split over a mesh as `like` is.
+
+    Small leaves side by side are drawn as one array, since compiling a generator takes longer than running it.
+    """
     leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
+    groups: list[list[Any]] = []
+    for leaf in leaves:
+        last = groups[-1] if groups else []
+        fits = sum(one.size for one in last) + leaf.size <= _DRAWN_TOGETHER
+        if last and last[0].dtype == leaf.dtype and fits:
+            last.append(leaf)
+        else:
+            groups.append([leaf])
 
-    def drawn(key: Array, leaf: Any) -> Array:
-        def of_key(key: Array) -> Array:
-            return draw(key, leaf.shape, leaf.dtype)
+    def drawn(key: Array, group: list[Any]) -> list[Array]:
+        def of_key(key: Array) -> list[Array]:
+            if len(group) == 1:
+                return [draw(key, group[0].shape, group[0].dtype)]
+            ends = np.cumsum([leaf.size for leaf in group])
+            parts = jnp.split(draw(key, (int(ends[-1]),), group[0].dtype), ends[:-1])
+            return [part.reshape(leaf.shape) for part, leaf in zip(parts, group, strict=True)]
 
-        sharding = sharding_of(leaf)
-        return of_key(key) if sharding is None else jax.jit(of_key, out_shardings=sharding)(key)
+        shardings = [sharding_of(leaf) for leaf in group]
+        return jax.jit(of_key, out_shardings=shardings)(key) if any(shardings) else of_key(key)
 
-    return jax.tree.unflatten(tree, [drawn(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])
+    keys = jax.random.split(key, len(groups))
+    drawn_leaves = [leaf for k, group in zip(keys, groups, strict=True) for leaf in drawn(k, group)]
+    return jax.tree.unflatten(tree, drawn_leaves)
 
 
 def unit_of(tree: Any) -> Array:
