@@ -439,6 +439,8 @@ def test_bad_arguments_say_what_to_do():
     step = training.make_train_step(training.cross_entropy)
     with pytest.raises(ValueError, match=r"split evenly.*got 30 examples.*pad_batch"):
         step(new_state(model()), X[0, :30], Y[0, :30])
+    with pytest.raises(TypeError, match=r"compiled.*not within jax.jit, scan or vmap. bnjax.training.train_step"):
+        jax.jit(step)(new_state(model()), X[0], Y[0])
     for shape, names in (((8,), ("data",)), ((2, 4), ("batch", "group")), ((2, 4), ("batch", "model"))):
         with pytest.raises(ValueError, match=r"mesh must have the axis 'batch'.*make_mesh"):
             training.make_train_step(

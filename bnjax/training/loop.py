@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -60,7 +61,15 @@ class ParallelStep:
 
         Returns:
           The next state, and the means over the whole batch of the metrics before the update.
+
+        Raises:
+          TypeError: within a transformation of JAX, such as jit or scan.
         """
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, x, y, weights, key, rngs))):
+            raise TypeError(
+                "the step of make_train_step is compiled, and places arrays on its mesh: call it as it is, not within "
+                "jax.jit, scan or vmap. bnjax.training.train_step is the step for these."
+            )
         if not (self._is_placed(state.step) and self._has_its_statistics(state)):
             state = place_state(state, self.mesh)
         batch = Batch(x, y, weights)
