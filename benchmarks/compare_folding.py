@@ -8,12 +8,15 @@ convolution is, for CIFAR-10, and says whether the accuracies differ: by the 95 
 
 import argparse
 import functools
+import json
+import os
+from collections.abc import Callable
 
 from common import device, save
 
 
-def accuracies(build, seeds: int, epochs: int, examples: int, fold, images) -> list[float]:
-    """Returns the accuracy on the test set for each seed."""
+def trainer(build, epochs: int, examples: int, fold, images) -> Callable[[int], float]:
+    """Makes a function that trains a network from a seed and returns its accuracy on the test set."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -32,16 +35,16 @@ def accuracies(build, seeds: int, epochs: int, examples: int, fold, images) -> l
 
     x, y = to_numbers(images.train.x[:examples]), images.train.y[:examples]
     of_test = to_numbers(images.test.x), images.test.y
-    found = []
-    for seed in range(seeds):
+
+    def accuracy(seed: int) -> float:
         key = jax.random.key(seed)
         state = training.create_train_state(model, optimizer, key, jnp.zeros((1, 32, 32, 3), jnp.bfloat16))
         for number in range(epochs):
             state, _ = epoch(state, jax.random.fold_in(key, number), x, y)
         metrics = training.evaluate_in_batches(state, *of_test, objective=training.cross_entropy, batch_size=500)
-        found.append(float(metrics.accuracy))
-        print(f"{build.__name__}, fold={fold!r}, seed {seed}: {found[-1]:.4f}", flush=True)
-    return found
+        return float(metrics.accuracy)
+
+    return accuracy
 
 
 def main() -> None:
@@ -63,24 +66,24 @@ def main() -> None:
         return models.ResNet(classes, norm, (1, 1, 1), bottleneck=True, **others)
 
     images = data.images("cifar10", options.data_dir)
-    measured = {}
+    settings = {name: getattr(options, name) for name in ("seeds", "epochs", "examples")}
+    record = {"device": device(), **settings}
+    if options.json and os.path.exists(options.json):
+        with open(options.json, encoding="utf-8") as file:
+            before = json.load(file)
+        record |= before if all(before.get(name) == value for name, value in record.items()) else {}
     for build in (models.resnet18, bottlenecks):
-        settings = options.seeds, options.epochs, options.examples
-        of_fold = {fold: accuracies(build, *settings, fold, images) for fold in ("auto", False)}
-        found = {"folded": of_fold["auto"], "pair": of_fold[False]}
+        found = record.setdefault(build.__name__, {"folded": [], "pair": []})
+        for way, fold in (("folded", "auto"), ("pair", False)):
+            accuracy = trainer(build, options.epochs, options.examples, fold, images)
+            for seed in range(len(found[way]), options.seeds):
+                found[way].append(accuracy(seed))
+                print(f"{build.__name__}, {way}, seed {seed}: {found[way][-1]:.4f}", flush=True)
+                save(options.json, record)
         difference = interval(np.subtract(found["folded"], found["pair"]))
-        measured[build.__name__] = {**found, "difference": difference._asdict()}
+        found["difference"] = difference._asdict()
         print(f"{build.__name__}, folded less pair: {difference.text()}", flush=True)
-    save(
-        options.json,
-        {
-            "device": device(),
-            "seeds": options.seeds,
-            "epochs": options.epochs,
-            "examples": options.examples,
-            **measured,
-        },
-    )
+    save(options.json, record)
 
 
 if __name__ == "__main__":

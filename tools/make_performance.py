@@ -497,7 +497,9 @@ def main() -> None:
         + ("resnet",)
     }
     if (DOCS / "performance" / "folding.json").exists():
-        results["folding"] = load("folding")
+        folding = load("folding")
+        if all("difference" in folding.get(name, {}) for name in ("resnet18", "bottlenecks")):
+            results["folding"] = folding
     runs = sorted((DOCS / "performance").glob("studies_*.json"))
     results["studies"] = [measurement for path in runs for measurement in json.loads(path.read_text())["measured"]]
     bfloat16 = results["operation_bfloat16"]
