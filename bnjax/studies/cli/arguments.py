@@ -9,7 +9,12 @@ from typing import Any, NoReturn
 
 from bnjax.studies import COMPILABLE, LOGS, STUDIES, Options, ParallelOptions, Study, default_text
 
-_FORMAT = argparse.RawDescriptionHelpFormatter
+
+class _Format(argparse.HelpFormatter):
+    """Wraps each paragraph of a description."""
+
+    def _fill_text(self, text, width, indent):
+        return "\n\n".join(super(_Format, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,9 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
         command = studies.add_parser(
             study.name,
             help=study.summary,
-            formatter_class=_FORMAT,
-            description=f"{study.summary}.\nSource: {study.source}.\n\n"
-            f"{_what_it_does(study)},\nand saves results.json, curves.npz, summary.md and figures.",
+            formatter_class=_Format,
+            description=f"{study.summary}.\n\nSource: {study.source}.\n\n"
+            f"{_what_it_does(study)}, and saves results.json, curves.npz, summary.md, figures and report.html.",
         )
         _add_options(command, study.options)
         command.add_argument(
@@ -101,6 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
             help=f"where to save (default runs/{study.name})",
         )
         command.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+        _add_open(command)
         command.add_argument(
             "--force", action="store_true", help="replace what --out holds, such as finished results or another study's"
         )
@@ -124,6 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="make one page (HTML) of a directory of results")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a study's directory, or one of such, as runs")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default RUN_DIR/report.html)")
+    _add_open(report)
     _add_compile(commands)
     return parser
 
@@ -152,11 +159,11 @@ def _add_claims(commands) -> None:
     claims = commands.add_parser(
         "claims",
         help="judge the claims of the sources: run what is missing, print the ledger",
-        formatter_class=_FORMAT,
-        description="Prints every claim of the sources beside what was measured and the verdict: reproduced, not\n"
-        "reproduced, undecided (at this number of seeds), or wrong in the source. Runs the studies whose results are\n"
-        "missing in --out, continues what was interrupted, and saves ledger.json and ledger.md there. All studies at\n"
-        "full length take hours on a CPU.",
+        description="Prints every claim of the sources beside what was measured and the verdict (reproduced, not "
+        "reproduced, compatible with a published number, undecided at this number of seeds, or wrong in the source), "
+        "then what was learned, a sentence a study. Runs the studies whose results are missing in --out, continues "
+        "what was interrupted, and saves ledger.json, ledger.md and report.html there. All studies at full length take "
+        "hours on a CPU.",
     )
     claims.add_argument(
         "--study",
@@ -180,13 +187,18 @@ def _add_claims(commands) -> None:
     )
     claims.add_argument("--data-dir", metavar="DIR", help="where TFDS's prepared sets are")
     claims.add_argument("-q", "--quiet", action="store_true", help="print nothing but the ledger")
+    _add_open(claims)
+
+
+def _add_open(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--open", action="store_true", help="open the report in the browser at the end")
 
 
 def _what_it_does(study: Study) -> str:
     how = "with each step split over all devices" if issubclass(study.options, ParallelOptions) else "at all seeds"
     return (
-        f"Trains every variant, {how}, prints mean ± 95 % interval over seeds and the claims of the source\n"
-        "with their verdicts"
+        f"Trains every variant, {how}, prints mean ± 95 % interval over seeds, the claims of the source with their "
+        "verdicts, and what was learned"
     )
 
 
@@ -194,9 +206,8 @@ def _add_compile(commands) -> None:
     compile_ = commands.add_parser(
         "compile",
         help="compile a training step for TPU chips that are not at hand, and say what it needs",
-        formatter_class=_FORMAT,
-        description="Compiles the training step of a study's network (or a residual network) with synchronized batch\n"
-        "norm ahead of time, with TPU's own compiler (pip install 'bnjax[tpu]'), on any machine. Reports whether it\n"
+        description="Compiles the training step of a study's network (or a residual network) with synchronized batch "
+        "norm ahead of time, with TPU's own compiler (pip install 'bnjax[tpu]'), on any machine. Reports whether it "
         "fits, the collectives and their bytes, passes over the largest activation, FLOPs, and a bound on its time.",
     )
     compile_.add_argument("step", choices=COMPILABLE, metavar="STEP", help=f"one of {', '.join(COMPILABLE)}")

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Sequence
@@ -19,24 +21,27 @@ from bnjax._extras import needs
 from bnjax.studies import STUDIES, Options, Study
 from bnjax.studies.cli.folder import FolderError, is_unfinished, reserved
 from bnjax.studies.cli.logs import Logs
+from bnjax.studies.cli.report import PAGE, learned, save_page
 from bnjax.studies.data import DataError, atomic_file
 from bnjax.studies.engine.saving import Saving, completing
 from bnjax.studies.evidence import ledger, record
 from bnjax.studies.evidence.claims import Judgment, judge
 from bnjax.studies.evidence.record import RecordError
-from bnjax.studies.evidence.results import Results, claim_rows, metric_tables, save
+from bnjax.studies.evidence.results import GAP, Results, column_width, metric_tables, save
 from bnjax.studies.evidence.statistics import seeds_in_words
 
 with needs("studies"):
     from rich import box
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
-    from rich.table import Table
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Column, Table
+    from rich.text import Text
 
 _SHOWN = ("test_accuracy", "validation_accuracy", "train_accuracy", "train_loss")
 _PERIOD = 60  # seconds between two lines where there is no terminal
-_COLUMNS = 5  # columns of numbers in a table
-_WIDTH = 160  # width of the ledger in a file
+_COLUMNS = 6  # columns of numbers in a table
+_LABEL = 24  # width of a table's first column, where there is no room for more
+_STYLES = {"reproduced": "green", "not reproduced": "red", "compatible": "blue", "wrong in the source": "magenta"}
 
 
 class _Report:
@@ -56,7 +61,7 @@ class _Report:
 
     def _speak(self) -> None:
         while not self.ended.wait(_PERIOD):
-            self.progress.console.print(self.latest, markup=False)
+            _write(self.progress.console, self.latest)
 
     def expect(self, count: int) -> None:
         self.expected += count
@@ -118,7 +123,7 @@ def run_study(
       FolderError: if `out` can't be saved to, or holds what would be lost.
     """
     is_first = jax.process_index() == 0  # one of several processes speaks and saves
-    done, problem, console = None, None, _console(quiet or not is_first)
+    done, problem, console = None, None, Console(highlight=False, quiet=quiet or not is_first)
     with contextlib.ExitStack() as held:
         try:
             if is_first:
@@ -129,7 +134,10 @@ def run_study(
         if is_bad:
             raise problem or FolderError(f"process 0 can't save to {out}, and says why")
         if is_done:
-            console.print(f"{out} holds the finished results of this run; there is nothing left to do", markup=False)
+            _write(console, f"{out} holds the finished results of this run; there is nothing left to do")
+            if done:
+                _complain(save_page(out))
+                _say_where(console, out, report=[PAGE])
             return done or Results(study.name, {}, ())
         return _run_study(study, options, out, console, resume, checkpoint_every, log if is_first else ())
 
@@ -148,12 +156,11 @@ def _run_study(
     saving = Saving(out / "checkpoints", configuration, every, resume, say)
     options = dataclasses.replace(options, saving=saving, histograms=bool(log))
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[now]}")
+    label = TextColumn("{task.description}", table_column=Column())  # which is wrapped where there is no room
+    columns = (label, BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[now]}")
     device = jax.devices()[0]
     kind = device.device_kind if device.platform == device.device_kind else f"{device.device_kind} ({device.platform})"
-    console.print(
-        f"{study.name}: {seeds_in_words(options.seeds)} on {jax.device_count()} × {kind}, saving to {out}", markup=False
-    )
+    _write(console, f"{study.name}: {seeds_in_words(options.seeds)} on {jax.device_count()} × {kind}, saving to {out}")
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         contextlib.closing(_Report(progress, logs)) as report,
@@ -164,21 +171,38 @@ def _run_study(
         return results
     seconds = time.perf_counter() - clock
     with completing():
-        paths, missing = save(results, figures, out, seconds, started)
-    for problem in missing:
-        print(f"bnjax: {record.plain(problem)}", file=sys.stderr)
+        _, missing = save(results, figures, out, seconds, started)
+        _complain([*missing, *save_page(out)])
     logs.results(results, out)
     logs.close()
     print_tables(results, console)
-    text = f"{len(paths)} files saved in {out}, among them results.json and summary.md ({seconds:.1f} s)"
-    console.print(text, markup=False)
+    console.print()
+    if results.claims:
+        _write(console, f"{study.name}: {learned(study.name, results.claims)[0]}")
+    console.print(f"saved after {seconds:.1f} s:")
+    numbers = ("results.json", "curves.npz")
+    _say_where(console, out, report=[PAGE], summary=["summary.md"], figures=list(results.figures), numbers=numbers)
     return results
+
+
+def _say_where(console: Console, out: Path, **names: Sequence[str]) -> None:
+    """Prints the paths of the files of these names that are there."""
+    for what, of in names.items():
+        if found := [str(out / name) for name in of if (out / name).exists()]:
+            _write(console, f"{what}: {', '.join(found)}", "  ")
+
+
+def _complain(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(f"bnjax: {record.plain(problem)}", file=sys.stderr)
 
 
 def print_ledger(
     names: Sequence[str], seeds: int | None, fast: bool, out: Path, data_dir: str | None, quiet: bool
 ) -> ledger.Ledger:
     """Prints, saves and returns the verdicts on the claims of some studies, running into `out` what is missing there.
+
+    Beside the ledger it saves the report of all results there.
 
     What is there with other options is used as it is; only a run with fewer seeds, or one of `bnjax claims --fast`, is
     replaced by a longer one. The number of seeds is each study's own by default; with `fast` only `Study.fast` is run,
@@ -187,10 +211,10 @@ def print_ledger(
     """
     from bnjax.training.checkpoint import CheckpointError
 
-    console, progress = _console(False), _console(quiet)
-    judgments, counts = [], {}
+    console, progress = Console(highlight=False), Console(highlight=False, quiet=quiet)
+    by_study, counts = {}, {}
     for error in ledger.saved_runs(out)[1]:
-        progress.print(f"left out: {error}", markup=False)
+        _write(progress, f"left out: {error}")
     for name in names:
         study, saved, reason, choices = STUDIES[name], None, "left out by --fast", []
         if study.fast is not None or not fast:
@@ -201,9 +225,9 @@ def print_ledger(
             saved = Results.load(out / name)
         except RecordError as error:
             choices, reason = [], f"kept as it is: {error}"
-            progress.print(f"{name}: {reason}", markup=False)
+            _write(progress, f"{name}: {reason}")
         if saved and not ledger.is_to_be_replaced(saved, study, choices):
-            progress.print(f"{name}: results of `{saved.command}` found in {out / name}", markup=False)
+            _write(progress, f"{name}: results of `{saved.command}` found in {out / name}")
             choices = []
         for options in choices:
             try:
@@ -216,24 +240,25 @@ def print_ledger(
                 break
             except (CheckpointError, DataError, FolderError) as error:
                 reason = reason or f"not run: {error}"
-                progress.print(f"{name}: {error}", markup=False)
+                _write(progress, f"{name}: {error}")
         if runs := ledger.saved_runs(out)[0].get(name):
             counts[name] = max(len(run.seeds) for run in runs.values())
-            judgments += judge(study.load().CLAIMS, list(runs.values()))
+            by_study[name] = judge(study.load().CLAIMS, list(runs.values()))
         else:
-            judgments += [Judgment(claim, (), reason) for claim in study.load().CLAIMS]
-    judged = ledger.Ledger(judgments, counts)
+            by_study[name] = [Judgment(claim, (), reason) for claim in study.load().CLAIMS]
+    judged = ledger.Ledger([judgment for of in by_study.values() for judgment in of], counts)
     judged.save(out)
-    _print_table(console, "claims", *judged.rows())
-    if notes := judged.footnotes():
-        console.print(f"Changed after results had been seen:{notes}", markup=False)
-    console.print(judged.summary())
+    _complain(save_page(out) if counts else ())
+    for name, judgments in by_study.items():
+        print_claims(f"claims of {name}", judgments, console)
+    console.print()
+    for name, judgments in by_study.items():
+        if judgments:
+            _write(console, f"{name}: {learned(name, judgments)[0]}")
+    _write(console, f"all: {judged.summary()}")
+    console.print("saved:")
+    _say_where(console, out, report=[PAGE], ledger=["ledger.md", "ledger.json"])
     return judged
-
-
-def _console(quiet: bool) -> Console:
-    """Makes a console, wide where there is no terminal."""
-    return Console(highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def compile_step(name: str, topology: str, parallel: str, batch_size: int | None, json_file: Path | None) -> bool:
@@ -258,18 +283,56 @@ def compile_step(name: str, topology: str, parallel: str, batch_size: int | None
 def print_tables(results: Results, console: Console) -> None:
     """Prints the metrics of the variants, what a study has beside them, and the claims."""
     title = f"{results.study}, {seeds_in_words(len(results.seeds))}: mean ± 95 % interval"
-    for table in metric_tables(results, _COLUMNS):
-        _print_table(console, title, *table)
+    for header, rows in metric_tables(results, _COLUMNS, console.width - _LABEL):
+        labels, *numbers = zip(header, *rows, strict=True)
+        widths = [column_width(column) for column in numbers]
+        room = max(console.width - sum(widths) - GAP * len(widths), _LABEL // 2)
+        _print_table(console, title, header, rows, widths=[min(max(map(len, labels)), room), *widths])
+        title = ""
     for title, text in results.texts:
         console.print(f"\n{title}", style="bold", markup=False)
         console.print(text, markup=False)  # brackets of arrays are no markup
-    if results.claims:
-        _print_table(console, "claims of the source", *claim_rows(results.claims))
+    print_claims("claims of the source", results.claims, console)
 
 
-def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Any], **options: Any) -> None:
-    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
-    table = Table(*header, title=title, **style, **options)
+def print_claims(title: str, judgments: Sequence[Judgment], console: Console) -> None:
+    """Prints a short block for each claim: verdict and name, statement, what was published and measured."""
+    if judgments:
+        console.print(f"\n{title}", style="bold", markup=False)
+    for judgment in judgments:
+        claim, verdict = judgment.claim, judgment.verdict
+        p = "" if judgment.p_text == "–" else f", p {judgment.p_text}"
+        console.print()
+        console.print(Text.assemble((verdict, _STYLES.get(verdict, "")), "  ", (claim.id, "bold"), p), soft_wrap=True)
+        _write(console, claim.statement, "  ", "  ")
+        values = [f"published: {claim.published}", f"measured: {judgment.measured}"]
+        together = " | ".join(values)
+        for text in [together] if len(together) + 2 <= console.width else values:
+            _write(console, text, "  ")
+        if claim.amended:
+            _write(console, f"changed after results had been seen: {claim.amended}", "  ")
+
+
+def _write(console: Console, text: str, indent: str = "", hanging: str = "    ") -> None:
+    """Prints a text in lines no wider than the terminal, unless a path is."""
+    kept: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    together = text.replace(" ± ", "\u00a0±\u00a0")
+    lines = textwrap.fill(together, console.width, initial_indent=indent, subsequent_indent=hanging, **kept)
+    console.print(lines.replace("\u00a0", " "), markup=False, soft_wrap=True)
+
+
+def _print_table(
+    console: Console,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Any],
+    widths: Sequence[int | None] = (),
+    **options: Any,
+) -> None:
+    console.print(f"\n{title}" if title else "", style="bold", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **options)
+    for name, width in itertools.zip_longest(header, widths):
+        table.add_column(name, width=width, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)

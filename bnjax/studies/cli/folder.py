@@ -94,7 +94,7 @@ def _in_the_way(out: Path) -> str:
     """Says what stands where files of a run have to be; nothing where nothing does."""
     if os.path.lexists(out / _CHECKPOINTS) and not (out / _CHECKPOINTS).is_dir():
         return f"a file called {_CHECKPOINTS}, where checkpoints have to be"
-    endings = (".json", ".npz", ".md", ".png")
+    endings = (".json", ".npz", ".md", ".png", ".html")
     folders = (entry.name for entry in os.scandir(out) if entry.is_dir() and entry.name.endswith(endings))
     return next((f"a directory called {name}, where a file may have to be" for name in sorted(folders)), "")
 

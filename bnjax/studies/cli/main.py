@@ -4,10 +4,13 @@ import argparse
 import errno
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bnjax._extras import MissingExtraError
@@ -111,10 +114,8 @@ def _run(options: argparse.Namespace) -> int:
         if isinstance(values, ParallelOptions):
             _start_devices(values)
         if _several_processes(options):
-            common = {
-                n: v for n, v in vars(options).items() if n not in ("process_id", "devices", "quiet", "arguments")
-            }
-            processes.check_equal(common)
+            own = ("process_id", "devices", "quiet", "open", "arguments")
+            processes.check_equal({name: value for name, value in vars(options).items() if name not in own})
         _check_backend()
         with stopping_on_signals():
             console.run_study(study, values, options.out, options.quiet, **saving)
@@ -130,7 +131,7 @@ def _run(options: argparse.Namespace) -> int:
             error = f"{lost}; to go on: {_again(options, '--resume')}"
         _say(error)
         return _end(options, 2)
-    return 0
+    return _open(options, options.out / "report.html") if jax.process_index() == 0 else 0
 
 
 def _end(options: argparse.Namespace, status: int) -> int:
@@ -159,7 +160,7 @@ def _claims(options: argparse.Namespace) -> int:
     except (CheckpointError, ValueError, OSError) as error:
         _say(error)
         return 2
-    return 0
+    return _open(options, options.out / "report.html")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -179,6 +180,15 @@ def _report(options: argparse.Namespace) -> int:
     for text in missing:
         print(f"bnjax: not shown: {plain(text)}", file=sys.stderr)
     print(f"{out}: {count} {'study' if count == 1 else 'studies'}, {out.stat().st_size / 2**20:.1f} MiB")
+    return _open(options, out)
+
+
+def _open(options: argparse.Namespace, page: Path) -> int:
+    """Opens the report where it is asked for; returns 0 whether or not there is a browser."""
+    if options.open:
+        from bnjax.studies.cli.report import open_page
+
+        open_page(page)
     return 0
 
 
@@ -246,9 +256,10 @@ def _print_versions() -> int:
 
 
 def _print_studies() -> int:
-    width = max(map(len, STUDIES))
+    columns, indent = shutil.get_terminal_size().columns, 2 + max(map(len, STUDIES))
     for study in STUDIES.values():
-        seeds = study.fields["seeds"].default
-        print(f"{study.name:{width}}  {study.summary}\n{'':{width}}  {study.source}; {seeds} seeds, {study.length}")
+        about = f"{study.source}; {study.fields['seeds'].default} seeds, {study.length}"
+        for name, text in ((study.name, study.summary), ("", about)):
+            print(textwrap.fill(text, columns, initial_indent=f"{name:{indent}}", subsequent_indent=" " * indent))
     print("\nRun one with: bnjax run STUDY (see bnjax run STUDY --help)")
     return 0

@@ -1,8 +1,11 @@
 """One self-contained page: what was learned, the ledger, then each study's tables, figures and settings."""
 
 import base64
+import contextlib
 import math
 import struct
+import sys
+import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 from bnjax._extras import needs
 from bnjax.studies import STUDIES
 from bnjax.studies.data import atomic_file
+from bnjax.studies.data.sets import first_line
 from bnjax.studies.evidence import record
 from bnjax.studies.evidence.claims import Judgment, judge, lessons
 from bnjax.studies.evidence.ledger import Ledger, saved_runs
@@ -19,6 +23,8 @@ from bnjax.studies.evidence.statistics import seeds_in_words
 with needs("studies"):
     import jinja2
 
+PAGE = "report.html"
+"""The name of the page that a run leaves."""
 _LARGEST = 2**25  # bytes of a figure
 _MARKS = {"reproduced": "✓", "not reproduced": "✗", "compatible": "≈", "undecided": "?", "wrong in the source": "!"}
 
@@ -55,7 +61,7 @@ def write_report(run_dir: Path, out: Path) -> tuple[int, list[str]]:
         counts=Ledger(judgments, {}).counts(),
         marks=_MARKS,
         claims=claims,
-        learned={name: lessons(str(STUDIES[name].load().__file__), judged) for name, judged in by_study.items()},
+        learned={name: learned(name, judged) for name, judged in by_study.items() if judged},
         studies=sections,
         missing=missing,
         made_by="bnjax report",
@@ -63,6 +69,33 @@ def write_report(run_dir: Path, out: Path) -> tuple[int, list[str]]:
     with atomic_file(out) as file:
         file.write(page.encode(errors="replace"))
     return len(shown), missing
+
+
+def learned(study: str, judged: Sequence[Judgment]) -> list[str]:
+    """Returns what the judged claims of a study teach, as `lessons` does."""
+    return lessons(str(STUDIES[study].load().__file__), judged)
+
+
+def save_page(run_dir: Path) -> list[str]:
+    """Writes `report.html` into a directory of results; returns what is wrong, in a line, where it could not."""
+    page = run_dir / PAGE
+    try:
+        write_report(run_dir, page)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError):  # that of earlier results
+            page.unlink()
+        return [f"{page} can't be saved: {first_line(error)}"]
+    return []
+
+
+def open_page(page: Path) -> None:
+    """Opens a page in the browser, or says that it can't."""
+    is_open = False
+    with contextlib.suppress(webbrowser.Error, OSError):
+        is_open = page.exists() and webbrowser.open(page.resolve().as_uri())
+    if not is_open:
+        reason = f"no browser can be had; the report is {page}" if page.exists() else "there is no report to open"
+        print(f"bnjax: {record.plain(reason)}", file=sys.stderr)
 
 
 def _template() -> jinja2.Template:

@@ -219,11 +219,18 @@ def lessons(study_file: str, judgments: Sequence[Judgment]) -> list[str]:
     path, verdicts = _beside(study_file), {judgment.claim.id: judgment.verdict for judgment in judgments}
     learned = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _Claims).learned if path.exists() else []
     found = [lesson.text for lesson in learned if lesson.rests_on.items() <= verdicts.items()]
-    if found:
-        return found
-    by_verdict = {verdict: [name for name, of in verdicts.items() if of == verdict] for verdict in VERDICTS}
-    counted = [f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items() if names]
-    return [f"Of {len(verdicts)} claims, " + "; ".join(counted) + "."]
+    return found or [f"Of {len(verdicts)} claims, {in_words(count(judgments))}."]
+
+
+def count(judgments: Sequence[Judgment]) -> dict[str, int]:
+    """Counts the claims of each verdict."""
+    verdicts = [judgment.verdict for judgment in judgments]
+    return {verdict: verdicts.count(verdict) for verdict in VERDICTS if verdict in verdicts}
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Writes counts of verdicts."""
+    return ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
 
 
 def _beside(study_file: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from bnjax.studies import STUDIES, Options, Study
 from bnjax.studies.data import atomic_file
 from bnjax.studies.evidence import record
-from bnjax.studies.evidence.claims import VERDICTS, Judgment
+from bnjax.studies.evidence.claims import Judgment, count, in_words
 from bnjax.studies.evidence.results import Results, claim_rows, markdown_table
 
 
@@ -27,8 +27,7 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Counts the claims of each verdict."""
-        verdicts = [judgment.verdict for judgment in self.judgments]
-        return {verdict: verdicts.count(verdict) for verdict in VERDICTS if verdict in verdicts}
+        return count(self.judgments)
 
     def markdown(self) -> str:
         """Writes the ledger as a page."""
@@ -43,7 +42,7 @@ class Ledger:
 
     def summary(self) -> str:
         """Writes the counts."""
-        return ", ".join(f"{count} {verdict}" for verdict, count in self.counts().items())
+        return in_words(self.counts())
 
     def save(self, out: Path) -> None:
         """Writes `ledger.json` and `ledger.md`."""

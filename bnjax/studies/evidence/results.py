@@ -25,6 +25,8 @@ from bnjax.studies.evidence import record
 from bnjax.studies.evidence.claims import Claim, Judgment, judge
 from bnjax.studies.evidence.statistics import Interval, interval
 
+GAP = 2
+"""Spaces between two columns of a table on the terminal."""
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
 
 Arrays = Mapping[str, np.ndarray]
@@ -250,14 +252,28 @@ def metric_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def metric_tables(results: Results, columns: int) -> list[tuple[list[str], list[list[str]]]]:
-    """Returns `metric_rows` as several tables of so many numbers, not one too wide to read; without empty rows."""
+def metric_tables(results: Results, columns: int, width: float = math.inf) -> list[tuple[list[str], list[list[str]]]]:
+    """Returns `metric_rows` as several tables of so many numbers, not one too wide to read; without empty rows.
+
+    Where `width` is given, each also has no more numbers, though one, than make so many characters with their gaps.
+    """
     header, rows = metric_rows(results)
-    tables = []
-    for start in range(1, len(header), columns):
-        first, *rest = ([row[0], *row[start : start + columns]] for row in (header, *rows))
+    tables, end = [], 1
+    while end < len(header):
+        start, taken = end, 0
+        while end < len(header) and (end == start or end - start < columns):
+            taken += GAP + column_width([row[end] for row in (header, *rows)])
+            if taken > width and end > start:
+                break
+            end += 1
+        first, *rest = ([row[0], *row[start:end]] for row in (header, *rows))
         tables.append((first, [row for row in rest if any(row[1:])]))
     return tables
+
+
+def column_width(column: Sequence[str]) -> int:
+    """Returns how wide a column of a table is on the terminal, where only its header, the first, is wrapped."""
+    return max(map(len, (*column[0].split(), *column[1:])))
 
 
 def claim_rows(judgments: Sequence[Judgment]) -> tuple[list[str], list[list[str]]]:
