@@ -11,14 +11,22 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from bnjax import _calls, _compat
+from bnjax import _calls, _checks, _compat
 from bnjax._functional import functional, name_of, own_argument
+from bnjax._objective import PHASES, is_training
 from bnjax.inference.reestimate import add_batch_moments, no_moments, traced
 
 _DEAD, _EXPLODING = 1e-3, 1e3  # bounds of features' scales in units of the layer's median
 _NEAR = 10.0  # the number of epsilons up to which a variance is near epsilon
 _FAR_MEAN, _FAR_VAR = 3.0, 10.0  # bounds of medians: of the means' distance in running deviations, and of var's ratio
-
+_LAG = 0.25  # the share of their start above which running statistics lag
+_CLOSE = 0.1  # how closely they agree with that share then, and by how many deviations the batch's means are from 0
+_SAME = 1e-3  # relative difference up to which numbers on several devices are the same
+_LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose, nnx.Linear, nnx.Conv, nnx.ConvTranspose)  # their features are the last
+_APART = (
+    "Devices have running statistics of their own: pass axis_name to the batch norms, or take the mean over devices "
+    "(jax.lax.pmean) before evaluation."
+)
 _SHOWN = 5  # how many batch norms with the same mistake are shown
 
 Spread = tuple[float, float, float]
@@ -65,6 +73,14 @@ class _Settings(NamedTuple):
     momentum: Any = None
     is_inference: bool = False
     is_comparable: bool = True
+    mistakes: tuple[Mistake, ...] = ()
+
+
+class _Norm(NamedTuple):
+    """The arrays of one batch norm, and the mistakes that show in how they are stored."""
+
+    arrays: dict[str, np.ndarray]
+    mistakes: tuple[Mistake, ...]
 
 
 def examine(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5, **options: Any) -> list[Description]:
@@ -110,7 +126,7 @@ def examine(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5
         paths, settings = _settings(apply, variables, args, options)
         norms = {name: norms[name] for path in settings for name in norms if name.split("[")[0] == path}
         compared = [path for path, own in settings.items() if path in norms and own.is_comparable]
-        start = {paths[name]: no_moments(norms[name]["mean"]) for name in compared}
+        start = {paths[name]: no_moments(norms[name].arrays["mean"]) for name in compared}
         of_batch = jax.jit(functools.partial(add_batch_moments, apply, True, options), static_argnums=3)
         batch_moments = of_batch(variables, start, *_calls.split_fixed(args))
         batch_moments = {name_of(path): jax.device_get(m) for path, m in batch_moments.items()}
@@ -120,14 +136,18 @@ def examine(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5
             f"got {type(variables).__name__} without one."
         )
     settings = {name: settings.get(name) or settings[name.split("[")[0]] for name in norms}
+    norms = _with_merged_models(norms)
     return [_described(name, norm, settings[name], batch_moments.get(name)) for name, norm in norms.items()]
 
 
 def describe(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-5, **options: Any) -> None:
     """Prints each batch norm's effective scale, running deviation, dead and exploding features, and likely mistakes.
 
-    It warns of running statistics that have never moved, of variances near epsilon, below zero or not finite; with a
-    model, of a momentum in PyTorch's convention; and with a batch, of running statistics far from the batch's.
+    It warns of running statistics that have never moved, of variances near epsilon, below zero or not finite, of
+    statistics in half precision, and of those that differ between copies of one model or are the same for several; with
+    a model, of a momentum in PyTorch's convention, and of a call for inference that takes the batch's statistics; and
+    with a batch, of running statistics that lag or are far from the batch's, of a batch of one element, and of features
+    along a wrong axis.
 
     Args:
       variables: collections 'params' and 'batch_stats', or an nnx module.
@@ -166,7 +186,7 @@ def describe(variables: Any, model: Any = None, *args: Any, epsilon: float = 1e-
         console.print("\n".join([text, *places[:_SHOWN], *more]), soft_wrap=True)
 
 
-def _of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+def _of_variables(variables: Mapping[str, Any]) -> dict[str, _Norm]:
     """Returns the arrays of each batch norm, by path."""
     stats: Any = flatten_dict(nn.meta.unbox(dict(variables.get("batch_stats", {}))))
     params: Any = flatten_dict(nn.meta.unbox(dict(variables.get("params", {}))))
@@ -179,14 +199,15 @@ def _of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, np.ndarra
     return norms
 
 
-def _by_kind(path: str, arrays: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+def _by_kind(path: str, arrays: Mapping[str, Any]) -> dict[str, _Norm]:
     """Returns the arrays of a batch norm by path, one entry for each kind of batches (`SplitBatchNorm`)."""
     wide = {name: np.asarray(v, complex if np.iscomplexobj(v) else float) for name, v in arrays.items()}
     kinds = len(wide["mean"]) if wide.get("scale", wide.get("bias", wide["mean"])).ndim < wide["mean"].ndim else None
     if kinds is None:
-        return {path: wide}
+        return {path: _Norm(wide, (*_mistakes_of_storage(arrays), *_mistakes_of_copies(wide)))}
     own = {name: value for name, value in wide.items() if name not in ("mean", "var")}
-    return {f"{path}[{i}]": {**own, "mean": wide["mean"][i], "var": wide["var"][i]} for i in range(kinds)}
+    each = ({**own, "mean": wide["mean"][i], "var": wide["var"][i]} for i in range(kinds))
+    return {f"{path}[{i}]": _Norm(kind, tuple(_mistakes_of_storage(arrays))) for i, kind in enumerate(each)}
 
 
 def _natural(path: tuple[str, ...]) -> list[Any]:
@@ -194,7 +215,7 @@ def _natural(path: tuple[str, ...]) -> list[Any]:
     return [(int(part) if part.isdigit() else 0, part) for name in path for part in re.split(r"(\d+)", name)]
 
 
-def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, _Settings]]:
+def _of_nnx(module: nnx.Module) -> tuple[dict[str, _Norm], dict[str, _Settings]]:
     """Returns arrays and settings of each batch norm of an nnx module, by path."""
     norms, settings = {}, {}
     for path, part in _compat.iter_modules(module):
@@ -210,21 +231,34 @@ def _of_nnx(module: nnx.Module) -> tuple[dict[str, dict[str, np.ndarray]], dict[
 
 def _settings(apply: Any, variables: Any, args: Any, options: Any) -> tuple[dict[str, Any], dict[str, _Settings]]:
     """Returns the path and the settings of each batch norm that a model calls, by name."""
-    paths, settings = {}, {}
+    paths, settings, of_linear = {}, {}, {}
+    told = [name for name in PHASES if isinstance(options.get(name), bool | np.bool_)]
+    is_inference = told and not any(is_training(name, options[name]) for name in told)
+
+    def note_linear(module, call, x, call_options):
+        y = call(x, **call_options)
+        of_linear[id(y)] = y  # kept, so that no other array gets its id
+        return y
 
     def note(module, call, x, call_options):
         running = _calls.is_running(module, call_options)
         statistics = _calls.statistics_of(module)
         comparable = statistics is not None and statistics.is_variance and statistics.kinds is None
+        mistakes = [*_mistakes_of_axis(module, x, id(x) in of_linear)]
+        if is_inference and not running and statistics is not None and statistics.moves:
+            text = "A call for inference takes the batch's statistics: pass use_running_average=not training, or how "
+            mistakes.append(Mistake(text + "its option is named.", f"{told[0]}={options[told[0]]}"))
         paths[name := name_of(module.path)] = module.path
-        settings[name] = _Settings(module.epsilon, module.momentum, running, comparable)
+        settings[name] = _Settings(module.epsilon, module.momentum, running, comparable, tuple(mistakes))
         return call(x, **call_options)
 
-    traced(jax.eval_shape, apply, variables, args, options, note)
+    with _calls.intercept(lambda module: isinstance(module, _LINEAR), note_linear):
+        traced(jax.eval_shape, apply, variables, args, options, note)
     return paths, settings
 
 
-def _described(path: str, arrays: Mapping[str, np.ndarray], settings: _Settings, batch_moments: Any) -> Description:
+def _described(path: str, norm: _Norm, settings: _Settings, batch_moments: Any) -> Description:
+    arrays = norm.arrays
     mean, var = arrays["mean"], arrays["var"]
     scale = np.abs(arrays.get("scale", np.ones(())))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -240,7 +274,7 @@ def _described(path: str, arrays: Mapping[str, np.ndarray], settings: _Settings,
         _spread(deviation),
         tuple(dead.tolist()),
         tuple(exploding.tolist()),
-        tuple(_mistakes(mean, var, settings, batch_moments)),
+        (*norm.mistakes, *_mistakes(mean, var, settings, batch_moments), *settings.mistakes),
     )
 
 
@@ -269,11 +303,98 @@ def _mistakes(mean: np.ndarray, var: np.ndarray, settings: _Settings, batch_mome
     if isinstance(settings.momentum, int | float | np.number) and settings.momentum < 0.5:
         text = "momentum weighs the old value, as in Flax and Keras: where it comes from PyTorch, pass 1 minus it."
         yield Mistake(text, f"momentum {settings.momentum:g}")
-    if batch_moments is not None and var.size and np.all(batch_moments.count > 1):
-        with np.errstate(invalid="ignore"):
-            distance = np.median(np.abs(batch_moments.mean - mean) / np.sqrt(np.maximum(var, 0) + epsilon))
-            ratio = np.median((batch_moments.var + epsilon) / (np.maximum(var, 0) + epsilon))
-        if distance > _FAR_MEAN or not 1 / _FAR_VAR < ratio < _FAR_VAR:
-            text = "Running statistics are far from the batch's: train for longer, lower the momentum, or re-estimate "
-            text += "them with bnjax.inference.reestimate_batch_stats."
-            yield Mistake(text, f"means {distance:.3g} deviations away, variances {ratio:.3g} times (medians)")
+    if batch_moments is not None and np.all(batch_moments.count <= 1) and not settings.is_inference:
+        text = "The batch has at most one element for each feature: the output is the bias, whatever the input. Pass "
+        text += "more examples, or use the running statistics."
+        yield Mistake(text, f"{np.max(batch_moments.count):g} of each feature")
+    if batch_moments is None or not var.size or not np.all(batch_moments.count > 1):
+        return
+    if left := _share_of_start(mean, var, batch_moments, epsilon):
+        text = "Running statistics have moved for too few steps: train for longer, lower the momentum, or re-estimate "
+        text += "them with bnjax.inference.reestimate_batch_stats."
+        yield Mistake(text, f"{left:.2g} of their start is left" + _steps_of(left, settings.momentum))
+        return
+    with np.errstate(invalid="ignore"):
+        distance = np.median(np.abs(batch_moments.mean - mean) / np.sqrt(np.maximum(var, 0) + epsilon))
+        ratio = np.median((batch_moments.var + epsilon) / (np.maximum(var, 0) + epsilon))
+    if distance > _FAR_MEAN or not 1 / _FAR_VAR < ratio < _FAR_VAR:
+        text = "Running statistics are far from the batch's: train for longer, lower the momentum, or re-estimate "
+        text += "them with bnjax.inference.reestimate_batch_stats."
+        yield Mistake(text, f"means {distance:.3g} deviations away, variances {ratio:.3g} times (medians)")
+
+
+def _share_of_start(mean: np.ndarray, var: np.ndarray, batch: Any, epsilon: float) -> float | None:
+    """Returns the share of mean 0 and variance 1 in the running statistics, if the rest is the batch's; else None."""
+    mean, batch_mean, deviation = (np.ravel(v) for v in (mean, batch.mean, np.sqrt(batch.var + epsilon)))
+    with np.errstate(all="ignore"):
+        running, of_batch = mean / deviation, batch_mean / deviation
+        moved = np.vdot(of_batch, running).real / np.vdot(of_batch, of_batch).real
+        expected = 1 + moved * (np.ravel(batch.var) - 1)
+        size, apart = np.linalg.norm(of_batch), np.linalg.norm(running - moved * of_batch)
+        is_mixture = apart < _CLOSE * min(moved, 1 - moved) * size
+        is_mixture &= np.all(np.abs(np.ravel(var) / expected - 1) < _CLOSE)
+        is_known = mean.size >= 4 and size > _CLOSE * np.sqrt(mean.size)
+    return float(1 - moved) if is_known and is_mixture and 1 - moved > _LAG else None
+
+
+def _steps_of(share: float, momentum: Any) -> str:
+    """Returns after how many steps of a momentum such a share of the start is left, where the momentum is known."""
+    is_known = isinstance(momentum, float | np.number) and 0 < momentum < 1
+    steps = round(np.log(share) / np.log(momentum)) if is_known else 0
+    return f", as after {steps} step{'s' * (steps > 1)} of momentum {momentum:g}" if steps else ""
+
+
+def _mistakes_of_storage(arrays: Mapping[str, Any]) -> Iterator[Mistake]:
+    stats = [arrays["mean"], arrays["var"]]
+    if narrow := {str(v.dtype) for v in map(np.asarray, stats) if v.dtype.itemsize < 4}:
+        text = "Running statistics are in half precision, which rounds away an average's small steps: keep them in "
+        yield Mistake(text + "float32 (force_float32_reductions=True).", ", ".join(sorted(narrow)))
+    if any(map(_differs_by_device, stats)):
+        yield Mistake(_APART, "one array, with other numbers on other devices")
+
+
+def _differs_by_device(value: Any) -> bool:
+    """Returns whether an array of which each device has a copy has other numbers in some."""
+    if not isinstance(value, jax.Array) or not value.is_fully_replicated:
+        return False
+    copies = [np.asarray(shard.data, complex) for shard in value.addressable_shards]
+    return not np.allclose(copies[0], copies, rtol=_SAME, atol=0, equal_nan=True)
+
+
+def _copies(arrays: Mapping[str, np.ndarray]) -> tuple[list[Any], list[Any]] | None:
+    """Returns parameters and statistics that have a first axis over copies of a model; None without one."""
+    params, stats = ([arrays[n] for n in names if n in arrays] for names in (("scale", "bias"), ("mean", "var")))
+    return (params, stats) if params and stats[0].ndim > 1 and len(stats[0]) > 1 else None
+
+
+def _mistakes_of_copies(arrays: Mapping[str, np.ndarray]) -> Iterator[Mistake]:
+    params, stats = _copies(arrays) or ([], [])
+    is_same_trained = any(np.ptp(v[0]) > 0 for v in params) and all((v == v[:1]).all() for v in params)
+    if is_same_trained and not all(np.allclose(v, v[:1], rtol=_SAME, atol=0) for v in stats):
+        yield Mistake(_APART, f"{len(stats[0])} copies with the same scale and bias")
+
+
+def _with_merged_models(norms: dict[str, _Norm]) -> dict[str, _Norm]:
+    """Adds that several models share their statistics, if all batch norms do: those of a common input may."""
+    copied = {name: found for name, norm in norms.items() if (found := _copies(norm.arrays))}
+    for values in copied.values():
+        has_same_params, has_same_stats = (all((v == v[:1]).all() for v in part) for part in values)
+        if has_same_params or not has_same_stats or not values[1][0].any():
+            return norms
+    text = "Several models have the same running statistics: their vmap binds the batch norms' axis_name, and so "
+    text += "merges them. Give it another name."
+    merged = {
+        name: Mistake(text, f"{len(s[0])} models with other scales and biases") for name, (_, s) in copied.items()
+    }
+    return norms | {n: norms[n]._replace(mistakes=(*norms[n].mistakes, m)) for n, m in merged.items()}
+
+
+def _mistakes_of_axis(module: Any, x: Any, is_of_linear: bool) -> Iterator[Mistake]:
+    """Yields mistakes with the axis of features of a batch norm's input."""
+    last, shape = np.ndim(x) - 1, np.shape(x)
+    axes = _checks.feature_axes(module.axis, np.ndim(x))
+    is_channels_first = axes == (3,) and shape[1] == 3 != shape[2] == shape[3]
+    if is_channels_first or (is_of_linear and last > 1 and last not in axes):
+        text = "Features are taken from a wrong axis: axis=-1 where they are the last, as Flax's layers have them, and "
+        text += "axis=1 for arrays [batch, channels, height, width]."
+        yield Mistake(text, f"axis {', '.join(map(str, axes))} of an input {list(shape)}")
