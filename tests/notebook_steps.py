@@ -1,6 +1,6 @@
 """Compiles for TPU chips that are not at hand whatever the notebooks jit: `python tests/notebook_steps.py [NAME …]`.
 
-A notebook is run at its smoke size, as plain Python, on one CPU device and on eight simulated ones. Every call of a
+A notebook is run at a small size, as plain Python, on one CPU device and on eight simulated ones. Every call of a
 jitted function of bnjax or of the notebook is remembered, and afterwards its function is traced again and compiled by
 TPU's own compiler (`pip install 'bnjax[tpu]'`) for a slice of as many v5e chips: what lies on a mesh of CPU devices in
 the notebook lies on the mesh of the chips then. `jax.pmap` alone can't be compiled for devices that are not at hand.
@@ -21,6 +21,14 @@ import numpy as np
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 TOPOLOGIES = {1: "v5e:1x1", 8: "v5e:2x4"}
+
+
+def small(notebook: Any) -> Any:
+    """Returns a notebook with the sizes of a short run: what cells' metadata 'smoke' has comes after their own code."""
+    for cell in notebook["cells"]:
+        if "smoke" in cell["metadata"]:
+            cell["source"] = "".join(cell["source"]) + "\n" + cell["metadata"]["smoke"]
+    return notebook
 
 
 class Call(NamedTuple):
@@ -190,7 +198,7 @@ def run(name: str, devices: int) -> dict[str, str]:
             update(option, value)
 
     collector = _Collector()
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    cells = small(json.loads((NOTEBOOKS / f"{name}.ipynb").read_text()))["cells"]
     with collector.patches(), mock.patch.object(jax.config, "update", keep_devices):
         space = {"__name__": "notebook"}
         for number, cell in enumerate(cells):

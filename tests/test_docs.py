@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pkgutil
+import re
 from pathlib import Path
 
 import jax
@@ -120,3 +121,57 @@ def test_published_pages_show_the_published_records():
     for name, saved in studies.items():
         assert "/" not in saved.document["command"]  # no machine's paths
         assert all((ROOT / "docs" / "figures" / f"{name}_{file}").exists() for file in saved.document["figures"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_fits_a_column_of_a_page(page):
+    blocks = (ROOT / page).read_text().split("```python\n")[1:]
+    code = [line for block in blocks for line in block.split("```")[0].splitlines() if line.startswith((">>>", "..."))]
+    assert not [line for line in code if len(line) > 88]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "notebooks").glob("*.md")), ids=lambda page: page.stem)
+def test_pages_of_notebooks_show_them_as_they_are(page):
+    tool = script(ROOT / "tools" / "make_notebooks.py")
+    text = page.read_text()
+    assert text.startswith(f"{tool.mark(page.stem)}\n"), f"it is made by: python tools/make_notebooks.py {page.stem}"
+    figures = {path.name for path in page.parent.glob(f"{page.stem}_*.png")}
+    assert figures and all(f"]({figure})" in text for figure in figures)
+    assert "Traceback" not in text and "Warning" not in text
+
+
+def test_the_site_has_no_prompts_and_links_the_repository_once_it_has_an_address():
+    hook = script(ROOT / "tools" / "home_page.py")
+    shown = hook.without_prompts("a\n\n```python\n>>> if x:\n...     y\n>>> z\n1\n...\n\n```\n\nb")
+    assert shown == "a\n\n```python\nif x:\n    y\nz\n```\n\n```text\n1\n...\n```\n\nb"
+    assert hook.with_colab("# A\n\nb", "a", "") == "# A\n\nb"
+    place = "https://colab.research.google.com/github/o/r/blob/main/notebooks/a.ipynb"
+    assert hook.with_colab("# A\n\nb", "a", "https://github.com/o/r") == f"# A\n\n[Open it in Colab]({place})\n\nb"
+    assert "badge" not in hook.home_page("# A\n\nb") and "/badge.svg" in hook.home_page("# A\n\nb", "https://x")
+
+
+EVIDENCE = ("guides/small_batches.md", "guides/large_batches.md", "which_normalizer.md")
+CLAIM = re.compile(r"\b[A-Z]\d?\d?\.\d+(?: \([^)]+\))?")
+MEASURED = re.compile(r"-?\d+\.\d+ ± \d+\.\d+")
+
+
+@pytest.mark.parametrize("page", EVIDENCE)
+def test_evidence_is_that_of_the_ledger(page):
+    text, pages = (ROOT / "docs" / page).read_text(), script(ROOT / "tools" / "make_results.py")
+    known = "".join((ROOT / "docs" / name).read_text() for name in ("ledger.md", "results.md"))
+    measured = set(MEASURED.findall(text))
+    assert len(measured) > 10 and not {numbers for numbers in measured if numbers not in known}
+    studies = {name: saved for name in pages.STUDIES if (saved := pages.published(name))}
+    verdicts = {judgment.claim.id: judgment.verdict for judgment in pages.judgments_of(studies)}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    header, found = [], []
+    for row in rows:
+        if row[0] in ("claim", "normalizer"):
+            header = row
+        elif header[:1] == ["claim"] and CLAIM.fullmatch(row[0]):
+            found.append((row[0], row[-1]))
+        elif header[:1] == ["normalizer"]:
+            columns = zip(row[1:], ("reproduced", "not reproduced", "undecided"), strict=True)
+            found += [(claim, verdict) for cell, verdict in columns for claim in CLAIM.findall(cell)]
+    assert len(found) >= 7
+    assert {claim: verdicts.get(claim, "") for claim, _ in found} == dict(found)
