@@ -322,8 +322,8 @@ class MovingBatchNorm(_Normalizer):
 class FrozenBatchNorm(_Normalizer):
     """`bnjax.variants.frozen_batch_norm` as a layer: `BatchNorm` by running statistics that never move.
 
-    Arguments, variables and names are those of `BatchNorm`, so that its variables can be loaded; scale and bias get no
-    gradient.
+    Arguments, variables and names are those of `BatchNorm`, so that its variables can be loaded into one of its name
+    (automatic ones are the class's: `FrozenBatchNorm_0`); scale and bias get no gradient.
 
     References:
       He et al. 2016 (arXiv 1512.03385), appendix A, which fixes batch norms in detection networks; Wu & Johnson
