@@ -41,7 +41,12 @@ def test_enough_docstrings_have_examples():
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "guides").glob("*.md")))]
 
 
-@pytest.mark.parametrize("page", PAGES)
+LONG_PAGES = [f"docs/guides/{name}.md" for name in ("reinforcement_learning", "domain_adaptation", "large_batches")]
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.exhaustive if page in LONG_PAGES else ()) for page in PAGES]
+)
 def test_pages(page):
     source = (ROOT / page).read_text()
     code = "\n".join(block.split("```")[0] for block in source.split("```python\n")[1:])

@@ -248,7 +248,8 @@ def test_no_square_overflows_in_compiled_programs(value, spikes):
     }
     for name, way in ways.items():
         found = jax.jit(way)(x).var.reshape(-1)[:1]
-        np.testing.assert_allclose(found, expected, rtol=3e-5, err_msg=name)
+        # A sum of so many equal squares, one after the other, is off by so many roundings at most.
+        np.testing.assert_allclose(found, expected, rtol=3e-5 + spikes * 2.0**-24, err_msg=name)
     y, _ = jax.jit(lambda x: bnjax.batch_norm(x, *bnjax.init_batch_norm(1), training=True))(x)
     np.testing.assert_allclose(y.std(), 1, rtol=1e-4)
 
