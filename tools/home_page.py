@@ -26,9 +26,9 @@ def on_config(config, **_):
     return config
 
 
-def on_page_markdown(markdown: str, page, **_) -> str:
+def on_page_markdown(markdown: str, page, config, **_) -> str:
     """Returns the README in place of the home page's text, and other pages with their links to the repository."""
-    address, source = repository(), page.file.src_uri
+    address, source = config["repo_url"] or "", page.file.src_uri
     if source == "index.md":
         markdown = home_page((ROOT / "README.md").read_text(encoding="utf-8"), address)
     elif source.startswith("notebooks/"):

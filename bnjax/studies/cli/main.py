@@ -131,7 +131,7 @@ def _run(options: argparse.Namespace) -> int:
             error = f"{lost}; to go on: {_again(options, '--resume')}"
         _say(error)
         return _end(options, 2)
-    return _open(options, options.out / "report.html") if jax.process_index() == 0 else 0
+    return _open(options) if jax.process_index() == 0 else 0
 
 
 def _end(options: argparse.Namespace, status: int) -> int:
@@ -160,7 +160,7 @@ def _claims(options: argparse.Namespace) -> int:
     except (CheckpointError, ValueError, OSError) as error:
         _say(error)
         return 2
-    return _open(options, options.out / "report.html")
+    return _open(options)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -183,12 +183,12 @@ def _report(options: argparse.Namespace) -> int:
     return _open(options, out)
 
 
-def _open(options: argparse.Namespace, page: Path) -> int:
-    """Opens the report where it is asked for; returns 0 whether or not there is a browser."""
+def _open(options: argparse.Namespace, page: Path | None = None) -> int:
+    """Opens a report, by default the one in --out, where that is asked for; returns 0, with a browser or without."""
     if options.open:
-        from bnjax.studies.cli.report import open_page
+        from bnjax.studies.cli.report import PAGE, open_page
 
-        open_page(page)
+        open_page(page or options.out / PAGE)
     return 0
 
 
