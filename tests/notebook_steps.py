@@ -9,7 +9,6 @@ the notebook lies on the mesh of the chips then. `jax.pmap` alone can't be compi
 import contextlib
 import functools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -190,7 +189,6 @@ def run(name: str, devices: int) -> dict[str, str]:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
-    os.environ["BNJAX_SMOKE"] = "1"
     update = jax.config.update
 
     def keep_devices(option: str, value: Any) -> None:

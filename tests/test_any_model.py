@@ -141,6 +141,7 @@ TOKENS, KINDS = jnp.arange(24).reshape((4, 6)) * 7 % 11, jnp.arange(24).reshape(
 LABELS = (TOKENS + 3) % 11
 
 
+@pytest.mark.exhaustive
 def test_losses_over_tokens_of_a_transformer_with_several_inputs():
     model = Transformer()
     variables = model.init(KEY, TOKENS, KINDS)
@@ -250,6 +251,7 @@ def test_sampled_fisher_matrices_with_a_head_have_the_exact_one_as_their_mean():
     np.testing.assert_allclose(sampled, exact, atol=4 * np.abs(exact).max() / np.sqrt(20_000))
 
 
+@pytest.mark.exhaustive
 def test_no_array_of_tokens_times_vocabulary_is_kept():
     """By the memory of the compiled programs of a gradient, a Hessian product and a Fisher product."""
     tokens, size, vocabulary = 1024, 16, 4096

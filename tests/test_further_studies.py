@@ -26,6 +26,7 @@ def images(shape, count=40, classes=10):
     return data.Dataset("small", split(), split(), classes)
 
 
+@pytest.mark.exhaustive
 def test_recurrent_study(monkeypatch):
     monkeypatch.setattr(data, "images", lambda *arguments: images((4, 3, 1)))
     kept = {name: one for name, one in recurrent.VARIANTS.items() if "epsilon" not in name}
@@ -106,6 +107,7 @@ def cifar_run():
     patch.undo()
 
 
+@pytest.mark.exhaustive
 def test_cifar_study(cifar_run):
     results, figures = cifar_run
     small_studies.check_figures(figures)
@@ -144,6 +146,7 @@ def test_a_plain_network_that_diverges_keeps_its_earlier_best():
     np.testing.assert_allclose(results.metric("relu_bn", "log10_share_of_epochs"), np.log10([2 / 2, 5 / 2]))
 
 
+@pytest.mark.exhaustive
 def test_cifar_gradient_ratio_is_that_of_the_training_loss(cifar_run):
     small = images((16, 16, 3), classes=2)
     network = cifar.networks(cifar.Options(2, width=3, batch_size=8), small)["relu_none"]
@@ -191,6 +194,7 @@ def test_papers_study(monkeypatch):
     assert results.arrays["large/train_loss"].shape[1] == 4 and results.arrays["small/train_loss"].shape[1] == 32
 
 
+@pytest.mark.exhaustive
 def test_a_step_from_given_norms_is_that_of_the_decayed_network():
     """Kernels that a batch norm follows matter by their direction and the effective rate alone."""
     small = images((32, 32, 3), 64)

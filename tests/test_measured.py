@@ -186,6 +186,7 @@ def smooth():
     patch.undo()
 
 
+@pytest.mark.exhaustive
 def test_smoothness(smooth):
     results, figures, report = smooth
     small_studies.check_figures(figures)
@@ -248,6 +249,7 @@ def test_shares_are_of_the_steps_that_both_networks_were_measured_at():
     np.testing.assert_allclose(results.metric("a", "share_with_smaller_loss_range"), [1, 1])
 
 
+@pytest.mark.exhaustive
 def test_accuracies_are_judged_at_full_length_only(smooth):
     results = copy.deepcopy(smooth[0])
     claim = smoothness.CLAIMS[0]
@@ -275,6 +277,7 @@ def changed(results, losses, curve):
     return {judgment.claim.id: judgment.verdict for judgment in other.claims}
 
 
+@pytest.mark.exhaustive
 def test_verdicts_on_made_up_numbers(smooth):
     results = smooth[0]
     nan, bad = float("nan"), ("not reproduced", "undecided")

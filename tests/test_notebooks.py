@@ -42,10 +42,6 @@ def test_is_kept_clean(path):
             assert cell["outputs"] == [] and cell["execution_count"] is None
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert code[0] == '%pip install -q "bnjax[studies]"'
-    if path.stem in ("circles", "mnist", "cifar", "smoothness", "many_devices"):  # which show, but do not teach yet
-        assert "BNJAX_SMOKE" in code[1]
-        return
-    assert "SMOKE" not in "".join(code)
     text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     assert text.count("<details markdown><summary>Answer</summary>") == text.count("</details>") == 3
     assert "## The answer" in text and "](../docs/" in text
@@ -53,13 +49,13 @@ def test_is_kept_clean(path):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, id=p.stem, marks=pytest.mark.exhaustive if p.stem != "many_devices" else ()) for p in NOTEBOOKS],
+    [pytest.param(p, id=p.stem, marks=pytest.mark.exhaustive if p.stem != "circles" else ()) for p in NOTEBOOKS],
 )
 def test_runs_at_a_small_size_and_shows_figures(path, data_dir, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     # All is installed, so that the install cell finds nothing to do, and asks no index.
-    settings = {"BNJAX_SMOKE": "1", "TFDS_DATA_DIR": str(data_dir), "JAX_PLATFORMS": "cpu", "PIP_NO_INDEX": "1"}
+    settings = {"TFDS_DATA_DIR": str(data_dir), "JAX_PLATFORMS": "cpu", "PIP_NO_INDEX": "1"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     for last in (False, True):

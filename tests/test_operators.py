@@ -136,7 +136,7 @@ def test_a_normal_distributions_fisher_matrix_is_that_of_half_squares():
     np.testing.assert_allclose(dense(fisher), dense(gauss_newton), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("distribution", ["categorical", "normal"])
+@pytest.mark.parametrize("distribution", ["categorical", pytest.param("normal", marks=pytest.mark.exhaustive)])
 def test_a_sampled_fisher_matrix_has_the_exact_one_as_its_mean(distribution):
     make = functools.partial(analysis.fisher_operator, outputs, PARAMS, distribution=distribution)
     exact = dense(make(X))
@@ -227,6 +227,7 @@ class Reader:
             yield batch
 
 
+@pytest.mark.exhaustive
 def test_what_a_data_set_is_read_for():
     data, texts = Reader([(X[part], Y[part]) for part in PARTS]), []
     operator = MAKERS["Hessian"](batches=data, progress=texts.append)
@@ -267,7 +268,11 @@ RESUMABLE = {
 
 
 @pytest.mark.parametrize(
-    "what", [pytest.param(w, marks=[pytest.mark.exhaustive] * (w in ("norm", "Hutch++", "XDiag"))) for w in RESUMABLE]
+    "what",
+    [
+        pytest.param(w, marks=[pytest.mark.exhaustive] * (w in ("norm", "Hutch++", "XDiag", "XTrace", "density")))
+        for w in RESUMABLE
+    ],
 )
 def test_an_interrupted_measurement_goes_on(tmp_path, what):
     def run(data, resumed=True):
@@ -327,6 +332,7 @@ def test_the_state_of_another_measurement_is_refused(tmp_path, change):
         run(**other[change])
 
 
+@pytest.mark.exhaustive
 def test_a_tighter_tolerance_goes_on_from_a_checkpoint(tmp_path):
     values = jnp.asarray(RNG.normal(size=100))
     operator = analysis.SymmetricOperator(lambda v: values * v, jnp.zeros(100), on_host=True)

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import sharded_network as network
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
@@ -66,18 +67,21 @@ def test_the_numbers_are_those_of_the_dense_matrix():
     np.testing.assert_allclose(expected(of_data_set=False)["values"], [values[-1], values[0], values[-2]], rtol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_in_jit():
     found = jax.jit(lambda p, *batch: network.measured(p, {"of": batch}))(SHARDED, *BATCH)
     check(found, of_data_set=False)
     check_sharding(found["vectors"])
 
 
+@pytest.mark.exhaustive
 def test_of_a_data_set_on_the_host():
     found = network.measured(SHARDED, {"batches": loader(on_mesh=True)}, few=True)
     check(found, of_data_set=True)
     check_sharding(found["vectors"])
 
 
+@pytest.mark.exhaustive
 def test_the_basis_is_split_too():
     """By the compiled program's memory on each device, and by the state of a program on the host."""
 
@@ -125,6 +129,7 @@ def test_inside_shard_map():
     check(found, of_data_set=False)
 
 
+@pytest.mark.exhaustive
 def test_in_two_processes():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

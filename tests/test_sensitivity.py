@@ -51,6 +51,7 @@ def test_fixed_batches_stay_together():
     assert drawn == {(0, 1, 2), (3, 4, 5), (6, 7, 8)}
 
 
+@pytest.mark.exhaustive
 def test_a_cell_is_trained_at_its_settings(monkeypatch, small_images):
     networks = {"none", "bn", *(f"{name}_{scheme}" for name in ("none", "bn") for scheme in perceptrons.SCHEMES)}
     kept = [c for c in perceptrons.CASES if c.network in networks and c.batch_size in (2, 32)]

@@ -236,6 +236,7 @@ def test_results_follow_their_schema(circles_run, tmp_path):
     assert "| after activation |" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.exhaustive
 def test_blobs_prints_the_stored_numbers_beside_the_calculation():
     measured, figures = blobs.run(blobs.Options(seeds=2, epochs=2), small_studies.Silent(by="name"))
     for part in measured.notes["inside"].values():

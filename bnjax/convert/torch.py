@@ -153,6 +153,7 @@ def variables_to_torch(
 def torchvision_names(like: Any) -> dict[str, str]:
     """Returns torchvision's names of the modules of a `bnjax.models.ResNet`, of any depth and kind of block.
 
+    They are those of timm's plain ResNets too, whose shortcuts are a convolution and a batch norm (`downsample_conv`).
     The network is torchvision's where its normalizer is `bnjax.linen.BatchNorm`; in training too, with
     `functools.partial(BatchNorm, momentum=0.9, bessel_correction=True)`.
 
@@ -166,7 +167,7 @@ def torchvision_names(like: Any) -> dict[str, str]:
       ValueError: for variables of another model.
 
     References:
-      torchvision/models/resnet.py
+      torchvision/models/resnet.py; timm/models/resnet.py
 
     >>> from bnjax.linen import BatchNorm
     >>> from bnjax.models import resnet18

@@ -27,6 +27,8 @@ from bnjax.studies.evidence.statistics import Interval, interval
 
 GAP = 2
 """Spaces between two columns of a table on the terminal."""
+PUBLISHED, SOURCES = Path(__file__).parents[1] / "published", Path(__file__).parents[3] / "docs" / "results"
+"""Directory of the published results in the installed package, and in the sources."""
 _PACKAGES = ("bnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "tensorflow-datasets")
 
 Arrays = Mapping[str, np.ndarray]
@@ -91,6 +93,25 @@ class Results:
         common = document["study"], document["settings"], document["seeds"]
         given = {"options": document["options"], "examples": document["examples"]}
         return cls(*common, variants, **given, document=document)
+
+    @classmethod
+    def published(cls, study: str) -> "Results":
+        """Reads the results that the project publishes of a study: every metric at every seed, without the curves.
+
+        They are in the package, or in `docs/results/` of the sources that it is used from. `document["claims"]` has the
+        claims with their verdicts.
+
+        Raises:
+          RecordError: if no results of that name are published.
+
+        >>> Results.published("circles").metric("after", "test_accuracy").shape
+        (32,)
+        """
+        directory = PUBLISHED if PUBLISHED.is_dir() else SOURCES
+        if study in STUDIES and (found := cls.load(directory / f"{study}.json")):
+            return found
+        names = ", ".join(name for name in STUDIES if (directory / f"{name}.json").is_file())
+        raise record.RecordError(f"No results of {study!r:.60} are published, but those of {names}.")
 
     @property
     def command(self) -> str:
