@@ -1,4 +1,4 @@
-"""Draws `digits`, `landscape` and `devices` for the README, as docs/figures/*.svg: `python tools/make_readme_figures.py`.
+"""Draws the README's figures, digits, landscape and devices in docs/figures: `python tools/make_readme_figures.py`.
 
 Digits: batches of 4096 normal numbers around a mean of 1 to 10⁶ standard deviations are normalized in float32. In
 float64 the standard deviation of the result is 1; the figure shows how far it is from that, the largest of 8 batches.
