@@ -84,7 +84,21 @@ def pytest_collection_modifyitems(items):
     for grid in _grids(items):
         for item in _beside_the_diagonal(grid):
             item.add_marker(pytest.mark.exhaustive)
+    for item in _further_cases(items):
+        item.add_marker(pytest.mark.exhaustive)
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+def _further_cases(items):
+    """The cases of tests marked `by_default(n)` after the first n that run by default."""
+    counts = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("by_default")
+        if mark and not item.get_closest_marker("exhaustive"):
+            name = item.nodeid.partition("[")[0]
+            counts[name] += 1
+            if counts[name] > mark.args[0]:
+                yield item
 
 
 def _grids(items):

@@ -95,6 +95,7 @@ MODELS = [Scanned, OfScans, Compiled, Twice, Computed, Kinds]
 MODELS += [pytest.param(model, marks=pytest.mark.exhaustive) for model in (Vmapped, Rematerialized)]
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("model", MODELS)
 def test_statistics_are_those_of_the_batch_in_one(model):
     """Layers that see the whole batch's input see it in micro-batches too; those behind see it normalized otherwise."""
@@ -153,6 +154,7 @@ class OfFour(nn.Module):
         return nn.Dense(3)(layers(training)(x, None)[0])
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize(("model", "same", "axis"), [(LastAxis, OfFour, -1), (MiddleAxis, OfScans, 1)])
 def test_statistics_may_lie_along_any_axis_of_a_transform(model, same, axis):
     state, other = (training.create_train_state(kind(), optax.sgd(0.1), KEY, X) for kind in (model, same))

@@ -122,6 +122,7 @@ class TestGradientProbe:
         w = flat(params)[None] - self.steps[:, None] * d[None]
         np.testing.assert_allclose(probe.loss, 0.5 * np.einsum("ki,ij,kj->k", w, a, w), rtol=1e-12)
 
+    @pytest.mark.by_default(1)
     def test_chunks_jit_and_vmap_agree(self, network):
         loss, params, batch = network
         steps = jnp.linspace(0.1, 0.8, 5)
@@ -330,6 +331,7 @@ class TestCurvature:
         product = jax.jit(gauss_newton)(params, vector, *batch)
         np.testing.assert_allclose(flat(product), jacobian.T @ inner @ jacobian @ flat(vector), rtol=1e-9, atol=1e-12)
 
+    @pytest.mark.by_default(2)
     @pytest.mark.parametrize("which", ["largest", "magnitude", "smallest"])
     def test_eigenpairs_against_dense_hessian(self, network, which):
         loss, params, batch = network
@@ -344,6 +346,7 @@ class TestCurvature:
             np.testing.assert_allclose(abs(vector @ vectors[:, j]), 1, rtol=1e-7)
         assert (found.residuals < 1e-7).all()
 
+    @pytest.mark.by_default(1)
     def test_layers_blocks(self, network):
         loss, params, batch = network
         dense = dense_hessian(loss, params, *batch)
@@ -356,6 +359,7 @@ class TestCurvature:
                 block = dense[blocks[name], blocks[name]]
                 np.testing.assert_allclose(pairs.values, np.linalg.eigvalsh(block)[::-1][:2], rtol=1e-8)
 
+    @pytest.mark.by_default(1)
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     @pytest.mark.parametrize("kind", ["identity", "zero", "rank 3"])
     def test_krylov_spaces_that_close_early(self, x64, dtype, kind):
@@ -388,6 +392,7 @@ class TestCurvature:
         distance = abs(np.asarray(values)[:, None] - found.values[None]).min(0)
         assert (distance <= true).all()
 
+    @pytest.mark.by_default(1)
     @pytest.mark.parametrize(("size", "num_steps", "block_size"), [(300, 120, 6), (160, 160, 1)])
     def test_blocks_find_clusters(self, x64, size, num_steps, block_size):
         rng = np.random.default_rng(0)
@@ -400,6 +405,7 @@ class TestCurvature:
         np.testing.assert_allclose(found.values, values[:6], rtol=1e-9)  # all four of one value
         np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(6), atol=1e-12)
 
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(
         "kind", ["outliers", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("even", "geometric"))]
     )
@@ -430,6 +436,7 @@ class TestCurvature:
         error = np.sqrt(np.square(dense).sum(1) - np.square(np.diag(dense))) / 20
         assert (abs(flat(diagonal) - np.diag(dense)) < 5 * error + 1e-12).all()
 
+    @pytest.mark.exhaustive
     def test_spectral_density(self, network):
         loss, params, batch = network
         dense = dense_hessian(loss, params, *batch)
@@ -884,6 +891,7 @@ class TestLoop:
         assert found.breaks_at == np.inf
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e20])
 def test_measurements_hold_over_the_range_of_float32(scale):
     values = jnp.asarray([5.0, 3, 1, 0.5, 0.2] + [0.01] * 45)

@@ -76,6 +76,7 @@ class Adapted(nnx.Module):
         return self.outer(jnp.tanh(self.inner(x)))
 
 
+@pytest.mark.exhaustive
 def test_adapters_of_low_rank_alone(x64):
     model = Adapted(nnx.Rngs(0))
     loss, params = losses.nnx_loss(model, training.cross_entropy)
@@ -166,6 +167,7 @@ def test_losses_over_tokens_of_a_transformer_with_several_inputs():
     assert (invariance.weight_norm > 0).all() and (invariance.cosine <= 1).all()
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("chunk_size", [1, 5, 24, 100])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_chunked_cross_entropy_and_its_derivatives(x64, chunk_size, has_bias):
@@ -215,6 +217,7 @@ def head(params, features):
     return features @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("chunk_size", [1, 7, 24, 100])
 @pytest.mark.parametrize("distribution", ["categorical", "normal"])
 def test_fisher_matrices_with_a_head_in_chunks(x64, distribution, chunk_size):

@@ -514,6 +514,7 @@ def torchvision_resnet(torch, blocks, bottleneck, width, num_classes):
     return net
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("kind", ["resnet18", "bottleneck"])
 def test_torchvision_resnet(kind):
     torch = pytest.importorskip("torch")

@@ -42,7 +42,7 @@ GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = ["README.md", "docs/gallery.md", *(str(path.relative_to(ROOT)) for path in GUIDES)]
 LONG_PAGES = [
     f"docs/guides/{name}.md"
-    for name in ("reinforcement_learning", "domain_adaptation", "large_batches", "small_batches", "measure")
+    for name in ("reinforcement_learning", "domain_adaptation", "large_batches", "small_batches", "measure", "mistakes")
 ]
 LONG_PAGES += ["docs/gallery.md"]
 

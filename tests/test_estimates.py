@@ -52,6 +52,7 @@ def repeated(estimate, name, **options):
 TRACES = [("hutchinson", 5), ("hutchinson", 20), ("hutch++", 18), ("hutch++", 30), ("xtrace", 10), ("xtrace", 16)]
 
 
+@pytest.mark.by_default(4)
 @pytest.mark.parametrize(
     ("method", "products", "name"),
     [
@@ -73,6 +74,7 @@ def test_traces_have_no_bias_and_intervals_their_coverage(method, products, name
     assert 0.93 - sampled <= coverage <= (0.985 if method == "xtrace" else 0.97), coverage
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize(("method", "products"), [("hutchinson", 6), ("xdiag", 12)])
 def test_diagonals_have_no_bias_and_intervals_their_coverage(method, products, name):
@@ -97,6 +99,7 @@ def test_fewer_products_where_some_eigenvalues_are_large():
     assert error(analysis.diagonal, "xdiag") < 0.5 * error(analysis.diagonal, "hutchinson")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scale", [pytest.param(1e-200, marks=pytest.mark.exhaustive), 1e200])
 def test_what_has_few_eigenvalues_is_found_exactly(scale):
     matrix = scale * (ROTATION[:, :3] * [5.0, 3, -1]) @ ROTATION[:, :3].T
@@ -108,6 +111,7 @@ def test_what_has_few_eigenvalues_is_found_exactly(scale):
         np.testing.assert_allclose(flat([v[None] for v in diagonal.values()])[0], np.diag(matrix), atol=1e-9 * scale)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
 def test_on_the_host_as_compiled(method):
     options = {"key": jax.random.key(0), "num_samples": 12, "method": method}
@@ -162,6 +166,7 @@ def test_the_grid_follows_the_bandwidth(bandwidth):
     assert (np.diff(found.grid) >= 0).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("damping", [pytest.param(0.0, marks=pytest.mark.exhaustive), 0.3])
 def test_log_determinants(damping):
     exact = np.log(np.linspace(0.5, 4, 40) + damping).sum()

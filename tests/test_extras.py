@@ -39,7 +39,7 @@ NEEDS_EXTRAS = {  # modules that can't be imported without, and the extra that t
     "bnjax.studies.landscape": "studies",
     "bnjax.studies.mnist": "studies",
     "bnjax.studies.cli.console": "studies",
-    "bnjax.studies.cli.notebook": "studies",
+    "bnjax.studies.cli.notebook": "notebooks",
     "bnjax.studies.evidence.plots": "studies",
     "bnjax.studies.recurrent": "studies",
     "bnjax.studies.cli.report": "studies",

@@ -90,6 +90,7 @@ def both(model, x, mask=None, **options):
     return outcome(True), outcome(False)
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_folded_convolution_is_the_pair(x64, mask):
     """Outputs, statistics, gradients by parameters, inputs and weights, and products of the Hessian."""
@@ -134,6 +135,7 @@ def test_a_folded_pair_of_nnx_is_the_pair(x64, kind, mask):
     chex.assert_trees_all_close(outcome(True), outcome(False), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("way", ["shard_map", "shard_map, unchecked", "vmap", "pmap", "jit", "groups"])
 @pytest.mark.parametrize("mask", ["none", "weights"])
 def test_a_folded_pair_synchronizes_as_the_pair_does(x64, way, mask):

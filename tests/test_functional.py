@@ -78,6 +78,7 @@ def assert_same(state, of_linen):
     chex.assert_trees_all_close(got, jax.device_get(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("steps", [1, 2], ids=["whole", "micro"])
 def test_an_nnx_model_trains_as_its_linen_twin(steps):
     state, of_linen = states()
@@ -94,6 +95,7 @@ def test_an_nnx_model_trains_as_its_linen_twin(steps):
     assert_same(epoch(state, key, X[0], Y[0])[0], epoch(of_linen, key, X[0], Y[0])[0])
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("way", training.PARALLEL)
 @pytest.mark.parametrize("group_size", [None, 2], ids=["together", "groups"])
 def test_an_nnx_model_trains_on_a_mesh_as_its_linen_twin(way, group_size):
@@ -154,6 +156,7 @@ def test_create_train_state_says_what_each_library_needs():
         training.create_train_state(linen_model, OPTIMIZER)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("exactly", [False, True])
 def test_reestimated_and_adapted_statistics_are_those_of_linen(exactly):
     model, linen_model, variables = models()
@@ -270,6 +273,7 @@ def draws_of(outputs, labels):
     return outputs @ (2.0 ** -jnp.arange(outputs.shape[1]))
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_devices_micro_batches_and_steps_draw_for_themselves(library):
     x, y = jnp.ones((4, 4)), jnp.zeros(4)
@@ -495,6 +499,7 @@ class Dropped(nnx.Module):
         return self.after(self.norm(self.linear(self.before(x))))
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("wrap", [nnx.remat, nnx.jit, lambda call: call], ids=["remat", "jit", "plain"])
 def test_streams_within_parts_of_a_model(wrap):
     model = Blocks(wrap, rngs=nnx.Rngs(0))

@@ -216,6 +216,7 @@ def test_a_step_from_given_norms_is_that_of_the_decayed_network():
         assert not np.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_gradients_grow_with_depth_as_theory_says(monkeypatch):
     monkeypatch.setattr(papers, "DEPTH", 24)
     monkeypatch.setattr(papers, "SIZE", 256)

@@ -457,6 +457,7 @@ class InARow(nn.Module):
         return x
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("exactly", [False, True])
 def test_batch_norms_inside_scan(exactly):
     x = 1 + jax.random.normal(KEY, (40, 3))
@@ -660,6 +661,7 @@ def of_its_own(layer):
     return Activated
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_subclass_with_a_call_of_its_own(library, ours):

@@ -49,6 +49,7 @@ def values_of(directory):
     return [(event.step, value) for event in events(directory) for value in event.summary.value]
 
 
+@pytest.mark.exhaustive
 def test_scalars_of_each_training(logged):
     curves = np.load(logged / "curves.npz")
     scalars = {}

@@ -301,6 +301,7 @@ def test_verdicts_on_made_up_numbers(smooth):
     assert diverged["S6.2"] == "reproduced" and diverged["S6.6"] in bad
 
 
+@pytest.mark.exhaustive
 def test_what_is_measured_is_the_training_loss_of_the_next_step():
     (variant,) = vgg.variants(images((32, 32, 3)), 2, {"noisy": "noisy"}).values()
     network = dataclasses.replace(variant, model=Tiny(10, NoisyBatchNorm))

@@ -65,6 +65,7 @@ def test_a_network_learns_and_reports(on_eight_devices):
     assert report.told[1][1].keys() == {"train_loss", "train_accuracy", "test_loss", "test_accuracy"}
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("way", ["shard_map", pytest.param("pmap", marks=needs_jax_0_8)])
 def test_all_ways_give_the_same_curves(way, on_eight_devices):
     curves = network_example.train(Options(1, parallel=way), Silent()).curves

@@ -105,6 +105,7 @@ def expected(kind, is_weighted):
     }[kind]()
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_operators_against_dense_matrices(kind, is_weighted):
@@ -267,6 +268,7 @@ RESUMABLE = {
 }
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize(
     "what",
     [
@@ -377,6 +379,7 @@ def test_memory_does_not_grow_with_the_number_of_batches():
     assert memory(64, False) > 8 * memory(4, False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
 @pytest.mark.parametrize("k", [5, 10, 20])
 @pytest.mark.parametrize("which", ["largest", "magnitude", "both", "smallest"])
@@ -460,6 +463,7 @@ def test_a_result_can_be_gone_on_from():
     assert stopped.products == 25 and (stopped.residuals[-1] > 1e-4)
 
 
+@pytest.mark.exhaustive
 def test_which_ends():
     operator = analysis.SymmetricOperator(lambda v: jnp.arange(-3.0, 60.0) * v, jnp.zeros(63))
     find = functools.partial(analysis.eigenpairs, operator, 5, key=jax.random.key(0), tolerance=1e-9)

@@ -66,6 +66,7 @@ def on_one_device(dtype, accumulate_steps):
     return jax.device_get((state.params, state.batch_stats)), metrics
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("accumulate_steps", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
 def test_fifty_steps_on_eight_devices_equal_those_on_one_in_float64(way, accumulate_steps, x64):
@@ -305,6 +306,7 @@ def split_over_groups(size, x, weights):
     return stats
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("size", [8, pytest.param(4, marks=pytest.mark.exhaustive), 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_without_weights(way, size):
@@ -338,6 +340,7 @@ def in_groups_on_one_device(groups):
     return jax.device_get(training.merge_batch_stats(apart).batch_stats), jax.device_get(mean)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("size", [4, 2, 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_keep_their_statistics_apart_and_merge_them_by_count(way, size):
@@ -463,6 +466,7 @@ def test_bad_arguments_say_what_to_do():
         training.initialize("127.0.0.1:1", 2, 2)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_batch_that_does_not_divide_is_padded_and_counts_once(way, x64):
     x, y = X[0, :27].astype(np.float64), Y[0, :27]
@@ -552,6 +556,7 @@ def test_losses_of_half_precision_are_summed_in_float32(dtype, accumulate_steps)
     chex.assert_trees_all_close(*states, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_float64_inputs_of_a_float32_model_accumulate(way, x64):
     step = training.make_train_step(training.cross_entropy, parallel=way, accumulate_steps=2)

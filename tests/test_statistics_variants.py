@@ -152,6 +152,7 @@ def test_each_kind_has_its_statistics(x64):
 KINDS = np.array([2, 0, 2, 2, 0, 2, 0, 2])
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("masked", [None, "examples", "elements"])
 @pytest.mark.parametrize("mapped", [False, True], ids=["whole", "mapped"])
 def test_a_kind_for_each_example_is_right_against_separate_batches(masked, mapped, x64):
