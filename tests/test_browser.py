@@ -106,8 +106,8 @@ def test_wide_tables_scroll_on_a_phone(site, chromium):
     page = chromium.new_page(viewport={"width": 390, "height": 900})
     page.goto((site / "ledger.html").as_uri())
     moved = page.evaluate("""() => {
-      const box = [...document.querySelectorAll("article *")].find(e => e.querySelector(":scope > table")
-        && e.scrollWidth > e.clientWidth + 50);
+      const wide = e => e.querySelector("table") && e.scrollWidth > e.clientWidth + 50;
+      const box = [...document.querySelectorAll(".md-typeset__scrollwrap")].find(wide);
       box.scrollLeft = 50;
       return box.scrollLeft;
     }""")
@@ -120,8 +120,8 @@ def test_the_search_finds_a_page_in_a_directory(site, chromium, width):
     page = chromium.new_page(viewport={"width": width, "height": 900})
     page.goto((site / "index.html").as_uri())
     if width < 1000:
-        page.click("label[for=__search]")
-    page.fill("input[name=query]", "batch renorm")
+        page.click(".md-header__button[for=__search]")
+    page.type("input[name=query]", "batch renorm")
     link = page.wait_for_selector(".md-search-result__item a", timeout=20_000)
     assert link.get_attribute("href").startswith("file://")
     page.close()
