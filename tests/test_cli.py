@@ -13,9 +13,7 @@ from bnjax.studies import STUDIES, circles
 from bnjax.studies.cli import console, report
 from bnjax.studies.cli.main import main
 from bnjax.studies.evidence.claims import lessons
-from bnjax.studies.evidence.results import Results, metric_rows
-
-PUBLISHED = Path(__file__).parents[1] / "docs" / "results"
+from bnjax.studies.evidence.results import SOURCES, Results, metric_rows
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +80,9 @@ def test_help_fits_the_terminal(command, capsys):
     assert ("--open" in text) == (len(command) == 2 or command in (("claims",), ("report",)))
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if (PUBLISHED / f"{name}.json").exists()])
+@pytest.mark.parametrize("name", [name for name in STUDIES if (SOURCES / f"{name}.json").exists()])
 def test_tables_fit_the_terminal_and_lose_nothing(name):
-    results = Results.load(PUBLISHED / f"{name}.json")
+    results = Results.published(name)
     results.judge(STUDIES[name].load().CLAIMS)
     results.texts = [("inside", "x = [1 2]")]
     header, rows = metric_rows(results)
@@ -103,7 +101,7 @@ def test_tables_fit_the_terminal_and_lose_nothing(name):
 def test_only_a_terminal_has_colors(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    results = Results.load(PUBLISHED / "circles.json")
+    results = Results.published("circles")
     results.judge(circles.CLAIMS)
     texts = []
     for is_terminal in (True, False):
@@ -241,7 +239,7 @@ def test_claims_are_blocks_with_a_sentence_a_study(tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("circles", "deep_linear"):
         Path("runs", name).mkdir(parents=True)
-        shutil.copy(PUBLISHED / f"{name}.json", Path("runs", name, "results.json"))
+        shutil.copy(SOURCES / f"{name}.json", Path("runs", name, "results.json"))
     names = ("circles", "cifar", "deep_linear")
     assert main(["claims", "--fast", "--open", *(word for name in names for word in ("--study", name))]) == 0
     out = capsys.readouterr().out

@@ -40,11 +40,8 @@ def test_enough_docstrings_have_examples():
 
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = ["README.md", "docs/gallery.md", *(str(path.relative_to(ROOT)) for path in GUIDES)]
-LONG_PAGES = [
-    f"docs/guides/{name}.md"
-    for name in ("reinforcement_learning", "domain_adaptation", "large_batches", "small_batches", "measure", "mistakes")
-]
-LONG_PAGES += ["docs/gallery.md"]
+LONG = ("reinforcement_learning", "domain_adaptation", "large_batches", "small_batches", "measure", "mistakes")
+LONG_PAGES = ["docs/gallery.md", *(f"docs/guides/{name}.md" for name in LONG)]
 
 
 @pytest.mark.parametrize(

@@ -192,9 +192,8 @@ def test_a_folded_pair_synchronizes_as_the_pair_does(x64, way, mask):
         chex.assert_trees_all_close(folded, jax.device_get(whole), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "steps"), [("jit", 1), pytest.param("shard_map", 2, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.by_default(1)
+@pytest.mark.parametrize(("parallel", "steps"), [("jit", 1), ("shard_map", 2)])
 def test_a_residual_network_trains_the_same_folded(x64, parallel, steps):
     """In micro-batches too, whose moments move the running statistics once."""
     mesh = training.make_mesh(devices=jax.devices()[:2])

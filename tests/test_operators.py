@@ -137,7 +137,8 @@ def test_a_normal_distributions_fisher_matrix_is_that_of_half_squares():
     np.testing.assert_allclose(dense(fisher), dense(gauss_newton), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("distribution", ["categorical", pytest.param("normal", marks=pytest.mark.exhaustive)])
+@pytest.mark.by_default(1)
+@pytest.mark.parametrize("distribution", ["categorical", "normal"])
 def test_a_sampled_fisher_matrix_has_the_exact_one_as_its_mean(distribution):
     make = functools.partial(analysis.fisher_operator, outputs, PARAMS, distribution=distribution)
     exact = dense(make(X))
@@ -269,13 +270,7 @@ RESUMABLE = {
 
 
 @pytest.mark.by_default(2)
-@pytest.mark.parametrize(
-    "what",
-    [
-        pytest.param(w, marks=[pytest.mark.exhaustive] * (w in ("norm", "Hutch++", "XDiag", "XTrace", "density")))
-        for w in RESUMABLE
-    ],
-)
+@pytest.mark.parametrize("what", RESUMABLE)
 def test_an_interrupted_measurement_goes_on(tmp_path, what):
     def run(data, resumed=True):
         operator = MAKERS["Hessian"](batches=data)
