@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import math
 import os
+import zlib
 from pathlib import Path
 
 # Where cores are few and busy, simulated devices wait long for each other; and compiling takes most of the tests' time.
@@ -66,6 +67,11 @@ LONG = ("notebooks", "further_studies", "measured", "studies", "training", "netw
 CORE = "core and not exhaustive and not slow"
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One process more than there are cores, since tests wait for processes and for simulated devices."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
+
+
 def pytest_configure(config):
     """Leaves the long tests out of `pytest -m core`."""
     if config.option.markexpr == "core":
@@ -90,46 +96,58 @@ def pytest_collection_modifyitems(items):
 
 
 def _further_cases(items):
-    """The cases of tests marked `by_default(n)` after the first n that run by default."""
-    counts = collections.Counter()
+    """The cases of tests marked `by_default(n)` but for n of those that ran by default without the mark.
+
+    Which n differs from test to test, so that tests of one list, of mappings for instance, run all its entries.
+    """
+    cases = collections.defaultdict(list)
     for item in items:
-        mark = item.get_closest_marker("by_default")
-        if mark and not item.get_closest_marker("exhaustive"):
-            name = item.nodeid.partition("[")[0]
-            counts[name] += 1
-            if counts[name] > mark.args[0]:
-                yield item
+        if item.get_closest_marker("by_default") and not item.get_closest_marker("exhaustive"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for name, of_test in cases.items():
+        first = zlib.crc32(name.encode()) % len(of_test)
+        yield from [*of_test[first:], *of_test[:first]][of_test[0].get_closest_marker("by_default").args[0] :]
 
 
 def _grids(items):
-    """The cases of each test with several parameters that takes all combinations of their values.
+    """The cases of each test with several lists of parameters that takes all combinations of their entries.
 
-    Of those the default run has as many as the longest list of values, along a diagonal, so that each value occurs.
+    Of those the default run has as many as the longest list of entries, along a diagonal, so that each entry occurs.
     """
     cases = collections.defaultdict(list)
     for item in items:
         if hasattr(item, "callspec") and not {"slow", "tpu_compiler"} & {mark.name for mark in item.iter_markers()}:
             cases[item.nodeid.partition("[")[0]].append(item)
     for grid in cases.values():
-        if len(values := _values(grid)) > 1 and len(grid) == math.prod(map(len, values.values())):
+        if len(entries := _entries(grid)) > 1 and len(grid) == math.prod(map(len, entries)):
             yield grid
 
 
-def _values(grid):
-    """The values of each parameter, by identity, in the order of their first use."""
-    values = {}
+def _entries(grid):
+    """The entries of each list of parameters, by the identity of their values, in the order of their first use."""
+    entries = collections.defaultdict(dict)
     for item in grid:
-        for name, value in item.callspec.params.items():
-            values.setdefault(name, {}).setdefault(id(value), len(values[name]))
-    return values
+        for names, entry in _entries_of(item).items():
+            entries[names].setdefault(entry, len(entries[names]))
+    return list(entries.values())
+
+
+def _entries_of(item):
+    """A case's entry in each list of parameters, by the names of its parameters."""
+    marked = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    lists = [tuple(names.replace(",", " ").split()) if isinstance(names, str) else tuple(names) for names in marked]
+    values = item.callspec.params
+    lists += [(name,) for name in values if not any(name in names for names in lists)]  # of fixtures
+    return {names: tuple(id(values[name]) for name in names) for names in lists}
 
 
 def _beside_the_diagonal(grid):
-    values = _values(grid)
-    longest = max(map(len, values.values()))
-    diagonal = {tuple(i % len(values[name]) for name in values) for i in range(longest)}
+    entries = _entries(grid)
+    longest = max(map(len, entries))
+    diagonal = {tuple(i % len(of_list) for of_list in entries) for i in range(longest)}
     for item in grid:
-        if tuple(values[name][id(item.callspec.params[name])] for name in values) not in diagonal:
+        places = zip(entries, _entries_of(item).values(), strict=True)
+        if tuple(of_list[entry] for of_list, entry in places) not in diagonal:
             yield item
 
 

@@ -95,7 +95,7 @@ MODELS = [Scanned, OfScans, Compiled, Twice, Computed, Kinds]
 MODELS += [pytest.param(model, marks=pytest.mark.exhaustive) for model in (Vmapped, Rematerialized)]
 
 
-@pytest.mark.by_default(3)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("model", MODELS)
 def test_statistics_are_those_of_the_batch_in_one(model):
     """Layers that see the whole batch's input see it in micro-batches too; those behind see it normalized otherwise."""
@@ -185,6 +185,7 @@ def test_statistics_that_a_loop_carries_are_a_clear_error():
         training.train_step(state, X, Y, objective=training.cross_entropy, accumulate_steps=3)
 
 
+@pytest.mark.exhaustive
 def test_nothing_leaks():
     state = training.create_train_state(Computed(), optax.sgd(0.1), KEY, X)
     with jax.checking_leaks():

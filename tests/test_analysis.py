@@ -122,7 +122,7 @@ class TestGradientProbe:
         w = flat(params)[None] - self.steps[:, None] * d[None]
         np.testing.assert_allclose(probe.loss, 0.5 * np.einsum("ki,ij,kj->k", w, a, w), rtol=1e-12)
 
-    @pytest.mark.by_default(1)
+    @pytest.mark.exhaustive
     def test_chunks_jit_and_vmap_agree(self, network):
         loss, params, batch = network
         steps = jnp.linspace(0.1, 0.8, 5)
@@ -331,7 +331,7 @@ class TestCurvature:
         product = jax.jit(gauss_newton)(params, vector, *batch)
         np.testing.assert_allclose(flat(product), jacobian.T @ inner @ jacobian @ flat(vector), rtol=1e-9, atol=1e-12)
 
-    @pytest.mark.by_default(2)
+    @pytest.mark.by_default(1)
     @pytest.mark.parametrize("which", ["largest", "magnitude", "smallest"])
     def test_eigenpairs_against_dense_hessian(self, network, which):
         loss, params, batch = network
@@ -376,6 +376,7 @@ class TestCurvature:
         np.testing.assert_allclose(gram, np.eye(5), atol=1e-4 if dtype == np.float32 else 1e-12)
         assert (np.linalg.norm(a @ found.vectors.T - found.vectors.T * found.values[None], axis=0) < 1e-4).all()
 
+    @pytest.mark.by_default(1)
     @pytest.mark.parametrize(
         ("num_steps", "block_size"), [(12, 1), (60, 3), pytest.param(160, 8, marks=pytest.mark.exhaustive)]
     )
@@ -545,6 +546,7 @@ class TestSurface:
         np.testing.assert_allclose(rows["kernel"], 2 * params["kernel"], rtol=1e-6)
         assert np.isfinite(analysis.filter_normalize(jax.tree.map(jnp.zeros_like, params), params)["kernel"]).all()
 
+    @pytest.mark.exhaustive
     def test_filters_of_attention(self):
         """Against the plain matrices that the kernels stand for, whose columns are the filters."""
         model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, out_features=6)
@@ -600,6 +602,7 @@ class TestSurface:
         np.testing.assert_allclose(abs(plane.directions[1][7]), 1, rtol=1e-4)
         assert not plane.directions[2].any()
 
+    @pytest.mark.by_default(1)
     @pytest.mark.parametrize("center", ["mean", "last"])
     def test_trajectory_plane_against_svd(self, x64, center):
         rng = np.random.default_rng(0)

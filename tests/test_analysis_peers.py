@@ -79,6 +79,7 @@ def detached(tensors):
     return {name: t.detach().requires_grad_() for name, t in tensors.items()}
 
 
+@pytest.mark.exhaustive
 def test_probe(pair):
     found, loss, tensors = pair
     gradient = gradient_of(loss, tensors)

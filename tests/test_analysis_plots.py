@@ -405,6 +405,7 @@ def test_values_not_finite_leave_gaps_and_crosses(ax):
     assert ax.lines[1].get_marker() == "x"
 
 
+@pytest.mark.by_default(3)
 @pytest.mark.parametrize(
     ("value", "shape"),
     [*((value, (1, 1, 1)) for value in (np.nan, np.inf, 0.0, -1.0, 1.0)), (-np.inf, (3, 4, 2)), (1.0, (2, 3, 1))],

@@ -340,6 +340,7 @@ def test_an_unusable_directory_is_named(tmp_path):
             Checkpoints(path, {})
 
 
+@pytest.mark.exhaustive
 def test_trainings_in_several_threads(tmp_path):
     def work(thread):
         with Checkpoints(tmp_path / str(thread), {"thread": thread}, every=0) as checkpoints:
@@ -405,6 +406,7 @@ def with_a_full_disk(directory):
     print(json.dumps(told))
 
 
+@pytest.mark.exhaustive
 def test_two_processes_save_restore_and_pass_over_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -350,6 +350,7 @@ class NnxHealthy(nnx.Module):
         return self.out(x.mean((1, 2)))
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("kind", [Healthy, NnxHealthy])
 def test_healthy_networks_raise_no_alarm(kind):
     model, y = kind(), jnp.arange(16) % 3

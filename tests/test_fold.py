@@ -90,7 +90,7 @@ def both(model, x, mask=None, **options):
     return outcome(True), outcome(False)
 
 
-@pytest.mark.by_default(3)
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_folded_convolution_is_the_pair(x64, mask):
     """Outputs, statistics, gradients by parameters, inputs and weights, and products of the Hessian."""
@@ -192,7 +192,7 @@ def test_a_folded_pair_synchronizes_as_the_pair_does(x64, way, mask):
         chex.assert_trees_all_close(folded, jax.device_get(whole), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("parallel", "steps"), [("jit", 1), ("shard_map", 2)])
 def test_a_residual_network_trains_the_same_folded(x64, parallel, steps):
     """In micro-batches too, whose moments move the running statistics once."""

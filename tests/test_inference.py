@@ -384,6 +384,7 @@ class Twice(nn.Module):
         return self.part(name="b")(self.part(name="a")(x, training), training)
 
 
+@pytest.mark.exhaustive
 def test_compiled_parts_are_traced_anew_and_nothing_stays_behind_in_them():
     x = 3 + 2 * jax.random.normal(KEY, (12, 3))
     variables = away_from_start(Twice().init(KEY, x))
@@ -494,6 +495,7 @@ def test_boxed_and_frozen_variables_stay_so(deep):
         close(found, same)
 
 
+@pytest.mark.exhaustive
 def test_a_model_inside_shard_map(deep):
     model, variables, x = deep
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))

@@ -411,7 +411,7 @@ class TestOnAMesh:
         variables = of(None).init(jax.random.key(0), jnp.ones((1, 3)), training=False)
         return of, jax.tree.map(lambda v: v.astype(jnp.float64), variables)
 
-    @pytest.mark.by_default(1)
+    @pytest.mark.exhaustive
     def test_global_statistics(self, model):
         of, variables = model
         x, y = jnp.asarray(self.numbers), jnp.arange(32) % 2
@@ -568,7 +568,7 @@ def shift(params):
     return jax.tree.map(lambda p: p + 0.25 * jnp.sin(jnp.arange(p.size, dtype=p.dtype) + 1).reshape(p.shape), params)
 
 
-@pytest.mark.by_default(4)
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_linen_layer_in_every_mode(kind):
     model, rngs = Deep(kind), {"noise": jax.random.key(7)}
@@ -592,7 +592,7 @@ def test_every_linen_layer_in_every_mode(kind):
     check_modes(kind, params, shift(params), loss_of, shown, own)
 
 
-@pytest.mark.by_default(4)
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_nnx_layer_in_every_mode(kind):
     model = NnxDeep(kind, nnx.Rngs(3))

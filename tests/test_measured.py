@@ -61,6 +61,7 @@ def test_settings_together_and_one_after_the_other():
     np.testing.assert_array_equal(kept[:, -1], one.state.params["Dense_0"]["kernel"])
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_training_continues(tmp_path):
     class Stop(Exception):
         pass
@@ -221,6 +222,7 @@ def linear():
     patch.undo()
 
 
+@pytest.mark.exhaustive
 def test_deep_linear(linear):
     results, figures = linear
     small_studies.check_figures(figures)

@@ -255,6 +255,7 @@ def test_recurrent_network_normalizes_each_time_step(is_shared):
     np.testing.assert_allclose(inference, by_hand(variables_, np.asarray(x), stored), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("is_shared", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_recurrent_network_trains_under_shard_map_as_under_jit(is_shared):
     x = jax.random.normal(jax.random.key(0), (16, 3, 2))

@@ -219,6 +219,7 @@ def test_counts_beyond_the_integers_of_float32(masked):
     assert int(both.count) + int(both.remainder) == 2 * (2**24 + 1001)
 
 
+@pytest.mark.exhaustive
 def test_a_count_of_many_elements_is_exact():
     count = 2**24 + 3
     x = jnp.zeros((count, 1), jnp.float16)
@@ -467,6 +468,7 @@ def test_what_has_exact_sums():
     assert not _exact.can_sum(x, jnp.ones((8, 1, 1, 1)), (3,))
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("mask", [None, "examples", "pixels", "features"])
 def test_exact_sums_in_training_on_many_devices(exactly, mask):
     """Values, running statistics and gradients are those of float32, on every way to split the batch."""

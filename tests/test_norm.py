@@ -451,6 +451,7 @@ MAPS = {
 }
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "unequal masks"])
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["all", "groups"])
 @pytest.mark.parametrize("mapping", MAPS)

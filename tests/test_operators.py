@@ -105,7 +105,7 @@ def expected(kind, is_weighted):
     }[kind]()
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_operators_against_dense_matrices(kind, is_weighted):
@@ -269,7 +269,7 @@ RESUMABLE = {
 }
 
 
-@pytest.mark.by_default(2)
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("what", RESUMABLE)
 def test_an_interrupted_measurement_goes_on(tmp_path, what):
     def run(data, resumed=True):
@@ -442,6 +442,7 @@ def find(operator, k, which, tolerance, start):
     return analysis.eigenpairs(operator, k, start=start[None], **options)
 
 
+@pytest.mark.exhaustive
 def test_a_result_can_be_gone_on_from():
     values = jnp.asarray(RNG.normal(size=300))
     operator = analysis.SymmetricOperator(lambda v: values * v, jnp.zeros(300))

@@ -104,6 +104,7 @@ def test_the_basis_is_split_too():
     check_sharding(pairs.state.basis)
 
 
+@pytest.mark.exhaustive
 def test_inside_shard_map():
     """Each device has a part of the batch, and batch norm's statistics are those of all."""
 

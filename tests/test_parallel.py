@@ -247,6 +247,7 @@ def test_automatic_partitioning_costs_no_more_collectives_than_flax(axis_type):
     assert counts[0] == counts[1] == ({"all-reduce": 1}, {"all-reduce": 2})
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_costs_two_collectives_for_each_batch_norm_and_one_for_all_gradients(way):
     step = training.make_train_step(training.cross_entropy, parallel=way)
@@ -270,6 +271,7 @@ def test_synchronized_variance_is_accurate_far_from_zero(way, offset):
     np.testing.assert_allclose(got.var, x.astype(np.float64).var(0), rtol=1e-4)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("axis", [-1, 1, (0, 2)])
 @pytest.mark.parametrize("masked", [False, True])
@@ -480,6 +482,7 @@ def test_a_batch_that_does_not_divide_is_padded_and_counts_once(way, x64):
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-9)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_examples_have_random_keys_of_their_own_however_they_are_split(way):
     def noisy(x, keys):
@@ -532,6 +535,7 @@ def test_a_frozen_batch_norm_needs_no_axis_name():
     chex.assert_trees_all_equal(jax.device_get(after.batch_stats), jax.device_get(state.batch_stats))
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("accumulate_steps", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_losses_of_half_precision_are_summed_in_float32(dtype, accumulate_steps):
@@ -556,7 +560,7 @@ def test_losses_of_half_precision_are_summed_in_float32(dtype, accumulate_steps)
     chex.assert_trees_all_close(*states, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("way", WAYS)
 def test_float64_inputs_of_a_float32_model_accumulate(way, x64):
     step = training.make_train_step(training.cross_entropy, parallel=way, accumulate_steps=2)
@@ -630,6 +634,7 @@ def test_moments_over_a_part_of_the_axes_of_a_mesh():
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(bnjax.moments(x)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.by_default(2)
 @pytest.mark.parametrize("spec", [P(None, None, "a"), P("b", None, "a"), P("a", "b"), P("a", None, None, "b")])
 def test_batch_norm_of_explicitly_sharded_images(spec):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)

@@ -654,6 +654,7 @@ def test_a_roll_call_ends_all_alike(processes_, message):
     assert set(call(*processes_)[0]) == {message}
 
 
+@pytest.mark.exhaustive
 def test_a_roll_call_says_for_whom_it_waits_and_ends_in_time():
     found, said = call((0, 4), (2, 4), seconds=1.5)
     assert set(found) == {found[0]} and "processes 1, 3 of 4 did not come to 127.0.0.1:" in found[0]
@@ -840,6 +841,7 @@ def test_a_platform_that_is_not_there_is_one_line(quick, monkeypatch, capsys):
     )
 
 
+@pytest.mark.exhaustive
 def test_a_backend_of_matplotlib_that_is_none_stops_nothing(tmp_path):
     command = [sys.executable, "-m", "bnjax", "claims", "--study", "cifar", "--fast", "--out", str(tmp_path)]
     run = subprocess.run(

@@ -132,6 +132,7 @@ def test_population_statistics_are_those_that_inference_normalizes_by():
     np.testing.assert_allclose(of_own["population_train_loss"], metrics["population_train_loss"], rtol=1e-4)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("kind", ["BatchNorm", "BatchRenorm", "GhostBatchNorm", "MovingBatchNorm"])
 def test_population_statistics_of_other_norms_are_those_of_inference_too(kind):
     import optax
@@ -299,6 +300,7 @@ def test_every_study_is_what_its_declaration_says(name):
     assert study.length and study.fields["seeds"].default >= 3
 
 
+@pytest.mark.by_default(4)
 @pytest.mark.parametrize("name", COMPILABLE)
 def test_every_step_is_that_of_a_network_with_synchronized_batch_norms(name):
     network = steps.network_of(name)

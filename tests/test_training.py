@@ -105,6 +105,7 @@ def test_padding_changes_nothing():
     chex.assert_trees_all_close(*relevant, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("count", [32, 27])
 def test_an_epoch_visits_every_example_once(count):
     state = new_state("before", optax.sgd(0.0))  # parameters stay, so that the metrics are those of fixed batches

@@ -353,6 +353,7 @@ def test_half_precision_does_not_overflow(p):
 WEIGHTS = {"no mask": None, "weights": np.array([0.5, 2, 0, 1, 1, 0, 3.0])}
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("masking", WEIGHTS)
 def test_derivatives_are_those_of_the_definition(masking, p, x64):
@@ -404,6 +405,7 @@ def test_weights_are_differentiable_at_zero_too(p, x64):
     chex.assert_trees_all_close(jax.jit(jax.grad(ours))(weights), jax.jit(jax.grad(reference))(weights), rtol=1e-10)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("p", NORMS)
 def test_derivatives_at_zeros(p, x64):
     x, params, stats = example()
@@ -709,6 +711,7 @@ def test_gradients_of_the_largest_magnitude_are_finite_where_nothing_has_weight(
     chex.assert_trees_all_close(jax.grad(loss)(x), expected, rtol=1e-5)
 
 
+@pytest.mark.by_default(1)
 @pytest.mark.parametrize("largest", [1.0, -1.0, 0.7])
 def test_the_largest_magnitude_has_the_derivative_of_its_element(largest):
     x, c = jnp.array([[largest], [0.5], [-0.25]]), jnp.array([[1.0], [-2.0], [5.0]])
