@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+KNOWN_MEAN = "a known mean"  # what the forward pass takes without its sample
 PEERS = (
     "flax linen",
     "flax linen, two-pass",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import PEERS, spread
+from common import KNOWN_MEAN, PEERS, spread
 
 from bnjax.studies.evidence.results import markdown_table
 
@@ -30,14 +30,17 @@ def operation(results: dict[str, Any], title: str) -> str:
     peers = [peer for peer in PEERS if any(peer in measurement["seconds"] for measurement in results["measured"])]
     parts = []
     for backward in (False, True):
-        rows = []
+        rows, knows_mean = [], False
         for measurement in results["measured"]:
             if measurement["backward"] == backward:
                 limit = statistics.median(measurement["seconds"]["bnjax"]) / measurement["limit"]
                 cells = [cell(measurement, peer) if peer in measurement["seconds"] else "" for peer in peers]
+                if knows_mean := KNOWN_MEAN in measurement["seconds"]:
+                    cells.append(f"{statistics.median(ratios(measurement, KNOWN_MEAN)):.2f}")
                 rows.append(["×".join(map(str, measurement["shape"])), *cells, f"{limit:.2f}"])
         direction = "Forward + backward" if backward else "Forward"
-        parts += [f"{direction}, {title}:", markdown_table(["shape", *peers, "to the limit"], rows)]
+        head = ["shape", *peers, *([KNOWN_MEAN] if knows_mean else []), "to the limit"]
+        parts += [f"{direction}, {title}:", markdown_table(head, rows)]
     return "\n\n".join(parts)
 
 
