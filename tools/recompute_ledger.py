@@ -108,6 +108,25 @@ def gain(curves: Curves, variant: str) -> np.ndarray:
     return np.minimum(plain, CHANCE) - np.minimum(own, 10 * CHANCE)
 
 
+def last_part(curves: Curves, variant: str) -> np.ndarray:
+    """Return the mean loss of the last twentieth of a training at one of the learning rates."""
+    if not variant.startswith(("none_", "bn_")):
+        raise KeyError(variant)
+    return or_infinite(curves[variant, "train_loss"][:, -1])
+
+
+def log10_largest_rate(curves: Curves, variant: str) -> np.ndarray:
+    """Return the largest rate at which the loss is a tenth below chance's, interpolated to the next, as a logarithm."""
+    family = variant.partition("_")[0]
+    rates = sorted({float(name.partition("_")[2]) for name, _ in curves if name.startswith(f"{family}_")})
+    losses = np.array([np.minimum(last_part(curves, f"{family}_{rate:g}"), 10 * CHANCE) for rate in rates])
+    at, level, found = np.log10(rates), 0.9 * CHANCE, []
+    for loss in losses.T:
+        last = max(i for i, value in enumerate(loss) if value <= level)
+        found.append(np.interp(level, loss[last : last + 2], at[last : last + 2]))
+    return np.array(found)
+
+
 SHARES: dict[str, Metric] = {
     "share_with_smaller_loss_range": share_with_smaller(lambda c, v: c[v, "loss_max"] - c[v, "loss_min"]),
     "share_with_smaller_gradient_change": share_with_smaller(lambda c, v: c[v, "distance_max"]),
@@ -148,6 +167,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         **SHARES,
     },
     "deep_linear": SHARES,
+    "papers": {"final_loss": last_part, "log10_largest_rate": log10_largest_rate},
 }
 
 

@@ -30,10 +30,11 @@ NAMED = {
     **dict.fromkeys(("batch norm", "before activation", "on the input"), "#0072B2"),
 }
 DASHES = {
+    "norms as": ":",  # though it says "with decay"
     **{"l₁ norm": "--", "l₂ norm": ":", "l∞ norm": "-.", "no scale": "--", "no momentum": ":", "running average": "-."},
     **{"on the input": "--", "5 times": "-.", "30 times": ":", "LRN": "--", "distorted": ":", "decay": "--"},
     **{"sigmoid, ": "--", "shared": "--", "each time step, ε": "-.", "ε = ": ":", "from 0": "-.", "a bias": ":"},
-    **{"eleven, ": "--", "norms as": ":"},
+    "eleven, ": "--",
 }
 
 MANTISSAS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))

@@ -279,8 +279,11 @@ def _figures(results: Results, trained: Mapping[str, Trained], title: str) -> di
     small = {name: of for name, of in trained.items() if not name.startswith(("none", "bn"))}
 
     def losses(axis: Any, names: Any) -> None:
-        curves = {small[name].plan.label.removeprefix("VGG, "): small[name].curves["train_loss"] for name in names}
-        share = np.linspace(0, 1, next(iter(curves.values())).shape[1], endpoint=False)
+        labels = {name: small[name].plan.label for name in names}
+        labels = {name: label.removeprefix("VGG, ").removesuffix(f", batch {LARGE}") for name, label in labels.items()}
+        curves = {label: small[name].curves["train_loss"] for name, label in labels.items()}
+        parts = next(iter(curves.values())).shape[1]
+        share = (np.arange(parts) + 0.5) / parts  # each is the mean of a part
         drawing.curves(axis, curves, share, ylabel="training loss", xlabel="share of the training")
 
     panels = [

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from bnjax.studies import landscape, papers, smoothness
+from bnjax.studies import landscape, smoothness
 from bnjax.studies.cli.main import main
 from bnjax.studies.engine.plan import Trained, Variant
 
@@ -64,12 +64,6 @@ def keeping(train: Callable[..., Trained], folder: Folder, needed: Callable[[str
 
 def keep_results(study: str, folder: Folder) -> None:
     """Puts functions that keep what they return in the place of the study's own."""
-    if study == "papers":
-        metrics = papers._metrics
-        papers.train = keeping(papers.train, folder, lambda name: ("metrics",))
-        papers._metrics = lambda network, trained, *more: folder.get(
-            f"{trained.plan.name}-metrics", lambda: metrics(network, trained, *more)
-        )
     if study == "smoothness":
         end, rates = landscape.at_the_end, Variant.learning_rates
         smoothness.train = keeping(smoothness.train, folder, lambda name: _OF_SMOOTHNESS.get(name, ("end",)))
@@ -82,7 +76,7 @@ def keep_results(study: str, folder: Folder) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "study", choices=("papers", "smoothness", "cifar"), help="which study; cifar keeps nothing here"
+        "study", choices=("smoothness", "cifar"), help="which study; cifar keeps nothing here"
     )
     given, options = parser.parse_known_args()
     keep_results(given.study, Folder(Path(__file__).parent / given.study))
