@@ -53,8 +53,8 @@ not be measured is said [at the end](#goals).
 below 1 where bnjax is faster), in training, on 2 cores of an x86-64 CPU with
 {versions}.
 Each has the input in the layout it asks for. The last column is bnjax's time to the limit: what the same arrays take to
-be summed and copied as often as batch norm must read and write them. "A known mean" is the forward pass with bnjax's two
-sums about a provisional mean that is handed to it: what such sums take at least, as XLA compiles them.
+be summed and copied as often as batch norm must read and write them. "A known mean" is the forward pass with bnjax's
+two sums about a provisional mean that is handed to it: what such sums take at least, as XLA compiles them.
 
 A ratio in parentheses is to a peer that computes something else: where the mean is 1000 deviations from zero, its
 output or gradient is off by more than {bound:.1e} of the largest value, the share that rounding the input to float32
