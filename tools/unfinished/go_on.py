@@ -75,9 +75,7 @@ def keep_results(study: str, folder: Folder) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "study", choices=("smoothness", "cifar"), help="which study; cifar keeps nothing here"
-    )
+    parser.add_argument("study", choices=("smoothness", "cifar"), help="which study; cifar keeps nothing here")
     given, options = parser.parse_known_args()
     keep_results(given.study, Folder(Path(__file__).parent / given.study))
     sys.argv = ["bnjax", "run", given.study, *options]
