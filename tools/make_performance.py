@@ -176,8 +176,8 @@ a change costs a pass.
 - On CPU Keras's forward pass, the fastest of the accurate ones, is a plain sum, then the squares about the mean: two
   reads as well. XLA sums an array faster than its distance from a vector, and two sums about a mean that is known
   beforehand (a column of the table) are no faster than Keras's at most shapes: the sample comes on top. But a plain sum
-  leaves a mean of 1,000 deviations off by two units in the last place in place of a half, and with it each output by
-  2·10⁻⁴ in place of 6·10⁻⁵, which only a third read could mend. The more exact mean was kept.
+  rounds a large mean several times: at a mean of 1,000 deviations Keras's output is off by 2 to 3·10⁻⁵ of the largest,
+  bnjax's by 6·10⁻⁶ (the benchmark's errors), which only a third read could mend. The more exact mean was kept.
 - TPU's compiler takes plain sums of an array while a convolution makes it, but none behind a provisional mean of the
   array itself. In bfloat16 float32 adds the numbers and the halves of their squares exactly, so that no provisional
   mean is needed: ResNet-50's step went from 1.04 of the traffic with Flax's layer, whose sums lose the variance of a
