@@ -591,6 +591,22 @@ def test_safetensors_of_torch(tmp_path):
     assert all(torch.equal(again[key], value) for key, value in tensors.items())
 
 
+def test_what_torch_reads_of_its_own_file_goes_in_as_it_is(tmp_path):
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    module(torch.randn(5, 3, 6, 6))
+    torch.save({"state_dict": module.state_dict(), "epoch": 3}, tmp_path / "model.pt")
+    holder = torch.load(tmp_path / "model.pt", weights_only=True)
+    with pytest.raises(ValueError, match=r"pass source\['state_dict'\]"):
+        convert.read_arrays(holder)
+    model = nn.Sequential([nn.Conv(4, (3, 3), padding=1), BatchNorm(use_running_average=True), nn.relu])
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
+    like = jax.eval_shape(model.init, jax.random.key(0), x)
+    variables = convert.variables_from_torch(holder["state_dict"], like, {"layers_0": "0", "layers_1": "1"})
+    expected = module.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(model.apply(variables, x), expected, atol=1e-5)
+
+
 def test_pickles_are_refused(tmp_path):
     for name in ("model.pt", "model.pth", "model.pkl", "model"):
         with pytest.raises(ValueError, match="never loaded"):
@@ -616,6 +632,21 @@ def test_safetensors_not_installed(tmp_path, monkeypatch):
 
 
 # What is wrong is listed at once
+
+
+def test_what_holds_a_state_dict_and_names_with_a_prefix_are_told():
+    state = {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
+    like = {"params": {"kernel": np.ones((3, 2), np.float32), "bias": np.ones(2, np.float32)}}
+    with pytest.raises(ValueError, match=r"pass source\['model'\]"):
+        convert.read_arrays({"epoch": np.int32(3), "model": state})
+    wrapped = {f"module.fc.{name}": value for name, value in state.items()}
+    with pytest.raises(ValueError, match=r"among the unused, with the prefix: 'module\.'"):
+        convert.variables_from_torch(wrapped, like, {"": "fc"})
+    found = convert.variables_from_torch(wrapped, like, {"": "module.fc"})
+    np.testing.assert_array_equal(found["params"]["kernel"], state["weight"].T)
+    with pytest.raises(ValueError, match="unused: other") as raised:
+        convert.variables_from_torch({"fc.weight": state["weight"], "other": np.ones(1)}, like, {"": "fc"})
+    assert "prefix" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,28 @@ def examples(n, seed=1):
     return x, jnp.argmax(x[:, :3], axis=1)
 
 
+def test_a_state_of_variables_that_are_there():
+    x, y = examples(16)
+    model = Perceptron((8,), 3, BatchNorm, "before")
+    variables = model.init(jax.random.key(5), x, training=False)
+    state = training.create_train_state(model, optax.adam(0.1), variables=variables)
+    chex.assert_trees_all_equal(state.params, variables["params"])
+    after, _ = training.make_train_step(training.cross_entropy)(state, x, y)
+    chex.assert_tree_all_finite(variables)  # which the step has not donated
+    assert (after.batch_stats["BatchNorm_0"]["mean"] != variables["batch_stats"]["BatchNorm_0"]["mean"]).all()
+    fresh = training.create_train_state(model, optax.adam(0.1), jax.random.key(5), x)
+    chex.assert_trees_all_close(after.params, training.make_train_step(training.cross_entropy)(fresh, x, y)[0].params)
+    for given in ({"key": jax.random.key(0), "x": x, "variables": variables}, {}, {"x": x}):
+        with pytest.raises(TypeError, match="variables"):
+            training.create_train_state(model, optax.adam(0.1), **given)
+
+
+def test_only_a_batch_is_padded():
+    x, y = examples(6)
+    with pytest.raises(TypeError, match=r"Pass pad_batch\(Batch\(x, y\)"):
+        training.pad_batch((x, y), 4)
+
+
 @pytest.mark.parametrize("place", ["none", "before", "after", "input"])
 def test_perceptron_places_its_normalizer(place):
     state = new_state(place)

@@ -185,6 +185,16 @@ def _leaves(
     return leaves, problems
 
 
+def _prefix_of(unused: Collection[str], missing: Collection[str]) -> list[str]:
+    """Returns what is to be taken away from the names of unused arrays so that all missing ones are among them."""
+    longest, of_unused = max(missing, key=len, default=""), set(unused)
+    for name in unused:
+        prefix = name.removesuffix(longest)
+        if longest and prefix != name and all(prefix + other in of_unused for other in missing):
+            return [repr(prefix)]
+    return []
+
+
 def _matched(
     framework: Framework, arrays: Arrays, expected: Arrays, leaves: Mapping[str, _Leaf], problems: _Problems
 ) -> dict[str, np.ndarray]:
@@ -195,7 +205,9 @@ def _matched(
 
     missing = set(without_ignored(expected.keys() - arrays.keys()))
     problems.add("missing", [f"{k} (for {leaves[k].path})" if k in leaves else k for k in sorted(missing)])
-    problems.add("unused", without_ignored(arrays.keys() - expected.keys()))
+    unused = without_ignored(arrays.keys() - expected.keys())
+    problems.add("unused", unused)
+    problems.add("the missing ones are among the unused, with the prefix", _prefix_of(unused, missing))
     matched = {}
     for key in expected.keys() & arrays.keys():
         value, shape = as_numpy(arrays[key]), np.shape(expected[key])

@@ -24,7 +24,8 @@ def read_arrays(source: Any) -> dict[str, np.ndarray]:
       A dict of NumPy arrays of the same dtypes, bfloat16 included.
 
     Raises:
-      ValueError: for any other file: a pickle, such as a '.pt' or '.pth' file, can run code and is never loaded.
+      ValueError: for any other file: a pickle, such as a '.pt' or '.pth' file, can run code and is never loaded; and
+        for a mapping within the mapping, as in a checkpoint that holds a state dict beside other things.
       TypeError: for a source of another kind.
       MissingExtraError: where safetensors is not installed.
 
@@ -42,6 +43,11 @@ def read_arrays(source: Any) -> dict[str, np.ndarray]:
             raise ValueError(f"source must be a safetensors file, but {path.name} is not one: {error}.") from error
     if hasattr(source, "state_dict"):
         source = source.state_dict()
+    if isinstance(source, Mapping) and (nested := [name for name, v in source.items() if isinstance(v, Mapping)]):
+        raise ValueError(
+            f"source must hold arrays, got a mapping at {nested[0]!r}. Where it is the state dict, pass "
+            f"source[{nested[0]!r}]."
+        )
     if not isinstance(source, Mapping):
         raise TypeError(
             f"source must be a mapping of names to arrays or the path of a .safetensors file, got "
@@ -113,7 +119,7 @@ def _checked_path(argument: str, path: str | os.PathLike) -> Path:
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{argument} must be the path of a .safetensors file, got {path.name}. Pickles can run code and are never "
-            "loaded: where the model is trusted, write it with safetensors.torch.save_file(model.state_dict(), path)."
+            "loaded. Pass the state dict that torch.load(path, weights_only=True) gives, or a safetensors file."
         )
     return path
 

@@ -61,6 +61,7 @@ def create_train_state(
     key: Array | None = None,
     x: Any = None,
     *,
+    variables: Any = None,
     argument: str | None = "training",
 ) -> TrainState:
     """Creates the state at step 0 of a Flax model.
@@ -71,12 +72,14 @@ def create_train_state(
       optimizer: optax gradient transformation.
       key: random key of a linen module's initial parameters.
       x: a batch of a linen module's inputs, of which only shape and dtype matter; a tuple for a model of several.
+      variables: variables of a linen module that are there already, trained or converted, in place of `key` and `x`.
+        They are copied, since steps donate the state.
       argument: name of the option of the model's call that says whether it trains ('training', 'train', …) or the
         contrary ('use_running_average', 'deterministic', …); None for a model without. An nnx module's `train()` and
         `eval()` say so as well.
 
     Raises:
-      TypeError: for a linen module without `key` and `x`, or an nnx module with them.
+      TypeError: for a linen module with neither `key` and `x` nor `variables`, or with all; an nnx module with any.
 
     >>> from bnjax.nnx import BatchNorm
     >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0)))
@@ -84,14 +87,21 @@ def create_train_state(
     ['batch_stats', 'others', 'params', 'random']
     """
     if isinstance(model, nnx.Module):
-        if key is not None or x is not None:
+        if any(given is not None for given in (key, x, variables)):
             raise TypeError("an nnx model has its parameters already: pass create_train_state(model, optimizer).")
         apply_fn, variables = functional(model, argument=argument)
         argument = apply_fn.argument
         variables = jax.tree.map(jnp.copy, variables)  # steps donate their arrays, and the model keeps its own
+    elif variables is not None:
+        if key is not None or x is not None:
+            raise TypeError("variables take the place of key and x: pass create_train_state(…, variables=variables).")
+        apply_fn, variables = model.apply, jax.tree.map(jnp.copy, variables)
     else:
         if key is None or x is None:
-            raise TypeError("a linen model is initialized: pass create_train_state(model, optimizer, key, x).")
+            raise TypeError(
+                "a linen model is initialized: pass create_train_state(model, optimizer, key, x), or its variables= "
+                "where there are some."
+            )
         apply_fn, variables = model.apply, model.init(key, *inputs_of(x), **phase(argument, False))
     others = {name: values for name, values in variables.items() if name not in ("params", "batch_stats")}
     state = TrainState.create(

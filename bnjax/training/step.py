@@ -83,16 +83,21 @@ class Batch(NamedTuple):
     keys: Any = None
 
 
-def pad_batch(batch: Batch, multiple: int) -> Batch:
+def pad_batch(batch: Any, multiple: int) -> Batch:
     """Pads a batch to a multiple of some number with copies of its first example, of weight zero.
 
     Args:
-      batch: host arrays.
+      batch: `Batch` of host arrays.
       multiple: number such as `mesh.size · accumulate_steps`, or a batch size.
 
     Returns:
-      The batch with `weights`, which are zero for the copies.
+      The batch with `weights`, which are zero for the copies: `step(state, *pad_batch(Batch(x, y), mesh.size))`.
+
+    Raises:
+      TypeError: for anything but a `Batch`.
     """
+    if not isinstance(batch, Batch):
+        raise TypeError(f"batch must be a Batch, got {type(batch).__name__}. Pass pad_batch(Batch(x, y), …).")
     count = num_examples(batch.x)
     missing = -count % multiple
     weights = np.ones(count, np.float32) if batch.weights is None else np.asarray(batch.weights)
