@@ -105,14 +105,26 @@ PHASES = ("training", "train", "is_training", *_INVERTED)
 """Names by which models' calls are told whether they train."""
 
 
-def phase(argument: str | None, training: bool) -> dict[str, Any]:
+def phase(argument: str | None, training: bool, apply: Any = None) -> dict[str, Any]:
     """Returns the option of a model's call that says whether it trains, if it has one.
 
     Args:
       argument: name of the option ('training', 'train', …), or of one that says the contrary ('use_running_average',
         'deterministic', …); None for a model without.
       training: whether the model trains.
+      apply: the `apply` of a linen module, whose call is to have such an option.
+
+    Raises:
+      TypeError: where it has none of this name.
     """
+    if argument is not None and (model := getattr(apply, "__self__", None)) is not None:
+        parameters = inspect.signature(type(model).__call__).parameters.values()
+        if not any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise TypeError(
+                f"{type(model).__name__}'s call takes ({', '.join(p.name for p in parameters)}) and no {argument!r}. "
+                "Pass argument= the name of its option that says whether it trains, such as 'train' or "
+                "'deterministic', or argument=None where it has none."
+            )
     return {} if argument is None else {argument: training != (argument in _INVERTED)}
 
 

@@ -568,6 +568,26 @@ def shift(params):
     return jax.tree.map(lambda p: p + 0.25 * jnp.sin(jnp.arange(p.size, dtype=p.dtype) + 1).reshape(p.shape), params)
 
 
+def test_an_argument_that_the_models_call_does_not_take_is_told():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return bnjax.linen.BatchNorm(use_running_average=not train)(nn.Dense(2)(x))
+
+    x, y, model = jnp.ones((4, 3)), jnp.zeros(4, int), Plain()
+    variables = model.init(jax.random.key(0), x)
+    message = r"Plain's call takes \(self, x, train\) and no 'training'.*argument="
+    loss = losses.linen_loss(model, variables, training.cross_entropy)
+    with pytest.raises(TypeError, match=message):
+        loss(variables["params"], x, y)
+    with pytest.raises(TypeError, match=message):
+        losses.linen_batch_stats(model, variables, x)
+    with pytest.raises(TypeError, match=message):
+        training.create_train_state(model, optax.sgd(0.1), jax.random.key(0), x)
+    loss = losses.linen_loss(model, variables, training.cross_entropy, argument="train")
+    assert np.isfinite(loss(variables["params"], x, y))
+
+
 @pytest.mark.by_default(2)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_linen_layer_in_every_mode(kind):

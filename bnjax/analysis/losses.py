@@ -103,7 +103,12 @@ def _loss_of(
             collections["batch_stats"] = _batch_stats_of(apply, collections, at, None, argument, rngs)
         masked = mask_options(apply, weights, is_needed=mode == "batch" and has_norms)
         outputs = apply(
-            collections, *inputs_of(x), **phase(argument, mode == "batch"), **masked, **options, mutable=list(others)
+            collections,
+            *inputs_of(x),
+            **phase(argument, mode == "batch", apply),
+            **masked,
+            **options,
+            mutable=list(others),
         )[0]
         return _mean(objective, outputs, y, weights, axis_name)
 
@@ -161,7 +166,9 @@ def _batch_stats_of(
     mutable = [name for name in variables if name != "params"]
 
     def call(training: bool, keys: Mapping[str, Any], **options: Any) -> Any:
-        return apply(variables, *inputs_of(x), **phase(argument, training), **options, **keys, mutable=mutable)[1]
+        return apply(variables, *inputs_of(x), **phase(argument, training, apply), **options, **keys, mutable=mutable)[
+            1
+        ]
 
     # What is only traced may take any keys: in linen that of 'params' stands for all others, an nnx model has its own.
     any_keys = {"rngs": "own" if hasattr(apply, "argument") else {"params": jax.random.key(0), **(rngs or {})}}
@@ -297,7 +304,8 @@ def _call(
     if not isinstance(model, nn.Module):
         argument, rngs = model.argument, "own" if rngs is None else rngs
     keys = {} if rngs is None else {"rngs": rngs}
-    return getattr(model, "apply", model)(variables, *inputs_of(x), **phase(argument, training), **keys, **options)
+    apply = getattr(model, "apply", model)
+    return apply(variables, *inputs_of(x), **phase(argument, training, apply), **keys, **options)
 
 
 def nnx_loss(

@@ -326,7 +326,7 @@ def evaluate(state: TrainState, x: Any, y: Any, *, objective: Objective) -> Metr
     """
     check_groups(state, None, "evaluate")
     x, y = jax.tree.map(jnp.asarray, (x, y))
-    outputs = state.apply_fn(state.variables, *inputs_of(x), **phase(state.argument, False))
+    outputs = state.apply_fn(state.variables, *inputs_of(x), **phase(state.argument, False, state.apply_fn))
     losses, correct = losses_and_correctness(objective, outputs, y)
     return Metrics(losses, correct.astype(losses.dtype))
 

@@ -102,7 +102,7 @@ def create_train_state(
                 "a linen model is initialized: pass create_train_state(model, optimizer, key, x), or its variables= "
                 "where there are some."
             )
-        apply_fn, variables = model.apply, model.init(key, *inputs_of(x), **phase(argument, False))
+        apply_fn, variables = model.apply, model.init(key, *inputs_of(x), **phase(argument, False, model.apply))
     others = {name: values for name, values in variables.items() if name not in ("params", "batch_stats")}
     state = TrainState.create(
         apply_fn=apply_fn,

@@ -125,7 +125,7 @@ def _loss_sums(params: Any, state: TrainState, batch: Batch, objective: Objectiv
         options["keys"] = keys
     if rngs is not None:
         options["rngs"] = rngs
-    options |= phase(state.argument, True)
+    options |= phase(state.argument, True, state.apply_fn)
     variables = state.variables | {"params": params}
     mutable = [name for name in variables if name not in _FIXED]
     outputs, updates = state.apply_fn(variables, *inputs_of(x), mutable=mutable, **options)
