@@ -156,7 +156,7 @@ def test_the_site_has_no_prompts_and_links_the_repository_once_it_has_an_address
     assert "badge" not in hook.home_page("# A\n\nb") and "/badge.svg" in hook.home_page("# A\n\nb", "https://x")
 
 
-EVIDENCE = ("guides/small_batches.md", "guides/large_batches.md", "which_normalizer.md")
+EVIDENCE = ("guides/small_batches.md", "guides/large_batches.md", "which_normalizer.md", "why_it_works.md")
 CLAIM = re.compile(r"\b[A-Z]\d?\d?\.\d+(?: \([^)]+\))?")
 MEASURED = re.compile(r"-?\d+\.\d+ ± \d+\.\d+")
 

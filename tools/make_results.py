@@ -27,6 +27,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = 6  # columns of numbers in a table
 JPEG = "The images of CIFAR-10 were those of a copy compressed as JPEG, not the original ones."
 RULES_BLOCK = re.compile(r"(<!-- rules -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_RUN = "not run yet by these rules"
 UNJUDGED = "*Of a run before the present rules, by which the ledger does not judge it.*"
 NOTHING_CHANGED = "No rule was changed after a result of these runs had been seen."
 NOT_MEASURED = """
@@ -98,7 +99,7 @@ def judged_by(name: str, saved: Results | None) -> list[Judgment]:
     claims = STUDIES[name].load().CLAIMS
     if saved and is_by_these_rules(saved):
         return judge(claims, [saved])
-    return [Judgment(claim, (), "not run yet by these rules") for claim in claims]
+    return [Judgment(claim, (), NOT_RUN) for claim in claims]
 
 
 def write(name: str, document: Mapping[str, Any]) -> None:
@@ -141,7 +142,7 @@ def ledger_page(studies: dict[str, Results]) -> str:
     notes = f"Changed after results of these runs had been seen:\n{changed}" if changed else NOTHING_CHANGED
     return f"""# Ledger of claims
 
-**{len(judgments)} statements of the sources and of later papers: {ledger.summary()}.**
+**{len(judgments)} statements of the sources and of later papers: {ledger.summary()}{waiting(judgments)}.**
 
 {learned(studies)}
 
@@ -173,6 +174,12 @@ work as well, and of runs that were continued from checkpoints they are those of
 
 {markdown_table(["study", "seeds", "time", "machine", "versions"], machines)}
 """
+
+
+def waiting(judgments: list[Judgment]) -> str:
+    """Returns of how many claims the verdict waits for a run by the rules."""
+    count = sum(judgment.reason == NOT_RUN for judgment in judgments)
+    return f", of which {count} wait for a run by the present rules" if count else ""
 
 
 def learned(studies: Mapping[str, Results]) -> str:
