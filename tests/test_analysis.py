@@ -346,7 +346,7 @@ class TestCurvature:
             np.testing.assert_allclose(abs(vector @ vectors[:, j]), 1, rtol=1e-7)
         assert (found.residuals < 1e-7).all()
 
-    @pytest.mark.by_default(1)
+    @pytest.mark.exhaustive
     def test_layers_blocks(self, network):
         loss, params, batch = network
         dense = dense_hessian(loss, params, *batch)

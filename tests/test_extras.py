@@ -119,6 +119,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.exhaustive
 def test_the_command_line_says_which_extra_is_missing(tmp_path):
     done = run_without_extras(f"""
 import contextlib, io, json, os

@@ -170,6 +170,7 @@ print([name for name in ("jax", "flax", "optax", "orbax", "sklearn", "rich") if 
         assert out.splitlines()[-1] == "[]", arguments
 
 
+@pytest.mark.exhaustive
 def test_public_names_are_there_whatever_was_imported_first():
     for module in ("bnjax", "bnjax.norm", "bnjax._moments", "bnjax.linen"):
         code = f"import {module}, bnjax; print(all(getattr(bnjax, name).__name__ == name for name in bnjax.__all__))"

@@ -115,6 +115,7 @@ def test_missing_package_is_named_before_anything_runs(name, package, tmp_path, 
         Logs([name], tmp_path, "circles", {})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("default")
 def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")

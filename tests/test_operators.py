@@ -137,7 +137,7 @@ def test_a_normal_distributions_fisher_matrix_is_that_of_half_squares():
     np.testing.assert_allclose(dense(fisher), dense(gauss_newton), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("distribution", ["categorical", "normal"])
 def test_a_sampled_fisher_matrix_has_the_exact_one_as_its_mean(distribution):
     make = functools.partial(analysis.fisher_operator, outputs, PARAMS, distribution=distribution)

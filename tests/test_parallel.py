@@ -308,7 +308,7 @@ def split_over_groups(size, x, weights):
     return stats
 
 
-@pytest.mark.by_default(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("size", [8, 4, 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_without_weights(way, size):

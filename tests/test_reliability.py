@@ -122,6 +122,7 @@ def test_an_encoding_that_lacks_letters_shows_question_marks(monkeypatch):
     assert terminal.read() == "0.80 ? 0.01\n"
 
 
+@pytest.mark.exhaustive
 def test_records_are_utf8_in_any_locale(tmp_path):
     path = make_run(tmp_path / "circles")
     path.write_bytes(path.read_bytes().replace(b'"label": "after"', '"label": "nach ü"'.encode()))
@@ -357,6 +358,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.exhaustive
 @given(json_values, st.sampled_from([None, *record.Record.__struct_fields__]))
 def test_any_json_is_read_or_refused(tmp_path_factory, value, name):
     path = make_run(tmp_path_factory.mktemp("any"))

@@ -102,14 +102,8 @@ def _loss_of(
         if mode == "reestimated":
             collections["batch_stats"] = _batch_stats_of(apply, collections, at, None, argument, rngs)
         masked = mask_options(apply, weights, is_needed=mode == "batch" and has_norms)
-        outputs = apply(
-            collections,
-            *inputs_of(x),
-            **phase(argument, mode == "batch", apply),
-            **masked,
-            **options,
-            mutable=list(others),
-        )[0]
+        told = {**phase(argument, mode == "batch", apply), **masked, **options}
+        outputs = apply(collections, *inputs_of(x), **told, mutable=list(others))[0]
         return _mean(objective, outputs, y, weights, axis_name)
 
     return loss
@@ -166,9 +160,8 @@ def _batch_stats_of(
     mutable = [name for name in variables if name != "params"]
 
     def call(training: bool, keys: Mapping[str, Any], **options: Any) -> Any:
-        return apply(variables, *inputs_of(x), **phase(argument, training, apply), **options, **keys, mutable=mutable)[
-            1
-        ]
+        told = {**phase(argument, training, apply), **options, **keys}
+        return apply(variables, *inputs_of(x), **told, mutable=mutable)[1]
 
     # What is only traced may take any keys: in linen that of 'params' stands for all others, an nnx model has its own.
     any_keys = {"rngs": "own" if hasattr(apply, "argument") else {"params": jax.random.key(0), **(rngs or {})}}
