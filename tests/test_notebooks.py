@@ -49,7 +49,10 @@ def test_is_kept_clean(path):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, id=p.stem, marks=pytest.mark.exhaustive if p.stem != "inside_batch_norm" else ()) for p in NOTEBOOKS],
+    [
+        pytest.param(p, id=p.stem, marks=pytest.mark.exhaustive if p.stem != "inside_batch_norm" else ())
+        for p in NOTEBOOKS
+    ],
 )
 def test_runs_at_a_small_size_and_shows_figures(path, data_dir, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
