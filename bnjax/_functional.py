@@ -14,7 +14,7 @@ from flax.nnx import rnglib
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import _compat
-from bnjax._objective import PHASES, is_training
+from bnjax._objective import PHASES, call_of, is_training
 
 NOISE = "noise"
 """The random stream of `NoisyBatchNorm`, whose draws for a unit are common to the whole batch."""
@@ -78,12 +78,12 @@ def own_argument(model: nnx.Module) -> str:
 
 def _phases(model_class: type) -> Iterator[str]:
     """Yields the arguments of a model's call that say whether it trains, by their names."""
-    return (name for name in inspect.signature(model_class.__call__).parameters if name in PHASES)
+    return (name for name in call_of(model_class)[0] if name in PHASES)
 
 
 def _passes(model_class: type, argument: str) -> bool:
     """Returns whether the call of a model gets an option that says whether it trains."""
-    parameters = inspect.signature(model_class.__call__).parameters
+    parameters, takes_any = call_of(model_class)
     if argument in parameters:
         return True
     if other := next(_phases(model_class), None):
@@ -91,7 +91,6 @@ def _passes(model_class: type, argument: str) -> bool:
             f"argument must be the name by which the call of {model_class.__name__} is told whether it trains, got "
             f"{argument!r}. Pass argument={other!r}, or None where its own default is meant."
         )
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return takes_any and not issubclass(model_class, nnx.Sequential)  # which gives all options to its first layer
 
 

@@ -1,7 +1,7 @@
 """The contract of objectives, which training minimizes and `bnjax.analysis.losses` measures, and of what they weigh."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -87,8 +87,7 @@ def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]
     weights = as_weights(weights)
     model = getattr(model, "__self__", model)
     kind = getattr(model, "model_class", type(model))  # of a model in its functional form, that of the model
-    parameters = {} if inspect.isroutine(model) else inspect.signature(kind.__call__).parameters
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    parameters, takes_any = ({}, False) if inspect.isroutine(model) else call_of(kind)
     takes_any &= kind.__name__ != "Sequential"  # nnx's, which gives all options to its first layer
     if "mask" in parameters or takes_any or inspect.isroutine(model):
         return {"mask": weights}
@@ -98,6 +97,12 @@ def mask_options(model: Any, weights: Any, *, is_needed: bool) -> dict[str, Any]
             "else the statistics would count those of weight zero. Give it `mask=None`, and pass that on to the layers."
         )
     return {}
+
+
+def call_of(kind: type) -> tuple[Mapping[str, inspect.Parameter], bool]:
+    """Returns the parameters of the call of a class's instances, and whether it takes options of any name."""
+    parameters = inspect.signature(kind.__call__).parameters
+    return parameters, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 _INVERTED = ("use_running_average", "deterministic", "eval", "inference", "test")
@@ -118,10 +123,10 @@ def phase(argument: str | None, training: bool, apply: Any = None) -> dict[str, 
       TypeError: where it has none of this name.
     """
     if argument is not None and (model := getattr(apply, "__self__", None)) is not None:
-        parameters = inspect.signature(type(model).__call__).parameters.values()
-        if not any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters):
+        parameters, takes_any = call_of(type(model))
+        if argument not in parameters and not takes_any:
             raise TypeError(
-                f"{type(model).__name__}'s call takes ({', '.join(p.name for p in parameters)}) and no {argument!r}. "
+                f"{type(model).__name__}'s call takes ({', '.join(parameters)}) and no {argument!r}. "
                 "Pass argument= the name of its option that says whether it trains, such as 'train' or "
                 "'deterministic', or argument=None where it has none."
             )

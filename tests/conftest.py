@@ -87,8 +87,8 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    for grid in _grids(items):
-        for item in _beside_the_diagonal(grid):
+    for grid, entries in _grids(items):
+        for item in _beside_the_diagonal(grid, entries):
             item.add_marker(pytest.mark.exhaustive)
     for item in _further_cases(items):
         item.add_marker(pytest.mark.exhaustive)
@@ -110,7 +110,7 @@ def _further_cases(items):
 
 
 def _grids(items):
-    """The cases of each test with several lists of parameters that takes all combinations of their entries.
+    """The cases of each test that takes all combinations of several lists' entries, and the entries of each list.
 
     Of those the default run has as many as the longest list of entries, along a diagonal, so that each entry occurs.
     """
@@ -120,7 +120,7 @@ def _grids(items):
             cases[item.nodeid.partition("[")[0]].append(item)
     for grid in cases.values():
         if len(entries := _entries(grid)) > 1 and len(grid) == math.prod(map(len, entries)):
-            yield grid
+            yield grid, entries
 
 
 def _entries(grid):
@@ -141,8 +141,7 @@ def _entries_of(item):
     return {names: tuple(id(values[name]) for name in names) for names in lists}
 
 
-def _beside_the_diagonal(grid):
-    entries = _entries(grid)
+def _beside_the_diagonal(grid, entries):
     longest = max(map(len, entries))
     diagonal = {tuple(i % len(of_list) for of_list in entries) for i in range(longest)}
     for item in grid:

@@ -43,15 +43,15 @@ def read_arrays(source: Any) -> dict[str, np.ndarray]:
             raise ValueError(f"source must be a safetensors file, but {path.name} is not one: {error}.") from error
     if hasattr(source, "state_dict"):
         source = source.state_dict()
-    if isinstance(source, Mapping) and (nested := [name for name, v in source.items() if isinstance(v, Mapping)]):
-        raise ValueError(
-            f"source must hold arrays, got a mapping at {nested[0]!r}. Where it is the state dict, pass "
-            f"source[{nested[0]!r}]."
-        )
     if not isinstance(source, Mapping):
         raise TypeError(
             f"source must be a mapping of names to arrays or the path of a .safetensors file, got "
             f"{type(source).__name__}. Pass a model's state_dict()."
+        )
+    if nested := [name for name, value in source.items() if isinstance(value, Mapping)]:
+        raise ValueError(
+            f"source must hold arrays, got a mapping at {nested[0]!r}. Where it is the state dict, pass "
+            f"source[{nested[0]!r}]."
         )
     return {name: as_numpy(value) for name, value in source.items()}
 
